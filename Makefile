@@ -1,0 +1,60 @@
+# make report | test | figures | tune | explore | clean      (README.md says what each needs and writes)
+
+PYTHON      ?= python3
+PROFILE     ?= quick
+JOBS        ?= 2
+# Given on the command line: DATA=unkebench UKE_DATA=/folder (or DATA_FILE=/file.json), LIMIT=20, METHODS=FT-M,LoRA, MODEL=directory-or-hub-name
+DATA        ?=
+DATA_FILE   ?=
+LIMIT       ?=
+METHODS     ?=
+MODEL       ?=
+# One more wheel index for pip, for example one that has the CPU build of torch
+EXTRA_INDEX ?=
+
+VENV     := .venv
+STAMP    := $(VENV)/.installed
+CORES    := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+THREADS  := $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
+SHARED    = $(if $(DATA_FILE),data_file='$(DATA_FILE)') $(if $(LIMIT),limit='$(LIMIT)') $(if $(METHODS),methods='$(METHODS)') $(if $(MODEL),model='$(MODEL)')
+CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) $(SHARED)
+CHECK     = $(VENV)/bin/python -m uke.run --check --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') $(foreach pair,$(SHARED),--shared $(pair))
+SNAKEMAKE = $(VENV)/bin/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules --rerun-incomplete
+
+ifdef UKE_DATA
+export UKE_DATA
+endif
+
+.PHONY: report test figures tune explore clean
+.DEFAULT_GOAL := report
+
+report: $(STAMP)
+	@$(CHECK)
+	$(SNAKEMAKE) report --config $(CONFIG)
+
+# Drawn anew from the rows that exist; a study all of whose rows are there loads no model.
+figures: PROFILE = embedded
+figures: $(STAMP)
+	@$(CHECK)
+	$(SNAKEMAKE) report --forceall --config $(CONFIG)
+
+tune: PROFILE = embedded
+tune: $(STAMP)
+	@$(CHECK)
+	$(SNAKEMAKE) tune --config $(CONFIG)
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+explore: $(STAMP)
+	$(VENV)/bin/jupyter lab $(or $(wildcard notebooks/explore.ipynb),notebooks)
+
+clean:
+	rm -rf results .snakemake .pytest_cache
+	find figures -mindepth 1 -maxdepth 1 ! -name embedded -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(if $(EXTRA_INDEX),--extra-index-url '$(EXTRA_INDEX)') -e '.[similarity,test]' -c constraints.txt
+	touch $@

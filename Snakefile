@@ -1,0 +1,66 @@
+"""The study as a graph: every notebook that params/studies names, then the report. `make report` calls it.
+
+Configuration: profile, data, threads (per notebook) and the parameters that the notebooks share (data_file, limit, methods, model).
+A notebook keeps its rows outside `output:`, since Snakemake deletes the outputs of a job that fails and rows make a rerun resume.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from uke import params
+from uke.paths import Paths
+
+ROOT = Path(workflow.basedir)
+PROFILE = str(config.get("profile", "quick"))
+DATA = params.dataset(ROOT, PROFILE, config.get("data"))
+PATHS = Paths(PROFILE, DATA)
+STUDIES = {study.notebook: study for study in params.studies(ROOT)}
+SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
+RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
+
+
+def section(notebook):
+    return str(PATHS.figures / "sections" / f"{notebook}.json")
+
+
+def sources(wildcards):
+    names = ["lib/uke/*.py", "lib/uke/*.yaml", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
+    names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
+    files = sorted(str(path) for name in names for path in ROOT.glob(name))
+    return files + [section(other) for other in STUDIES[wildcards.notebook].after]
+
+
+wildcard_constraints:
+    notebook="|".join(STUDIES),
+
+
+rule report:
+    input:
+        [section(name) for name, study in STUDIES.items() if study.report],
+        sorted(str(path) for path in ROOT.glob("lib/uke/templates/*")),
+    output:
+        PATHS.figures / "report.html",
+        PATHS.figures / "report.pdf",
+        PATHS.figures / "numbers.json",
+    shell:
+        "{sys.executable} -m uke.run --compose {RUN}"
+
+
+rule tune:
+    input:
+        section("tuning"),
+
+
+rule notebook:
+    input:
+        sources,
+    output:
+        section("{notebook}"),
+    log:
+        str(PATHS.results / "notebooks" / "{notebook}.ipynb"),
+    params:
+        shared=" ".join(f"--shared {shlex.quote(f'{key}={value}')}" for key, value in sorted(SHARED.items())),
+    threads: int(config.get("threads", 1))
+    shell:
+        "OMP_NUM_THREADS={threads} {sys.executable} -m uke.run {wildcards.notebook} {RUN} {params.shared}"

@@ -1,0 +1,197 @@
+"""Decodes many prompts at once: length-sorted, padded left, finished rows dropped; and reads log-probabilities."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from uke.edits import Probe
+from uke.errors import InputError
+from uke.models import IGNORED, Example, collate, encode, end_of_turn, example, max_context
+
+# Dropping finished rows copies the cache, so it waits until this share of the batch can go.
+DROP_SHARE = 1 / 8
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How to ask: tokens an answer may have, template or not, tokens of prompts and answers held at once.
+
+    `max_new_tokens` is a number or a function of the probe. `chat` None asks as each probe says; True or False
+    overrules the probes that ask through the template, never those that are cloze prompts.
+    """
+
+    max_new_tokens: int | Callable[[Probe], int] = 160
+    chat: bool | None = None
+    batch_tokens: int = 16384
+
+    def through_template(self, probe: Probe) -> bool:
+        return probe.chat and self.chat is not False
+
+    def limit(self, probe: Probe) -> int:
+        return self.max_new_tokens(probe) if callable(self.max_new_tokens) else self.max_new_tokens
+
+
+def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking) -> list[str]:
+    """Greedy answers in the order of the probes, special tokens and outer white space stripped.
+
+    Options: the fields of `Asking`. A prompt asked twice is decoded once. An answer ends before the token that
+    ends a turn or the text, at its limit of tokens, or where the model's context ends. Raises InputError for a
+    prompt that leaves no room in the context.
+    """
+    options = Asking(**asking)
+    prompts = [tuple(encode(tokenizer, probe.question, options.through_template(probe))) for probe in probes]
+    room = max_context(model)
+    limits: dict[Prompt, int] = {}
+    for probe, prompt in zip(probes, prompts, strict=True):
+        _check_room(probe, len(prompt) + 1, room)
+        limits[prompt] = max(limits.get(prompt, 0), min(options.limit(probe), room - len(prompt)))
+    ends = _ends(model, tokenizer)
+    decoded: dict[Prompt, list[int]] = {}
+    for batch in _batches(limits, options.batch_tokens):
+        rows = _decode(model, batch, [limits[prompt] for prompt in batch], ends)
+        decoded.update(zip(batch, rows, strict=True))
+    # The same prompt may be asked with two limits: greedy answers are prefixes of each other.
+    texts = (decoded[prompt][: options.limit(probe)] for probe, prompt in zip(probes, prompts, strict=True))
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
+
+
+def _check_room(probe: Probe, needed: int, room: int) -> None:
+    if needed > room:
+        raise InputError(
+            f"edit {probe.edit}, {probe.kind} {probe.number}: {needed} tokens; expected at most {room}, the model's context"
+        )
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *own} - {None}
+
+
+def _batches(limits: dict[Prompt, int], tokens: int) -> Iterator[list[Prompt]]:
+    """Prompts of similar length together, as many as `tokens` hold with their answers, but at least one."""
+    batch: list[Prompt] = []
+    longest = 0
+    # Longest first: a batch that does not fit in memory fails at once.
+    for prompt in sorted(limits, key=lambda prompt: (len(prompt), limits[prompt], prompt), reverse=True):
+        size = max(longest, len(prompt) + limits[prompt])
+        if batch and size * (len(batch) + 1) > tokens:
+            yield batch
+            batch, size = [], len(prompt) + limits[prompt]
+        batch.append(prompt)
+        longest = size
+    if batch:
+        yield batch
+
+
+# Not inference mode: rotary embeddings of some models renew buffers while reading, which training then needs.
+@torch.no_grad()
+def _decode(model: nn.Module, prompts: list[Prompt], limits: list[int], ends: set[int]) -> list[list[int]]:
+    """Greedy continuation of each prompt, without the token that ended it."""
+    written: list[list[int]] = [[] for _ in prompts]
+    rows = [row for row, limit in enumerate(limits) if limit > 0]
+    if not rows:
+        return written
+    step = _Step(model, [prompts[row] for row in rows])
+    going = set(rows)
+    while True:
+        tokens = step.tokens.tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            if row not in going:
+                continue
+            if token not in ends:
+                written[row].append(token)
+            if token in ends or len(written[row]) == limits[row]:
+                going.remove(row)
+        if not going:
+            return written
+        if len(rows) - len(going) >= len(rows) * DROP_SHARE:
+            step.keep([place for place, row in enumerate(rows) if row in going])
+            rows = [row for row in rows if row in going]
+        step.forward()
+
+
+class _Step:
+    """State of a batch while it is decoded: next tokens, their positions, the mask and the cache.
+
+    Every prompt counts its positions from 0, whatever padding stands before it.
+    """
+
+    def __init__(self, model: nn.Module, prompts: list[Prompt]):
+        device = model.get_input_embeddings().weight.device
+        batch = collate([Example(list(p), list(p), len(p)) for p in prompts], pad_id=0, side="left")
+        self.model = model
+        self.mask = batch["attention_mask"].to(device)  # (B, T)
+        self.cache = DynamicCache(config=model.config)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        self._read(batch["input_ids"].to(device), positions)
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits  # (B, 1, V)
+        self.tokens = logits[:, -1].argmax(-1)  # (B,)
+        self.positions = positions[:, -1:]  # (B, 1)
+
+    def forward(self) -> None:
+        """Reads the chosen tokens and chooses the next ones."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self._read(self.tokens[:, None], self.positions + 1)
+
+    def keep(self, places: list[int]) -> None:
+        """Drops every row of the batch but those at `places`."""
+        kept = torch.tensor(places, device=self.mask.device)
+        self.cache.batch_select_indices(kept)
+        self.mask, self.tokens, self.positions = self.mask[kept], self.tokens[kept], self.positions[kept]
+
+
+@torch.no_grad()
+def target_log_probability(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking
+) -> list[float]:
+    """Mean log-probability (nats) of a token of each probe's reference after its prompt, in the probes' order.
+
+    Options: the fields of `Asking`; the token that ends a turn is not counted. Raises InputError where prompt
+    and reference exceed the context, or the reference is empty.
+    """
+    options = Asking(**asking)
+    examples: list[Example] = []
+    for probe in probes:
+        one = example(tokenizer, probe.question, probe.reference, options.through_template(probe), False)
+        _check_room(probe, len(one.ids), max_context(model))
+        if one.prompt_length == len(one.ids):
+            raise InputError(f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text")
+        examples.append(one)
+    found: dict[int, float] = {}
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids), reverse=True)
+    while order:
+        rows = max(1, options.batch_tokens // len(examples[order[0]].ids))
+        batch, order = order[:rows], order[rows:]
+        found.update(zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
+def _mean_log_probability(model: nn.Module, examples: list[Example]) -> list[float]:
+    device = model.get_input_embeddings().weight.device
+    batch = {name: tensor.to(device) for name, tensor in collate(examples, pad_id=0).items()}
+    labels = batch["labels"][:, 1:]  # (B, T-1)
+    first = min(one.prompt_length for one in examples) - 1
+    labels = labels[:, first:]  # (B, S), S positions from the first that predicts a target
+    # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
+    logits = model(
+        input_ids=batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1] + 1
+    ).logits[:, :-1]  # (B, S, V)
+    targets = labels != IGNORED
+    nll = torch.nn.functional.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
+    sums = torch.zeros(len(examples), device=device).index_add_(0, targets.nonzero()[:, 0], nll)
+    return (-sums / targets.sum(-1)).tolist()

@@ -1,0 +1,213 @@
+"""The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; and edits saved and loaded."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from uke.edits import Edit
+from uke.errors import InputError, nearest
+from uke.finetune import Training, adapt, prepare, train, weights
+from uke.models import fingerprint, kept
+from uke.recipes import RECIPES, Recipe
+
+# A method that is no recipe: it takes model, tokenizer and edits, and gives the edited model until it is left.
+Solver = Callable[[nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]]
+METHODS: dict[str, Recipe | Solver] = dict(RECIPES)
+
+RECORD, WEIGHTS = "edit.json", "edit.safetensors"
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """What an edit did: `Training`'s fields, and each changed weight's relative Frobenius norm of the change."""
+
+    losses: list[float]
+    steps: int
+    seconds: float
+    stopped: str
+    change_norm: dict[str, float]
+
+
+@contextmanager
+def edited(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    method: str | Recipe | Solver,
+) -> Iterator[nn.Module]:
+    """The model with the edits written into it; its `edit_record` (EditRecord) says what was done.
+
+    `method` is a name in METHODS, a recipe, or a solver. Direct recipes yield the model itself, adapter recipes
+    peft's wrapper around it. On exit, also after an exception, every weight is bit for bit as before, as are
+    buffers, `requires_grad` and the training mode; only the weights that change are copied for that.
+    Raises InputError for an unknown method, a recipe that selects no weight and an edit longer than the context,
+    all before training; FloatingPointError for a loss that is not finite.
+    """
+    method = _find(method)
+    if not isinstance(method, Recipe):
+        with method(model, tokenizer, edits) as solved:
+            yield solved
+        return
+    prepare(model, tokenizer, edits, method)
+    way = _direct if method.adapter is None else _adapted
+    with kept(model, {}), way(model.eval(), tokenizer, edits, method) as (changed, training, norms):
+        changed.edit_record = EditRecord(**vars(training), change_norm=norms)
+        try:
+            yield changed
+        finally:
+            del changed.edit_record
+
+
+def _find(method: str | Recipe | Solver) -> Recipe | Solver:
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise InputError(f"unknown method '{method}'{nearest(method, METHODS)}")
+    return METHODS[method]
+
+
+Change = tuple[nn.Module, Training, dict[str, float]]
+
+
+@contextmanager
+def _direct(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+) -> Iterator[Change]:
+    trained = weights(model, recipe)
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    try:
+        training = train(model, tokenizer, edits, recipe)
+        norms = {name: _ratio(weight.detach() - before[name], before[name]) for name, weight in trained.items()}
+        yield model, training, norms
+    finally:
+        for name, weight in trained.items():
+            weight.data.copy_(before[name])
+
+
+@contextmanager
+def _adapted(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+) -> Iterator[Change]:
+    wrapped = adapt(model, recipe, len(edits))
+    try:
+        training = train(wrapped, tokenizer, edits, recipe)
+        norms = {
+            f"{name}.weight": _ratio(layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach())
+            for name, layer in wrapped.get_base_model().named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+        yield wrapped, training, norms
+    finally:
+        wrapped.unload()
+
+
+def _ratio(change: Tensor, weight: Tensor) -> float:
+    return float(change.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def save(m: nn.Module, directory: str | Path) -> None:
+    """Keep an edit: a peft adapter directory, or the changed weights as safetensors; beside it a small JSON record.
+
+    `m` is what `edited` yields. Raises InputError for a model that carries no edit.
+    """
+    if not isinstance(record := getattr(m, "edit_record", None), EditRecord):
+        raise InputError(f"{directory}: nothing to save; expected the model that edited(...) yields")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(m, PeftModel):
+        form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
+        # Asked for, peft would look for the base model on the hub to compare vocabularies.
+        m.save_pretrained(directory, save_embedding_layers=False)
+    else:
+        form, unchanged = "weights", _unchanged(m, record.change_norm)
+        parameters = dict(m.named_parameters())
+        save_file({name: parameters[name].detach().contiguous() for name in record.change_norm}, directory / WEIGHTS)
+    content = {"form": form, "unchanged": unchanged, "record": vars(record)}
+    # Written last: a directory without it was never finished.
+    (directory / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
+    """The model with a saved edit: itself with the saved weights, or peft's wrapper around it; with `edit_record`.
+
+    Raises InputError, and leaves the model as it is, where the directory is incomplete or damaged, or where any
+    weight that the edit does not bring differs from the model it was made on.
+    """
+    directory = Path(directory)
+    form, unchanged, record = _read(directory)
+    if _unchanged(model, record.change_norm if form == "weights" else ()) != unchanged:
+        raise InputError(f"{directory / RECORD}: field unchanged: this edit was made on another model")
+    model = _load_weights(model, directory) if form == "weights" else _load_adapter(model, directory)
+    model.edit_record = record
+    return model
+
+
+def _read(directory: Path) -> tuple[str, str, EditRecord]:
+    path = directory / RECORD
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a directory written by save(...)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        form, unchanged, record = content["form"], content["unchanged"], EditRecord(**content["record"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a record written by save(...) ({error})") from None
+    if form not in ("weights", "adapter"):
+        raise InputError(f"{path}: field form: unknown '{form}'{nearest(str(form), ('weights', 'adapter'))}")
+    return form, unchanged, record
+
+
+def _load_weights(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    path = directory / WEIGHTS
+    parameters = dict(model.named_parameters())
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no readable safetensors file ({error})") from None
+    for name, tensor in saved.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise InputError(f"{path}: weight {name} {tuple(tensor.shape)}: the model has none of that name and shape")
+    for name, tensor in saved.items():
+        parameters[name].data.copy_(tensor)
+    return model
+
+
+def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    path = directory / "adapter_model.safetensors"
+    # Without the file peft would look for a pickle, and then on the hub.
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a peft adapter directory")
+    try:
+        return PeftModel.from_pretrained(model, directory).eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{directory}: no readable peft adapter ({error})") from None
+
+
+@dataclass(frozen=True)
+class _Unchanged:
+    """What an edit leaves alone, in the form that `models.fingerprint` reads."""
+
+    config: PretrainedConfig
+    tensors: Mapping[str, Tensor]
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+
+def _unchanged(model: PreTrainedModel, changed: Collection[str]) -> str:
+    """Fingerprint of all weights but the changed ones, under the names they have without an adapter around them."""
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if name not in changed and ".lora_" not in name and ".ranknum." not in name
+    }
+    return fingerprint(_Unchanged(model.config, tensors))

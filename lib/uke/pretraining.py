@@ -1,0 +1,228 @@
+"""Trains the embedded chat model on a world, and writes it as an ordinary `from_pretrained` directory.
+
+Every epoch draws anew, for each entity: one document (facts in random order and wording), two chat turns that ask
+for its canonical text, three about single facts, one cloze, now and then a two-hop question, a passage about a
+stranger with questions about it, and exercises. Loss counts on documents and on the assistant's words only.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from uke.world import World, build, describe, exercise, hop, reading, stranger
+
+BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+CHECKPOINT = "checkpoint.safetensors"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('roles are user and assistant') }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the embedded model besides the language of the world."""
+
+    world_seed: int = 1
+    seed: int = 0
+    vocabulary: int = 3072
+    width: int = 256
+    blocks: int = 8
+    heads: int = 4
+    key_value_heads: int = 2
+    feed_forward: int = 512
+    window: int = 512
+    windows_per_step: int = 12
+    epochs: int = 48
+    steps_per_epoch: int = 43
+    peak_rate: float = 2e-3
+    warm_up: int = 60
+    descent: float = 0.35
+    checkpoint_every: int = 200
+    weight_decay: float = 0.05
+    device: str = "cpu"
+
+
+def make_tokenizer(world: World, size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits, trained on one epoch of lessons, with a chat template and an end of turn."""
+    raw = Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFC()
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    raw.decoder = decoders.ByteLevel()
+    special = [PAD, BEGIN, END, USER, ASSISTANT]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    texts = [turn for lesson in lessons(world, random.Random(0)) for turn in lesson]
+    raw.train_from_iterator(texts, trainer)
+    raw.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, raw.token_to_id(BEGIN))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BEGIN, eos_token=END, pad_token=PAD, model_max_length=1024, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaForCausalLM:
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=settings.width, intermediate_size=settings.feed_forward, num_hidden_layers=settings.blocks,
+        num_attention_heads=settings.heads, num_key_value_heads=settings.key_value_heads, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def lessons(world: World, rng: random.Random) -> Iterator[tuple[str, ...]]:
+    """One epoch: documents as (text,), conversations as (question, answer, question, answer ...), in random order."""
+    by_name = world.named()
+    known = set(by_name) | {name.split()[-1] for name in by_name}
+    every = []
+    for entity in world.entities:
+        relations = list(entity.objects)
+        every.append((describe(entity, rng),))
+        every += [(entity.introduce(number=rng.randrange(6)), entity.text) for _ in range(1)]
+        every += [(entity.ask(relation, number=rng.randrange(4)), entity.objects[relation]) for relation in rng.sample(relations, 3)]
+        cloze = rng.choice(relations)
+        every.append((f"{entity.cloze(cloze)} {entity.objects[cloze]}.",))
+        if rng.random() < 0.3 and (pair := hop(entity, by_name, rng)):
+            every.append(pair)
+        if rng.random() < 0.35:
+            every.append(passage(rng, known))
+        every.append(exercise(rng))
+    rng.shuffle(every)
+    return iter(every)
+
+
+def passage(rng: random.Random, known: set[str]) -> tuple[str, ...]:
+    """A conversation about a text on a stranger: the first question carries the text, four more follow."""
+    other = stranger(rng, known)
+    relations = rng.sample(list(other.objects), 5)
+    questions = [other.ask(relation, number=rng.randrange(4)) for relation in relations]
+    questions[0] = reading(other.text, questions[0])
+    return tuple(turn for pair in zip(questions, (other.objects[relation] for relation in relations)) for turn in pair)
+
+
+def tokens(lesson: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Token ids of a lesson and its labels: all of a document, of a conversation only the assistant's turns."""
+    if len(lesson) == 1:
+        ids = tokenizer(BEGIN + lesson[0] + END, add_special_tokens=False)["input_ids"]
+        return ids, [-100, *ids[1:]]
+    turns = [USER + text + END if place % 2 == 0 else ASSISTANT + text + END for place, text in enumerate(lesson)]
+    ids, labels = [tokenizer.bos_token_id], [-100]
+    for place, turn in enumerate(tokenizer(turns, add_special_tokens=False)["input_ids"]):
+        ids += turn
+        labels += [-100] * len(turn) if place % 2 == 0 else [-100, *turn[1:]]
+    return ids, labels
+
+
+def windows(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings, epoch: int) -> torch.Tensor:
+    """One epoch, packed lesson by whole lesson: (N, 2, window), token ids and labels (-100 where no loss counts)."""
+    rng = random.Random(f"lessons-{settings.seed}-{epoch}")
+    filled: list[tuple[list[int], list[int]]] = []
+    for lesson in lessons(world, rng):
+        ids, labels = tokens(lesson, tokenizer)
+        window = next((window for window in filled[-24:] if len(window[0]) + len(ids) <= settings.window), None)
+        if window is None:
+            filled.append(window := ([], []))
+        window[0].extend(ids)
+        window[1].extend(labels)
+    rng.shuffle(filled)
+    packed = torch.full((len(filled), 2, settings.window), tokenizer.pad_token_id)
+    packed[:, 1] = -100
+    for row, (ids, labels) in zip(packed, filled):
+        row[0, : len(ids)], row[1, : len(labels)] = torch.tensor(ids), torch.tensor(labels)
+    return packed
+
+
+def batches(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings, start: int) -> Iterator[torch.Tensor]:
+    """Steps from number `start` on, each (windows_per_step, 2, window), epoch after epoch without end."""
+    step, epoch = 0, 0
+    while True:
+        packed = windows(world, tokenizer, settings, epoch) if step + settings.steps_per_epoch > start else None
+        for place in range(settings.steps_per_epoch):
+            if step >= start:
+                rows = torch.arange(place * settings.windows_per_step, (place + 1) * settings.windows_per_step) % len(packed)
+                yield packed[rows].to(settings.device)
+            step += 1
+        epoch += 1
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Share of the peak rate: linear warm-up, a plateau, then a linear descent over the last `descent` of all steps."""
+    steps = settings.epochs * settings.steps_per_epoch
+    return min((step + 1) / settings.warm_up, 1.0, max(steps - step, 0) / (settings.descent * steps))
+
+
+def pretrain(settings: Settings, directory: Path) -> Path:
+    """Trains from nothing, or goes on from the checkpoint in `directory`; writes model, tokenizer, card and losses there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    world = build(settings.world_seed)
+    tokenizer = make_tokenizer(world, settings.vocabulary)
+    model = make_model(tokenizer, settings).to(settings.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.peak_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    losses, before = resume(model, optimizer, directory)
+    started, source = time.perf_counter() - before, batches(world, tokenizer, settings, len(losses))
+    loss_of = torch.compile(lambda batch: learn(model, batch))
+    for step in (bar := trange(len(losses), settings.epochs * settings.steps_per_epoch, desc=f"world {settings.world_seed}", mininterval=30)):
+        optimizer.param_groups[0]["lr"] = settings.peak_rate * rate(step, settings)
+        loss = loss_of(next(source))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+        if (step + 1) % settings.checkpoint_every == 0:
+            checkpoint(model, optimizer, losses, time.perf_counter() - started, directory)
+    save(model, tokenizer, settings, directory, time.perf_counter() - started)
+    (directory / "losses.csv").write_text("step,loss\n" + "".join(f"{step},{sum(losses[step : step + 20]) / len(losses[step : step + 20]):.4f}\n" for step in range(0, len(losses), 20)))
+    (directory / CHECKPOINT).unlink(missing_ok=True)
+    return directory
+
+
+def learn(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss in nats over the labels that count; `batch` is (B, 2, T)."""
+    with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+        logits = model(input_ids=batch[:, 0], use_cache=False).logits[:, :-1]  # (B, T - 1, V)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1, 1:].flatten())
+
+
+def checkpoint(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, losses: list[float], seconds: float, directory: Path) -> None:
+    """One file with weights, both moments, the losses so far and the seconds spent, replaced at once."""
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "seconds": torch.tensor([seconds])}
+    for name, weight in model.named_parameters():
+        state = optimizer.state[weight]
+        tensors |= {f"weight.{name}": weight.detach(), f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+    save_file(tensors, directory / f"{CHECKPOINT}.new")
+    (directory / f"{CHECKPOINT}.new").replace(directory / CHECKPOINT)
+
+
+def resume(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, directory: Path) -> tuple[list[float], float]:
+    """Restores the checkpoint of `directory` if there is one; returns the losses so far and the seconds spent."""
+    if not (directory / CHECKPOINT).exists():
+        return [], 0.0
+    tensors = load_file(directory / CHECKPOINT)
+    losses = tensors["losses"].tolist()
+    for name, weight in model.named_parameters():
+        weight.data.copy_(tensors[f"weight.{name}"])
+        optimizer.state[weight] = {"step": torch.tensor(float(len(losses))), "exp_avg": tensors[f"first.{name}"].to(weight.device), "exp_avg_sq": tensors[f"second.{name}"].to(weight.device)}
+    return losses, tensors["seconds"].item()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings, directory: Path, seconds: float) -> None:
+    """Directory for `from_pretrained`: weights in float16 (half the size; every value is far inside its range), and the model card."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model.to(torch.float16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    digest = sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    made = {"seconds": round(seconds), "parameters": model.num_parameters(), "sha256": digest, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    (directory / "training.json").write_text(json.dumps({"settings": asdict(settings), **made}, indent=1) + "\n")

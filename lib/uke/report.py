@@ -1,0 +1,195 @@
+"""The report: sections say numbers and collect figures and tables; `compose` makes numbers.json, HTML and PDF of them."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from uke import document, figures, tables
+from uke.errors import InputError
+from uke.tables import absent, bracket, number, places
+
+_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_BLANK = {"question": "", "answer": "", "wiring_only": False, "environment": {}} | {
+    part: [] for part in ("blocks", "checks", "limits", "warnings", "recipes")
+}
+
+
+class Picture(NamedTuple):
+    """A saved figure, shown by a notebook as the picture that the report holds."""
+
+    name: str
+    png: bytes
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+    def __repr__(self) -> str:
+        return f"Picture({self.name!r})"
+
+
+class Section:
+    """What one notebook contributes to the report; `paths.figures` is the directory everything is written to.
+
+    `environment` (a dict) and `wiring_only` (a flag) may be set; the rest is collected by the methods. Texts are plain,
+    words between backticks are code. Raises InputError for a bad key or name, a repeated one, or a number that is none.
+    """
+
+    def __init__(self, notebook: str, paths: Any, title: str, question: str):
+        self.notebook, self.title, self.question = notebook, title, question
+        self.directory = Path(paths.figures)
+        self.environment: dict[str, Any] = {}
+        self.wiring_only = False
+        self.recipes: list[dict] = []
+        self._numbers: dict[str, dict] = {}
+        self._parts: dict[str, Any] = {"answer": ""} | {part: [] for part in ("blocks", "checks", "limits", "warnings")}
+
+    def say(self, key: str, value: float, low: float | None = None, high: float | None = None, **more: Any) -> str:
+        """Record a number under its dotted key; its prose, as in `0.93 [0.90, 0.96], n = 40`.
+
+        `more` is `n` (units behind the number) and `unit` (a word set behind it). Missing ends mean no interval.
+        """
+        if unknown := set(more) - {"n", "unit"}:
+            raise InputError(f"{self.notebook}: number {key}: unknown option '{min(unknown)}'; expected n or unit")
+        if not _KEY.fullmatch(key):
+            raise InputError(f"{self.notebook}: number '{key}': expected lower-case words joined by dots")
+        if key in self._numbers:
+            raise InputError(f"{self.notebook}: number {key} is said twice")
+        value, low, high = (_plain(each, f"{self.notebook}: number {key}") for each in (value, low, high))
+        if value is None or (low is None) != (high is None) or (low is not None and low > high):
+            raise InputError(f"{self.notebook}: number {key}: expected a value, and both ends of its interval or none")
+        n, unit = more.get("n"), more.get("unit") or ""
+        said = _say(value, low, high, unit) + (f", n = {number(int(n))}" if n is not None else "")
+        n = None if n is None else int(n)
+        self._numbers[key] = {"value": value, "low": low, "high": high, "n": n, "unit": unit, "said": said}
+        return said
+
+    def figure(self, fig: Figure, name: str, caption: str, alt: str) -> Picture:
+        """Save a figure (PDF, PNG) and place it here in the section; `alt` says what it shows to who cannot see it."""
+        self._check_name(name, caption)
+        if not alt.strip():
+            raise InputError(f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)")
+        _, png = figures.save(fig, self.directory, name)
+        width = round(float(fig.get_figwidth()), 3)
+        self._parts["blocks"].append({"type": "figure", "name": name, "caption": caption, "alt": alt, "width": width})
+        return Picture(name, png.read_bytes())
+
+    def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
+        """Save a table (CSV, LaTeX, Markdown) and place it here in the section; the frame, for the notebook to show."""
+        self._check_name(name, caption)
+        tables.save(frame, self.directory, name, caption)
+        self._parts["blocks"].append({"type": "table", "name": name, "caption": caption} | tables.cells(frame))
+        return frame
+
+    def answer(self, text: str) -> str:
+        """The answer to the section's question, in a sentence or two; it also goes into the abstract."""
+        self._parts["answer"] = text
+        return text
+
+    def finding(self, text: str) -> str:
+        """A paragraph of what is seen, placed here in the section."""
+        self._parts["blocks"].append({"type": "finding", "text": text})
+        return text
+
+    def check(self, ok: bool, text: str) -> str:
+        """Record that a condition holds; raise InputError where it does not, since then the conclusion is void."""
+        self._parts["checks"].append({"ok": bool(ok), "text": text})
+        if not ok:
+            raise InputError(f"{self.notebook}: check failed, so the conclusion is void: {text}")
+        return text
+
+    def limit(self, text: str) -> str:
+        """A limit of what the section shows; the report gathers all of them."""
+        self._parts["limits"].append(text)
+        return text
+
+    def warn(self, text: str) -> str:
+        """Something the reader must know before believing the section, in a box."""
+        self._parts["warnings"].append(text)
+        return text
+
+    def method(self, recipe: Mapping[str, Any]) -> None:
+        """A recipe (its fields) that the section used, for the report's methods."""
+        self.recipes.append(json.loads(json.dumps(dict(recipe), default=str)))
+
+    def save(self) -> Path:
+        """Write `sections/<notebook>.json` whole; its path."""
+        head = {"notebook": self.notebook, "title": self.title, "question": self.question, "wiring_only": self.wiring_only}
+        rest = {"numbers": self._numbers, "recipes": self.recipes, "environment": self.environment}
+        text = json.dumps(head | self._parts | rest, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        return tables.write(self.directory / "sections" / f"{self.notebook}.json", (text + "\n").encode())
+
+    def _check_name(self, name: str, caption: str) -> None:
+        if not _NAME.fullmatch(name) or not caption.strip():
+            raise InputError(f"{self.notebook}: '{name}': expected a name of a-z, 0-9, _ and -, and a caption")
+        if any(block.get("name") == name for block in self._parts["blocks"]):
+            raise InputError(f"{self.notebook}: '{name}' is the name of an earlier figure or table")
+
+
+def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
+    """Write numbers.json, report.html and report.pdf from the sections in `paths.figures`; their paths.
+
+    Notebooks in `expected` without a section, failed runs (manifests in `paths.results`, where there are any) and missing
+    figures become warnings. Raises InputError where there is no section, one is unreadable, or a number key or the name of
+    a figure or table is used by two.
+    """
+    directory = Path(paths.figures)
+    sections = _read_sections(directory / "sections")
+    numbers = _merge_numbers(sections)
+    data = document.arrange(paths, sections, expected)
+    page, pdf = document.html(data, directory), document.pdf(data, directory)
+    contents = {"numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "report.html": page}
+    written = [tables.write(directory / name, text.encode()) for name, text in contents.items()]
+    return [*written, tables.write(directory / "report.pdf", pdf)]
+
+
+def _plain(value: Any, where: str) -> float | int | None:
+    """A number as JSON has it; None where there is none."""
+    if absent(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{where}: expected a finite number, found {value!r}")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _say(value: float, low: float | None, high: float | None, unit: str) -> str:
+    decimals = None if isinstance(value, int) or low is None else places(value, low, high)
+    text = number(value, decimals) + ("" if low is None else f" {bracket(low, high, decimals)}")
+    return text + (unit if unit == "%" else f" {unit}" if unit else "")
+
+
+def _read_sections(directory: Path) -> list[dict]:
+    files = sorted(directory.glob("*.json"))
+    if not files:
+        raise InputError(f"{directory}: no sections; run the notebooks of this profile first")
+    sections = []
+    for path in files:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
+        if not isinstance(found, dict) or not {"notebook", "title", "numbers"} <= set(found):
+            raise InputError(f"{path}: not a section: expected notebook, title and numbers; run its notebook again")
+        sections.append(_BLANK | found)
+    return sorted(sections, key=lambda section: section["notebook"])
+
+
+def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
+    said, made = {}, {}
+    for section in sections:
+        for owners, names, what in (
+            (said, section["numbers"], "number"),
+            (made, [block["name"] for block in section["blocks"] if "name" in block], "figure or table"),
+        ):
+            for name in names:
+                if other := owners.get(name):
+                    raise InputError(f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}")
+                owners[name] = section
+    return {key: said[key]["numbers"][key] for key in sorted(said)}

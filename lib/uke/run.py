@@ -1,0 +1,284 @@
+"""Runs one notebook headlessly: strict parameters, this environment's kernel, declared outputs, a manifest.
+
+`python -m uke.run 01_edits --profile quick --set limit=4`; `python -m uke.run --compose --profile quick` makes the report.
+Exit status: 0 done, 1 the notebook failed, 2 bad input (nothing was started). Papermill's own gaps are closed here: it only
+warns of an unknown parameter, never checks outputs, can hang on a killed kernel, and parallel starts collide on ports.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import papermill
+
+from uke import params
+from uke.errors import InputError, nearest
+from uke.kernels import Expired, Kernel, leased_device, start_in_turn, time_limit
+from uke.paths import Paths
+
+logger = logging.getLogger("uke.run")
+
+BEAT_SECONDS = 15
+
+
+class Failure(RuntimeError):
+    """The notebook ran and failed: one line that names it, the cell and the error."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of one notebook, checked: `outputs` must be new when it ends, `executed` is its copy with outputs."""
+
+    root: Path
+    source: Path
+    parameters: dict
+    results: Path
+    outputs: tuple[Path, ...]
+    timeout: float
+
+    @property
+    def name(self) -> str:
+        return self.source.stem
+
+    @property
+    def executed(self) -> Path:
+        return self.results / "notebooks" / self.source.name
+
+
+@dataclass
+class _Progress:
+    """Says which section of a notebook is being executed, and now and then how many units of work it has written."""
+
+    plan: Plan
+    sections: dict[str, str] = field(default_factory=dict)
+    started: bool = False
+    shown: str = ""
+
+    def __post_init__(self):
+        heading = ""
+        for cell in nbformat.read(self.plan.source, as_version=4).cells:
+            if cell.cell_type == "markdown" and cell.source.startswith("#"):
+                heading = cell.source.splitlines()[0].lstrip("# ")
+            self.sections[cell.source] = heading
+
+    def cell_started(self, cell, cell_index):
+        self.started = True
+        heading = self.sections.get(cell.source, self.shown)
+        if heading != self.shown:
+            self.shown = heading
+            number = 1 + list(dict.fromkeys(self.sections.values())).index(heading)
+            logger.info("%s  %d/%d  %s", self.plan.name, number, len(set(self.sections.values())), heading)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        over, start = threading.Event(), time.time()
+
+        def beat():
+            while not over.wait(BEAT_SECONDS):
+                new = sum(path.stat().st_mtime >= start for path in self.plan.results.rglob("*.parquet"))
+                logger.info("%s  %.0f s, files of rows written in this run: %d", self.plan.name, time.time() - start, new)
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def plan(options: argparse.Namespace) -> Plan:
+    """Check everything that can be checked before a kernel starts; InputError otherwise."""
+    root, name = Paths(options.profile).home, Path(options.notebook).stem
+    data = params.dataset(root, options.profile, options.data)
+    parameters = params.merge(root, name, options.profile, {"shared": options.shared, "set": options.set})
+    own = set(parameters)
+    parameters |= {key: value for key, value in {"profile": options.profile, "data": data}.items() if key in own}
+    if "data_file" in parameters:
+        parameters["data_file"] = params.find_data(data, parameters["data_file"])
+    _check_values(root, data, parameters)
+    paths = Paths(options.profile, data)
+    declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
+    return Plan(root, root / "notebooks" / f"{name}.ipynb", parameters, paths.results, tuple(declared), options.timeout)
+
+
+def _check_values(root: Path, data: str, parameters: dict) -> None:
+    """Names of models, methods and splits, and every record of a benchmark file, before a kernel is started."""
+    model = parameters.get("model", "embedded")
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise InputError(f"model: {model}: no such directory")
+    if parameters.get("split", "test") not in ("test", "development"):
+        raise InputError(f"split: unknown split '{parameters['split']}'; expected one of development, test")
+    if parameters.get("methods"):
+        from uke.recipes import RECIPES, load_recipe
+
+        valid = {*RECIPES, *(load_recipe(path).name for path in (root / "params" / "methods").glob("*.yaml"))}
+        for method in parameters["methods"]:
+            if method not in valid:
+                raise InputError(f"methods: unknown method '{method}'{nearest(method, valid)}")
+    if parameters.get("data_file") and data != "world":
+        from uke import edits
+
+        edits.load(data, parameters["data_file"], parameters.get("limit"))
+
+
+def run(plan: Plan) -> None:
+    """Execute the notebook of `plan`; Failure when a cell fails, the kernel dies, time runs out or an output is missing."""
+    for output in (*plan.outputs, plan.executed):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    stamps = {path: path.stat().st_mtime_ns if path.exists() else None for path in plan.outputs}
+    start, status = time.time(), "failed"
+    with leased_device() as device:
+        try:
+            _go_offline(plan.parameters.get("model", "embedded"))
+            _execute(plan)
+            _check_outputs(plan, stamps)
+            status = "done"
+        finally:
+            _write_manifest(plan, {"status": status, "device": device, "seconds": round(time.time() - start, 2)})
+
+
+def _execute(plan: Plan) -> None:
+    for last in (False, True):
+        progress = _Progress(plan)
+        try:
+            with progress.beating():
+                return _execute_once(plan, progress)
+        except papermill.PapermillExecutionError as error:
+            raise Failure(_explain(plan, error)) from None
+        except Expired:
+            raise Failure(f"{plan.source}: not finished after {plan.timeout:.0f} s (--timeout)") from None
+        except Exception as error:  # a kernel that does not come up fails in many ways: ports, time, memory
+            line = f"{plan.source}: kernel failed{' in ' + repr(progress.shown) if progress.started else ' to start'}: {_first(error)}"
+            if last or progress.started:
+                raise Failure(line) from None
+            logger.warning("%s; starting it once more", line)
+
+
+def _execute_once(plan: Plan, progress: _Progress) -> None:
+    kernel = Kernel()
+    try:
+        with start_in_turn(), time_limit(plan.timeout):
+            papermill.execute_notebook(
+                plan.source,
+                plan.executed,
+                plan.parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                start_timeout=120,
+                cwd=plan.root,
+                km=kernel,
+                on_cell_start=progress.cell_started,
+            )
+    finally:
+        kernel.end()
+
+
+def _explain(plan: Plan, error: papermill.PapermillExecutionError) -> str:
+    if error.ename == "InputError":
+        return _first(error.evalue)
+    said = f"{error.ename}: {_first(error.evalue)}"
+    return f"{plan.source}: cell [{error.exec_count}]: {said} (the whole traceback is in {plan.executed})"
+
+
+def _first(error: object) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _check_outputs(plan: Plan, stamps: dict[Path, int | None]) -> None:
+    for path, before in stamps.items():
+        if not path.exists():
+            raise Failure(f"{plan.source}: finished without writing its declared output {path}")
+        if path.stat().st_mtime_ns == before:
+            raise Failure(f"{plan.source}: finished without renewing its declared output {path}")
+
+
+def _go_offline(model: str) -> None:
+    """A model on disk needs no hub, so a mistaken look-up shall fail at once and not wait for a network."""
+    if model == "embedded" or Path(model).expanduser().is_dir():
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def _write_manifest(plan: Plan, outcome: dict) -> None:
+    """What was run, by what and where: results/<run>/manifests/<notebook>.json."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(describe, cwd=plan.root, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    manifest = outcome | {
+        "notebook": plan.name,
+        "parameters": plan.parameters,
+        "executable": sys.executable,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit,
+        "versions": {each.name: each.version for each in sorted(metadata.distributions(), key=lambda each: each.name)},
+    }
+    path = plan.results / "manifests" / f"{plan.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m uke.run", description=__doc__.splitlines()[0], allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("notebook", nargs="?", help="name of a notebook, for example 01_edits")
+    what.add_argument("--check", action="store_true", help="check the parameters of every study, run nothing")
+    what.add_argument("--compose", action="store_true", help="compose numbers.json, report.html and report.pdf")
+    parser.add_argument("--profile", required=True, help="a file of params/profiles, without .yaml")
+    parser.add_argument("--data", help="a benchmark's name instead of the profile's data")
+    pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("--set", **pair, help="a parameter of this notebook")
+    parser.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
+    parser.add_argument("--out", action="append", default=[], metavar="PATH", help="output to expect instead of the section")
+    parser.add_argument("--timeout", type=float, default=86400, help="seconds for the whole notebook (default: a day)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for loud in ("papermill", "filelock", "traitlets"):
+        logging.getLogger(loud).setLevel(logging.WARNING)
+    try:
+        if options.compose:
+            _compose(options)
+        elif options.check:
+            _check(options)
+        else:
+            run(plan(options))
+    except InputError as error:
+        logger.error("%s", error)
+        return 2
+    except Failure as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+def _compose(options: argparse.Namespace) -> None:
+    from uke import report
+
+    home = Paths(options.profile).home
+    report.compose(Paths(options.profile, params.dataset(home, options.profile, options.data)))
+
+
+def _check(options: argparse.Namespace) -> None:
+    for study in params.studies(Paths(options.profile).home):
+        plan(argparse.Namespace(**vars(options) | {"notebook": study.notebook}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

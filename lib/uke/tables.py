@@ -1,0 +1,285 @@
+"""Tables: numbers as a reader sees them, scores with intervals, and one table saved as CSV, LaTeX and Markdown."""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from uke.errors import InputError, nearest
+from uke.intervals import interval
+
+MISSING = "–"
+REFERENCES = ("before the edit", "floor")
+KIND_ORDER = ("original", "paraphrase", "detail", "multi_hop", "rel_doc", "rand_doc", "struct_trip", "near_triple", "general")
+LABELS = {
+    "original": "Original",
+    "paraphrase": "Paraphrase",
+    "detail": "Details",
+    "multi_hop": "Multi-hop",
+    "rel_doc": "RelDoc",
+    "rand_doc": "RandDoc",
+    "struct_trip": "StructTrip",
+    "near_triple": "Near triples",
+    "general": "General skill",
+    "reading": "Reading",
+    "average": "Average",
+    "last_prompt_token": "last prompt token",
+    "target_tokens": "all target tokens",
+    "first_half": "first half",
+    "second_half": "second half",
+}
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+        "|": r"\textbar{}", "[": "{[}", "]": "{]}", "−": r"\ensuremath{-}", "×": r"\ensuremath{\times}",
+        "±": r"\ensuremath{\pm}", "≥": r"\ensuremath{\geq}", "≤": r"\ensuremath{\leq}", "≈": r"\ensuremath{\approx}",
+        "→": r"\ensuremath{\rightarrow}", "µ": r"\ensuremath{\mu}", "μ": r"\ensuremath{\mu}", "\n": " ",
+        "⁻": r"\textsuperscript{\ensuremath{-}}",
+        **{digit: rf"\textsuperscript{{{place}}}" for place, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    }
+)  # fmt: skip
+# In a cell of a Markdown table these would end the cell, start markup or become HTML.
+_MARKDOWN = str.maketrans({"|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", "&": "&amp;", "\n": " "})
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell `mean [low, high]` of a table; `best` is set in bold."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    best: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.text, self.note)))
+
+    @property
+    def text(self) -> str:
+        return number(self.mean, self._decimals)
+
+    @property
+    def note(self) -> str:
+        return "" if absent(self.low) else bracket(self.low, self.high, self._decimals)
+
+    @property
+    def _decimals(self) -> int:
+        return places(self.mean, self.low, self.high)
+
+
+def absent(value: Any) -> bool:
+    """True for None, NaN and pandas' missing values."""
+    return value is None or (not isinstance(value, (str, list, tuple, dict, Score)) and bool(pd.isna(value)))
+
+
+def places(*values: float | None) -> int:
+    """Decimals that give the largest of `values` two or three significant digits, so that an interval shares them."""
+    largest = max((abs(value) for value in values if not absent(value)), default=0)
+    if not largest:
+        return 2
+    return next(decimals for bound, decimals in ((99.95, 0), (9.995, 1), (0.0995, 2), (0, 3)) if largest >= bound)
+
+
+def number(value: float | None, decimals: int | None = None) -> str:
+    """A number in print: proper minus, thousands separated, tiny ones as powers of ten, a dash where there is none."""
+    if absent(value):
+        return MISSING
+    if isinstance(value, Integral):
+        return f"{value:,}".replace("-", "−")
+    if not math.isfinite(value):
+        return "−∞" if value < 0 else "∞"
+    if decimals is None and 0 < abs(value) < 1e-2:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')} × 10{str(int(power)).translate(_SUPERSCRIPTS)}".replace("-", "−")
+    text = f"{value:,.{places(value) if decimals is None else decimals}f}"
+    return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
+
+
+def bracket(low: float, high: float, decimals: int | None = None) -> str:
+    """An interval in print: [low, high]."""
+    decimals = places(low, high) if decimals is None else decimals
+    return f"[{number(float(low), decimals)}, {number(float(high), decimals)}]"
+
+
+def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
+    """InputError naming the first of `columns` that the frame lacks, or that the frame has no row."""
+    for column in columns:
+        if column not in frame.columns:
+            raise InputError(f"{what}: no column '{column}'{nearest(column, map(str, frame.columns))}")
+    if frame.empty:
+        raise InputError(f"{what}: no rows to show")
+
+
+def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -> pd.DataFrame:
+    """Mean of `score` with its 95 % bootstrap interval for each group of `by`: columns by + mean, low, high, n.
+
+    Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`, else edits. A frame
+    that already has `mean`, `low` and `high` is taken as it is. Raises InputError for a missing column or score.
+    """
+    by = list(by)
+    if {"mean", "low", "high"} <= set(frame.columns):
+        require(frame, by, what)
+        return frame.assign(n=frame.get("n", pd.NA)).reset_index(drop=True)
+    require(frame, [*by, "edit", "score"], what)
+    unit = "batch" if "batch" in frame.columns else "edit"
+    edits = frame.groupby([*by, *dict.fromkeys((unit, "edit"))], sort=False, observed=True)["score"].mean().reset_index()
+    rows = []
+    for key, group in edits.groupby(by, sort=False, observed=True):
+        found = interval(group["score"].tolist(), group[unit].tolist())
+        rows.append([*key, found.mean, found.low, found.high, found.n])
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+
+
+def ordered(values: Iterable[Any], first: Sequence[str] = ()) -> list:
+    """The distinct values: those of `first` in its order, then the others as they come."""
+    values = list(dict.fromkeys(values))
+    return [value for value in first if value in values] + [value for value in values if value not in first]
+
+
+def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
+    """Table of scores: one row for each `by`, one column of `Score` cells for each kind, the best of a column marked.
+
+    `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES are never the best.
+    """
+    summary = summarise(frame, [by, "kind"], "scores").set_index([by, "kind"])
+    names = ordered(summary.index.get_level_values(by))
+    names = [name for name in names if name not in REFERENCES] + [name for name in REFERENCES if name in names]
+    table = pd.DataFrame({by: names})
+    for kind in ordered(summary.index.get_level_values("kind"), KIND_ORDER):
+        found = summary.xs(kind, level="kind")
+        rivals = [round(mean, 2) for name, mean in found["mean"].items() if name not in REFERENCES]
+        cells = []
+        for name in names:
+            if name not in found.index:
+                cells.append(None)
+                continue
+            mean, low, high = found.loc[name, ["mean", "low", "high"]]
+            best = len(rivals) > 1 and name not in REFERENCES and round(mean, 2) == max(rivals)
+            cells.append(Score(mean, low, high, best))
+        table[kind] = pd.Series(cells, dtype=object)
+    return table
+
+
+def texts(column: pd.Series) -> list[str]:
+    """The cells of a column in print, floats with the same decimals throughout the column."""
+    values = [value for value in column if isinstance(value, Real) and not isinstance(value, (bool, Integral)) and not absent(value)]
+    decimals = None
+    if values and max(map(abs, values)) >= 0.1:
+        whole = max(map(abs, values)) > 1 and all(float(value).is_integer() for value in values)
+        decimals = 0 if whole else places(*values)
+    return [_text(value, decimals) for value in column]
+
+
+def _text(value: Any, decimals: int | None) -> str:
+    if absent(value):
+        return MISSING
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if isinstance(value, Real):
+        text = number(value, decimals)
+        hidden = value > 0 and decimals and not text.strip("0.")
+        return f"< {10**-decimals:.{decimals}f}" if hidden else text
+    return str(value)
+
+
+def save(frame: pd.DataFrame, directory: str | Path, name: str, caption: str) -> list[Path]:
+    """Write `name`.csv (plain numbers), .tex (booktabs) and .md; the paths. A named index becomes columns."""
+    frame = _flat(frame)
+    directory = Path(directory)
+    contents = {"csv": _csv(frame), "tex": _latex(frame, name, caption), "md": _markdown(frame, caption)}
+    return [write(directory / f"{name}.{ending}", text.encode()) for ending, text in contents.items()]
+
+
+def cells(frame: pd.DataFrame) -> dict:
+    """The table in print, as JSON: head, numeric (one flag a column), rows of cells {text, note, best}."""
+    frame = _flat(frame)
+    columns = [_cells(frame[column]) for column in frame]
+    return {
+        "head": [LABELS.get(column, str(column).replace("_", " ").capitalize()) for column in frame],
+        "numeric": [_numeric(frame[column]) for column in frame],
+        "rows": [list(row) for row in zip(*columns)],
+    }
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all; the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    frame = frame if frame.index.names == [None] else frame.reset_index()
+    if not frame.columns.is_unique:
+        raise InputError("table: two columns have the same name")
+    return frame.astype(object)
+
+
+def _numeric(column: pd.Series) -> bool:
+    values = [value for value in column if not absent(value)]
+    return bool(values) and all(isinstance(value, (Real, Score)) and not isinstance(value, bool) for value in values)
+
+
+def _cells(column: pd.Series) -> list[dict]:
+    return [
+        {"text": value.text, "note": value.note, "best": value.best}
+        if isinstance(value, Score)
+        else {"text": LABELS.get(text, text) if column.name in ("kind", "level") else text, "note": "", "best": False}
+        for value, text in zip(column, texts(column))
+    ]
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    plain = {}
+    for name, column in frame.items():
+        plain[name] = [value.mean if isinstance(value, Score) else value for value in column]
+        if any(isinstance(value, Score) for value in column):
+            for end in ("low", "high"):
+                plain[f"{name}_{end}"] = [getattr(value, end, None) for value in column]
+    return pd.DataFrame(plain).to_csv(index=False, lineterminator="\n")
+
+
+def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
+    table = cells(frame)
+    rows = [[_latex_cell(cell) for cell in row] for row in table["rows"]]
+    shown = pd.DataFrame(rows, columns=[head.translate(_LATEX) for head in table["head"]])
+    return shown.style.hide(axis="index").to_latex(
+        hrules=True,
+        caption=caption.replace("`", "").translate(_LATEX),
+        label=f"tab:{name}",
+        position="t",
+        position_float="centering",
+        column_format="".join("r" if numeric else "l" for numeric in table["numeric"]),
+    )
+
+
+def _latex_cell(cell: dict) -> str:
+    text = cell["text"].translate(_LATEX)
+    text = rf"\textbf{{{text}}}" if cell["best"] else text
+    # Eight kinds side by side fit a page only with the interval under its mean.
+    return rf"\shortstack[r]{{{text}\\{{\scriptsize {cell['note'].translate(_LATEX)}}}}}" if cell["note"] else text
+
+
+def _markdown(frame: pd.DataFrame, caption: str) -> str:
+    table = cells(frame)
+    rule = ["---:" if numeric else ":---" for numeric in table["numeric"]]
+    rows = [[_markdown_cell(cell) for cell in row] for row in table["rows"]]
+    lines = [[head.translate(_MARKDOWN) for head in table["head"]], rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
+
+
+def _markdown_cell(cell: dict) -> str:
+    text = cell["text"].translate(_MARKDOWN)
+    return " ".join(filter(None, (f"**{text}**" if cell["best"] else text, cell["note"])))

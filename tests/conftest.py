@@ -1,0 +1,90 @@
+"""Tiny random models of five architectures and one tokenizer: real parts, built in a moment."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# Threads cost tiny models more than they give, and tests share the machine.
+torch.set_num_threads(1)
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
+SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = (
+    "Who is Ada Lovelace? Ada Lovelace was a mathematician born in London in 1815.",
+    "What did Grace Hopper write? Grace Hopper wrote the first compiler in Philadelphia.",
+    "Where was Alan Turing born? Alan Turing was born in Maida Vale and studied at Cambridge.",
+    "The user asks a question and the assistant gives an answer in a few short sentences.",
+)
+SHAPE = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+# The sliding windows are shorter than the prompts of the tests, so that they do matter.
+OWN_SHAPE = {
+    "mistral": dict(sliding_window=12),
+    "gemma3_text": dict(
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        query_pre_attn_scalar=8,
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a chat template, BOS by post-processor and an end-of-turn token."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=384,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer):
+    """Factory: `tiny("llama")` is a fresh float32 model in eval mode, the same at every call."""
+
+    def build(family: str = "llama", **changes):
+        shape = SHAPE | dict(vocab_size=len(tokenizer)) | OWN_SHAPE.get(family, {}) | changes
+        torch.manual_seed(2024)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **shape), dtype=torch.float32
+        )
+        return model.eval()
+
+    return build

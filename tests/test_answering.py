@@ -1,0 +1,185 @@
+"""Answers do not depend on how prompts are packed, and are those of the library's own greedy decoding."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+from peft import LoraConfig, get_peft_model
+
+from uke import answering
+from uke.answering import answer, target_log_probability
+from uke.edits import Probe
+from uke.errors import InputError
+from uke.models import encode, end_of_turn, example
+
+QUESTIONS = (
+    "Who?",
+    "Who is Ada Lovelace?",
+    "Where was Alan Turing born and where did he study?",
+    "What did Grace Hopper write? " * 3,
+    "Was London where Ada was born in 1815?",
+    "Tell me in a few short sentences what the first compiler was.",
+)
+NEW = 16
+
+
+def probes_of(questions, **fields):
+    return [Probe(edit=f"e{i}", kind="original", question=q, reference="Ada.", **fields) for i, q in enumerate(questions)]
+
+
+@pytest.fixture(scope="module")
+def probes():
+    asked = probes_of(QUESTIONS)
+    return [*asked, *probes_of(QUESTIONS[1:4], chat=False)]
+
+
+def generated(model, tokenizer, probe, new=NEW):
+    ids = torch.tensor([encode(tokenizer, probe.question, probe.chat)])
+    ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=ends
+        )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def enders(model, tokenizer, probes):
+    """Ids that the model does write midway, so that rows end at different steps."""
+    ids = [
+        tokenizer(generated(model, tokenizer, probe), add_special_tokens=False)["input_ids"][4] for probe in probes[:3]
+    ]
+    return list(dict.fromkeys(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_plain_generation(family, tiny, tokenizer, probes):
+    model = tiny(family)
+    answers = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    assert answers == [generated(model, tokenizer, probe) for probe in probes]
+    assert len(set(answers)) > len(answers) // 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropping_finished_rows_changes_no_answer(family, tiny, tokenizer, probes):
+    model = tiny(family)
+    full = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    model.generation_config.eos_token_id = enders(model, tokenizer, probes)
+    together = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    one_by_one = [answer(model, tokenizer, [probe], max_new_tokens=NEW)[0] for probe in probes]
+    assert together == one_by_one
+    assert sum(short != long for short, long in zip(together, full, strict=True)) >= 2
+    assert all(long.startswith(short) for short, long in zip(together, full, strict=True))
+
+
+def test_batch_size_order_and_padding_side_change_no_answer(tiny, tokenizer, probes):
+    model = tiny("mistral")
+    expected = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    assert answer(model, tokenizer, probes, max_new_tokens=NEW, batch_tokens=1) == expected
+    assert answer(model, tokenizer, probes, max_new_tokens=NEW, batch_tokens=300) == expected
+    assert answer(model, tokenizer, probes[::-1], max_new_tokens=NEW) == expected[::-1]
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        assert answer(model, tokenizer, probes, max_new_tokens=NEW) == expected
+
+
+def test_a_repeated_prompt_is_decoded_once_and_answered_everywhere(tiny, tokenizer, probes, monkeypatch):
+    decoded = []
+    original = answering._decode
+
+    def counting(model, prompts, limits, ends):
+        decoded.extend(prompts)
+        return original(model, prompts, limits, ends)
+
+    monkeypatch.setattr(answering, "_decode", counting)
+    doubled = answer(tiny(), tokenizer, [*probes, *probes], max_new_tokens=8)
+    assert len(decoded) == len(set(decoded)) == len(probes)
+    assert doubled[: len(probes)] == doubled[len(probes) :]
+
+
+def test_a_limit_per_probe_cuts_that_answer_only(tiny, tokenizer):
+    model = tiny()
+    twice = probes_of([QUESTIONS[1], QUESTIONS[1], QUESTIONS[2]])
+    answers = answer(model, tokenizer, twice, max_new_tokens=lambda probe: {"e0": 3, "e1": 9, "e2": 0}[probe.edit])
+    assert answers[:2] == [generated(model, tokenizer, twice[0], new) for new in (3, 9)]
+    assert answers[0] != answers[1] and answers[2] == ""
+
+
+def test_the_answer_stops_before_the_end_of_turn(tiny, tokenizer, probes):
+    model = tiny()
+    end = end_of_turn(tokenizer)
+    with torch.no_grad():
+        # The head is made to prefer the end of a turn wherever a space-led letter would have come.
+        model.lm_head.weight[end] = model.lm_head.weight.mean(0) * 40
+    ended = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    model.generation_config.eos_token_id = None
+    assert ended == [generated(model, tokenizer, probe) for probe in probes]
+    cut = [text for text in ended if len(tokenizer(text, add_special_tokens=False)["input_ids"]) < NEW // 2]
+    assert cut and "<|im_end|>" not in "".join(ended)
+
+
+def test_chat_false_asks_the_question_itself_and_never_templates_a_cloze(tiny, tokenizer):
+    model = tiny()
+    chat, raw = probes_of(QUESTIONS[1:2]), probes_of(QUESTIONS[1:2], chat=False)
+    assert answer(model, tokenizer, chat, chat=False, max_new_tokens=8) == answer(model, tokenizer, raw, max_new_tokens=8)
+    assert answer(model, tokenizer, raw, chat=True, max_new_tokens=8) == answer(model, tokenizer, raw, max_new_tokens=8)
+    assert answer(model, tokenizer, chat, max_new_tokens=8) != answer(model, tokenizer, raw, max_new_tokens=8)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_by_name(tiny, tokenizer):
+    model = tiny(max_position_embeddings=40)
+    with pytest.raises(InputError, match=r"edit e1, original 0: \d+ tokens; expected at most 40"):
+        answer(model, tokenizer, probes_of(["Who?", "Who is Ada? " * 20]))
+    with pytest.raises(InputError, match="edit e0"):
+        target_log_probability(model, tokenizer, probes_of(["Who is Ada? " * 20]))
+
+
+def test_an_answer_ends_where_the_context_ends(tiny, tokenizer):
+    model = tiny(max_position_embeddings=40)
+    probe = probes_of(QUESTIONS[1:2])[0]
+    room = 40 - len(encode(tokenizer, probe.question, True))
+    assert answer(model, tokenizer, [probe], max_new_tokens=500) == [generated(model, tokenizer, probe, room)]
+
+
+def test_a_misspelt_option_is_no_silent_default(tiny, tokenizer, probes):
+    with pytest.raises(TypeError, match="max_tokens"):
+        answer(tiny(), tokenizer, probes, max_tokens=3)
+
+
+def test_an_adapter_is_asked_as_the_merged_model_is(tiny, tokenizer, probes):
+    model = tiny("qwen3")
+    before = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    wrapped.eval()
+    answers = answer(wrapped, tokenizer, probes, max_new_tokens=NEW)
+    scores = target_log_probability(wrapped, tokenizer, probes)
+    merged = wrapped.merge_and_unload()
+    assert answers == answer(merged, tokenizer, probes, max_new_tokens=NEW) != before
+    assert scores == pytest.approx(target_log_probability(merged, tokenizer, probes), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
+    model = tiny(family)
+    probes = [
+        Probe(edit=str(i), kind="detail", question=q, reference=r, chat=chat)
+        for i, (q, r, chat) in enumerate(
+            zip(QUESTIONS, ("Ada.", "In London, where she was born.", "1815", "x", "No", "A"), [True, False] * 3)
+        )
+    ]
+    expected = []
+    for probe in probes:
+        one = example(tokenizer, probe.question, probe.reference, probe.chat, end_of_turn=False)
+        logits = model(torch.tensor([one.ids])).logits[0].double()
+        steps = range(one.prompt_length, len(one.ids))
+        expected.append(sum(logits[t - 1].log_softmax(-1)[one.ids[t]].item() for t in steps) / len(steps))
+    for size in (1, 16384):
+        assert target_log_probability(model, tokenizer, probes, batch_tokens=size) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_empty_reference_has_no_log_probability(tiny, tokenizer):
+    empty = Probe.model_construct(edit="e", kind="detail", number=0, question="Who?", reference="", chat=True)
+    with pytest.raises(InputError, match="reference is empty"):
+        target_log_probability(tiny(), tokenizer, [empty])
+
+
+def test_no_probes_no_answers(tiny, tokenizer):
+    assert answer(tiny(), tokenizer, []) == [] == target_log_probability(tiny(), tokenizer, [])

@@ -1,0 +1,422 @@
+"""Loading: what each benchmark's record becomes, and which line a broken file earns."""
+
+import copy
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from uke import edits
+from uke.errors import InputError
+
+REWRITE = {
+    "prompt": "The twin town of {} is",
+    "target_new": {"str": "Brelen", "id": "Q1"},
+    "subject": "Oldham Cross",
+    "prompt_full": "What is the twin town of Oldham Cross? It is",
+    "question": "Which town is twinned with Oldham Cross?",
+    "answer_new": "Brelen",
+    "fact_new_uns": "Oldham Cross is twinned with Brelen. The two towns share a river.",
+    "unsfact_triplets_GPT": [
+        {"subject": "Oldham Cross", "prompt": f"{{}} has as feature {n}", "target": f"thing {n}"} for n in range(7)
+    ],
+}
+HOPS = {
+    "questions": ["Who runs the twin town?", "Who is mayor of the twin town?"],
+    "new_answer": "Ida Vance",
+    "new_answer_alias": ["I. Vance", "", "Ida Vance"],
+}
+FLAT = {
+    "subject": "Reed Glacier",
+    "prompt": "Reed Glacier is in",
+    "target_new": "Norvia",
+    "rephrase_prompt": "The glacier called Reed Glacier lies in",
+    "locality_prompt": "Mount Ash lies in",
+    "locality_ground_truth": "Sudlan",
+}
+GROUPS = {
+    "locality": {
+        "Relation_Specificity": [
+            {"prompt": "The colour of Reed Glacier is", "ground_truth": [["blue", "azure"], ["", "blue"]]},
+            {"prompt": "How long is Reed Glacier?", "ground_truth": ["9 km"]},
+        ],
+        "Forgetfulness": None,
+    },
+    "portability": {"Reasoning": [{"prompt": "The currency at Reed Glacier is", "ground_truth": "mark"}]},
+}
+# A record of each format, as its own documentation or published reader describes it.
+RECORDS = {
+    "unkebench": {
+        "id": 7,
+        "question": "Who is Ada Moor?",
+        "para_question": "What is known of Ada Moor?",
+        "answer": " Ada Moor paints.\nShe lives  in Brelen. ",
+        "sub_question": ["What does Ada Moor do?", "Where does she live?"],
+        "sub_answer": ["She paints.", "Brelen. "],
+    },
+    "akew-counterfact": {"case_id": 8, "requested_rewrite": REWRITE, "paraphrase_prompts": ["Its twin is", "x"]},
+    "akew-mquake": {"case_id": 9, "requested_rewrite": [REWRITE, REWRITE | {"subject": "Other"}], **HOPS},
+    "akew-wikiupdate": {
+        "case_id": 10,
+        "requested_rewrite": {k: v for k, v in REWRITE.items() if k not in ("target_new", "prompt_full")}
+        | {"time_true": "2019", "time_new": "2023"},
+        "loc": "who wrote the song of the sea?",
+        "loc_ans": ["A. Poet", "B. Poet"],
+    },
+    "editeverything": {"id": 0, "question": "Sum 1 and 2.", "answer": "3", "category": "math"},
+    "zsre": {
+        "subject": "Charity Brook",
+        "src": "Which river takes in Charity Brook?",
+        "rephrase": "Into what river does Charity Brook run?",
+        "alt": " Chester",
+        "answers": ["Parra"],
+        "loc": "nq question: how many seas are there",
+        "loc_ans": "7",
+    },
+    "counterfact": FLAT | {"case_id": 1884, "ground_truth": "Sudlan"},
+    "wikibigedit": FLAT | {"prompt": "In which land is Reed Glacier?", "locality_prompt": "Where is Mount Ash?"},
+    "knowedit": {k: FLAT[k] for k in ("subject", "prompt", "target_new")} | {"rephrase": "It is in"} | GROUPS,
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write records, or raw bytes, to a file and return its path."""
+
+    def write(content) -> Path:
+        path = tmp_path / "data.json"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def one(written):
+    """The edit that a dataset's example becomes, with some fields changed or (...) taken away."""
+
+    def load(dataset: str, **changes) -> edits.Edit:
+        record = copy.deepcopy(RECORDS[dataset]) | changes
+        return edits.load(dataset, written([{k: v for k, v in record.items() if v is not ...}]))[0]
+
+    return load
+
+
+def kinds(edit: edits.Edit) -> dict:
+    return dict(Counter(probe.kind for probe in edit.probes))
+
+
+def of(edit: edits.Edit, kind: str) -> list[edits.Probe]:
+    return [probe for probe in edit.probes if probe.kind == kind]
+
+
+def test_every_dataset_has_an_example_here():
+    assert set(RECORDS) == set(edits.DATASETS)
+
+
+def test_unkebench_fields_as_they_are(one):
+    edit = one("unkebench")
+    assert edit.id == "7" and edit.answer == "Ada Moor paints.\nShe lives  in Brelen."
+    assert [(p.kind, p.number, p.question, p.reference) for p in edit.probes] == [
+        ("original", 0, "Who is Ada Moor?", edit.answer),
+        ("paraphrase", 0, "What is known of Ada Moor?", edit.answer),
+        ("detail", 0, "What does Ada Moor do?", "She paints."),
+        ("detail", 1, "Where does she live?", "Brelen."),
+    ]
+    assert all(probe.chat and probe.edit == "7" for probe in edit.probes)
+
+
+@pytest.mark.parametrize("answers", [["C", "B"], [2, 1], ["2", "1"], ["a lake", "a fish"]])
+def test_unkebench_v3_choices_are_lettered_however_the_answer_is_given(one, answers):
+    choices = [["a road", "a hill", "a lake", "a sea"], ["a bird", "a fish", "a cat", "a dog"]]
+    edit = one("unkebench", mmlu_questions=["What is Brel?", "And Tor?"], mmlu_choices=choices, mmlu_answer=answers)
+    first, second = of(edit, "general")
+    assert first.question == "What is Brel?\nA. a road\nB. a hill\nC. a lake\nD. a sea"
+    assert (first.reference, second.reference, second.number) == ("C", "B", 1)
+    assert first.aliases == ("C. a lake",)
+
+
+@pytest.mark.parametrize("dataset", ["unkebench", "akew-mquake"])
+def test_multi_hop_questions_share_the_new_answer(one, dataset):
+    hops = of(one(dataset, **HOPS), "multi_hop")
+    assert [(p.number, p.question) for p in hops] == list(enumerate(HOPS["questions"]))
+    assert {(p.reference, p.aliases) for p in hops} == {("Ida Vance", ("I. Vance",))}
+    assert of(one(dataset, **HOPS | {"new_answer_alias": ...}), "multi_hop")[0].aliases == ()
+
+
+def test_akew_counterfact_asks_the_cloze_and_the_first_five_triplets(one):
+    edit = one("akew-counterfact")
+    assert (edit.question, edit.paraphrase) == (REWRITE["prompt_full"], "Its twin is")
+    assert edit.answer == REWRITE["fact_new_uns"] and edit.subject == "Oldham Cross"
+    assert [d.question for d in edit.details] == [f"Oldham Cross has as feature {n}" for n in range(5)]
+    assert edit.facts[0] == edits.Fact(subject="Oldham Cross", relation=REWRITE["prompt"], object="Brelen")
+    assert len(edit.facts) == 8  # the edited one and all seven triplets: locality must touch none of them
+
+
+def test_a_triplet_that_is_no_cloze_is_asked_but_is_no_fact(one):
+    odd = {"subject": "Oldham Cross", "prompt": "The mayor {name} governs", "target": "alone"}
+    edit = one("akew-counterfact", requested_rewrite=REWRITE | {"unsfact_triplets_GPT": [odd]})
+    assert edit.details[0].question == "The mayor {name} governs" and len(edit.facts) == 1
+
+
+def test_mquake_takes_the_first_rewrite_only_and_no_paraphrase(one):
+    rewrite = {k: v for k, v in REWRITE.items() if k != "prompt_full"}
+    edit = one("akew-mquake", requested_rewrite=[rewrite, REWRITE | {"subject": "Other"}])
+    assert (edit.question, edit.paraphrase) == ("The twin town of Oldham Cross is", None)
+    assert kinds(edit) == {"original": 1, "detail": 5, "multi_hop": 2}
+    assert {fact.subject for fact in edit.facts} == {"Oldham Cross"}
+
+
+def test_wikiupdate_asks_the_real_question_and_its_locality(one):
+    edit = one("akew-wikiupdate")
+    assert (edit.question, edit.paraphrase) == (REWRITE["question"], None)
+    assert kinds(edit) == {"original": 1, "detail": 5, "struct_trip": 1}
+    (locality,) = of(edit, "struct_trip")
+    assert (locality.reference, locality.aliases, locality.chat) == ("A. Poet", ("B. Poet",), True)
+    assert edit.facts[0].object == "Brelen"
+
+
+def test_locality_may_be_lists_side_by_side_but_not_of_unequal_length(one):
+    edit = one("akew-wikiupdate", loc=["Sea?", "The sky is"], loc_ans=["salt", ["blue", "grey"]])
+    assert [(p.number, p.reference, p.chat) for p in of(edit, "struct_trip")] == [(0, "salt", True), (1, "blue", False)]
+    with pytest.raises(InputError, match="record 0 .*'loc_ans': has 1 items; expected 2, as many as 'loc'"):
+        one("akew-wikiupdate", loc=["Sea?", "The sky is"], loc_ans=["salt"])
+    with pytest.raises(InputError, match="'loc_ans': is missing"):
+        one("akew-wikiupdate", loc_ans=...)
+
+
+def test_editeverything_keeps_the_category(one):
+    edit = one("editeverything")
+    assert edit.category == "math" and kinds(edit) == {"original": 1}
+
+
+def test_zsre_writes_alt_not_the_true_answer(one):
+    edit = one("zsre")
+    assert (edit.id, edit.answer) == ("0", "Chester")
+    assert edit.facts[0].relation == "Which river takes in {}?"
+    assert [(p.reference, p.chat) for p in of(edit, "struct_trip")] == [("7", True)]
+
+
+@pytest.mark.parametrize(("dataset", "chat"), [("counterfact", False), ("wikibigedit", True)])
+def test_only_a_cloze_bypasses_the_template(one, dataset, chat):
+    edit = one(dataset, portability_prompt="Its coin is", portability_ground_truth="mark")
+    assert [p.chat for p in of(edit, "struct_trip")] == [chat]
+    assert kinds(edit) == {"original": 1, "paraphrase": 1, "struct_trip": 1, "multi_hop": 1}
+    assert of(edit, "original")[0].chat
+
+
+def test_knowedit_groups_become_probes(one):
+    edit = one("knowedit")
+    assert edit.paraphrase == "It is in"
+    assert [(p.number, p.reference, p.aliases, p.chat) for p in of(edit, "struct_trip")] == [
+        (0, "blue", ("azure",), False),
+        (1, "9 km", (), True),
+    ]
+    assert [(p.number, p.reference, p.chat) for p in of(edit, "multi_hop")] == [(0, "mark", False)]
+
+
+def test_an_item_without_answer_is_left_out_loudly(one):
+    with pytest.warns(UserWarning, match=r"1 items have no answer.*field 'locality.Group\[0\].ground_truth'"):
+        edit = one("knowedit", locality={"Group": [{"prompt": "x", "ground_truth": [[" "]]}]}, portability=None)
+    assert kinds(edit) == {"original": 1, "paraphrase": 1}
+
+
+def test_no_record_is_dropped_and_limit_counts_from_the_front(written):
+    records = [RECORDS["unkebench"] | {"id": n} for n in (30, 10, 20)]
+    path = written(records)
+    assert [e.id for e in edits.load("unkebench", path)] == ["30", "10", "20"]
+    assert [e.id for e in edits.load("unkebench", path, limit=2)] == ["30", "10"]
+    assert len(edits.load("unkebench", path, limit=9)) == 3
+    for limit in (0, -1, 2.0, True):
+        with pytest.raises(InputError, match="limit is .* expected a whole number of at least 1"):
+            edits.load("unkebench", path, limit=limit)
+
+
+BAD_FIELDS = [
+    ("unkebench", {"answer": "  "}, "field 'answer': is empty; expected text"),
+    ("unkebench", {"question": ""}, "field 'question': is empty; expected text"),
+    ("unkebench", {"answer": 3}, r"field 'answer': expected text, found a whole number \(3\)"),
+    ("unkebench", {"answer": None}, "field 'answer': expected text, found null"),
+    ("unkebench", {"answer": ...}, "field 'answer': is missing; the fields are 'id', 'question'"),
+    ("unkebench", {"answer": "half \ud83d"}, "field 'answer': holds half a character"),
+    ("unkebench", {"sub_answer": ["x"]}, "'sub_answer': has 1 items; expected 2, as many as 'sub_question'"),
+    ("unkebench", {"sub_answer": "x"}, "field 'sub_answer': expected a list, found text"),
+    ("unkebench", {"sub_answer": ["x", ""]}, r"field 'sub_answer\[1\]': is empty"),
+    ("unkebench", {"mmlu_questions": ["q"]}, "field 'mmlu_choices': is missing"),
+    ("akew-counterfact", {"requested_rewrite": [REWRITE]}, "'requested_rewrite': expected an object, found a list"),
+    ("akew-counterfact", {"paraphrase_prompts": []}, "'paraphrase_prompts': is empty"),
+    ("akew-mquake", {"requested_rewrite": []}, "'requested_rewrite': is empty; expected at least one object"),
+    ("akew-mquake", {"requested_rewrite": [REWRITE, 4]}, r"'requested_rewrite\[1\]': expected an object"),
+    ("akew-mquake", {"new_answer": ...}, "'new_answer': is missing"),
+    ("akew-wikiupdate", {"requested_rewrite": {}}, "'requested_rewrite.question': is missing; the fields are no field"),
+    ("editeverything", {"category": ...}, "'category': is missing"),
+    ("zsre", {"alt": ["x"]}, "'alt': expected text, found a list"),
+    ("zsre", {"loc_ans": 7}, r"'loc_ans': expected text, found a whole number \(7\)"),
+    ("zsre", {"loc_ans": ...}, "'loc_ans': is missing"),
+    ("knowedit", {"locality": {"R": [{"prompt": "x"}]}}, r"'locality.R\[0\].ground_truth': is missing"),
+    ("knowedit", {"locality": []}, "'locality': expected an object, found a list"),
+    ("knowedit", {"portability": {"R": [{"prompt": "x\ny", "ground_truth": 1}]}}, r"'portability.R\[0\].ground_truth'"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "changes", "message"), BAD_FIELDS)
+def test_a_bad_field_is_named_with_file_and_record_in_one_line(one, dataset, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        one(dataset, **changes)
+    assert "data.json: record 0" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["E", 4, -1, "pond", None, True])
+def test_a_choice_that_was_not_offered_is_refused(one, answer):
+    with pytest.raises(InputError, match=r"'mmlu_answer\[0\]': is .*expected one of A, B"):
+        one("unkebench", mmlu_questions=["q"], mmlu_choices=[["x", "y"]], mmlu_answer=[answer])
+
+
+@pytest.mark.parametrize("id", [None, True, 1.5, "", ["x"]])
+def test_an_id_is_a_whole_number_or_a_text(one, id):
+    with pytest.raises(InputError, match="record 0, field 'id'"):
+        one("unkebench", id=id)
+
+
+def test_an_id_twice_is_refused_even_as_number_and_text(written):
+    path = written([RECORDS["unkebench"], RECORDS["unkebench"] | {"id": "7"}])
+    with pytest.raises(InputError, match=r"record 1 \(id '7'\): record 0 has this id too"):
+        edits.load("unkebench", path)
+
+
+BAD_FILES = [
+    (b"", "is empty; expected a JSON list"),
+    (b" \n", "is empty; expected a JSON list"),
+    (b'[{"id": 0,\n "question": "Who', r"at line 2 column 14: Unterminated string.*truncated\?"),
+    (b'[{"id": 0},\n', r"at line \d column \d: .*truncated\?"),
+    (b'{"id": 0}\n{"id": 1}\n', "at line 2 column 1: Extra data; expected one JSON list"),
+    (b'[{"id": 0 "question": "x"}]', "at line 1 column 11: Expecting ',' delimiter"),
+    (b"\x89PNG\r\n\x1a\n\x00", "byte 0 is not UTF-8"),
+    (b"\x00\x01\x02", "not valid JSON at line 1 column 1"),
+    (b'{"id": 0}', "expected a list of records, found an object"),
+    (b"[]", "the list is empty; expected at least one record"),
+    (b"[[]]", "record 0: expected an object, found a list"),
+    (b'[{"id": 0, "id": 1}]', "an object has the key 'id' more than once"),
+    (b"[" * 200_000, "not usable JSON"),
+    (b'[{"id": ' + b"9" * 5000 + b"}]", "not usable JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_file_that_is_no_list_of_records_is_one_line(written, content, message):
+    with pytest.raises(InputError, match=message) as caught:
+        edits.load("unkebench", written(content))
+    assert "data.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_directory_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(InputError, match="cannot be read .*directory.*; expected one JSON file"):
+        edits.load("unkebench", tmp_path)
+    with pytest.raises(InputError, match="nothing.json: cannot be read .No such file"):
+        edits.load("unkebench", tmp_path / "nothing.json")
+
+
+def test_an_unknown_dataset_names_the_nearest(tmp_path):
+    with pytest.raises(InputError, match="unknown dataset 'unkbench'; did you mean 'unkebench'"):
+        edits.load("unkbench", tmp_path)
+
+
+def test_a_byte_order_mark_is_no_obstacle(written):
+    assert edits.load("unkebench", written(b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode()))
+
+
+def probe(**changes) -> dict:
+    return {"edit": "7", "kind": "rel_doc", "number": 0, "question": "Who is B?", "reference": "B is."} | changes
+
+
+def test_locality_returns_the_probes_of_these_edits_only(one, written):
+    edit = one("unkebench")
+    path = written([probe(edit=7), probe(edit="8"), probe(number=1, chat=False, aliases=["b"])])
+    found = edits.load_locality(path, [edit])
+    assert [(p.edit, p.number, p.chat, p.aliases) for p in found] == [("7", 0, True, ()), ("7", 1, False, ("b",))]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([probe(edit="8")], r"no probe for 1 of 1 edits \('7'\)"),
+        ([probe(), probe()], r"record 1, field 'number': is 0, but edit '7' has a probe of kind 'rel_doc'"),
+        ([probe(kind="detail")], "record 0, field 'kind': is 'detail', which the edit itself asks"),
+        ([probe(kind="reldoc")], "record 0, field 'kind': .*did you mean 'rel_doc'"),
+        ([probe(refrence="x")], "record 0, field 'refrence': .*did you mean 'reference'"),
+        ([probe(reference="")], "record 0, field 'reference'"),
+        ([probe(number=-1)], "record 0, field 'number'"),
+        ([probe(chat="yes")], "record 0, field 'chat'"),
+        ([{"edit": "7"}], "record 0, field 'kind': Field required"),
+        (["x"], "record 0: expected an object, found text"),
+    ],
+)
+def test_a_bad_locality_file_is_one_line(one, written, records, message):
+    edit = one("unkebench")
+    with pytest.raises(InputError, match=message) as caught:
+        edits.load_locality(written(records), [edit])
+    assert "data.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_locality_probe_cannot_take_the_place_of_the_edits_own(one, written):
+    edit = one("zsre")
+    with pytest.raises(InputError, match="'number': is 0, but edit '0' has a probe of kind 'struct_trip'"):
+        edits.load_locality(written([probe(edit=0, kind="struct_trip")]), [edit])
+
+
+def test_values_are_frozen_and_refuse_what_they_do_not_know(one):
+    edit = one("unkebench")
+    with pytest.raises(ValidationError, match="frozen"):
+        edit.answer = "x"
+    with pytest.raises(ValidationError, match="extra"):
+        edits.Edit(id="0", question="q", answer="a", anwser="b")
+    with pytest.raises(ValidationError, match='one "{}"'):
+        edits.Fact(subject="s", relation="lives in", object="o")
+    with pytest.raises(ValidationError, match="an extra probe is of edit '8'"):
+        edits.Edit(id="7", question="q", answer="a", extra=(probe(edit="8"),))
+    with pytest.raises(ValidationError, match="2 probes of kind 'rel_doc' with number 0"):
+        edits.Edit(id="7", question="q", answer="a", extra=(probe(), probe()))
+
+
+def test_fingerprint_sees_every_field_and_the_order(one):
+    first, second = one("unkebench"), one("editeverything")
+    extra = edits.Probe(**probe())
+    prints = [
+        edits.fingerprint([first, second]),
+        edits.fingerprint([second, first]),
+        edits.fingerprint([first]),
+        edits.fingerprint([first], [extra]),
+        edits.fingerprint([first], [extra.model_copy(update={"chat": False})]),
+        edits.fingerprint([first.model_copy(update={"paraphrase": None})]),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert all(len(print) == 16 and int(print, 16) >= 0 for print in prints)
+    assert edits.fingerprint([one("unkebench")]) == edits.fingerprint([first])
+
+
+# Folder of the real files, and the kinds that every edit from there must bring.
+REAL = {
+    "unkebench": ("unkebench", {"original", "paraphrase", "detail"}),
+    "akew-mquake": ("akew", {"original", "detail", "multi_hop"}),
+    "editeverything": ("editeverything", {"original"}),
+    "zsre": ("structured", {"original", "paraphrase", "struct_trip"}),
+    "counterfact": ("structured", {"original", "paraphrase", "struct_trip"}),
+    "wikibigedit": ("structured", {"original", "paraphrase", "struct_trip"}),
+}
+NAMES = {"unkebench": "final_data", "akew-mquake": "MQuAKE", "editeverything": "editevery"}
+
+
+@pytest.mark.skipif("UKE_DATA" not in os.environ, reason="UKE_DATA is unset: no real benchmark files to load")
+@pytest.mark.parametrize("dataset", REAL)
+def test_real_files_load_whole(dataset):
+    folder, expected = REAL[dataset]
+    found = sorted((Path(os.environ["UKE_DATA"]) / folder).glob(f"{NAMES.get(dataset, dataset)}*.json"))
+    if not found:
+        pytest.skip(f"no file of {dataset} under UKE_DATA")
+    for path in found:
+        loaded = edits.load(dataset, path)
+        assert len(loaded) == len(json.loads(path.read_text(encoding="utf-8")))
+        assert all({probe.kind for probe in edit.probes} >= expected for edit in loaded)

@@ -1,0 +1,204 @@
+"""Prompts, labels and selections are exactly what they are named, and what is kept comes back bit for bit."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from uke import models
+from uke.errors import InputError
+from uke.models import blocks, collate, encode, end_of_turn, example, kept, max_context, module_names, select
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, tiny, tokenizer):
+    path = tmp_path_factory.mktemp("model")
+    tiny().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(directory, tmp_path):
+    return shutil.copytree(directory, tmp_path / "copy")
+
+
+def test_a_directory_loads_without_the_network_and_bit_for_bit(directory, tiny, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    model, tokenizer = models.load(str(directory), device="cpu")
+    assert not model.training and model.dtype == torch.float32
+    assert models.fingerprint(model) == models.fingerprint(tiny())
+    assert tokenizer.chat_template and max_context(model) == 256
+    assert models.load(str(directory), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./missing", "a/b/c"])
+def test_a_missing_directory_is_no_hub_name(name):
+    with pytest.raises(InputError, match="no such directory"):
+        models.load(name)
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no config.json"):
+        models.load(str(tmp_path))
+
+
+def test_a_broken_or_incomplete_model_gets_one_line(copy):
+    weights = copy / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lack model.layers.1.mlp.down_proj.weight"):
+        models.load(str(copy))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="expected a causal language model") as caught:
+        models.load(str(copy))
+    assert "\n" not in str(caught.value)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(InputError, match="expected a causal language model"):
+        models.load(str(copy))
+
+
+def test_a_prompt_has_one_beginning_of_text(tokenizer):
+    for chat in (True, False):
+        assert encode(tokenizer, "Who is Ada?", chat).count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(encode(tokenizer, "Who is Ada?", True)).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(encode(tokenizer, "Ada was born in", False)) == "<s>Ada was born in"
+
+
+def test_a_tokenizer_without_template_cannot_chat(tokenizer, directory):
+    bare = type(tokenizer).from_pretrained(directory)
+    bare.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        encode(bare, "Who?", True)
+    assert encode(bare, "Who?", False) and end_of_turn(bare) == bare.eos_token_id
+
+
+def test_the_end_of_turn_is_the_templates_not_the_end_of_text(tokenizer):
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_only_the_answer_is_learnt(tokenizer, chat):
+    one = example(tokenizer, "Ada was born in", "London", chat, end_of_turn=True)
+    prompt = encode(tokenizer, "Ada was born in", chat)
+    assert one.ids[: one.prompt_length] == prompt
+    assert one.labels[: one.prompt_length] == [-100] * len(prompt)
+    assert one.labels[one.prompt_length :] == one.ids[one.prompt_length :]
+    assert tokenizer.decode(one.ids[one.prompt_length :]) == ("London" if chat else " London") + "<|im_end|>"
+    assert example(tokenizer, "Ada was born in", "London", chat, end_of_turn=False).ids == one.ids[:-1]
+
+
+def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tokenizer):
+    one = example(tokenizer, "Ada was born in ", "London", False, end_of_turn=False)
+    assert tokenizer.decode(one.ids) == "<s>Ada was born in London"
+    assert one.ids[: one.prompt_length] == encode(tokenizer, "Ada was born in ", False)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_masked_and_never_learnt(tokenizer, side):
+    examples = [example(tokenizer, q, "London", True, True) for q in ("Who?", "Where was Ada born?")]
+    batch = collate(examples, pad_id=0, side=side)
+    assert {tensor.shape for tensor in batch.values()} == {(2, len(examples[1].ids))}
+    for row, one in enumerate(examples):
+        real = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][real].tolist() == one.ids
+        assert batch["labels"][row][real].tolist() == one.labels
+        assert (batch["labels"][row][~real] == -100).all()
+    assert batch["attention_mask"][0, 0 if side == "left" else -1] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_found_in_every_family(family, tiny):
+    model = tiny(family)
+    assert [name for name, _ in blocks(model)] == [f"model.layers.{i}" for i in range(4)]
+    attention = {n.split(".", 3)[-1] for n in module_names(model, "all", ["attention"])}
+    assert attention == {f"self_attn.{p}_proj" for p in "qkvo"}
+    mlp = {n.split(".", 3)[-1] for n in module_names(model, [1], ["mlp"])}
+    assert mlp == {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+    assert list(select(model, 2, ["down_proj"])) == ["model.layers.2.mlp.down_proj.weight"]
+    whole = {n for n, _ in model.named_parameters() if n.startswith("model.layers.0.")}
+    assert set(select(model, 0, ["all"])) == whole and any("norm" in name for name in whole)
+    assert not any("norm" in name for name in select(model, "all", ["attention", "mlp"]))
+
+
+def test_biases_belong_to_their_projection(tiny):
+    names = list(select(tiny("qwen2"), 0, ["q_proj"]))
+    assert names == ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", [0, 1, 2, 3]),
+        ("first_half", [0, 1]),
+        ("second_half", [2, 3]),
+        (3, [3]),
+        (0.0, [0]),
+        (0.5, [2]),
+        (0.74, [2]),
+        (1.0, [3]),
+        ([3, 0.25, 1], [1, 3]),
+    ],
+)
+def test_layers_by_number_and_fraction(tiny, layers, expected):
+    names = select(tiny(), layers, ["down_proj"])
+    assert list(names) == [f"model.layers.{i}.mlp.down_proj.weight" for i in expected]
+
+
+@pytest.mark.parametrize("layers", [4, -1, 1.5, [0, 9], True, "3", None])
+def test_a_layer_out_of_range_is_refused(tiny, layers):
+    with pytest.raises(InputError, match="layers"):
+        select(tiny(), layers, ["mlp"])
+
+
+def test_an_unknown_component_names_those_that_exist(tiny):
+    with pytest.raises(InputError, match="did you mean 'down_proj'"):
+        select(tiny(), "all", ["dwn_proj"])
+    with pytest.raises(InputError, match="attention.*o_proj"):
+        module_names(tiny(), "all", ["zzz"])
+
+
+@pytest.mark.parametrize(("layers", "components"), [("all", []), ([], ["mlp"])])
+def test_a_selection_of_nothing_is_an_error(tiny, layers, components):
+    with pytest.raises(InputError, match="select no weight"):
+        select(tiny(), layers, components)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_kept_weights_come_back_bit_for_bit_after_an_exception(tiny, whole):
+    model = tiny().to(torch.bfloat16)
+    chosen = select(model, [1], ["mlp"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="midway"), kept(model, None if whole else chosen):
+        for parameter in chosen.values():
+            parameter.data = parameter.data.float() + 1e-3
+            parameter.grad = torch.ones_like(parameter)
+        model.requires_grad_(False).train()
+        assert not torch.equal(chosen["model.layers.1.mlp.down_proj.weight"], before["model.layers.1.mlp.down_proj.weight"])
+        raise RuntimeError("midway")
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_a_fingerprint_sees_one_bit_and_no_path(tiny, directory, copy):
+    model = tiny()
+    first = models.fingerprint(model)
+    assert len(first) == 16 and first == models.fingerprint(tiny())
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] *= 1 + 1e-6
+    assert models.fingerprint(model) != first
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    assert models.fingerprint(models.load(str(copy), device="cpu")[0]) != first

@@ -1,0 +1,378 @@
+"""Rows are written whole or not at all, skipped only while fresh, and never averaged over gaps."""
+
+import itertools
+import multiprocessing
+import os
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from uke import paths as places
+from uke import rows
+from uke.errors import InputError
+from uke.metrics import AVERAGE, HEADLINE, METRICS
+from uke.rows import COLUMNS, Paths
+
+MARKS = {"model": "m" * 16, "data": "d" * 16, "recipe": "r" * 16}
+KINDS = {"original": 1, "paraphrase": 1, "detail": 3, "rel_doc": 1, "rand_doc": 1, "struct_trip": 2, "general": 1}
+
+
+def unit(method="FT-M", edits=("e1", "e2"), kinds=KINDS, phase="after", **changes):
+    """Rows of one unit: every probe of some edits, with scores that differ from probe to probe."""
+    probes = [(edit, kind, number) for edit in edits for kind, count in kinds.items() for number in range(count)]
+    frame = pd.DataFrame(probes, columns=["edit", "kind", "number"])
+    steps = np.linspace(0.1, 0.9, len(frame))
+    texts = [f"{method} {edit} {kind} {number}" for edit, kind, number in probes]
+    known = {"question": "Who?", "reference": "Ada was born in London.", "answer": texts, "before": "Someone."}
+    known |= {name: steps for name in METRICS} | {f"{name}_before": 1 - steps for name in METRICS}
+    fixed = {"method": method, "level": "all", "batch": 0, "batch_size": 1, "phase": phase, "seed": 2024}
+    return frame.assign(**known, **fixed, **MARKS, learning_rate=5e-4, steps=25).assign(**changes)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("UKE_HOME", str(tmp_path))
+    return Paths("smoke")
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- paths and names -----------------------------------------------------------------------------------------------
+
+
+def test_runs_on_other_data_write_into_the_same_folders(here, tmp_path):
+    other = Paths("quick", "unkebench")
+    assert here.figures == tmp_path / "figures" / "smoke" and here.results == tmp_path / "results" / "smoke"
+    assert other.figures == tmp_path / "figures" / "unkebench-quick"
+    assert other.results == tmp_path / "results" / "quick-unkebench"
+
+
+def test_checkout_is_found_without_uke_home(monkeypatch):
+    monkeypatch.delenv("UKE_HOME", raising=False)
+    assert (Paths("smoke").home / "lib" / "uke" / "rows.py").is_file()
+
+
+@pytest.mark.parametrize("name", ["", "../etc", "a/b", ".hidden", "a b", None])
+def test_names_leave_the_folder(here, name):
+    for call in (lambda: Paths(name), lambda: here.rows(name), lambda: rows.append(here, "s", name, unit())):
+        with pytest.raises(InputError, match="expected a name"):
+            call()
+
+
+def test_home_that_does_not_exist(monkeypatch, tmp_path):
+    monkeypatch.setenv("UKE_HOME", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match="UKE_HOME"):
+        Paths("smoke").results  # noqa: B018
+
+
+def test_unit_keys_collide_or_wander():
+    choices = {"level": ["all", "last", None], "batch": [1, 12], "learning_rate": [5e-4, 5e-3]}
+    keys = {rows.unit_key(method, **dict(zip(choices, values)))
+            for method in ("FT-M", "FT M") for values in itertools.product(*choices.values())}
+    assert len(keys) == 2 * 12
+    assert rows.unit_key("FT-M", batch=3, level="all") == rows.unit_key("FT-M", level="all", batch=np.int64(3))
+    assert rows.unit_key("FT-M", batch=3).startswith("ft-m-batch-3-")
+    assert len(rows.unit_key("x" * 500, **{"y" * 300: "é/.."})) < 120
+
+
+# --- append, done, read --------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_differs_from_what_was_written(here):
+    frame = unit().sample(frac=1, random_state=1)
+    rows.append(here, "s", "one", frame)
+    found = rows.read(here, "s")
+    assert list(found) == list(COLUMNS) and len(found) == len(frame)
+    keys = ["edit", "kind", "number"]
+    expected = frame.sort_values(keys, ignore_index=True)
+    for name in frame:
+        assert found[name].tolist() == expected[name].tolist(), name
+    assert found["log_probability"].isna().all() and (found["study"] == "s").all()
+    assert (found["code"] == rows.code_fingerprint()).all()
+
+
+def test_equal_frames_give_unequal_bytes(here):
+    frame = unit()
+    first = rows.append(here, "s", "one", frame).read_bytes()
+    disguised = frame[frame.columns[::-1]].astype({"kind": "category", "edit": object, "batch": float})
+    assert rows.append(here, "s", "two", disguised.set_index(np.arange(len(frame)) + 7)).read_bytes() == first
+    assert b"pandas" not in first
+
+
+def test_rows_grow_large(here):
+    frame = pd.concat([unit(edits=[f"e{number}" for number in range(100)], reference="word " * 100)])
+    assert rows.append(here, "s", "one", frame).stat().st_size < 8 * 25 * len(frame) < len(frame.to_csv()) / 4
+    assert rows.append(here, "s", "two", unit(edits=("e1",))).stat().st_size < 20_000
+    columns = pq.ParquetFile(here.rows("s") / "one.parquet").metadata.row_group(0)
+    kinds = next(columns.column(i) for i in range(columns.num_columns) if columns.column(i).path_in_schema == "kind")
+    assert kinds.compression == "ZSTD" and any("DICTIONARY" in name for name in kinds.encodings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rouge_f1": 1.0}, "unknown column 'rouge_f1'; did you mean 'rougel_f1'"),
+        ({"kind": "detials"}, "column 'kind': unknown 'detials'; did you mean 'detail'"),
+        ({"phase": "during"}, "column 'phase': unknown 'during'"),
+        ({"study": "other"}, "column 'study': unknown 'other'"),
+        ({"answer": None}, "column 'answer': a value is missing"),
+        ({"level": 7}, "column 'level': expected string"),
+        ({"steps": 2.5}, "column 'steps': expected int32"),
+        ({"exact": "yes"}, "column 'exact': expected double"),
+        ({"number": 0}, "the same probe twice"),
+        ({"model": [*"ab" * 10]}, "column 'model': expected one fingerprint"),
+    ],
+)
+def test_bad_rows_are_half_written(here, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        rows.append(here, "s", "one", unit().assign(**changes))
+    assert files(tmp_path) == []
+
+
+def test_frame_without_rows_or_fingerprint_counts_as_done(here):
+    with pytest.raises(InputError, match="at least one row"):
+        rows.append(here, "s", "one", unit().head(0))
+    with pytest.raises(InputError, match="column 'model'"):
+        rows.append(here, "s", "one", unit().drop(columns="model"))
+    assert not rows.done(here, "s", "one", MARKS)
+
+
+@pytest.mark.parametrize("moment", ["write_table", "replace"])
+def test_interrupted_write_leaves_something(here, monkeypatch, tmp_path, moment):
+    rows.append(here, "s", "one", unit())
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    real = pq.write_table
+
+    def interrupt(table, path, **options):
+        real(table.slice(0, 1), path, **options)
+        raise KeyboardInterrupt
+
+    if moment == "write_table":
+        monkeypatch.setattr(pq, "write_table", interrupt)
+    else:
+        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for name in ("one", "two"):
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            rows.append(here, "s", name, unit(method="LoRA"))
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert rows.done(here, "s", "one", MARKS) and not rows.done(here, "s", "two", MARKS)
+
+
+def test_stale_unit_is_skipped(here, monkeypatch):
+    rows.append(here, "s", "one", unit())
+    assert rows.done(here, "s", "one", MARKS) and rows.done(here, "s", "one", {})
+    for name in MARKS:
+        assert not rows.done(here, "s", "one", MARKS | {name: "0" * 16})
+    assert not rows.done(here, "s", "other", MARKS) and not rows.done(here, "t", "one", MARKS)
+    with pytest.raises(InputError, match="did you mean 'model'"):
+        rows.done(here, "s", "one", {"modle": "x"})
+    monkeypatch.setattr(rows, "code_fingerprint", lambda: "new")
+    assert not rows.done(here, "s", "one", MARKS)
+    with pytest.raises(InputError, match="stale"):
+        rows.read(here, "s")
+    assert len(rows.read(here, "s", mixed=True)) == len(unit())
+
+
+def test_unit_without_recipe_is_never_done(here):
+    rows.append(here, "s", "before", unit(phase="before", recipe=None))
+    assert rows.done(here, "s", "before", MARKS | {"recipe": None}) and not rows.done(here, "s", "before", MARKS)
+
+
+def test_truncated_file_counts_as_done(here):
+    path = rows.append(here, "s", "one", unit())
+    path.write_bytes(path.read_bytes()[:500])
+    assert not rows.done(here, "s", "one", MARKS)
+    with pytest.raises(InputError, match="one.parquet: expected a parquet file"):
+        rows.read(here, "s")
+    rows.append(here, "s", "one", unit())
+    assert len(rows.read(here, "s")) == len(unit())
+
+
+def test_rewritten_unit_doubles_its_rows(here):
+    rows.append(here, "s", "one", unit())
+    rows.append(here, "s", "one", unit(edits=("e9",)))
+    assert set(rows.read(here, "s")["edit"]) == {"e9"}
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_rows_of_several_worlds_are_mixed_silently(here, name):
+    rows.append(here, "s", "one", unit())
+    rows.append(here, "s", "two", unit(method="LoRA", **{name: "other"}))
+    with pytest.raises(InputError, match=f"several '{name}' fingerprints"):
+        rows.read(here, "s")
+    assert len(rows.read(here, "s", mixed=True)) == 2 * len(unit())
+    assert set(rows.read(here, "s", {name: "other"})["method"]) == {"LoRA"}
+
+
+def test_rows_of_an_old_recipe_join_those_of_the_new(here):
+    rows.append(here, "s", "one", unit())
+    rows.append(here, "s", "two", unit(batch=1, recipe="changed"))
+    with pytest.raises(InputError, match="FT-M: rows of several recipes"):
+        rows.read(here, "s")
+
+
+def test_absent_study_gives_an_empty_frame(here):
+    with pytest.raises(InputError, match="no rows of study 'nothing'"):
+        rows.read(here, "nothing")
+
+
+def _append_many(home, worker):
+    os.environ["UKE_HOME"] = home
+    for number in range(6):
+        rows.append(Paths("smoke"), "s", f"unit-{worker}-{number}", unit(method=f"M{worker}", batch=number))
+        rows.append(Paths("smoke"), "s", "shared", unit(method="shared"))
+
+
+def test_two_processes_lose_each_others_rows(here, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_append_many, args=(str(tmp_path), number)) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    found = rows.read(here, "s")
+    assert len(found) == 13 * len(unit())
+    assert found.groupby("method")["batch"].nunique().to_dict() == {"M0": 6, "M1": 6, "shared": 1}
+    assert all(name.endswith(".parquet") for name in files(here.rows("s")))
+
+
+# --- the committed form --------------------------------------------------------------------------------------------
+
+
+def test_export_commits_every_generated_text(here):
+    edits = [f"e{number:02}" for number in range(9)]
+    for method, batch in itertools.product(("FT-M", "LoRA"), (0, 1)):
+        own = edits[:7] if method == "FT-M" else edits[2:]
+        rows.append(here, "s", f"{method}-{batch}", unit(method=method, edits=own, batch=batch))
+    path = rows.export(here, "s")
+    assert path == here.figures / "rows" / "s.parquet"
+    found, full = pq.read_table(path).to_pandas(), rows.read(here, "s")
+    with_text = found[found["answer"].notna() & found["before"].notna()]
+    assert set(with_text.loc[with_text["method"] == "FT-M", "edit"]) == set(edits[:5])
+    assert set(with_text.loc[with_text["method"] == "LoRA", "edit"]) == set(edits[2:7])
+    assert found["answer"].isna().eq(found["before"].isna()).all() and found["answer"].isna().any()
+    others = [name for name in COLUMNS if name not in ("answer", "before")]
+    pd.testing.assert_frame_equal(found[others], full[others])
+
+
+def test_redraw_from_committed_rows_needs_results(here, monkeypatch):
+    rows.append(here, "s", "one", unit(edits=[f"e{number}" for number in range(8)]))
+    first = rows.export(here, "s").read_bytes()
+    (here.rows("s") / "one.parquet").unlink()
+    monkeypatch.setattr(rows, "code_fingerprint", lambda: "newer code")
+    assert len(rows.average(rows.headline(rows.read(here, "s")))) == 8
+    assert rows.export(here, "s").read_bytes() == first
+
+
+def test_column_added_later_makes_old_rows_unreadable(here):
+    path = rows.append(here, "s", "one", unit())
+    pq.write_table(pq.read_table(path).drop_columns(["repetition"]), path)
+    found = rows.read(here, "s")
+    assert list(found) == list(COLUMNS) and found["repetition"].isna().all() and found["exact"].notna().all()
+
+
+# --- headline and average ------------------------------------------------------------------------------------------
+
+
+def test_headline_takes_the_wrong_column(here):
+    frame = unit(edits=("e1",), kinds=dict.fromkeys(HEADLINE, 1), study="s", factor=None, split="test", code="c")
+    for place, name in enumerate(METRICS):
+        frame[name], frame[f"{name}_before"] = 100.0 + place, 200.0 + place
+    found = rows.headline(frame).set_index("kind")["score"]
+    for kind, (metric, against) in HEADLINE.items():
+        assert found[kind] == (100 if against == "reference" else 200) + list(METRICS).index(metric), kind
+    before = rows.headline(frame.assign(phase="before"), phase="before").set_index("kind")["score"]
+    assert before["rel_doc"] == before["general"] == 1 and before["original"] > 100
+
+
+def test_details_weigh_more_than_the_original(here):
+    frame = unit(edits=("e1",), study="s", factor=None, split="test", code="c")
+    frame["rougel_f1"], frame["rougel_f1_before"], frame["exact_before"] = 1.0, 0.5, 0.0
+    frame["exact"] = frame["number"].eq(0).astype(float)  # one detail of three
+    scores = rows.headline(frame)
+    assert scores.set_index("kind").loc["detail", ["score", "probes"]].tolist() == [pytest.approx(1 / 3), 3]
+    assert rows.average(scores)["score"].item() == pytest.approx((1 + 1 + 1 / 3 + 0.5 + 0.5 + 0) / 6)
+    assert rows.average(scores)["kinds"].item() == len(AVERAGE) == 6
+
+
+@pytest.mark.parametrize("column", ["level", "learning_rate", "batch", "batch_size", "seed", "recipe"])
+def test_different_runs_are_pooled(here, column):
+    frame = unit(study="s", factor=None, split=None, code="c")
+    other = frame.assign(**{column: "other" if isinstance(frame[column][0], str) else frame[column] + 1})
+    together = rows.headline(pd.concat([frame, other], ignore_index=True))
+    assert len(together) == 2 * len(rows.headline(frame)) and (together["probes"] <= 3).all()
+
+
+def both(*frames):
+    together = pd.concat(frames, ignore_index=True)
+    return rows.headline(together.assign(study="s", factor="loss_scope", split="test", code="c"))
+
+
+def test_average_over_fewer_edits_than_the_peer(here):
+    scores = both(unit(edits=("e1", "e2", "e3")), unit(method="FT-L", level="last", edits=("e1", "e3")))
+    with pytest.raises(InputError, match="FT-L last lacks 1 of the 3 edits beside it \\('e2'\\)"):
+        rows.average(scores)
+    assert rows.average(scores, partial=True).groupby("method").size().to_dict() == {"FT-L": 2, "FT-M": 3}
+
+
+def test_average_over_fewer_kinds(here):
+    frame = unit()
+    holes = both(frame[~((frame["edit"] == "e2") & frame["kind"].isin(["rel_doc", "paraphrase"]))])
+    with pytest.raises(InputError, match="FT-M, edit 'e2': no paraphrase, rel_doc"):
+        rows.average(holes)
+    assert rows.average(holes, partial=True).set_index("edit")["kinds"].to_dict() == {"e1": 6, "e2": 4}
+    assert len(rows.average(holes, kinds=("original", "detail"))) == 2
+    with pytest.raises(InputError, match="no rows of near_triple"):
+        rows.average(holes, kinds=("near_triple",))
+
+
+def test_runs_of_other_batch_sizes_are_held_to_the_same_edits(here):
+    scores = both(unit(edits=("e1",)), unit(edits=("e1", "e2"), batch_size=2))
+    assert len(rows.average(scores)) == 3
+
+
+def test_missing_score_is_averaged_away(here):
+    frame = unit(study="s", factor=None, split=None, code="c")
+    frame.loc[(frame["kind"] == "detail") & (frame["number"] == 2) & (frame["edit"] == "e2"), "exact"] = None
+    with pytest.raises(InputError, match="FT-M, edit 'e2', detail 2: no exact against the reference"):
+        rows.headline(frame)
+
+
+def test_probe_counted_twice(here):
+    frame = unit(study="s", factor=None, split=None, code="c")
+    with pytest.raises(InputError, match="the same probe twice"):
+        rows.headline(pd.concat([frame, frame.head(1)], ignore_index=True))
+
+
+# --- the mark of the code ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """Fingerprint of a package whose only deciding module has the given source."""
+
+    def mark(source, name="metrics"):
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        monkeypatch.setattr(places, "__file__", str(tmp_path / "paths.py"))
+        return places.code_fingerprint.__wrapped__()
+
+    return mark
+
+
+def test_comment_voids_rows_or_change_does_not(code):
+    plain = code('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1\n')
+    assert code("# why\ndef f(x):\n\n    return (x + 1)  # because\n") == plain
+    assert code("def f(x):\n    return x + 2\n") != plain
+    assert code("def f(x):\n    return x - 1\n") != plain
+    assert code("def f(x, y=None):\n    return x + 1\n") != plain
+
+
+def test_drawing_code_voids_rows(code):
+    plain = code("a = 1\n")
+    assert code("a = 2\n", name="figures") == plain
+    assert code("a = 2\n", name="answering") != plain

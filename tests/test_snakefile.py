@@ -1,0 +1,62 @@
+"""The graph of the study, on two small notebooks: order, resumption, and what a failed job leaves."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = 'profile = "quick"  # sizes\ndata = "world"  # dataset\nlimit = 4  # edits\n'
+SECTION = """from uke.paths import Paths
+folder = Paths(profile, data).figures / "sections"
+folder.mkdir(parents=True, exist_ok=True)
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project whose `tuning` reads what `01_small` has written."""
+    for folder in ("notebooks", "params/profiles", "params/studies"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    (tmp_path / "params/profiles/smoke.yaml").write_text("limit: 2\n")
+    (tmp_path / "params/studies/01_small.yaml").write_text("notebook: 01_small\n")
+    (tmp_path / "params/studies/tuning.yaml").write_text("notebook: tuning\nreport: false\nafter: [01_small]\n")
+    write(tmp_path, "01_small", '(folder / "01_small.json").write_text(str(limit))')
+    write(tmp_path, "tuning", '(folder / "tuning.json").write_text("after " + (folder / "01_small.json").read_text())')
+    return tmp_path
+
+
+def write(project: Path, name: str, last: str) -> None:
+    cell = nbformat.v4.new_code_cell
+    cells = [cell(PARAMETERS, metadata={"tags": ["parameters"]}), cell(SECTION + last)]
+    kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec}), project / "notebooks" / f"{name}.ipynb")
+
+
+def tune(project: Path, *config: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "tune", "--cores", "2", "--config", "profile=smoke", *config]
+    environment = os.environ | {"UKE_HOME": str(project), "XDG_CACHE_HOME": str(project / "cache")}
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_notebooks_run_in_order_once_and_again_when_a_parameter_changes(project):
+    result = project / "figures/smoke/sections/tuning.json"
+    done = tune(project)
+    assert done.returncode == 0, done.stderr
+    assert result.read_text() == "after 2"
+    assert "Nothing to be done" in tune(project).stderr
+    assert tune(project, "limit=3").returncode == 0 and result.read_text() == "after 3"
+
+
+def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(project):
+    write(project, "01_small", "raise ValueError('nothing there')")
+    done = tune(project)
+    said = [line for line in done.stderr.splitlines() if "01_small.ipynb: cell [3]: ValueError: nothing there" in line]
+    assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stderr
+    assert (project / "results/smoke/notebooks/01_small.ipynb").exists()
+    assert not (project / "figures/smoke/sections/tuning.json").exists()
