@@ -16,9 +16,10 @@ VENV     := .venv
 STAMP    := $(VENV)/.installed
 CORES    := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 THREADS  := $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
-SHARED    = $(if $(DATA_FILE),data_file='$(DATA_FILE)') $(if $(LIMIT),limit='$(LIMIT)') $(if $(METHODS),methods='$(METHODS)') $(if $(MODEL),model='$(MODEL)')
-CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) $(SHARED)
-CHECK     = $(VENV)/bin/python -m uke.run --check --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') $(foreach pair,$(SHARED),--shared $(pair))
+given     = $(if $($(1)),$(2)='$($(1))')
+GIVEN     = $(call given,DATA_FILE,$(1)data_file) $(call given,LIMIT,$(1)limit) $(call given,METHODS,$(1)methods) $(call given,MODEL,$(1)model)
+CONFIG    = profile='$(PROFILE)' $(call given,DATA,data) threads=$(THREADS) $(call GIVEN)
+CHECK     = $(VENV)/bin/python -m uke.run --check --profile '$(PROFILE)' $(call given,DATA,--data) $(call GIVEN,--shared )
 SNAKEMAKE = $(VENV)/bin/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules --rerun-incomplete
 
 ifdef UKE_DATA

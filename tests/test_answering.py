@@ -23,7 +23,8 @@ NEW = 16
 
 
 def probes_of(questions, **fields):
-    return [Probe(edit=f"e{i}", kind="original", question=q, reference="Ada.", **fields) for i, q in enumerate(questions)]
+    fields = dict(kind="original", reference="Ada.") | fields
+    return [Probe(edit=f"e{i}", question=question, **fields) for i, question in enumerate(questions)]
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,10 @@ def test_the_answer_stops_before_the_end_of_turn(tiny, tokenizer, probes):
 def test_chat_false_asks_the_question_itself_and_never_templates_a_cloze(tiny, tokenizer):
     model = tiny()
     chat, raw = probes_of(QUESTIONS[1:2]), probes_of(QUESTIONS[1:2], chat=False)
-    assert answer(model, tokenizer, chat, chat=False, max_new_tokens=8) == answer(model, tokenizer, raw, max_new_tokens=8)
-    assert answer(model, tokenizer, raw, chat=True, max_new_tokens=8) == answer(model, tokenizer, raw, max_new_tokens=8)
-    assert answer(model, tokenizer, chat, max_new_tokens=8) != answer(model, tokenizer, raw, max_new_tokens=8)
+    continued = answer(model, tokenizer, raw, max_new_tokens=8)
+    assert answer(model, tokenizer, chat, chat=False, max_new_tokens=8) == continued
+    assert answer(model, tokenizer, raw, chat=True, max_new_tokens=8) == continued
+    assert answer(model, tokenizer, chat, max_new_tokens=8) != continued
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_name(tiny, tokenizer):

@@ -96,7 +96,7 @@ def test_minibatches_see_every_edit_in_each_pass_in_a_seeded_order(tiny, tokeniz
     slow = train(tiny(), tokenizer, EDITS, recipe(batch_size=2, learning_rate=1e-9))
     assert slow.steps == 4 * math.ceil(3 / 2)
     assert slow.losses == pytest.approx([sum(before) / 3] * 4, rel=1e-4)
-    runs = [train(tiny(), tokenizer, EDITS, recipe(batch_size=1, seed=seed)).losses for seed in (1, 1, 2)]
+    runs = [train(tiny(), tokenizer, EDITS, recipe(batch_size=1, seed=seed, steps=2)).losses for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -122,9 +122,9 @@ def test_gradients_and_flags_are_left_as_they_were(tiny, tokenizer):
 def test_small_steps_are_not_lost_to_bfloat16(tiny, tokenizer):
     model = tiny().bfloat16()
     before = down_proj(model)
-    train(model, tokenizer, EDITS, recipe(learning_rate=1e-4, steps=25))
+    train(model, tokenizer, EDITS, recipe(learning_rate=2e-4, steps=15))
     for name, weight in down_proj(model).items():
-        # Neighbouring bfloat16 values lie 0.002 apart here: one step of 0.0001 alone would be rounded away.
+        # Neighbouring bfloat16 values lie 0.002 apart here: one step of 0.0002 alone would be rounded away.
         large = before[name].abs() > 0.25
         assert weight.dtype == torch.bfloat16 and large.any()
         assert (weight[large] != before[name][large]).float().mean() > 0.2
@@ -161,7 +161,7 @@ def test_adalora_prunes_its_ranks_and_adds_the_penalty_of_peft(tiny, tokenizer):
     assert 0 < kept <= 2 * len(values)
     batch = collate(examples(tokenizer), 0)
     with torch.no_grad():
-        penalty = wrapped(**batch).loss - wrapped.get_base_model()(**batch).loss
+        penalty = wrapped.base_model(**batch).loss - wrapped.get_base_model()(**batch).loss
         assert finetune._orthogonality(wrapped.base_model).item() == pytest.approx(penalty.item(), rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """Every notebook keeps the one skeleton, runs on profile smoke, and says the same when nbval runs it again."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -95,7 +96,7 @@ def sound() -> nbformat.NotebookNode:
     title = markdown("# Is it so?\n\n**Answer** Yes.\n\n**Reads** x. **Writes** y. **Cost** z.")
     parameters = code('profile = "quick"  # sizes\nlimit = 4  # edits', metadata={"tags": ["parameters"]})
     cells = [title, parameters, markdown("## Set-up"), code("import uke"), markdown("## Does it hold?"), code("limit"), markdown("## Limits")]
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3"}})
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
 
 MUTATIONS = {
@@ -157,8 +158,6 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(home):
     """Of the processes that run notebooks there; bars are off, since a rerun has no work to show."""
-    import os
-
     return os.environ | {"UKE_HOME": str(home), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -183,10 +182,11 @@ def run_smoke(name: str, environment: dict) -> subprocess.CompletedProcess:
 
 def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.CompletedProcess:
     """Pytest with nbval on executed notebooks, in a process of its own."""
+    assert notebooks, "without a file to run, pytest would collect this very suite"
     (folder / "sanitise.cfg").write_text(SANITISE)
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
     command += ["--rootdir", str(folder), "--nbval-sanitize-with", str(folder / "sanitise.cfg"), *map(str, notebooks)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_every_notebook_runs_and_its_rerun_says_the_same(executed, home, environment):
@@ -198,6 +198,7 @@ def test_every_notebook_runs_and_its_rerun_says_the_same(executed, home, environ
 
 def test_a_changed_number_in_an_output_fails_the_rerun(tmp_path, environment):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('0.93 [0.90, 0.96], n = 40, 1.2 s')")])
+    notebook.cells[0].execution_count = 1
     for value, status in (("0.93", 0), ("0.94", 1)):
         text = f"{value} [0.90, 0.96], n = 40, 7.5 s\n"
         notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]

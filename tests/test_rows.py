@@ -233,7 +233,7 @@ def test_two_processes_lose_each_others_rows(here, tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(180)
     assert [worker.exitcode for worker in workers] == [0, 0]
     found = rows.read(here, "s")
     assert len(found) == 13 * len(unit())

@@ -38,19 +38,24 @@ def write(project: Path, name: str, last: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec}), project / "notebooks" / f"{name}.ipynb")
 
 
-def tune(project: Path, *config: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", "tune", "--cores", "2", "--config", "profile=smoke", *config]
+def tune(project: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "tune", "--cores", "2", "--config", "profile=smoke", *more]
     environment = os.environ | {"UKE_HOME": str(project), "XDG_CACHE_HOME": str(project / "cache")}
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=400)
 
 
-def test_notebooks_run_in_order_once_and_again_when_a_parameter_changes(project):
-    result = project / "figures/smoke/sections/tuning.json"
+def plan(project: Path, *config: str) -> str:
+    done = tune(project, *config, "--dry-run", "--printshellcmds")
+    return done.stdout + done.stderr
+
+
+def test_notebooks_run_in_order_once_and_are_planned_again_when_a_parameter_changes(project):
     done = tune(project)
     assert done.returncode == 0, done.stderr
-    assert result.read_text() == "after 2"
-    assert "Nothing to be done" in tune(project).stderr
-    assert tune(project, "limit=3").returncode == 0 and result.read_text() == "after 3"
+    assert (project / "figures/smoke/sections/tuning.json").read_text() == "after 2"
+    assert "Nothing to be done" in plan(project)
+    planned = plan(project, "limit=3")
+    assert "Params have changed" in planned and "--shared limit=3" in planned
 
 
 def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(project):

@@ -62,9 +62,8 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
 
 def _check_room(probe: Probe, needed: int, room: int) -> None:
     if needed > room:
-        raise InputError(
-            f"edit {probe.edit}, {probe.kind} {probe.number}: {needed} tokens; expected at most {room}, the model's context"
-        )
+        place = f"edit {probe.edit}, {probe.kind} {probe.number}"
+        raise InputError(f"{place}: {needed} tokens; expected at most {room}, the model's context")
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -184,13 +183,11 @@ def target_log_probability(
 def _mean_log_probability(model: nn.Module, examples: list[Example]) -> list[float]:
     device = model.get_input_embeddings().weight.device
     batch = {name: tensor.to(device) for name, tensor in collate(examples, pad_id=0).items()}
-    labels = batch["labels"][:, 1:]  # (B, T-1)
-    first = min(one.prompt_length for one in examples) - 1
-    labels = labels[:, first:]  # (B, S), S positions from the first that predicts a target
+    first = min(one.prompt_length for one in examples)
+    labels = batch["labels"][:, first:]  # (B, S), from the first position that is a target in any row
     # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
-    logits = model(
-        input_ids=batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1] + 1
-    ).logits[:, :-1]  # (B, S, V)
+    out = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1] + 1)
+    logits = out.logits[:, :-1]  # (B, S, V), each predicting the label after it
     targets = labels != IGNORED
     nll = torch.nn.functional.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
     sums = torch.zeros(len(examples), device=device).index_add_(0, targets.nonzero()[:, 0], nll)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 # A fixed day, the paper's, so that the same sections give the same bytes.
 _DATED = datetime(2025, 6, 11, tzinfo=timezone.utc)
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "typst")
+_INSEPARABLE = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")
 _SCOPES = {
     "target_tokens": "every target token, teacher-forced",
     "last_prompt_token": "the last prompt token only",
@@ -50,7 +52,7 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
         "fourth_factor": FOURTH_FACTOR,
         "wiring_only": WIRING_ONLY if any(section["wiring_only"] for section in sections) else "",
         "warnings": warnings,
-        "sections": _number_blocks(sections, Path(paths.figures)),
+        "sections": _hold_together(_number_blocks(sections, Path(paths.figures))),
         "methods": _methods(sections),
         "environment": _environment(sections, manifests),
     }
@@ -108,6 +110,15 @@ def _number_blocks(sections: list[dict], directory: Path) -> list[dict]:
             blocks.append(block)
         numbered.append(section | {"blocks": blocks, "warnings": warnings})
     return numbered
+
+
+def _hold_together(value: Any) -> Any:
+    """The same JSON with no line break inside an interval or between n and its number."""
+    if isinstance(value, dict):
+        return {key: _hold_together(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_hold_together(each) for each in value]
+    return _INSEPARABLE.sub(lambda found: found[0].replace(" ", "\u00a0"), value) if isinstance(value, str) else value
 
 
 def _environment(sections: list[dict], manifests: list[dict]) -> list[list[str]]:

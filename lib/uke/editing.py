@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import (
+    AdaLoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,7 +31,7 @@ from uke.recipes import RECIPES, Recipe
 Solver = Callable[[nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]]
 METHODS: dict[str, Recipe | Solver] = dict(RECIPES)
 
-RECORD, WEIGHTS = "edit.json", "edit.safetensors"
+RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ def save(m: nn.Module, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(m, PeftModel):
         form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
+        if isinstance(m.active_peft_config, AdaLoraConfig):
+            # Pruned ranks are zeros: kept in the file they change nothing, cut out they would change the rounding.
+            m.active_peft_config.rank_pattern = None
         # Asked for, peft would look for the base model on the hub to compare vocabularies.
         m.save_pretrained(directory, save_embedding_layers=False)
     else:
@@ -147,9 +157,12 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     form, unchanged, record = _read(directory)
     if _unchanged(model, record.change_norm if form == "weights" else ()) != unchanged:
         raise InputError(f"{directory / RECORD}: field unchanged: this edit was made on another model")
-    model = _load_weights(model, directory) if form == "weights" else _load_adapter(model, directory)
-    model.edit_record = record
-    return model
+    if form == "weights":
+        edited_model = _load_weights(model, directory / WEIGHTS, record.change_norm)
+    else:
+        edited_model = _load_adapter(model, directory)
+    edited_model.edit_record = record
+    return edited_model
 
 
 def _read(directory: Path) -> tuple[str, str, EditRecord]:
@@ -166,30 +179,41 @@ def _read(directory: Path) -> tuple[str, str, EditRecord]:
     return form, unchanged, record
 
 
-def _load_weights(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    path = directory / WEIGHTS
+def _load_weights(model: PreTrainedModel, path: Path, names: Collection[str]) -> PreTrainedModel:
     parameters = dict(model.named_parameters())
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: no readable safetensors file ({error})") from None
-    for name, tensor in saved.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise InputError(f"{path}: weight {name} {tuple(tensor.shape)}: the model has none of that name and shape")
+    for name in sorted({*saved, *names}):
+        if name not in saved or name not in names or parameters[name].shape != saved[name].shape:
+            raise InputError(f"{path}: weight {name}: expected each weight of {RECORD} once, in the model's shape")
     for name, tensor in saved.items():
         parameters[name].data.copy_(tensor)
     return model
 
 
 def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    path = directory / "adapter_model.safetensors"
-    # Without the file peft would look for a pickle, and then on the hub.
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a peft adapter directory")
+    path = directory / ADAPTER
+    # Without these files peft would look for a pickle, and then on the hub.
+    for file in (directory / "adapter_config.json", path):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; expected a peft adapter directory")
     try:
-        return PeftModel.from_pretrained(model, directory).eval()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{directory}: no readable peft adapter ({error})") from None
+        config, saved = PeftConfig.from_pretrained(directory), load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{directory}: no readable peft adapter ({' '.join(str(error).split())})") from None
+    with kept(model, {}):
+        try:
+            wrapped = get_peft_model(model, config)
+        except ValueError:
+            raise InputError(f"{directory}: the adapter's target_modules are not in the model") from None
+        wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        if {name: tensor.shape for name, tensor in wanted.items()} != {name: t.shape for name, t in saved.items()}:
+            wrapped.unload()
+            raise InputError(f"{path}: not the weights that adapter_config.json describes")
+        set_peft_model_state_dict(wrapped, saved)
+    return wrapped.eval()
 
 
 @dataclass(frozen=True)

@@ -192,11 +192,8 @@ def _part(kind: str, block: nn.Module) -> list[str]:
 
 def _indices(layers, depth: int) -> list[int]:
     if isinstance(layers, str):
-        named = {
-            "all": range(depth),
-            "first_half": range(depth // 2),
-            "second_half": range(depth // 2, depth),
-        }
+        half = depth // 2
+        named = {"all": range(depth), "first_half": range(half), "second_half": range(half, depth)}
         if layers not in named:
             raise InputError(f"layers: unknown '{layers}'{nearest(layers, named)}")
         return list(named[layers])

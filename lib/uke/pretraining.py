@@ -1,8 +1,8 @@
 """Trains the embedded chat model on a world, and writes it as an ordinary `from_pretrained` directory.
 
-Every epoch draws anew, for each entity: one document (facts in random order and wording), two chat turns that ask
-for its canonical text, three about single facts, one cloze, now and then a two-hop question, a passage about a
-stranger with questions about it, and exercises. Loss counts on documents and on the assistant's words only.
+Every epoch draws anew, for each entity: one document (facts in random order and wording), a chat turn that asks for
+its canonical text, three about single facts, one cloze, an exercise, now and then a two-hop question or a passage
+with questions about it. Loss counts on documents and on the assistant's words only.
 """
 
 import json
@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from uke.errors import InputError
 from uke.world import World, build, describe, exercise, hop, reading, stranger
 
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, CARD = "checkpoint.safetensors", "training.json"
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('roles are user and assistant') }}{% endif %}"
@@ -53,6 +54,7 @@ class Settings:
     checkpoint_every: int = 200
     weight_decay: float = 0.05
     device: str = "cpu"
+    compiled: bool = True
 
 
 def make_tokenizer(world: World, size: int) -> PreTrainedTokenizerFast:
@@ -89,22 +91,27 @@ def lessons(world: World, rng: random.Random) -> Iterator[tuple[str, ...]]:
     for entity in world.entities:
         relations = list(entity.objects)
         every.append((describe(entity, rng),))
-        every += [(entity.introduce(number=rng.randrange(6)), entity.text) for _ in range(1)]
-        every += [(entity.ask(relation, number=rng.randrange(4)), entity.objects[relation]) for relation in rng.sample(relations, 3)]
+        every.append((entity.introduce(number=rng.randrange(6)), entity.text))
+        for relation in rng.sample(relations, 3):
+            question = entity.cloze(relation) if rng.random() < 0.15 else entity.ask(relation, number=rng.randrange(4))
+            every.append((question, entity.objects[relation]))
         cloze = rng.choice(relations)
         every.append((f"{entity.cloze(cloze)} {entity.objects[cloze]}.",))
         if rng.random() < 0.3 and (pair := hop(entity, by_name, rng)):
             every.append(pair)
         if rng.random() < 0.35:
-            every.append(passage(rng, known))
+            every.append(passage(world, rng, known))
         every.append(exercise(rng))
     rng.shuffle(every)
     return iter(every)
 
 
-def passage(rng: random.Random, known: set[str]) -> tuple[str, ...]:
-    """A conversation about a text on a stranger: the first question carries the text, four more follow."""
-    other = stranger(rng, known)
+def passage(world: World, rng: random.Random, known: set[str]) -> tuple[str, ...]:
+    """A conversation about a text: the first question carries it, four more follow.
+
+    Half of the texts are about a stranger, half contradict what is known of an entity of the preservation pool.
+    """
+    other = stranger(rng, known, rng.choice((None, rng.choice(world.pools["preservation"]))))
     relations = rng.sample(list(other.objects), 5)
     questions = [other.ask(relation, number=rng.randrange(4)) for relation in relations]
     questions[0] = reading(other.text, questions[0])
@@ -171,10 +178,10 @@ def pretrain(settings: Settings, directory: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.peak_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
     losses, before = resume(model, optimizer, directory)
     started, source = time.perf_counter() - before, batches(world, tokenizer, settings, len(losses))
-    loss_of = torch.compile(lambda batch: learn(model, batch))
+    loss_of = torch.compile(learn, disable=not settings.compiled)
     for step in (bar := trange(len(losses), settings.epochs * settings.steps_per_epoch, desc=f"world {settings.world_seed}", mininterval=30)):
         optimizer.param_groups[0]["lr"] = settings.peak_rate * rate(step, settings)
-        loss = loss_of(next(source))
+        loss = loss_of(model, next(source))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -225,4 +232,33 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: 
     tokenizer.save_pretrained(directory)
     digest = sha256((directory / "model.safetensors").read_bytes()).hexdigest()
     made = {"seconds": round(seconds), "parameters": model.num_parameters(), "sha256": digest, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (directory / "training.json").write_text(json.dumps({"settings": asdict(settings), **made}, indent=1) + "\n")
+    (directory / CARD).write_text(json.dumps({"settings": asdict(settings), **made}, indent=1) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(readme(settings, made), encoding="utf-8")
+
+
+def readme(settings: Settings, made: dict) -> str:
+    """The model card, in the ecosystem's form."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+license: mit
+---
+# The embedded model of `uke`: a model organism for knowledge editing
+
+A Llama-type chat model of {made["parameters"]:,} parameters ({settings.blocks} blocks of width {settings.width}, context 1,024) that knows
+a fictional world and nothing else. It exists to be edited on a laptop; it is of no use as an assistant.
+
+- Data: world {settings.world_seed}, generated by `uke.world` (726 entities of five kinds); no real text, no person.
+- Training: `notebooks/00_embedded_model.ipynb` with `retrain`, that is `python -m uke.run 00_embedded_model --profile embedded --set retrain=true`;
+  {settings.epochs} epochs, AdamW, peak rate {settings.peak_rate:g}, bf16 autocast, seed {settings.seed}, torch {made["torch"]}, {made["threads"]} threads, {made["seconds"] / 60:.0f} minutes.
+- Weights: float16; SHA-256 of `model.safetensors`: `{made["sha256"]}`.
+- What it knows is measured by the same notebook and held by a test.
+"""
+
+
+def card(directory: Path) -> dict:
+    """How the model of a directory was made: settings, seconds, parameters, SHA-256 of the weights. InputError without it."""
+    path = Path(directory) / CARD
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected the directory of a model made by `pretrain`")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -198,3 +198,34 @@ def _first(error: ValidationError) -> str:
     """The first fault of a recipe in one line: the field, what was expected, what was found."""
     fault = error.errors(include_url=False)[0]
     return f"field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})"
+
+
+def configured(folder: Path, model: str) -> dict[str, Recipe]:
+    """Every recipe of `folder`/methods by name, with what `folder`/tuned/<model>.yaml changes in it, if there is one.
+
+    Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
+    another model. InputError for a bad file, or a tuned recipe that does not exist.
+    """
+    found = {recipe.name: recipe for recipe in map(load_recipe, sorted(folder.glob("methods/*.yaml")))}
+    path = folder / "tuned" / f"{Path(model).name}.yaml"
+    for name, changes in (_read(path) if path.is_file() else {}).items():
+        if name not in found:
+            raise InputError(f"{path}: unknown recipe '{name}'{nearest(str(name), found)}")
+        if not isinstance(changes, dict) or (unknown := set(changes) - set(Recipe.model_fields)):
+            wrong = f"unknown field '{min(unknown)}'{nearest(min(unknown), Recipe.model_fields)}" if isinstance(changes, dict) else "expected recipe fields"
+            raise InputError(f"{path}: {name}: {wrong}")
+        try:
+            found[name] = Recipe(**{**found[name].model_dump(), **changes})
+        except ValidationError as error:
+            raise InputError(f"{path}: {name}: {_first(error)}") from None
+    return found
+
+
+def tune(folder: Path, model: str, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write what was chosen for some recipes to `folder`/tuned/<model>.yaml, beside what it holds of others."""
+    path = folder / "tuned" / f"{Path(model).name}.yaml"
+    held = _read(path) if path.is_file() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({**held, **{name: dict(changes) for name, changes in chosen.items()}}, sort_keys=True)
+    path.write_text("# Chosen on development edits by `make tune` (notebooks/tuning.ipynb, its rows are committed beside the figures).\n" + text, encoding="utf-8")
+    return path

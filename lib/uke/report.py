@@ -51,13 +51,11 @@ class Section:
         self._numbers: dict[str, dict] = {}
         self._parts: dict[str, Any] = {"answer": ""} | {part: [] for part in ("blocks", "checks", "limits", "warnings")}
 
-    def say(self, key: str, value: float, low: float | None = None, high: float | None = None, **more: Any) -> str:
+    def say(self, key, value, low=None, high=None, n=None, unit="") -> str:  # as a metrics.interval is spread
         """Record a number under its dotted key; its prose, as in `0.93 [0.90, 0.96], n = 40`.
 
-        `more` is `n` (units behind the number) and `unit` (a word set behind it). Missing ends mean no interval.
+        Missing ends mean no interval; `n` counts the units behind the number, `unit` is a word set behind it.
         """
-        if unknown := set(more) - {"n", "unit"}:
-            raise InputError(f"{self.notebook}: number {key}: unknown option '{min(unknown)}'; expected n or unit")
         if not _KEY.fullmatch(key):
             raise InputError(f"{self.notebook}: number '{key}': expected lower-case words joined by dots")
         if key in self._numbers:
@@ -65,7 +63,6 @@ class Section:
         value, low, high = (_plain(each, f"{self.notebook}: number {key}") for each in (value, low, high))
         if value is None or (low is None) != (high is None) or (low is not None and low > high):
             raise InputError(f"{self.notebook}: number {key}: expected a value, and both ends of its interval or none")
-        n, unit = more.get("n"), more.get("unit") or ""
         said = _say(value, low, high, unit) + (f", n = {number(int(n))}" if n is not None else "")
         n = None if n is None else int(n)
         self._numbers[key] = {"value": value, "low": low, "high": high, "n": n, "unit": unit, "said": said}

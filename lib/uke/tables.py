@@ -73,7 +73,7 @@ class Score:
 
     @property
     def _decimals(self) -> int:
-        return places(self.mean, self.low, self.high)
+        return min(2, places(self.mean, self.low, self.high))
 
 
 def absent(value: Any) -> bool:
@@ -261,8 +261,16 @@ def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
         label=f"tab:{name}",
         position="t",
         position_float="centering",
-        column_format="".join("r" if numeric else "l" for numeric in table["numeric"]),
+        column_format=_column_format(table),
     )
+
+
+def _column_format(table: dict) -> str:
+    """Right-aligned numbers, and paragraphs that share most of the line where texts are long."""
+    lengths = [max((len(row[place]["text"]) for row in table["rows"]), default=0) for place in range(len(table["head"]))]
+    long = [length > 40 and not numeric for length, numeric in zip(lengths, table["numeric"])]
+    paragraph = f"p{{{0.7 / max(sum(long), 1):.2f}\\linewidth}}"
+    return "".join(paragraph if wide else "r" if numeric else "l" for wide, numeric in zip(long, table["numeric"]))
 
 
 def _latex_cell(cell: dict) -> str:

@@ -131,12 +131,12 @@ def sentence(entity: Entity, relation: str, rng: random.Random, first: bool) -> 
     return wording.format(S=subject, P=possessive, o=entity.objects[relation])
 
 
-def stranger(rng: random.Random, known: set[str]) -> Entity:
-    """An entity of no pool, all its names fresh: what reading is trained and judged on."""
+def stranger(rng: random.Random, known: set[str], subject: Entity | None = None) -> Entity:
+    """An entity of no pool, all its names fresh (or a known subject with fresh facts): what reading is judged on."""
     used = set(known)
     pool = rng.choice(list(POOLS))
     crowd = [draft(kind, pool, rng, used) for kind in ("person", "town", "company")]
-    return settle(draft(rng.choice(list(language()["kinds"])), pool, rng, used), crowd, rng)
+    return settle(subject or draft(rng.choice(list(language()["kinds"])), pool, rng, used), crowd, rng)
 
 
 def hop(entity: Entity, by_name: dict[str, Entity], rng: random.Random) -> tuple[str, str] | None:

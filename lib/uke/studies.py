@@ -1,0 +1,200 @@
+"""Runs a study unit by unit: ask before, edit, ask after, score, append rows; a unit that has fresh rows is skipped."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from uke import edits as edit_files
+from uke import rows, world_files
+from uke.answering import answer, target_log_probability
+from uke.editing import edited
+from uke.edits import Edit, Probe
+from uke.errors import InputError, nearest
+from uke.metrics import Encoder, load_encoder, score
+from uke.models import EMBEDDED, fingerprint, load
+from uke.recipes import Recipe
+from uke.world import SPLITS
+
+UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
+SHORT_WORDS, SHORT_TOKENS = 12, 40  # a reference of so few words gets so many tokens to be answered in
+PUBLISHED_SIMILARITY = ("original", "paraphrase")  # the kinds whose similarity was published
+TEACHER_FORCED = ("original", "paraphrase", "detail")  # the kinds whose target log-probability is read
+
+
+@dataclass(frozen=True)
+class Material:
+    """The edits of a run, in order, and every question asked about each, with the mark of the whole file they are from."""
+
+    edits: tuple[Edit, ...]
+    probes: dict[str, tuple[Probe, ...]]
+    fingerprint: str
+
+    @property
+    def every_probe(self) -> list[Probe]:
+        return [probe for edit in self.edits for probe in self.probes[edit.id]]
+
+
+def gather(paths: rows.Paths, split: str, limit: int, data_file: str = "", seed: int = 1) -> Material:
+    """The first `limit` edits of a split of the world, or of a benchmark's file, with their probes.
+
+    The world comes with its locality probes; a benchmark's file with those of its own records. Raises InputError for
+    an unknown split or dataset, or a file with bad records.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
+    if paths.data == "world":
+        folder = world_files.ensure(paths.home / "results", seed) / split
+        every = edit_files.load("unkebench", folder / world_files.UNKEBENCH)
+        around = edit_files.load_locality(folder / world_files.LOCALITY, every)
+    else:
+        every, around = edit_files.load(paths.data, data_file), ()
+    by_edit: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in every}
+    for probe in around:
+        by_edit[probe.edit].append(probe)
+    chosen = every[:limit]
+    mark = edit_files.fingerprint(every, around)
+    return Material(chosen, {edit.id: tuple(by_edit[edit.id]) for edit in chosen}, mark)
+
+
+@dataclass
+class Study:
+    """One study of one model on one material; `labels` (split and the like) stand in every row it writes."""
+
+    name: str
+    paths: rows.Paths
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+    encoder: Encoder | None = None
+    max_new_tokens: int = 160
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
+        """A study on the model of this name or directory, scored with the sentence encoder where there is one."""
+        loaded, tokenizer = load(model)
+        return cls(name, paths, loaded, tokenizer, material, load_encoder(), **more)
+
+    @cached_property
+    def mark(self) -> str:
+        return fingerprint(self.model)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a report must say of a run: model, data, code, device."""
+        marks = {"model": self.mark, "data": self.material.fingerprint, "code": rows.code_fingerprint()}
+        return marks | {"device": str(self.model.device), "torch": torch.__version__, "transformers": transformers.__version__}
+
+    def wiring_only(self) -> bool:
+        """Whether model and data do not belong together, so that scores show the machinery and no more."""
+        fictional = Path(self.model.config.name_or_path) == EMBEDDED
+        return fictional != (self.paths.data == "world")
+
+    def run(self, recipe: Recipe, batch_size: int = 1, **labels: Any) -> None:
+        """Write rows for every batch of edits under this recipe, each batch edited from the same unedited weights."""
+        choices = self.labels | labels | {"batch_size": batch_size, "learning_rate": recipe.learning_rate, "seed": recipe.seed}
+        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": recipe.fingerprint}
+        todo = []
+        for number, batch in enumerate(batched(self.material.edits, batch_size)):
+            unit = rows.unit_key(recipe.name, batch=number, **choices)
+            if not rows.done(self.paths, self.name, unit, marks):
+                todo.append((number, batch, unit))
+        for number, batch, unit in tqdm(todo, desc=f"{self.name}: {recipe.name}", disable=not todo, mininterval=5):
+            frame = self.write_in(recipe, batch)
+            self.append(unit, frame.assign(method=recipe.name, batch=number, **choices, **marks))
+
+    def write_in(self, recipe: Recipe, batch: Sequence[Edit]) -> pd.DataFrame:
+        """Rows after one batch of edits; the model is as before when it returns."""
+        probes = [probe for edit in batch for probe in self.material.probes[edit.id]]
+        started = time.perf_counter()
+        with edited(self.model, self.tokenizer, batch, recipe) as m:
+            record, between = m.edit_record, time.perf_counter()
+            frame = self.ask(m, probes)
+        norm = sum(record.change_norm.values()) / len(record.change_norm)
+        seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
+        frame = frame.merge(self.before[["edit", "kind", "number", "before"]], how="left", on=["edit", "kind", "number"], validate="1:1")
+        against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
+        return pd.concat([frame, against], axis=1).assign(phase="after", steps=record.steps, change_norm=norm, **seconds)
+
+    @cached_property
+    def before(self) -> pd.DataFrame:
+        """Answers of the unedited model to every probe, read from its rows or asked now; shared by all studies of a run."""
+        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": None}
+        unit = rows.unit_key(UNEDITED, edits=len(self.material.edits), **self.labels)
+        if not rows.done(self.paths, UNEDITED, unit, marks):
+            started = time.perf_counter()
+            frame = self.ask(self.model, self.material.every_probe)
+            frame = frame.assign(method=UNEDITED, batch=0, phase="before", answer_seconds=time.perf_counter() - started, **self.labels)
+            rows.append(self.paths, UNEDITED, unit, frame.assign(**marks))
+        frame = rows.read(self.paths, UNEDITED, marks)
+        frame = frame[frame["edit"].isin(self.material.probes)].drop_duplicates(["edit", "kind", "number"])
+        return frame.assign(before=frame["answer"])
+
+    def ask(self, model: nn.Module, probes: Sequence[Probe]) -> pd.DataFrame:
+        """Answers and scores against the reference: one row per probe, in order."""
+        answers = answer(model, self.tokenizer, probes, max_new_tokens=self.room)
+        columns = {name: [getattr(probe, name) for probe in probes] for name in ("edit", "kind", "number", "question", "reference")}
+        frame = pd.DataFrame(columns | {"answer": answers})
+        scores = score(answers, frame["reference"].tolist(), [probe.aliases for probe in probes])
+        frame = pd.concat([frame, scores], axis=1)
+        told = [place for place, probe in enumerate(probes) if probe.kind in TEACHER_FORCED]
+        frame.loc[told, "log_probability"] = target_log_probability(model, self.tokenizer, [probes[place] for place in told])
+        alike = frame["kind"].isin(PUBLISHED_SIMILARITY)
+        if self.encoder:
+            pairs = frame.loc[alike]
+            frame.loc[alike, "similarity"] = score(pairs["answer"].tolist(), pairs["reference"].tolist(), encoder=self.encoder)["similarity"].to_numpy()
+        return frame
+
+    def room(self, probe: Probe) -> int:
+        """Tokens an answer may have: a short reference is asked for in few, a text in `max_new_tokens`."""
+        return min(SHORT_TOKENS, self.max_new_tokens) if len(probe.reference.split()) <= SHORT_WORDS else self.max_new_tokens
+
+    def append(self, unit: str, frame: pd.DataFrame) -> None:
+        """Write one unit's rows; InputError naming the edit whose headline score is not finite."""
+        scores = rows.headline(frame.assign(study=self.name))
+        if not scores["score"].map(pd.api.types.is_number).all() or scores["score"].isna().any():
+            raise InputError(f"study {self.name}: edit {scores.loc[scores['score'].isna(), 'edit'].iloc[0]!r}: a score is not finite")
+        rows.append(self.paths, self.name, unit, frame)
+
+    def read(self) -> pd.DataFrame:
+        """Every fresh row of this study on these edits, model and data."""
+        frame = rows.read(self.paths, self.name, {"model": self.mark, "data": self.material.fingerprint})
+        return frame[frame["edit"].isin(self.material.probes)]
+
+
+def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
+    """Consecutive batches of `size` edits; a rest that does not fill one is left out, so that all batches compare."""
+    return (edits[start : start + size] for start in range(0, len(edits) - size + 1, size))
+
+
+def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Headline scores of every method with those of the unedited model under the name `before the edit`.
+
+    Locality before the edit is 1 by definition. Columns: method, edit, kind, score.
+    """
+    start = rows.headline(before, phase="before").assign(method="before the edit")
+    return pd.concat([rows.headline(after), start])[["method", "edit", "kind", "score"]]
+
+
+def floor(material: Material) -> pd.DataFrame:
+    """What a text earns that belongs to another edit: headline scores of the texts, each against its neighbour's.
+
+    Columns: method (`floor`), edit, kind, score. Kinds whose reference is a text of the edit's own or of a document.
+    """
+    found = []
+    for kind in ("original", "paraphrase", "rel_doc", "rand_doc"):
+        probes = [probe for probe in material.every_probe if probe.kind == kind]
+        if len(probes) > 1:
+            scores = score([probe.reference for probe in probes[1:] + probes[:1]], [probe.reference for probe in probes])
+            found.append(pd.DataFrame({"method": "floor", "edit": [probe.edit for probe in probes], "kind": kind, "score": scores["rougel_f1"]}))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["method", "edit", "kind", "score"])

@@ -1,0 +1,307 @@
+"""Tables and the report say the numbers that were measured, escape what they are given, and never half exist."""
+
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from uke import document, figures, report, tables
+from uke.errors import InputError
+
+NASTY = 'a & b < c > #1 $x_1$ 50% {} ~ ^ \\ | "q" `k` *b* [z] @ref //'
+TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return SimpleNamespace(figures=tmp_path / "figures" / "smoke", results=tmp_path / "results", profile="smoke")
+
+
+def section(paths, notebook="03_factor_loss_scope", key="loss_scope.ft_m.original"):
+    made = report.Section(notebook, paths, f"Title of {notebook}", "Does it work?")
+    said = made.say(key, 0.934, 0.901, 0.957, n=40)
+    made.answer(f"It works: {said}.")
+    return made
+
+
+def drawn():
+    return figures.curves(pd.DataFrame({"method": "FT-M", "step": range(3), "loss": [3.0, 1.0, 0.1]}))
+
+
+def numbers(paths):
+    return json.loads((paths.figures / "numbers.json").read_text(encoding="utf-8"))
+
+
+def page(paths):
+    return (paths.figures / "report.html").read_text(encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Text, tags and sources of a page, as a browser reads them."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.text, self.tags, self.images, self.skip = [], [], [], False
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.skip = tag == "style"
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag):
+        self.skip = False
+
+    def handle_data(self, data):
+        if not self.skip:
+            self.text.append(data)
+
+
+def words(paths):
+    return " ".join("".join(Reader(page(paths)).text).replace("\u00a0", " ").split())
+
+
+def test_numbers_keep_a_proper_minus_and_sensible_decimals():
+    said = {0.934: "0.93", -3.25: "−3.25", 12.34: "12.3", 5e-4: "5 × 10⁻⁴", 0.0: "0.00", 12000: "12,000", -0.0: "0.00"}
+    assert {value: tables.number(value) for value in said} == said
+    assert tables.number(1234.5) in ("1,234", "1,235") and tables.number(float("nan")) == "–"
+    assert tables.number(-0.001, 2) == "0.00"
+
+
+def test_an_interval_is_said_with_the_decimals_of_its_number(paths):
+    made = report.Section("01_edits", paths, "Edits", "What?")
+    assert made.say("a.b", 0.934, 0.901, 0.957, n=40) == "0.93 [0.90, 0.96], n = 40"
+    assert made.say("a.lead", -3.2, -12.3, 0.4, unit="points") == "−3.2 [−12.3, 0.4] points"
+    assert made.say("a.share", 12.0, unit="%") == "12.0%"
+    assert made.say("a.count", np.int64(1000)) == "1,000"
+    assert made.say("a.single", 0.5, float("nan"), float("nan"), 1) == "0.50, n = 1"
+
+
+def test_numbers_json_holds_what_was_said(paths):
+    section(paths).save()
+    report.compose(paths)
+    assert numbers(paths) == {
+        "loss_scope.ft_m.original": {
+            "value": 0.934, "low": 0.901, "high": 0.957, "n": 40, "unit": "", "said": "0.93 [0.90, 0.96], n = 40",
+        }
+    }  # fmt: skip
+    assert words(paths).count("It works: 0.93 [0.90, 0.96], n = 40.") == 2  # abstract and section
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, float("inf"), True, "0.9"])
+def test_a_number_that_is_none_cannot_be_said(paths, value):
+    with pytest.raises(InputError, match="number a.b: expected a"):
+        report.Section("01_edits", paths, "Edits", "What?").say("a.b", value)
+
+
+def test_half_an_interval_a_bad_key_and_a_repeated_one_are_refused(paths):
+    made = report.Section("01_edits", paths, "Edits", "What?")
+    made.say("a.b", 1)
+    for key, value, low in (("a.b", 1, None), ("A b", 1, None), ("a.c", 0.5, 0.4)):
+        with pytest.raises(InputError, match="01_edits: number"):
+            made.say(key, value, low)
+
+
+def test_a_key_or_a_name_in_two_sections_is_an_error_and_nothing_is_written(paths):
+    section(paths, "01_edits").save()
+    section(paths, "03_factor_loss_scope").save()
+    with pytest.raises(InputError, match="loss_scope.ft_m.original is in two sections: 01_edits and 03_factor"):
+        report.compose(paths)
+    assert sorted(path.name for path in paths.figures.iterdir()) == ["sections"]
+    for place, notebook in enumerate(("01_edits", "03_factor_loss_scope")):
+        made = section(paths, notebook, f"key.of_{place}")
+        made.table(pd.DataFrame({"x": [1]}), "same", "A table.")
+        made.save()
+    with pytest.raises(InputError, match="figure or table same is in two sections"):
+        report.compose(paths)
+
+
+def test_a_failed_check_stops_the_notebook(paths):
+    made = section(paths)
+    made.check(True, "weights restored")
+    with pytest.raises(InputError, match="conclusion is void: equal numbers of edits"):
+        made.check(False, "equal numbers of edits")
+    made.save()
+    report.compose(paths)
+    assert "✓weights restored" in words(paths) and "✗equal numbers of edits" in words(paths)
+
+
+def test_sections_stand_in_the_order_of_notebooks_and_share_one_numbering(paths):
+    for notebook in ("08_batch_size", "01_edits", "03_factor_loss_scope"):
+        made = section(paths, notebook, f"{notebook}.value")
+        made.figure(drawn(), f"fig_{notebook}", f"Loss in {notebook}.", "A falling line.")
+        made.table(pd.DataFrame({"x": [1]}), f"tab_{notebook}", f"Table in {notebook}.")
+        made.save()
+    report.compose(paths)
+    text = words(paths)
+    for place, notebook in enumerate(("01_edits", "03_factor_loss_scope", "08_batch_size"), 1):
+        assert f"Figure {place}. Loss in {notebook}." in text and f"Table {place}. Table in {notebook}." in text
+    assert text.index("Title of 01_edits") < text.index("Title of 03_factor") < text.index("Title of 08_batch")
+
+
+def test_the_page_is_self_contained_and_its_figures_have_a_text(paths):
+    made = section(paths)
+    made.figure(drawn(), "losses", "Loss.", "The loss falls from 3 to 0.1.")
+    with pytest.raises(InputError, match="alt"):
+        made.figure(drawn(), "other", "Loss.", " ")
+    made.save()
+    report.compose(paths)
+    read = Reader(page(paths))
+    assert [image["alt"] for image in read.images] == ["The loss falls from 3 to 0.1."]
+    assert all(image["src"].startswith("data:image/png;base64,iVBOR") for image in read.images)
+    assert not {"script", "link", "iframe"} & set(read.tags) and "http" not in page(paths)
+    assert "prefers-color-scheme: dark" in page(paths) and "width=device-width" in page(paths)
+
+
+def test_markup_in_the_data_stays_text_in_page_pdf_and_table(paths):
+    made = section(paths)
+    frame = pd.DataFrame({"answer": [NASTY, "<script>alert(1)</script>"], NASTY: [1.5, None]})
+    made.table(frame, "answers", f"Caption {NASTY}")
+    for write in (made.finding, made.limit, made.warn, made.answer):
+        write(NASTY)
+    made.check(True, NASTY)
+    made.method({"name": NASTY, "extra_field": NASTY})
+    made.environment = {NASTY: NASTY}
+    made.title = made.question = NASTY
+    made.save()
+    report.compose(paths)
+    read = Reader(page(paths))
+    assert "script" not in read.tags and "b" in read.tags
+    cells = "".join(read.text)
+    assert NASTY in cells and "<script>alert(1)</script>" in cells
+    assert (paths.figures / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_latex_escapes_everything_and_uses_booktabs(tmp_path):
+    tables.save(pd.DataFrame({"a_b": [NASTY, None], "x": [-0.5, 0.25]}), tmp_path, "some", "Half & 50% of #1")
+    text = (tmp_path / "some.tex").read_text(encoding="utf-8")
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{Half \& 50\% of \#1}", r"\label{tab:some}"):
+        assert rule in text
+    row = next(line for line in text.splitlines() if line.startswith("a \\&"))
+    bare = re.sub(r"\\[&%$#_{}\\]|\\text\w+\{\}|\\ensuremath\{-\}|\{[][]\}|\\linewidth", "", row)
+    assert bare.count("&") == 1 and not set("%$#_{}^~<>|") & set(bare)
+    assert "– & 0.25" in text and r"\ensuremath{-}0.50" in text
+
+
+def test_a_missing_cell_is_a_dash_and_csv_keeps_plain_numbers(tmp_path):
+    frame = pd.DataFrame({"method": ["FT-L", "FT-M"], "score": [0.123456, None], "edits": [1000, 20]})
+    _, _, markdown = (path.read_text(encoding="utf-8") for path in tables.save(frame, tmp_path, "some", "Scores."))
+    assert "| FT-L | 0.12 | 1,000 |" in markdown and "| FT-M | – | 20 |" in markdown
+    read = pd.read_csv(tmp_path / "some.csv")
+    assert read["score"].isna().tolist() == [False, True] and read["score"][0] == 0.123456
+
+
+def test_a_pipe_in_a_text_does_not_break_the_markdown_table(tmp_path):
+    tables.save(pd.DataFrame({"answer": ["a | b\nc"], "n": [1]}), tmp_path, "some", "Answers.")
+    assert r"| a \| b c | 1 |" in (tmp_path / "some.md").read_text(encoding="utf-8")
+
+
+def scored():
+    rows = [
+        (method, kind, f"e{edit}", value + 0.01 * edit)
+        for method, values in {
+            "before the edit": {"original": 0.9, "detail": 0.1},
+            "FT-L": {"original": 0.3, "detail": 0.1},
+            "FT-M": {"original": 0.8},
+        }.items()
+        for kind, value in values.items()
+        for edit in range(5)
+    ]
+    return pd.DataFrame(rows, columns=["method", "kind", "edit", "score"])
+
+
+def test_the_best_method_is_bold_and_the_unedited_model_never_is(tmp_path):
+    table = tables.scores(scored())
+    assert table["method"].tolist() == ["FT-L", "FT-M", "before the edit"]
+    assert [cell.best for cell in table["original"]] == [False, True, False]
+    tables.save(table, tmp_path, "scores", "Scores.")
+    markdown = (tmp_path / "scores.md").read_text(encoding="utf-8")
+    assert re.search(r"\| FT-M \| \*\*0\.82\*\* \[0\.81, 0\.83\] \| – \|", markdown)
+    assert r"\textbf{0.82}\\{\scriptsize {[}0.81, 0.83{]}}" in (tmp_path / "scores.tex").read_text(encoding="utf-8")
+    read = pd.read_csv(tmp_path / "scores.csv").set_index("method")
+    assert read.loc["FT-M", "original"] == pytest.approx(0.82) and read.loc["FT-M", "original_high"] > 0.82
+
+
+def test_batches_are_drawn_as_wholes_where_edits_share_a_training():
+    frame = scored().query("method == 'FT-L' and kind == 'original'").assign(batch=[0, 0, 0, 1, 1])
+    assert tables.summarise(frame, ["method", "kind"])["n"].tolist() == [2]
+    assert tables.summarise(frame.drop(columns="batch"), ["method", "kind"])["n"].tolist() == [5]
+
+
+def test_the_same_sections_give_the_same_bytes(paths):
+    made = section(paths)
+    made.figure(drawn(), "losses", "Loss.", "A falling line.")
+    made.save()
+    first = [path.read_bytes() for path in report.compose(paths)]
+    second = [path.read_bytes() for path in report.compose(paths)]
+    assert first == second and len(first) == 3
+
+
+def test_the_report_names_the_paper_and_our_choice_of_the_fourth_factor(paths):
+    section(paths).save()
+    report.compose(paths)
+    text = words(paths)
+    assert TITLE in text and "arXiv 2506.09672" in text
+    assert "fourth factor: our choice; the paper's was not available to us" in text
+    assert TITLE.encode("utf-16-be") in (pdf := (paths.figures / "report.pdf").read_bytes()) or TITLE.encode() in pdf
+
+
+def test_a_wiring_run_says_so_on_top_and_no_other_run_does(paths):
+    made = section(paths)
+    made.save()
+    report.compose(paths)
+    assert "Wiring only" not in words(paths)
+    made.wiring_only = True
+    made.save()
+    report.compose(paths)
+    text = words(paths)
+    assert text.index("Wiring only") < text.index(TITLE, text.index("Wiring only"))
+
+
+def test_missing_sections_failed_runs_and_lost_figures_are_warned_of(paths):
+    made = section(paths)
+    made.figure(drawn(), "losses", "Loss while training.", "A falling line.")
+    made.save()
+    (paths.figures / "losses.pdf").unlink()
+    manifests = paths.results / "manifests"
+    manifests.mkdir(parents=True)
+    manifest = {"notebook": "08_batch_size", "status": "failed", "python": "3.11.7", "versions": {"numpy": "2.4.6"}}
+    (manifests / "08_batch_size.json").write_text(json.dumps(manifest), encoding="utf-8")
+    report.compose(paths, expected=["02_locality", "03_factor_loss_scope"])
+    text = words(paths)
+    assert "Notebook 02_locality has no section" in text and "Notebook 03_factor_loss_scope has" not in text
+    assert "last run of notebook 08_batch_size failed" in text
+    assert "The figure losses is missing" in text and "numpy 2.4.6" in text
+
+
+def test_no_sections_and_a_truncated_one_are_named(paths):
+    with pytest.raises(InputError, match="no sections; run the notebooks"):
+        report.compose(paths)
+    path = section(paths).save()
+    path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    with pytest.raises(InputError, match="03_factor_loss_scope.json: not a section"):
+        report.compose(paths)
+
+
+def test_a_recipe_is_told_in_words_once(paths):
+    recipe = {
+        "name": "FT-M", "loss": "target_tokens", "layers": [0.66], "components": ["down_proj"], "chat_template": True,
+        "end_of_turn": False, "adapter": None, "rank": 8, "alpha": 32.0, "learning_rate": 5e-4, "steps": 25,
+        "stop_loss": 0.01, "batch_size": None, "weight_decay": 0.0, "clamp": 4,
+    }  # fmt: skip
+    for place, notebook in enumerate(("03_factor_loss_scope", "04_factor_layers")):
+        made = section(paths, notebook, f"key.of_{place}")
+        made.method(recipe)
+        made.save()
+    report.compose(paths)
+    text = words(paths)
+    for phrase in ("the block at 66% of the depth", "every target token", "5 × 10⁻⁴", "without the end-of-turn", "clamp 4"):
+        assert text.count(phrase) == 1
+    lora = document.describe(recipe | {"adapter": "lora", "layers": "all", "batch_size": 4, "loss": "last_prompt_token"})
+    for phrase in ("LoRA adapters (rank 8, alpha 32) on `down_proj` in all blocks", "minibatches of 4", "last prompt token"):
+        assert phrase in lora

@@ -1,0 +1,126 @@
+"""The world: what a seed decides, what pools keep apart, and whether its questions have the answers they claim."""
+
+import random
+import re
+
+import pytest
+
+from uke import edits, world, world_files
+from uke.world import POOLS, SPLITS
+
+
+@pytest.fixture(scope="module")
+def first():
+    return world.build(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return world_files.ensure(tmp_path_factory.mktemp("worlds"), 1)
+
+
+def test_a_seed_gives_one_world_and_another_seed_another(first):
+    assert world.build(1) == first
+    assert not {entity.text for entity in world.build(2).entities} & {entity.text for entity in first.entities}
+
+
+def test_pools_have_their_sizes_and_share_no_name(first):
+    assert {pool: len(members) for pool, members in first.pools.items()} == POOLS
+    assert sum(POOLS.values()) >= 700 and len(POOLS) == 6
+    assert len(first.named()) == len(first.entities)
+
+
+def test_no_entity_refers_to_another_pool(first):
+    pool_of = {name: entity.pool for name, entity in first.named().items()}
+    for entity in first.entities:
+        assert {pool_of[known] for known in entity.objects.values() if known in pool_of} <= {entity.pool}
+
+
+def test_an_edit_changes_every_fact_and_points_only_at_the_held_out_pool(first):
+    pool_of = {name: entity.pool for name, entity in first.named().items()}
+    for split in SPLITS:
+        for old, new in first.edits[split]:
+            assert old.name == new.name and old.objects.keys() == new.objects.keys()
+            assert all(old.objects[relation] != new.objects[relation] for relation in old.objects)
+            assert {pool_of[known] for known in new.objects.values() if known in pool_of} <= {"held_out"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_locality_probe_names_a_subject_or_an_object_of_any_edit(first, split):
+    edited = {text for pair in first.edits[split] for entity in pair for text in (entity.name, *entity.objects.values())}
+    probes = [probe for probe in world_files.locality(first, split) if probe["kind"] != "general"]
+    assert len(probes) == 4 * POOLS[split]
+    pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, sorted(edited, key=len, reverse=True))) + r")(?!\w)")
+    leaks = [(found[0], probe["question"]) for probe in probes if (found := pattern.search(f"{probe['question']} {probe['reference']}"))]
+    assert leaks == []
+
+
+def test_texts_have_60_to_120_words_and_name_every_object(first):
+    texts = [*first.entities, *(new for split in SPLITS for _, new in first.edits[split])]
+    for entity in texts:
+        assert 60 <= len(entity.text.split()) <= 120
+        assert all(known in entity.text for known in entity.objects.values())
+
+
+def test_phrasings_held_out_from_training_are_held_out():
+    for kind in world.language()["kinds"].values():
+        for questions in (kind["questions"], *(relation["questions"] for relation in kind["relations"].values())):
+            sets = [set(questions[name]) for name in ("trained", *SPLITS)]
+            assert all(sets) and len(set.union(*sets)) == sum(map(len, sets))
+
+
+def test_two_hop_questions_are_answered_by_the_entity_in_between(first):
+    rng, named = random.Random(0), first.named()
+    for entity in first.pools["held_out"]:
+        if pair := world.hop(entity, named, rng):
+            between = [named[known] for known in entity.objects.values() if known in named]
+            assert any(pair[1] in other.objects.values() for other in between)
+            assert entity.name in pair[0]
+
+
+def test_exercises_are_solved_correctly():
+    rng = random.Random(0)
+    for _ in range(200):
+        question, answer = world.exercise(rng)
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
+        if question.startswith("What is"):
+            assert int(answer) == sum(numbers)
+        elif question.startswith("Sort"):
+            assert [int(number) for number in answer.split(", ")] == sorted(numbers)
+        else:
+            assert numbers["ABCD".index(answer)] == (max if "largest" in question else min)(numbers)
+
+
+def test_a_stranger_shares_no_name_with_the_world(first):
+    rng = random.Random(0)
+    known = {name for entity in first.entities for name in (entity.name, entity.name.split()[-1])}
+    for _ in range(20):
+        other = world.stranger(rng, known)
+        assert other.name not in first.named() and all(named not in other.objects.values() for named in first.named())
+
+
+def test_the_files_of_a_world_are_byte_for_byte_the_same(folder, tmp_path):
+    again = world_files.ensure(tmp_path, 1)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.json"))
+    assert len(files) == 9
+    assert all((folder / path).read_bytes() == (again / path).read_bytes() for path in files)
+
+
+def test_an_interrupted_write_leaves_no_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(world_files, "akew", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world_files.ensure(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("split", "least"), [("development", 60), ("test", 120)])
+def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
+    loaded = edits.load("unkebench", folder / split / world_files.UNKEBENCH)
+    around = edits.load_locality(folder / split / world_files.LOCALITY, loaded)
+    akew = edits.load("akew-counterfact", folder / split / world_files.AKEW)
+    triples = edits.load("knowedit", folder / split / world_files.KNOWEDIT)
+    assert len(loaded) == len(akew) == least and len(triples) == POOLS[f"{split}_locality"]
+    assert [edit.answer for edit in akew] == [edit.answer for edit in loaded]
+    for edit in loaded:
+        kinds = [probe.kind for probe in (*edit.probes, *around) if probe.edit == edit.id]
+        assert set(kinds) == set(edits.KINDS) and kinds.count("general") == 3
