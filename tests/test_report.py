@@ -117,8 +117,21 @@ def test_a_key_or_a_name_in_two_sections_is_an_error_and_nothing_is_written(path
         made = section(paths, notebook, f"key.of_{place}")
         made.table(pd.DataFrame({"x": [1]}), "same", "A table.")
         made.save()
-    with pytest.raises(InputError, match="figure or table same is in two sections"):
+    with pytest.raises(InputError, match="table same is in two sections"):
         report.compose(paths)
+
+
+def test_a_figure_and_a_table_may_share_a_name_but_not_two_of_a_kind(paths):
+    made = section(paths)
+    made.figure(drawn(), "before", "Loss.", "A falling line.")
+    made.table(pd.DataFrame({"x": [1]}), "before", "A table.")
+    with pytest.raises(InputError, match="earlier table called 'before'"):
+        made.table(pd.DataFrame({"x": [2]}), "before", "Another.")
+    assert (paths.figures / "before.csv").read_text(encoding="utf-8") == "x\n1\n"
+    made.save()
+    report.compose(paths)
+    ids = re.findall(r' id="([^"]+)"', page(paths))
+    assert len(ids) == len(set(ids)) and {"figure-before", "table-before"} <= set(ids)
 
 
 def test_a_failed_check_stops_the_notebook(paths):
@@ -190,6 +203,7 @@ def test_latex_escapes_everything_and_uses_booktabs(tmp_path):
 
 def test_a_missing_cell_is_a_dash_and_csv_keeps_plain_numbers(tmp_path):
     frame = pd.DataFrame({"method": ["FT-L", "FT-M"], "score": [0.123456, None], "edits": [1000, 20]})
+    assert tables.cells(frame.rename(columns={"score": "ROUGE-L", "edits": "n_edits"}))["head"][1:] == ["ROUGE-L", "N edits"]
     _, _, markdown = (path.read_text(encoding="utf-8") for path in tables.save(frame, tmp_path, "some", "Scores."))
     assert "| FT-L | 0.12 | 1,000 |" in markdown and "| FT-M | – | 20 |" in markdown
     read = pd.read_csv(tmp_path / "some.csv")
@@ -222,7 +236,7 @@ def test_the_best_method_is_bold_and_the_unedited_model_never_is(tmp_path):
     tables.save(table, tmp_path, "scores", "Scores.")
     markdown = (tmp_path / "scores.md").read_text(encoding="utf-8")
     assert re.search(r"\| FT-M \| \*\*0\.82\*\* \[0\.81, 0\.83\] \| – \|", markdown)
-    assert r"\textbf{0.82}\\{\scriptsize {[}0.81, 0.83{]}}" in (tmp_path / "scores.tex").read_text(encoding="utf-8")
+    assert r"\textbf{0.82}\\[-2pt]{\scriptsize {[}0.81, 0.83{]}}" in (tmp_path / "scores.tex").read_text(encoding="utf-8")
     read = pd.read_csv(tmp_path / "scores.csv").set_index("method")
     assert read.loc["FT-M", "original"] == pytest.approx(0.82) and read.loc["FT-M", "original_high"] > 0.82
 

@@ -51,7 +51,9 @@ def test_no_locality_probe_names_a_subject_or_an_object_of_any_edit(first, split
     probes = [probe for probe in world_files.locality(first, split) if probe["kind"] != "general"]
     assert len(probes) == 4 * POOLS[split]
     pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, sorted(edited, key=len, reverse=True))) + r")(?!\w)")
-    leaks = [(found[0], probe["question"]) for probe in probes if (found := pattern.search(f"{probe['question']} {probe['reference']}"))]
+    # A phrasing may use the name of a genre ("a short biography of ..."), so questions are held to names alone.
+    leaks = [(found[0], probe["question"]) for probe in probes if (found := pattern.search(probe["reference"]))]
+    leaks += [(name, probe["question"]) for probe in probes for name in edited & set(first.named()) if name in probe["question"]]
     assert leaks == []
 
 

@@ -18,7 +18,10 @@ from markupsafe import Markup, escape
 from uke.tables import number
 
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
-SUBTITLE = "of arXiv 2506.09672, “Is Fine-Tuning an Effective Solution? Reassessing Knowledge Editing for Unstructured Data”"
+SUBTITLE = (
+    "of arXiv 2506.09672, “Is Fine-Tuning an Effective Solution? "
+    "Reassessing Knowledge Editing for Unstructured Data”"
+)
 FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
 WIRING_ONLY = "This run shows that loading, asking and scoring work on these data. It supports no verdict."
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -184,7 +187,8 @@ def _say_weights(rest: dict) -> str:
 def _say_layers(layers: Any) -> str:
     if isinstance(layers, str):
         return {"all": "all blocks"}.get(layers, f"the {layers.replace('_', ' ')} of the blocks")
-    return ", ".join(f"block {one}" if isinstance(one, int) else f"the block at {one:.0%} of the depth" for one in _several(layers))
+    words = [f"block {one}" if isinstance(one, int) else f"the block at {one:.0%} of the depth" for one in _several(layers)]
+    return ", ".join(words)
 
 
 def _say_loss(rest: dict) -> str:

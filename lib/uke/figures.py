@@ -148,7 +148,8 @@ def curves(frame: pd.DataFrame, y: str = "loss", by: str = "method", width: floa
             wide = found.assign(edit=found.get("edit", 0)).pivot_table(index="step", columns="edit", values=y).ffill()
             middle = wide.median(axis=1)
             if wide.shape[1] > 1:
-                ax.fill_between(wide.index, wide.quantile(0.1, axis=1), wide.quantile(0.9, axis=1), color=colour, alpha=0.15, lw=0)
+                low, high = wide.quantile(0.1, axis=1), wide.quantile(0.9, axis=1)
+                ax.fill_between(wide.index, low, high, color=colour, alpha=0.15, lw=0)
             ax.plot(middle.index, middle, color=colour)
             ax.plot(middle.index[-1], middle.iloc[-1], "o", color=colour, ms=3, clip_on=False, zorder=4)
             ax.hlines(middle.iloc[-1], middle.index[-1], frame["step"].max(), color=colour, lw=0.8, ls=(0, (1, 2)))
@@ -174,7 +175,8 @@ def tuning(frame: pd.DataFrame, by: str = "method", width: float = FULL) -> Figu
     require(frame, [by, "learning_rate", "score"], "tuning")
     keys = [key for key in (by, "learning_rate", "trial") if key in frame.columns]
     chosen = frame["chosen"].astype(bool) if "chosen" in frame.columns else pd.Series(False, index=frame.index)
-    trials = frame.assign(chosen=chosen).groupby(keys, sort=False)[["score", "chosen"]].agg({"score": "mean", "chosen": "any"}).reset_index()
+    trials = frame.assign(chosen=chosen).groupby(keys, sort=False, as_index=False)
+    trials = trials.agg(score=("score", "mean"), chosen=("chosen", "any"))
     ends = {}
     with matplotlib.rc_context(RC):
         fig = Figure(figsize=(width, 2.4 if width > 5 else 4.4), layout="constrained")
@@ -266,7 +268,8 @@ def lengths(frame: pd.DataFrame, width: float = COLUMN, unit: str = "words") -> 
             ax.stairs(counts, edges, color="#0072b2", lw=0.8)
             ax.axvline(median, color=INK, lw=1.1)
             ax.set_title(str(name), fontsize=7.5, pad=2)
-            ax.set_title(f"median {number(float(median), 0)}, n = {len(own):,}", loc="right", fontsize=6.5, fontweight="normal", color=GREY, pad=2)
+            said = f"median {number(float(median), 0)}, n = {len(own):,}"
+            ax.set_title(said, loc="right", fontsize=6.5, fontweight="normal", color=GREY, pad=2)
             ax.set_yticks([])
             ax.spines["left"].set_visible(False)
         if log:

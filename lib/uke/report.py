@@ -70,7 +70,7 @@ class Section:
 
     def figure(self, fig: Figure, name: str, caption: str, alt: str) -> Picture:
         """Save a figure (PDF, PNG) and place it here in the section; `alt` says what it shows to who cannot see it."""
-        self._check_name(name, caption)
+        self._check_name("figure", name, caption)
         if not alt.strip():
             raise InputError(f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)")
         _, png = figures.save(fig, self.directory, name)
@@ -80,7 +80,7 @@ class Section:
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
         """Save a table (CSV, LaTeX, Markdown) and place it here in the section; the frame, for the notebook to show."""
-        self._check_name(name, caption)
+        self._check_name("table", name, caption)
         tables.save(frame, self.directory, name, caption)
         self._parts["blocks"].append({"type": "table", "name": name, "caption": caption} | tables.cells(frame))
         return frame
@@ -123,11 +123,11 @@ class Section:
         text = json.dumps(head | self._parts | rest, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         return tables.write(self.directory / "sections" / f"{self.notebook}.json", (text + "\n").encode())
 
-    def _check_name(self, name: str, caption: str) -> None:
+    def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():
-            raise InputError(f"{self.notebook}: '{name}': expected a name of a-z, 0-9, _ and -, and a caption")
-        if any(block.get("name") == name for block in self._parts["blocks"]):
-            raise InputError(f"{self.notebook}: '{name}' is the name of an earlier figure or table")
+            raise InputError(f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, and a caption")
+        if any((block["type"], block.get("name")) == (what, name) for block in self._parts["blocks"]):
+            raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
 
 
 def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
@@ -135,7 +135,7 @@ def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
 
     Notebooks in `expected` without a section, failed runs (manifests in `paths.results`, where there are any) and missing
     figures become warnings. Raises InputError where there is no section, one is unreadable, or a number key or the name of
-    a figure or table is used by two.
+    a figure or of a table is used by two.
     """
     directory = Path(paths.figures)
     sections = _read_sections(directory / "sections")
@@ -181,12 +181,11 @@ def _read_sections(directory: Path) -> list[dict]:
 def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
     said, made = {}, {}
     for section in sections:
-        for owners, names, what in (
-            (said, section["numbers"], "number"),
-            (made, [block["name"] for block in section["blocks"] if "name" in block], "figure or table"),
-        ):
-            for name in names:
-                if other := owners.get(name):
-                    raise InputError(f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}")
-                owners[name] = section
+        shown = [(block["type"], block["name"]) for block in section["blocks"] if "name" in block]
+        for what, name in [("number", key) for key in section["numbers"]] + shown:
+            owners = said if what == "number" else made
+            place = name if what == "number" else (what, name)
+            if other := owners.get(place):
+                raise InputError(f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}")
+            owners[place] = section
     return {key: said[key]["numbers"][key] for key in sorted(said)}

@@ -171,7 +171,7 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
 
 def texts(column: pd.Series) -> list[str]:
     """The cells of a column in print, floats with the same decimals throughout the column."""
-    values = [value for value in column if isinstance(value, Real) and not isinstance(value, (bool, Integral)) and not absent(value)]
+    values = [value for value in column if isinstance(value, Real) and not isinstance(value, Integral) and not absent(value)]
     decimals = None
     if values and max(map(abs, values)) >= 0.1:
         whole = max(map(abs, values)) > 1 and all(float(value).is_integer() for value in values)
@@ -204,7 +204,7 @@ def cells(frame: pd.DataFrame) -> dict:
     frame = _flat(frame)
     columns = [_cells(frame[column]) for column in frame]
     return {
-        "head": [LABELS.get(column, str(column).replace("_", " ").capitalize()) for column in frame],
+        "head": [LABELS.get(column) or str(column)[:1].upper() + str(column)[1:].replace("_", " ") for column in frame],
         "numeric": [_numeric(frame[column]) for column in frame],
         "rows": [list(row) for row in zip(*columns)],
     }
@@ -255,7 +255,7 @@ def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
     table = cells(frame)
     rows = [[_latex_cell(cell) for cell in row] for row in table["rows"]]
     shown = pd.DataFrame(rows, columns=[head.translate(_LATEX) for head in table["head"]])
-    return shown.style.hide(axis="index").to_latex(
+    text = shown.style.hide(axis="index").to_latex(
         hrules=True,
         caption=caption.replace("`", "").translate(_LATEX),
         label=f"tab:{name}",
@@ -263,21 +263,27 @@ def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
         position_float="centering",
         column_format=_column_format(table),
     )
+    # Eight kinds side by side fit the width of a page only when set tightly.
+    tight = "\\centering\n\\small\n\\setlength{\\tabcolsep}{3pt}"
+    return text.replace("\\centering", tight, 1) if len(table["head"]) > 6 else text
 
 
 def _column_format(table: dict) -> str:
-    """Right-aligned numbers, and paragraphs that share most of the line where texts are long."""
-    lengths = [max((len(row[place]["text"]) for row in table["rows"]), default=0) for place in range(len(table["head"]))]
+    """Right-aligned numbers, and paragraphs that share the room the other columns leave where texts are long."""
+    columns = list(zip(table["head"], table["numeric"], *table["rows"]))
+    lengths = [max(len(head), *(len(cell["text"]) for cell in rows), 0) for head, _, *rows in columns]
     long = [length > 40 and not numeric for length, numeric in zip(lengths, table["numeric"])]
-    paragraph = f"p{{{0.7 / max(sum(long), 1):.2f}\\linewidth}}"
+    used = sum(0.012 * length + 0.03 for length, wide in zip(lengths, long) if not wide)
+    paragraph = f"p{{{max(0.25, 0.93 - used) / max(sum(long), 1):.2f}\\linewidth}}"
     return "".join(paragraph if wide else "r" if numeric else "l" for wide, numeric in zip(long, table["numeric"]))
 
 
 def _latex_cell(cell: dict) -> str:
     text = cell["text"].translate(_LATEX)
     text = rf"\textbf{{{text}}}" if cell["best"] else text
-    # Eight kinds side by side fit a page only with the interval under its mean.
-    return rf"\shortstack[r]{{{text}\\{{\scriptsize {cell['note'].translate(_LATEX)}}}}}" if cell["note"] else text
+    if not cell["note"]:
+        return text
+    return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{text}\\[-2pt]{{\scriptsize {cell['note'].translate(_LATEX)}}}\end{{tabular}}"
 
 
 def _markdown(frame: pd.DataFrame, caption: str) -> str:

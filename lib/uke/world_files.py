@@ -7,6 +7,7 @@ from the world's known facts; and the texts of the preservation pool.
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -118,12 +119,21 @@ def knowedit(world: World, split: str) -> list[dict]:
 
 def locality(world: World, split: str) -> list[dict]:
     """For every edit one probe of each locality kind, about entities that share no fact with any edit, and two exercises."""
-    rng = random.Random(f"locality-{world.seed}-{split}")
-    return [probe for number, (_, new) in enumerate(world.edits[split]) for probe in locality_probes(world, split, f"{split}-{number}", new, rng)]
+    rng, pool = random.Random(f"locality-{world.seed}-{split}"), apart(world, split)
+    return [probe for number, (_, new) in enumerate(world.edits[split]) for probe in locality_probes(pool, f"{split}-{number}", new, rng)]
 
 
-def locality_probes(world: World, split: str, edit: str, new: Entity, rng: random.Random) -> Iterator[dict]:
-    pool = world.pools[f"{split}_locality"]
+def apart(world: World, split: str) -> list[Entity]:
+    """The probed entities whose text names no subject and no object, old or new, of any edit of the split.
+
+    Values are apart by construction, but one may be a word of another: the colour silver, a silver saddle.
+    """
+    edited = {text for pair in world.edits[split] for entity in pair for text in (entity.name, *entity.objects.values())}
+    named = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, edited)) + r")(?!\w)")
+    return [entity for entity in world.pools[f"{split}_locality"] if not named.search(entity.text)]
+
+
+def locality_probes(pool: list[Entity], edit: str, new: Entity, rng: random.Random) -> Iterator[dict]:
     near, neighbour = rng.sample([entity for entity in pool if entity.kind == new.kind], 2)
     far, other = rng.sample([entity for entity in pool if entity.kind != new.kind], 2)
     yield {"edit": edit, "kind": "rel_doc", "question": near.introduce(number=rng.randrange(6)), "reference": near.text}
