@@ -41,10 +41,10 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
 
     Notebooks of `expected` without a section, failed runs and missing figures become warnings.
     """
-    manifests = _read_manifests(paths)
+    ran = manifests(paths)
     present = {section["notebook"] for section in sections}
     absent = [name for name in dict.fromkeys(expected) if name not in present]
-    failed = sorted(manifest["notebook"] for manifest in manifests if manifest.get("status") == "failed")
+    failed = sorted(manifest["notebook"] for manifest in ran if manifest.get("status") == "failed")
     warnings = [f"Notebook `{name}` has no section: it has not been run on this profile." for name in absent]
     warnings += [f"The last run of notebook `{name}` failed: what it shows is of an earlier run." for name in failed]
     return {
@@ -57,7 +57,7 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
         "warnings": warnings,
         "sections": _hold_together(_number_blocks(sections, Path(paths.figures))),
         "methods": _methods(sections),
-        "environment": _environment(sections, manifests),
+        "environment": _environment(sections, ran),
     }
 
 
@@ -91,7 +91,8 @@ def pdf(data: dict, directory: Path) -> bytes:
         return compiler.compile(format="pdf", timestamp=_DATED)
 
 
-def _read_manifests(paths: Any) -> list[dict]:
+def manifests(paths: Any) -> list[dict]:
+    """What every notebook of a run last left of itself (see `uke.run`), in the order of their names."""
     directory = getattr(paths, "results", None)
     files = sorted((Path(directory) / "manifests").glob("*.json")) if directory else []
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
@@ -124,7 +125,7 @@ def _hold_together(value: Any) -> Any:
     return _INSEPARABLE.sub(lambda found: found[0].replace(" ", "\u00a0"), value) if isinstance(value, str) else value
 
 
-def _environment(sections: list[dict], manifests: list[dict]) -> list[list[str]]:
+def _environment(sections: list[dict], ran: list[dict]) -> list[list[str]]:
     """Names and values; where notebooks differ, one line each. Manifests fill in what no section says.
 
     The commit is left out: a committed report would change with every commit of itself. Fingerprints identify the code.
@@ -133,7 +134,7 @@ def _environment(sections: list[dict], manifests: list[dict]) -> list[list[str]]
     for section in sections:
         for key, value in section["environment"].items():
             found.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
-    for manifest in manifests:
+    for manifest in ran:
         versions = manifest.get("versions", {})
         machine = {key: manifest[key] for key in ("device", "python", "platform") if manifest.get(key)}
         machine |= {"libraries": {key: versions[key] for key in _LIBRARIES if key in versions}} if versions else {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -12,10 +13,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from uke import document, figures, tables
-from uke.errors import InputError
+from uke.errors import InputError, nearest
 from uke.tables import absent, bracket, number, places
 
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+_QUOTED = re.compile(r"<!-- number: ([a-z0-9_.]+) -->(.*?)<!-- -->")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _BLANK = {"question": "", "answer": "", "wiring_only": False, "environment": {}} | {
     part: [] for part in ("blocks", "checks", "limits", "warnings", "recipes")
@@ -189,3 +191,30 @@ def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
                 raise InputError(f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}")
             owners[place] = section
     return {key: said[key]["numbers"][key] for key in sorted(said)}
+
+
+def account(paths: Any, notebooks: Iterable[str]) -> None:
+    """Section `run`: what the notebooks' work took, from their manifests; nothing where they were never run here."""
+    found = [manifest for manifest in document.manifests(paths) if manifest["notebook"] in set(notebooks)]
+    if not found:
+        return
+    section = Section("run", paths, "Cost of the run", "How long did the study take?")
+    section.environment = {"cores": os.cpu_count()}
+    frame = pd.DataFrame({"notebook": [each["notebook"] for each in found], "seconds": [float(each["work_seconds"]) for each in found]})
+    section.table(frame, "run", "Seconds of each notebook, its kernel's start included; two notebooks run at once.")
+    said = section.say("cost.study_seconds", frame["seconds"].sum(), n=len(frame), unit="s")
+    section.answer(f"All notebooks together took {said}, added up over notebooks, of which two run at once.")
+    section.save()
+
+
+def quote(page: Path, paths: Any) -> None:
+    """Renew every number that a Markdown page quotes, `<!-- number: KEY -->text<!-- -->`, from the run's numbers.json."""
+    if not page.is_file():
+        return
+    numbers = json.loads((Path(paths.figures) / "numbers.json").read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    if unknown := [key for key in _QUOTED.findall(text) if key[0] not in numbers]:
+        raise InputError(f"{page}: number {unknown[0][0]}: not in {paths.figures}/numbers.json{nearest(unknown[0][0], numbers)}")
+    renewed = _QUOTED.sub(lambda found: f"<!-- number: {found[1]} -->{numbers[found[1]]['said']}<!-- -->", text)
+    if renewed != text:
+        tables.write(page, renewed.encode())

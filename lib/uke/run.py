@@ -31,6 +31,7 @@ from uke.paths import Paths
 logger = logging.getLogger("uke.run")
 
 BEAT_SECONDS = 15
+QUOTED = "embedded"  # the run whose figures are committed and whose numbers README quotes
 
 
 class Failure(RuntimeError):
@@ -209,14 +210,25 @@ def _go_offline(model: str) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
+def _work_seconds(plan: Plan, seconds: float, earlier: Path) -> float:
+    """Seconds that this notebook's work took: a rerun that finds all rows keeps what they cost, a resumed one adds."""
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    if before.get("status") == "failed":
+        return round(seconds + before["work_seconds"], 2)
+    wrote = any(path.stat().st_mtime >= time.time() - seconds for path in plan.results.rglob("*.parquet"))
+    return seconds if wrote or not before else before["work_seconds"]
+
+
 def _write_manifest(plan: Plan, outcome: dict) -> None:
     """What was run, by what and where: results/<run>/manifests/<notebook>.json."""
+    path = plan.results / "manifests" / f"{plan.name}.json"
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(describe, cwd=plan.root, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
         commit = None
     manifest = outcome | {
+        "work_seconds": _work_seconds(plan, outcome["seconds"], path),
         "notebook": plan.name,
         "parameters": plan.parameters,
         "executable": sys.executable,
@@ -225,7 +237,6 @@ def _write_manifest(plan: Plan, outcome: dict) -> None:
         "commit": commit,
         "versions": {each.name: each.version for each in sorted(metadata.distributions(), key=lambda each: each.name)},
     }
-    path = plan.results / "manifests" / f"{plan.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
 
@@ -272,7 +283,12 @@ def _compose(options: argparse.Namespace) -> None:
     from uke import report
 
     home = Paths(options.profile).home
-    report.compose(Paths(options.profile, params.dataset(home, options.profile, options.data)))
+    paths = Paths(options.profile, params.dataset(home, options.profile, options.data))
+    notebooks = [study.notebook for study in params.studies(home) if study.report]
+    report.account(paths, notebooks)
+    report.compose(paths, notebooks)
+    if paths.figures == home / "figures" / QUOTED:
+        report.quote(home / "README.md", paths)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -20,7 +21,7 @@ from uke.answering import answer, target_log_probability
 from uke.editing import edited
 from uke.edits import Edit, Probe
 from uke.errors import InputError, nearest
-from uke.metrics import Encoder, load_encoder, score
+from uke.metrics import METRICS, Encoder, load_encoder, score
 from uke.models import EMBEDDED, fingerprint, load
 from uke.recipes import Recipe
 from uke.world import SPLITS
@@ -160,10 +161,12 @@ class Study:
         return min(SHORT_TOKENS, self.max_new_tokens) if len(probe.reference.split()) <= SHORT_WORDS else self.max_new_tokens
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
-        """Write one unit's rows; InputError naming the edit whose headline score is not finite."""
-        scores = rows.headline(frame.assign(study=self.name))
-        if not scores["score"].map(pd.api.types.is_number).all() or scores["score"].isna().any():
-            raise InputError(f"study {self.name}: edit {scores.loc[scores['score'].isna(), 'edit'].iloc[0]!r}: a score is not finite")
+        """Write one unit's rows; InputError naming the first edit of which a score is not finite."""
+        finite = np.isfinite(frame[[name for name in METRICS if name != "similarity"]]).all(axis=1)
+        finite &= np.isfinite(frame["log_probability"].fillna(0)) & np.isfinite(frame.get("change_norm", 0.0))
+        if not finite.all():
+            first = frame[~finite].iloc[0]
+            raise InputError(f"study {self.name}: {first['method']}, edit {first['edit']!r}, {first['kind']} {first['number']}: a score is not finite")
         rows.append(self.paths, self.name, unit, frame)
 
     def read(self) -> pd.DataFrame:
