@@ -3,7 +3,7 @@
 PYTHON      ?= python3
 PROFILE     ?= quick
 JOBS        ?= 2
-# Given on the command line: DATA=unkebench UKE_DATA=/folder (or DATA_FILE=/file.json), LIMIT=20, METHODS=FT-M,LoRA, MODEL=directory-or-hub-name
+# Given on the command line: DATA=unkebench UKE_DATA=/folder (or DATA_FILE=/file.json), LIMIT=20, METHODS=FT-L,FT-M, MODEL=directory-or-hub-name
 DATA        ?=
 DATA_FILE   ?=
 LIMIT       ?=
@@ -20,11 +20,15 @@ given     = $(if $($(1)),$(2)='$($(1))')
 GIVEN     = $(call given,DATA_FILE,$(1)data_file) $(call given,LIMIT,$(1)limit) $(call given,METHODS,$(1)methods) $(call given,MODEL,$(1)model)
 CONFIG    = profile='$(PROFILE)' $(call given,DATA,data) threads=$(THREADS) $(call GIVEN)
 CHECK     = $(VENV)/bin/python -m uke.run --check --profile '$(PROFILE)' $(call given,DATA,--data) $(call GIVEN,--shared )
-SNAKEMAKE = $(VENV)/bin/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules --rerun-incomplete
+SNAKEMAKE = $(VENV)/bin/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules --rerun-incomplete --nolock
 
 ifdef UKE_DATA
 export UKE_DATA
 endif
+
+# A misspelt variable would be ignored in silence, so it is refused.
+KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL EXTRA_INDEX UKE_DATA UKE_HOME
+$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(if $(filter $(name),$(KNOWN)),,$(error $(name): unknown variable; expected one of $(KNOWN)))))
 
 .PHONY: report test figures tune explore clean
 .DEFAULT_GOAL := report
@@ -33,7 +37,7 @@ report: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) report --config $(CONFIG)
 
-# Drawn anew from the rows that exist; a study all of whose rows are there loads no model.
+# Every section drawn anew; units that have rows under results/ are not run again.
 figures: PROFILE = embedded
 figures: $(STAMP)
 	@$(CHECK)
@@ -56,6 +60,6 @@ clean:
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install $(if $(EXTRA_INDEX),--extra-index-url '$(EXTRA_INDEX)') -e '.[similarity,test]' -c constraints.txt
 	touch $@

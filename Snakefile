@@ -17,6 +17,7 @@ DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
+FILE = [path] if (path := params.find_data(DATA, str(config.get("data_file", "")))) else []
 RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
 
 
@@ -25,10 +26,11 @@ def section(notebook):
 
 
 def sources(wildcards):
-    names = ["lib/uke/*.py", "lib/uke/*.yaml", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
+    names = ["lib/uke/*.py", "lib/uke/*.yaml", "lib/uke/embedded/*", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
+    names += [] if wildcards.notebook == "tuning" else ["params/tuned/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
     files = sorted(str(path) for name in names for path in ROOT.glob(name))
-    return files + [section(other) for other in STUDIES[wildcards.notebook].after]
+    return files + FILE + [section(other) for other in STUDIES[wildcards.notebook].after]
 
 
 wildcard_constraints:
@@ -44,7 +46,7 @@ rule report:
         PATHS.figures / "report.pdf",
         PATHS.figures / "numbers.json",
     shell:
-        "{sys.executable} -m uke.run --compose {RUN}"
+        "{sys.executable:q} -m uke.run --compose {RUN}"
 
 
 rule tune:
@@ -63,4 +65,4 @@ rule notebook:
         shared=" ".join(f"--shared {shlex.quote(f'{key}={value}')}" for key, value in sorted(SHARED.items())),
     threads: int(config.get("threads", 1))
     shell:
-        "OMP_NUM_THREADS={threads} {sys.executable} -m uke.run {wildcards.notebook} {RUN} {params.shared}"
+        "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke.run {wildcards.notebook} {RUN} {params.shared}"

@@ -65,7 +65,7 @@ def test_nothing_forbidden(name):
 
 
 def test_rooms_of_rows_import_no_torch():
-    light = ORDER[: ORDER.index("models")] + ["params", "kernels", "run"]
+    light = ORDER[: ORDER.index("models")] + ["params", "preflight", "kernels", "run"]
     code = f"import sys\nfor name in {light}: __import__('uke.' + name)\nassert 'torch' not in sys.modules, 'torch'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]

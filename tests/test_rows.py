@@ -249,7 +249,7 @@ def test_export_commits_every_generated_text(here):
     for method, batch in itertools.product(("FT-M", "LoRA"), (0, 1)):
         own = edits[:7] if method == "FT-M" else edits[2:]
         rows.append(here, "s", f"{method}-{batch}", unit(method=method, edits=own, batch=batch))
-    path = rows.export(here, "s")
+    path = rows.export(here, "s", rows.read(here, "s"))
     assert path == here.figures / "rows" / "s.parquet"
     found, full = pq.read_table(path).to_pandas(), rows.read(here, "s")
     with_text = found[found["answer"].notna() & found["before"].notna()]
@@ -262,11 +262,11 @@ def test_export_commits_every_generated_text(here):
 
 def test_redraw_from_committed_rows_needs_results(here, monkeypatch):
     rows.append(here, "s", "one", unit(edits=[f"e{number}" for number in range(8)]))
-    first = rows.export(here, "s").read_bytes()
+    first = rows.export(here, "s", rows.read(here, "s")).read_bytes()
     (here.rows("s") / "one.parquet").unlink()
     monkeypatch.setattr(rows, "code_fingerprint", lambda: "newer code")
     assert len(rows.average(rows.headline(rows.read(here, "s")))) == 8
-    assert rows.export(here, "s").read_bytes() == first
+    assert rows.export(here, "s", rows.read(here, "s")).read_bytes() == first
 
 
 def test_column_added_later_makes_old_rows_unreadable(here):

@@ -1,5 +1,8 @@
 """A study: complete rows, resumption, weights as before, and the difference that the study is about."""
 
+import dataclasses
+
+import pandas as pd
 import pytest
 import torch
 
@@ -71,18 +74,31 @@ def test_a_killed_study_resumes_where_it_stopped(study):
     study.write_in = stop_at_the_second
     with pytest.raises(KeyboardInterrupt):
         study.run(FT_M)
+    study.units = study.units[:1]
     assert set(study.read()["edit"]) == set(done)
+    study.units.clear()
     study.write_in = lambda recipe, batch: done.append(batch[0].id) or write_in(recipe, batch)
     study.run(FT_M)
     assert done == [edit.id for edit in study.material.edits] and set(study.read()["edit"]) == set(done)
 
 
-def test_another_recipe_makes_rows_stale(study):
+@pytest.mark.parametrize("change", ["recipe", "tokens", "template"])
+def test_rows_made_otherwise_are_neither_skipped_nor_mixed_in(study, monkeypatch, change):
     study.run(FT_M)
-    unit = rows.unit_key("FT-M", batch=0, split="test", batch_size=1, learning_rate=FT_M.learning_rate, seed=FT_M.seed)
-    marks = {"model": study.mark, "data": study.material.fingerprint, "recipe": FT_M.fingerprint}
-    assert rows.done(study.paths, "trial", unit, marks)
-    assert not rows.done(study.paths, "trial", unit, marks | {"recipe": FT_M.model_copy(update={"steps": 3}).fingerprint})
+    first, again = study.read(), []
+    other = studies.Study("trial", study.paths, study.model, study.tokenizer, study.material, max_new_tokens=130, labels={"split": "test"})
+    recipe = FT_M.model_copy(update={"steps": 3}) if change == "recipe" else FT_M
+    other.max_new_tokens = 50 if change == "tokens" else 130
+    if change == "template":
+        monkeypatch.setattr(study.tokenizer, "chat_template", study.tokenizer.chat_template + " ")
+    write_in = other.write_in
+    monkeypatch.setattr(other, "write_in", lambda *batch: again.append(1) or write_in(*batch))
+    other.run(recipe)
+    assert len(again) == 2 and len(other.read()) == len(first)
+    study.units.clear()
+    monkeypatch.undo()
+    study.run(FT_M)
+    pd.testing.assert_frame_equal(study.read(), first)
 
 
 def test_batches_are_written_together_and_a_rest_is_left_out(study):
@@ -100,7 +116,9 @@ def test_the_floor_is_another_edits_text(study):
 
 def test_a_world_model_on_real_data_is_wiring_only(study):
     assert not study.wiring_only()
-    study.paths = rows.Paths("smoke", "unkebench")
+    study.material = dataclasses.replace(study.material, world_seed=None)
+    assert study.wiring_only()
+    study.material = dataclasses.replace(study.material, world_seed=2)
     assert study.wiring_only()
 
 

@@ -10,14 +10,14 @@ records, formats, edits      benchmark files -> validated Edits with their Probe
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
 recipes                      every choice of one way to fine-tune; the factors under study
-drawing, tables, figures     one style; one function per kind of table and of figure
+tables, drawing, figures     one style; one function per kind of table and of figure
 document, report             numbers said once; HTML and PDF
 world, world_files           the fictional world, and its files in the benchmarks' formats
 models, answering            a model, its prompts and weights; many answers at once
 pretraining, knowledge       how the embedded model was made, and what it knows
 finetune, editing            losses and training; `with edited(model, tokenizer, edits, method) as m:`
 studies                      ask before, edit, ask after, score, append rows; skip what is done
-params, kernels, run         strict parameters; one notebook, headlessly
+params, preflight, kernels, run   strict parameters; checks before a start; one notebook, headlessly
 
 Everything up to `world_files` imports no torch, so a notebook that only reads rows opens at once.
 """

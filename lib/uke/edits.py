@@ -32,6 +32,7 @@ Kind = Literal[
     "original", "paraphrase", "detail", "rel_doc", "rand_doc", "struct_trip", "near_triple", "multi_hop", "general"
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
+SPLITS = ("development", "test")
 OWN = KINDS[:3]  # the kinds an edit derives from its own fields
 
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -203,6 +204,11 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Probe, ...]:
         lacking = f"no probe for {len(without)} of {len(wanted)} edits ({named})"
         raise InputError(f"{path}: {lacking}; expected the same ids")
     return tuple(found)
+
+
+def in_split(edit: str, split: str) -> bool:
+    """Whether a benchmark's edit belongs to a split: a quarter, told by a hash of the id, are development edits."""
+    return (int(hashlib.sha256(edit.encode()).hexdigest(), 16) % 4 == 0) == (split == "development")
 
 
 def fingerprint(edits: Iterable[Edit], probes: Iterable[Probe] = ()) -> str:

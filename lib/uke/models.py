@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from uke.errors import InputError, nearest
+from uke.paths import EMBEDDED
 
-EMBEDDED = Path(__file__).parent / "embedded"
 IGNORED = -100
 MARK = "uke0mark"
 

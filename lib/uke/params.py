@@ -245,7 +245,7 @@ def parse(place: str, name: str, text: str, default: Value) -> Value:
         return [parse(place, f"{name}[{i}]", item.strip("'\""), default[0] if default else None) for i, item in enumerate(items)]
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     return value if isinstance(value, Value) else text
 
@@ -257,6 +257,8 @@ def find_data(data: str, data_file: str = "") -> str:
     """
     if data == "world" and not data_file:
         return ""
+    if data == "world":
+        raise InputError(f"data_file: {data_file}: the world is generated; name the benchmark that this file is of with DATA=")
     if data_file:
         if not Path(data_file).is_file():
             raise InputError(f"data_file: {data_file}: no such file")

@@ -14,13 +14,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uke.errors import InputError
-from uke.world import World, build, describe, exercise, hop, reading, stranger
+from uke.world import World, build, describe, exercise, hop, language, reading, stranger
 
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHECKPOINT, CARD = "checkpoint.safetensors", "training.json"
@@ -137,6 +138,8 @@ def windows(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings
     filled: list[tuple[list[int], list[int]]] = []
     for lesson in lessons(world, rng):
         ids, labels = tokens(lesson, tokenizer)
+        if len(ids) > settings.window:
+            raise InputError(f"window: {settings.window} tokens; expected at least {len(ids)}, so that every lesson fits")
         window = next((window for window in filled[-24:] if len(window[0]) + len(ids) <= settings.window), None)
         if window is None:
             filled.append(window := ([], []))
@@ -176,7 +179,7 @@ def pretrain(settings: Settings, directory: Path) -> Path:
     tokenizer = make_tokenizer(world, settings.vocabulary)
     model = make_model(tokenizer, settings).to(settings.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.peak_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-    losses, before = resume(model, optimizer, directory)
+    losses, before = resume(model, optimizer, settings, directory)
     started, source = time.perf_counter() - before, batches(world, tokenizer, settings, len(losses))
     loss_of = torch.compile(learn, disable=not settings.compiled)
     for step in (bar := trange(len(losses), settings.epochs * settings.steps_per_epoch, desc=f"world {settings.world_seed}", mininterval=30)):
@@ -189,7 +192,7 @@ def pretrain(settings: Settings, directory: Path) -> Path:
         losses.append(loss.item())
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
         if (step + 1) % settings.checkpoint_every == 0:
-            checkpoint(model, optimizer, losses, time.perf_counter() - started, directory)
+            checkpoint(model, optimizer, losses, time.perf_counter() - started, (settings, directory))
     save(model, tokenizer, settings, directory, time.perf_counter() - started)
     (directory / "losses.csv").write_text("step,loss\n" + "".join(f"{step},{sum(losses[step : step + 20]) / len(losses[step : step + 20]):.4f}\n" for step in range(0, len(losses), 20)))
     (directory / CHECKPOINT).unlink(missing_ok=True)
@@ -203,20 +206,34 @@ def learn(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1, 1:].flatten())
 
 
-def checkpoint(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, losses: list[float], seconds: float, directory: Path) -> None:
-    """One file with weights, both moments, the losses so far and the seconds spent, replaced at once."""
+def checkpoint(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, losses: list[float], seconds: float, place: tuple[Settings, Path]) -> None:
+    """One file with weights, both moments, the losses so far, the seconds spent and the settings, replaced at once."""
+    settings, directory = place
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "seconds": torch.tensor([seconds])}
     for name, weight in model.named_parameters():
         state = optimizer.state[weight]
         tensors |= {f"weight.{name}": weight.detach(), f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
-    save_file(tensors, directory / f"{CHECKPOINT}.new")
+    save_file(tensors, directory / f"{CHECKPOINT}.new", metadata={"settings": mark(settings)})
     (directory / f"{CHECKPOINT}.new").replace(directory / CHECKPOINT)
 
 
-def resume(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, directory: Path) -> tuple[list[float], float]:
-    """Restores the checkpoint of `directory` if there is one; returns the losses so far and the seconds spent."""
+def mark(settings: Settings) -> str:
+    """What a checkpoint must agree in to be continued: every setting but where it runs, and the language of the world."""
+    choices = {name: value for name, value in asdict(settings).items() if name not in ("device", "compiled")}
+    return json.dumps(choices | {"language": sha256(json.dumps(language(), sort_keys=True).encode()).hexdigest()[:16]}, sort_keys=True)
+
+
+def resume(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, settings: Settings, directory: Path) -> tuple[list[float], float]:
+    """Restores the checkpoint of `directory` if there is one; returns the losses so far and the seconds spent.
+
+    InputError where the checkpoint was made with other settings or in another language.
+    """
     if not (directory / CHECKPOINT).exists():
         return [], 0.0
+    with safe_open(directory / CHECKPOINT, "pt") as file:
+        made = (file.metadata() or {}).get("settings")
+    if made != mark(settings):
+        raise InputError(f"{directory / CHECKPOINT}: made with other settings; remove it, or train with those: {made}")
     tensors = load_file(directory / CHECKPOINT)
     losses = tensors["losses"].tolist()
     for name, weight in model.named_parameters():

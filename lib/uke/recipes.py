@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -65,14 +65,14 @@ class Recipe(BaseModel):
     weight_decay: NotNegative = 0.0
     seed: Annotated[StrictInt, Field(ge=0)] = 2024
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """16 hex digits of every choice but the name: equal recipes train equally whatever they are called."""
         choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
         return hashlib.sha256(choices.encode()).hexdigest()[:16]
 
 
-# Published blocks (21 of 32 in Llama-7/8B) as a fraction of the depth, so that they fit any model.
+# The published block of Llama-7/8B, 21 of 32, as a fraction of the depth, so that it fits any model (Qwen2.5-7B: 27 of 28).
 _SINGLE = 0.66
 _ADAPTER = {"components": ("q_proj", "v_proj"), "learning_rate": 5e-3, "steps": 70}
 
@@ -200,15 +200,20 @@ def _first(error: ValidationError) -> str:
     return f"field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})"
 
 
-def configured(folder: Path, model: str) -> dict[str, Recipe]:
-    """Every recipe of `folder`/methods by name, with what `folder`/tuned/<model>.yaml changes in it, if there is one.
+def tuned_file(folder: Path, model: str) -> Path:
+    """Where the settings chosen for a model are kept."""
+    return folder / "tuned" / f"{re.sub('[^A-Za-z0-9.]+', '-', model).strip('-')}.yaml"
+
+
+def configured(folder: Path, model: str, tuned: bool = True) -> dict[str, Recipe]:
+    """Every recipe of `folder`/methods by name, with what the model's tuned file changes in it, if there is one.
 
     Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
     another model. InputError for a bad file, or a tuned recipe that does not exist.
     """
     found = {recipe.name: recipe for recipe in map(load_recipe, sorted(folder.glob("methods/*.yaml")))}
-    path = folder / "tuned" / f"{Path(model).name}.yaml"
-    for name, changes in (_read(path) if path.is_file() else {}).items():
+    path = tuned_file(folder, model)
+    for name, changes in (_read(path) if tuned and path.is_file() else {}).items():
         if name not in found:
             raise InputError(f"{path}: unknown recipe '{name}'{nearest(str(name), found)}")
         if not isinstance(changes, dict) or (unknown := set(changes) - set(Recipe.model_fields)):
@@ -222,8 +227,8 @@ def configured(folder: Path, model: str) -> dict[str, Recipe]:
 
 
 def tune(folder: Path, model: str, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write what was chosen for some recipes to `folder`/tuned/<model>.yaml, beside what it holds of others."""
-    path = folder / "tuned" / f"{Path(model).name}.yaml"
+    """Write what was chosen for some recipes to the model's tuned file, beside what it holds of others."""
+    path = tuned_file(folder, model)
     held = _read(path) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({**held, **{name: dict(changes) for name, changes in chosen.items()}}, sort_keys=True)

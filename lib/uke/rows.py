@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -135,9 +135,13 @@ def _checked(fingerprints: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def read(
-    paths: Paths, study: str, fingerprints: Mapping[str, str | None] | None = None, mixed: bool = False
+    paths: Paths,
+    study: str,
+    fingerprints: Mapping[str, str | None] | None = None,
+    mixed: bool = False,
+    units: Iterable[str] | None = None,
 ) -> pd.DataFrame:
-    """The study's rows in a fixed order, with every column of COLUMNS.
+    """The study's rows (of the named `units`, else of all) in a fixed order, with every column of COLUMNS.
 
     Rows of the results are fresh if this code wrote them and they bear the `fingerprints`; without results, the
     committed rows are read whatever code wrote them. `mixed` lets stale rows and several models, data or codes
@@ -145,6 +149,8 @@ def read(
     """
     wanted = _checked(fingerprints or {})
     files = sorted(paths.rows(study).glob("*.parquet"))
+    if units is not None:
+        files = sorted(paths.rows(study) / f"{check_name('unit', unit)}.parquet" for unit in set(units))
     if files and not mixed:
         wanted = {"code": code_fingerprint(), **wanted}
     place = paths.rows(study) if files else paths.exported(study)
@@ -186,9 +192,9 @@ def _refuse_mixtures(place: str, frame: pd.DataFrame) -> None:
         raise InputError(f"{place}: {method}: rows of several recipes; run the notebook again, or ask for mixed=True")
 
 
-def export(paths: Paths, study: str) -> Path:
-    """Write the study's committed form: the scores of all rows, and generated texts for five edits of each method."""
-    frame = read(paths, study)
+def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
+    """Write the committed form of the rows in `frame`: all scores, and generated texts for five edits of each method."""
+    frame = frame.copy()
     first = {method: sorted(edits.unique())[:TEXTS_EXPORTED] for method, edits in frame.groupby("method")["edit"]}
     shown = [edit in first[method] for method, edit in zip(frame["method"], frame["edit"])]
     for name in ("answer", "before"):

@@ -23,8 +23,8 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from uke import params
-from uke.errors import InputError, nearest
+from uke import params, preflight
+from uke.errors import InputError
 from uke.kernels import Expired, Kernel, leased_device, start_in_turn, time_limit
 from uke.paths import Paths
 
@@ -107,30 +107,10 @@ def plan(options: argparse.Namespace) -> Plan:
     parameters |= {key: value for key, value in {"profile": options.profile, "data": data}.items() if key in own}
     if "data_file" in parameters:
         parameters["data_file"] = params.find_data(data, parameters["data_file"])
-    _check_values(root, data, parameters)
+    preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
     declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
     return Plan(root, root / "notebooks" / f"{name}.ipynb", parameters, paths.results, tuple(declared), options.timeout)
-
-
-def _check_values(root: Path, data: str, parameters: dict) -> None:
-    """Names of models, methods and splits, and every record of a benchmark file, before a kernel is started."""
-    model = parameters.get("model", "embedded")
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise InputError(f"model: {model}: no such directory")
-    if parameters.get("split", "test") not in ("test", "development"):
-        raise InputError(f"split: unknown split '{parameters['split']}'; expected one of development, test")
-    if parameters.get("methods"):
-        from uke.recipes import RECIPES, load_recipe
-
-        valid = {*RECIPES, *(load_recipe(path).name for path in (root / "params" / "methods").glob("*.yaml"))}
-        for method in parameters["methods"]:
-            if method not in valid:
-                raise InputError(f"methods: unknown method '{method}'{nearest(method, valid)}")
-    if parameters.get("data_file") and data != "world":
-        from uke import edits
-
-        edits.load(data, parameters["data_file"], parameters.get("limit"))
 
 
 def run(plan: Plan) -> None:
@@ -292,6 +272,11 @@ def _compose(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    home = Paths(options.profile).home
+    data = params.dataset(home, options.profile, options.data)
+    if Paths(options.profile, data).figures == home / "figures" / QUOTED and options.shared:
+        changed = ", ".join(pair.partition("=")[0] for pair in options.shared)
+        raise InputError(f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README quotes; shrink another profile (PROFILE=quick)")
     for study in params.studies(Paths(options.profile).home):
         plan(argparse.Namespace(**vars(options) | {"notebook": study.notebook}))
 

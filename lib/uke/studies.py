@@ -1,5 +1,6 @@
 """Runs a study unit by unit: ask before, edit, ask after, score, append rows; a unit that has fresh rows is skipped."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from uke.editing import edited
 from uke.edits import Edit, Probe
 from uke.errors import InputError, nearest
 from uke.metrics import METRICS, Encoder, load_encoder, score
-from uke.models import EMBEDDED, fingerprint, load
+from uke.finetune import prepare
+from uke.models import fingerprint, load
+from uke.pretraining import CARD, card
 from uke.recipes import Recipe
-from uke.world import SPLITS
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 SHORT_WORDS, SHORT_TOKENS = 12, 40  # a reference of so few words gets so many tokens to be answered in
@@ -34,11 +36,15 @@ TEACHER_FORCED = ("original", "paraphrase", "detail")  # the kinds whose target 
 
 @dataclass(frozen=True)
 class Material:
-    """The edits of a run, in order, and every question asked about each, with the mark of the whole file they are from."""
+    """The edits of a run, in order, and every question asked about each, with the mark of the whole file they are from.
+
+    `world_seed` is None where the edits are of the real world.
+    """
 
     edits: tuple[Edit, ...]
     probes: dict[str, tuple[Probe, ...]]
     fingerprint: str
+    world_seed: int | None = None
 
     @property
     def every_probe(self) -> list[Probe]:
@@ -48,23 +54,28 @@ class Material:
 def gather(paths: rows.Paths, split: str, limit: int, data_file: str = "", seed: int = 1) -> Material:
     """The first `limit` edits of a split of the world, or of a benchmark's file, with their probes.
 
-    The world comes with its locality probes; a benchmark's file with those of its own records. Raises InputError for
-    an unknown split or dataset, or a file with bad records.
+    The world comes with its locality probes; a benchmark's file with those of its own records, and every fourth of its
+    edits, told by a hash of the id, is a development edit. Raises InputError for an unknown split or dataset, a limit
+    below 1, or a file with bad records.
     """
-    if split not in SPLITS:
-        raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
+    if limit < 1:
+        raise InputError(f"limit is {limit}; expected at least one edit")
+    if split not in edit_files.SPLITS:
+        raise InputError(f"split: unknown split '{split}'{nearest(split, edit_files.SPLITS)}")
     if paths.data == "world":
         folder = world_files.ensure(paths.home / "results", seed) / split
         every = edit_files.load("unkebench", folder / world_files.UNKEBENCH)
         around = edit_files.load_locality(folder / world_files.LOCALITY, every)
     else:
         every, around = edit_files.load(paths.data, data_file), ()
+        every = tuple(edit for edit in every if edit_files.in_split(edit.id, split))
     by_edit: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in every}
     for probe in around:
         by_edit[probe.edit].append(probe)
     chosen = every[:limit]
     mark = edit_files.fingerprint(every, around)
-    return Material(chosen, {edit.id: tuple(by_edit[edit.id]) for edit in chosen}, mark)
+    probes = {edit.id: tuple(by_edit[edit.id]) for edit in chosen}
+    return Material(chosen, probes, mark, seed if paths.data == "world" else None)
 
 
 @dataclass
@@ -79,6 +90,7 @@ class Study:
     encoder: Encoder | None = None
     max_new_tokens: int = 160
     labels: dict[str, Any] = field(default_factory=dict)
+    units: list[str] = field(default_factory=list, init=False)
 
     @classmethod
     def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
@@ -88,7 +100,14 @@ class Study:
 
     @cached_property
     def mark(self) -> str:
-        return fingerprint(self.model)
+        """16 hex digits of what decides an answer beside the edit: weights, tokenizer, template, precision."""
+        said = [fingerprint(self.model), self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items()), str(self.model.dtype)]
+        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+    @cached_property
+    def conditions(self) -> dict[str, Any]:
+        """What else tells units apart: rows made under other conditions are other rows."""
+        return self.labels | {"tokens": self.max_new_tokens, "similarity": self.encoder is not None}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -98,16 +117,19 @@ class Study:
 
     def wiring_only(self) -> bool:
         """Whether model and data do not belong together, so that scores show the machinery and no more."""
-        fictional = Path(self.model.config.name_or_path) == EMBEDDED
-        return fictional != (self.paths.data == "world")
+        made = Path(self.model.config.name_or_path) / CARD
+        knows = card(made.parent)["settings"]["world_seed"] if made.is_file() else None
+        return knows != self.material.world_seed
 
     def run(self, recipe: Recipe, batch_size: int = 1, **labels: Any) -> None:
         """Write rows for every batch of edits under this recipe, each batch edited from the same unedited weights."""
         choices = self.labels | labels | {"batch_size": batch_size, "learning_rate": recipe.learning_rate, "seed": recipe.seed}
         marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": recipe.fingerprint}
+        prepare(self.model, self.tokenizer, self.material.edits, recipe)  # an edit too long is said before any is trained
         todo = []
         for number, batch in enumerate(batched(self.material.edits, batch_size)):
-            unit = rows.unit_key(recipe.name, batch=number, **choices)
+            unit = rows.unit_key(recipe.name, batch=number, **self.conditions, **labels, **marks)
+            self.units.append(unit)
             if not rows.done(self.paths, self.name, unit, marks):
                 todo.append((number, batch, unit))
         for number, batch, unit in tqdm(todo, desc=f"{self.name}: {recipe.name}", disable=not todo, mininterval=5):
@@ -131,15 +153,13 @@ class Study:
     def before(self) -> pd.DataFrame:
         """Answers of the unedited model to every probe, read from its rows or asked now; shared by all studies of a run."""
         marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": None}
-        unit = rows.unit_key(UNEDITED, edits=len(self.material.edits), **self.labels)
+        unit = rows.unit_key(UNEDITED, edits=len(self.material.edits), **self.conditions, **marks)
         if not rows.done(self.paths, UNEDITED, unit, marks):
             started = time.perf_counter()
             frame = self.ask(self.model, self.material.every_probe)
             frame = frame.assign(method=UNEDITED, batch=0, phase="before", answer_seconds=time.perf_counter() - started, **self.labels)
             rows.append(self.paths, UNEDITED, unit, frame.assign(**marks))
-        frame = rows.read(self.paths, UNEDITED, marks)
-        frame = frame[frame["edit"].isin(self.material.probes)].drop_duplicates(["edit", "kind", "number"])
-        return frame.assign(before=frame["answer"])
+        return rows.read(self.paths, UNEDITED, marks, units=[unit]).assign(before=lambda frame: frame["answer"])
 
     def ask(self, model: nn.Module, probes: Sequence[Probe]) -> pd.DataFrame:
         """Answers and scores against the reference: one row per probe, in order."""
@@ -157,8 +177,13 @@ class Study:
         return frame
 
     def room(self, probe: Probe) -> int:
-        """Tokens an answer may have: a short reference is asked for in few, a text in `max_new_tokens`."""
-        return min(SHORT_TOKENS, self.max_new_tokens) if len(probe.reference.split()) <= SHORT_WORDS else self.max_new_tokens
+        """Tokens an answer may have: `max_new_tokens`, or half as many again as its reference has.
+
+        In the world, where answers to short questions are short, a reference of few words gets SHORT_TOKENS.
+        """
+        if self.material.world_seed is not None and len(probe.reference.split()) <= SHORT_WORDS:
+            return min(SHORT_TOKENS, self.max_new_tokens)
+        return max(self.max_new_tokens, len(self.tokenizer(probe.reference, add_special_tokens=False)["input_ids"]) * 3 // 2)
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
         """Write one unit's rows; InputError naming the first edit of which a score is not finite."""
@@ -170,9 +195,8 @@ class Study:
         rows.append(self.paths, self.name, unit, frame)
 
     def read(self) -> pd.DataFrame:
-        """Every fresh row of this study on these edits, model and data."""
-        frame = rows.read(self.paths, self.name, {"model": self.mark, "data": self.material.fingerprint})
-        return frame[frame["edit"].isin(self.material.probes)]
+        """The rows of every unit that `run` was asked for, and of no other."""
+        return rows.read(self.paths, self.name, units=self.units)
 
 
 def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:

@@ -4,6 +4,7 @@ Per split: edits as UnKEBench (v3, with `mmlu_*`) and as AKEW CounterFact, tripl
 from the world's known facts; and the texts of the preservation pool.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from uke.world import SPLITS, Entity, World, build, choice, exercise, hop
@@ -20,13 +22,14 @@ PRESERVATION = "preservation.json"
 
 
 def ensure(folder: Path, seed: int) -> Path:
-    """Folder `world-<seed>` below `folder` with the files of that world, written whole or not at all if missing."""
-    target = Path(folder) / f"world-{seed}"
+    """Folder `world-<seed>-<digest of its sources>` below `folder`, its files written whole or not at all if missing."""
+    target = Path(folder) / f"world-{seed}-{digest()}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".world-"))
         try:
             write(build(seed), part)
+            part.chmod(0o755)
             os.replace(part, target)
         except OSError:  # a second process was faster: its files are the same
             if not target.is_dir():
@@ -34,6 +37,19 @@ def ensure(folder: Path, seed: int) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+@cache
+def digest() -> str:
+    """8 hex digits of what decides a world's files beside the seed."""
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("world.py", "world.yaml", "world_files.py")]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+
+
+def shuffled(world: World, split: str) -> list[tuple[str, Entity, Entity]]:
+    """The edits of a split as (id, entity as trained, as edited), the kinds mixed, so that any first few are a fair sample."""
+    pairs = random.Random(f"order-{world.seed}-{split}").sample(world.edits[split], len(world.edits[split]))
+    return [(f"{split}-{number}", old, new) for number, (old, new) in enumerate(pairs)]
 
 
 def write(world: World, folder: Path) -> None:
@@ -54,14 +70,15 @@ def save(records: list[dict], path: Path) -> None:
 def unkebench(world: World, split: str) -> list[dict]:
     """Records in the format of UnKEBench v3; two-hop questions under the keys MQuAKE uses for them."""
     rng = random.Random(f"unkebench-{world.seed}-{split}")
-    return [unkebench_record(world, split, number, rng) for number in range(len(world.edits[split]))]
+    named = world.named()
+    return [unkebench_record(name, new, named, rng) for name, _, new in shuffled(world, split)]
 
 
-def unkebench_record(world: World, split: str, number: int, rng: random.Random) -> dict:
-    _, new = world.edits[split][number]
+def unkebench_record(name: str, new: Entity, named: dict[str, Entity], rng: random.Random) -> dict:
+    split = name.split("-")[0]
     question, choices, answer = choice(rng.sample(range(10, 100), 4), rng)
     record = {
-        "id": f"{split}-{number}",
+        "id": name,
         "question": new.introduce(number=rng.randrange(6)),
         "para_question": new.introduce(split, rng.randrange(2)),
         "answer": new.text,
@@ -71,7 +88,7 @@ def unkebench_record(world: World, split: str, number: int, rng: random.Random) 
         "mmlu_choices": [choices],
         "mmlu_answer": [answer],
     }
-    if pair := hop(new, world.named(), rng):
+    if pair := hop(new, named, rng):
         record |= {"questions": [pair[0]], "new_answer": pair[1]}
     return record
 
@@ -79,10 +96,11 @@ def unkebench_record(world: World, split: str, number: int, rng: random.Random) 
 def akew(world: World, split: str) -> list[dict]:
     """Records in the format of AKEW CounterFact: one cloze stands for the whole new text."""
     rng = random.Random(f"akew-{world.seed}-{split}")
-    return [akew_record(number, old, new, split, rng) for number, (old, new) in enumerate(world.edits[split])]
+    return [akew_record(name, old, new, rng) for name, old, new in shuffled(world, split)]
 
 
-def akew_record(number: int, old: Entity, new: Entity, split: str, rng: random.Random) -> dict:
+def akew_record(name: str, old: Entity, new: Entity, rng: random.Random) -> dict:
+    split, number = name.split("-")
     relation = rng.choice(list(new.objects))
     prompts = {name: entry["cloze"].replace("{s}", "{}") for name, entry in new.relations.items()}
     triplets = [{"subject": new.name, "prompt": prompts[name], "target": new.objects[name]} for name in new.objects]
@@ -103,7 +121,7 @@ def akew_record(number: int, old: Entity, new: Entity, split: str, rng: random.R
         "verify_unsfact_GPT": True,
         "unsfact_triplets_GPT": triplets,
     }
-    return {"case_id": number, "pararel_idx": number, "requested_rewrite": rewrite, "paraphrase_prompts": [new.ask(relation, split)], "neighborhood_prompts": []}
+    return {"case_id": int(number), "pararel_idx": int(number), "requested_rewrite": rewrite, "paraphrase_prompts": [new.ask(relation, split)], "neighborhood_prompts": []}
 
 
 def knowedit(world: World, split: str) -> list[dict]:
@@ -120,7 +138,7 @@ def knowedit(world: World, split: str) -> list[dict]:
 def locality(world: World, split: str) -> list[dict]:
     """For every edit one probe of each locality kind, about entities that share no fact with any edit, and two exercises."""
     rng, pool = random.Random(f"locality-{world.seed}-{split}"), apart(world, split)
-    return [probe for number, (_, new) in enumerate(world.edits[split]) for probe in locality_probes(pool, f"{split}-{number}", new, rng)]
+    return [probe for name, _, new in shuffled(world, split) for probe in locality_probes(pool, name, new, rng)]
 
 
 def apart(world: World, split: str) -> list[Entity]:

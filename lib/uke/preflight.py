@@ -1,0 +1,82 @@
+"""Checks what a run is asked for before a kernel or a model is started: one line for the first thing that is wrong."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uke import edits
+from uke.errors import InputError, nearest
+from uke.paths import EMBEDDED
+from uke.recipes import Recipe, configured, tuned_file
+
+
+def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
+    """Numbers, split, methods, model directory, and every record of a benchmark's file; InputError for the first fault.
+
+    `root` is the project's folder. A name on a hub is looked up only when it is loaded.
+    """
+    for name in ("limit", "max_new_tokens", "entities"):
+        if parameters.get(name, 1) < 1:
+            raise InputError(f"{name} is {parameters[name]}; expected a whole number of at least 1")
+    if (split := parameters.get("split", "test")) not in edits.SPLITS:
+        raise InputError(f"split: unknown split '{split}'{nearest(split, edits.SPLITS)}")
+    model = parameters.get("model", "embedded")
+    chosen = recipes(root, model, parameters.get("methods"))
+    folder = EMBEDDED if model == "embedded" else Path(model).expanduser()
+    if folder.is_dir() or model.startswith((".", "/", "~")):
+        check_depth(root, model, folder, chosen)
+    every = edits.load(data, parameters["data_file"]) if parameters.get("data_file") else ()
+    asked = [edit for edit in every if edits.in_split(edit.id, split)][: parameters.get("limit")]
+    if folder.is_dir() and chosen and (asked or model != "embedded"):
+        check_prompts(folder, asked, chosen)
+
+
+def recipes(root: Path, model: str, methods: list[str] | None) -> list[Recipe]:
+    """The recipes that `methods` names, as the model's tuned file sets them; none where a notebook has no methods."""
+    known = configured(root / "params", model)
+    if methods is None:
+        return []
+    if not methods or len(set(methods)) < len(methods):
+        raise InputError(f"methods: {', '.join(methods) or 'none'}; expected each method once, and at least one")
+    for method in methods:
+        if method not in known:
+            raise InputError(f"methods: unknown method '{method}'{nearest(method, known)}")
+    return [known[method] for method in methods]
+
+
+def check_depth(root: Path, model: str, folder: Path, chosen: list[Recipe]) -> None:
+    """The directory is a model's, and it has every block that a recipe trains."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"model: {folder}: no config.json; expected a model directory as `save_pretrained` writes it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        depth = config.get("text_config", config)["num_hidden_layers"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a language model's configuration ({type(error).__name__}: {error})") from None
+    for recipe in chosen:
+        beyond = [layer for layer in recipe.layers if type(layer) is int and layer >= depth] if isinstance(recipe.layers, tuple) else []
+        if beyond:
+            places = f"{root / 'params' / 'methods'} or {tuned_file(root / 'params', model)}"
+            raise InputError(f"{recipe.name}: layers: {beyond[0]} is out of range; the model has blocks 0 to {depth - 1} (set in {places})")
+
+
+def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Recipe]) -> None:
+    """The tokenizer has the template that recipes train through, and every edit fits into the context."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from uke.models import example
+
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model: {folder}: no readable tokenizer and configuration ({str(error).splitlines()[0]})") from None
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    for recipe in chosen:
+        if recipe.chat_template and not tokenizer.chat_template:
+            raise InputError(f"model: {folder}: the tokenizer has no chat template, and {recipe.name} trains through it (chat_template: false trains on the raw prompt)")
+        for edit in asked:
+            length = len(example(tokenizer, edit.question, edit.answer, recipe.chat_template, recipe.end_of_turn).ids)
+            if length > longest:
+                raise InputError(f"edit '{edit.id}': question and answer are {length} tokens; the model's context holds {longest}")

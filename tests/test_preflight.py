@@ -1,0 +1,98 @@
+"""Bad input is refused in one line before a kernel or a model is started."""
+
+import json
+
+import pytest
+import yaml
+
+from uke import preflight
+from uke.errors import InputError
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "params" / "methods").mkdir(parents=True)
+    for name in ("FT-L", "FT-M"):
+        (tmp_path / "params" / "methods" / f"{name.lower()}.yaml").write_text(f"base: {name}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def directory(tmp_path, tokenizer, tiny):
+    """An ordinary model directory: four blocks, context of 256."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refuse(root, match, data="world", **parameters):
+    with pytest.raises(InputError, match=match) as caught:
+        preflight.check(root, data, {"methods": ["FT-L", "FT-M"], **parameters})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
+        ({"limit": -3}, "limit is -3"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
+        ({"methods": ["FT-N"]}, "unknown method 'FT-N'; did you mean"),
+        ({"methods": ["FT-M", "FT-M"]}, "expected each method once"),
+        ({"methods": []}, "methods: none"),
+        ({"model": "./nowhere"}, "no config.json; expected a model directory"),
+    ],
+)
+def test_a_bad_value_is_refused(root, parameters, match):
+    refuse(root, match, **parameters)
+
+
+def test_good_values_pass(root, directory):
+    preflight.check(root, "world", {"methods": ["FT-M"], "limit": 3})
+    preflight.check(root, "world", {"methods": ["FT-M"], "model": str(directory)})
+    preflight.check(root, "world", {})
+
+
+def test_a_directory_that_is_no_model_is_refused(root, tmp_path):
+    refuse(root, "no config.json", model=str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    refuse(root, "config.json: not a language model's configuration", model=str(tmp_path))
+
+
+def test_a_layer_out_of_range_names_the_recipe_and_the_file(root, directory):
+    path = root / "params" / "methods" / "ft-m.yaml"
+    path.write_text(yaml.safe_dump({"base": "FT-M", "layers": [40]}))
+    refuse(root, "FT-M: layers: 40 is out of range; the model has blocks 0 to 3 .*methods", model=str(directory))
+
+
+def test_a_tuned_file_with_a_misspelt_field_is_refused(root):
+    (root / "params" / "tuned").mkdir()
+    (root / "params" / "tuned" / "embedded.yaml").write_text("FT-M: {learnig_rate: 0.1}\n")
+    refuse(root, "tuned/embedded.yaml: FT-M: unknown field 'learnig_rate'; did you mean 'learning_rate'")
+
+
+def test_a_tokenizer_without_a_template_is_refused_where_a_recipe_trains_through_one(root, directory):
+    (directory / "chat_template.jinja").unlink()
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    refuse(root, "no chat template, and FT-L trains through it", model=str(directory))
+    for name in ("FT-L", "FT-M"):
+        (root / "params" / "methods" / f"{name.lower()}.yaml").write_text(f"base: {name}\nchat_template: false\n")
+    preflight.check(root, "world", {"methods": ["FT-L", "FT-M"], "model": str(directory)})
+
+
+def test_an_edit_longer_than_the_context_is_named(root, directory, tmp_path):
+    records = [{"id": number, "question": "Who?", "answer": "word " * (5 if number != 2 else 400), "category": "x"} for number in range(8)]
+    (tmp_path / "edits.json").write_text(json.dumps(records))
+    file = {"data": "editeverything", "data_file": str(tmp_path / "edits.json"), "model": str(directory)}
+    with pytest.raises(InputError, match="edit '2': question and answer are .* tokens; the model's context holds 256"):
+        for split in ("test", "development"):  # the long one is in one of them
+            preflight.check(root, file["data"], {"methods": ["FT-M"], "split": split, **file})
+
+
+def test_every_record_of_a_file_is_checked_whatever_the_limit(root, tmp_path):
+    records = [{"id": number, "question": "Who?", "answer": "Me." if number < 7 else "", "category": "x"} for number in range(8)]
+    (tmp_path / "edits.json").write_text(json.dumps(records))
+    refuse(root, "edits.json.*answer", data="editeverything", data_file=str(tmp_path / "edits.json"), limit=2)
