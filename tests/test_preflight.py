@@ -41,7 +41,7 @@ def refuse(root, match, data="world", **parameters):
         ({"methods": ["FT-N"]}, "unknown method 'FT-N'; did you mean"),
         ({"methods": ["FT-M", "FT-M"]}, "expected each method once"),
         ({"methods": []}, "methods: none"),
-        ({"model": "./nowhere"}, "no config.json; expected a model directory"),
+        ({"model": "./nowhere"}, "model: ./nowhere: no such directory"),
     ],
 )
 def test_a_bad_value_is_refused(root, parameters, match):

@@ -39,6 +39,8 @@ def project(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "params/profiles/quick.yaml").write_text("limit: 5\n")
     (tmp_path / "params/profiles/smoke.yaml").write_text("limit: 2\n")
+    for name in ("FT-L", "FT-M"):
+        (tmp_path / f"params/methods/{name.lower()}.yaml").write_text(f"base: {name}\n")
     write(tmp_path, WRITE)
     return tmp_path
 

@@ -48,6 +48,8 @@ def recipes(root: Path, model: str, methods: list[str] | None) -> list[Recipe]:
 def check_depth(root: Path, model: str, folder: Path, chosen: list[Recipe]) -> None:
     """The directory is a model's, and it has every block that a recipe trains."""
     path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"model: {model}: no such directory")
     if not path.is_file():
         raise InputError(f"model: {folder}: no config.json; expected a model directory as `save_pretrained` writes it")
     try:

@@ -47,7 +47,7 @@ class Settings:
     feed_forward: int = 512
     window: int = 512
     windows_per_step: int = 12
-    epochs: int = 48
+    epochs: int = 56
     steps_per_epoch: int = 43
     peak_rate: float = 2e-3
     warm_up: int = 60
