@@ -163,7 +163,10 @@ def environment(home):
 
 @pytest.fixture(scope="module")
 def executed(home, environment) -> list[Path]:
-    """Every notebook run on profile smoke, two at once, those that read another's rows after it."""
+    """Every notebook run on profile smoke, two at once, those that read another's rows after it; then once more.
+
+    The first run shows bars while it works; the second finds all rows, as every later one does, and is the one compared.
+    """
     order = TopologicalSorter({name: params.study(ROOT, name).after for name in NAMES})
     order.prepare()
     with ThreadPoolExecutor(2) as pool:
@@ -172,6 +175,7 @@ def executed(home, environment) -> list[Path]:
             for name, done in zip(ready, pool.map(lambda name: run_smoke(name, environment), ready), strict=True):
                 assert done.returncode == 0, f"{name}: {done.stderr}"
                 order.done(name)
+        assert all(done.returncode == 0 for done in pool.map(lambda name: run_smoke(name, environment), NAMES))
     return [home / "results" / "smoke" / "notebooks" / f"{name}.ipynb" for name in NAMES]
 
 

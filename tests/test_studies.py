@@ -89,14 +89,14 @@ def test_rows_made_otherwise_are_neither_skipped_nor_mixed_in(study, monkeypatch
     other = studies.Study("trial", study.paths, study.model, study.tokenizer, study.material, max_new_tokens=130, labels={"split": "test"})
     recipe = FT_M.model_copy(update={"steps": 3}) if change == "recipe" else FT_M
     other.max_new_tokens = 50 if change == "tokens" else 130
-    if change == "template":
-        monkeypatch.setattr(study.tokenizer, "chat_template", study.tokenizer.chat_template + " ")
     write_in = other.write_in
-    monkeypatch.setattr(other, "write_in", lambda *batch: again.append(1) or write_in(*batch))
-    other.run(recipe)
-    assert len(again) == 2 and len(other.read()) == len(first)
+    other.write_in = lambda *batch: again.append(1) or write_in(*batch)
+    with monkeypatch.context() as patch:
+        if change == "template":
+            patch.setattr(study.tokenizer, "chat_template", study.tokenizer.chat_template + " ")
+        other.run(recipe)
+        assert len(again) == 2 and len(other.read()) == len(first)
     study.units.clear()
-    monkeypatch.undo()
     study.run(FT_M)
     pd.testing.assert_frame_equal(study.read(), first)
 
