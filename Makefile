@@ -1,14 +1,17 @@
-# make report | test | figures | tune | explore | clean      (README.md says what each needs and writes)
+# make report | locality | test | figures | tune | explore | clean      (README.md says what each needs and writes)
 
 PYTHON      ?= python3
 PROFILE     ?= quick
 JOBS        ?= 2
-# Given on the command line: DATA=unkebench UKE_DATA=/folder (or DATA_FILE=/file.json), LIMIT=20, METHODS=FT-L,FT-M, MODEL=directory-or-hub-name
+# Given on the command line: DATA=unkebench UKE_DATA=/folder (or DATA_FILE=/file.json), LIMIT=20, METHODS=FT-L,FT-M, MODEL=directory-or-hub-name,
+# DOCUMENTS=/dump.xml.bz2,/more.jsonl and STRUCTURED=/triples.json for the locality set (UKE_DATA has them in wikipedia/ and structured/)
 DATA        ?=
 DATA_FILE   ?=
 LIMIT       ?=
 METHODS     ?=
 MODEL       ?=
+DOCUMENTS   ?=
+STRUCTURED  ?=
 # One more wheel index for pip, for example one that has the CPU build of torch
 EXTRA_INDEX ?=
 
@@ -17,7 +20,8 @@ STAMP    := $(VENV)/.installed
 CORES    := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 THREADS  := $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
 given     = $(if $($(1)),$(2)='$($(1))')
-GIVEN     = $(call given,DATA_FILE,$(1)data_file) $(call given,LIMIT,$(1)limit) $(call given,METHODS,$(1)methods) $(call given,MODEL,$(1)model)
+GIVEN     = $(call given,DATA_FILE,$(1)data_file) $(call given,LIMIT,$(1)limit) $(call given,METHODS,$(1)methods) $(call given,MODEL,$(1)model) \
+            $(call given,DOCUMENTS,$(1)documents) $(call given,STRUCTURED,$(1)structured)
 CONFIG    = profile='$(PROFILE)' $(call given,DATA,data) threads=$(THREADS) $(call GIVEN)
 CHECK     = $(VENV)/bin/python -m uke.run --check --profile '$(PROFILE)' $(call given,DATA,--data) $(call GIVEN,--shared )
 SNAKEMAKE = $(VENV)/bin/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules --rerun-incomplete --nolock
@@ -27,15 +31,20 @@ export UKE_DATA
 endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
-KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL EXTRA_INDEX UKE_DATA UKE_HOME
+KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL DOCUMENTS STRUCTURED EXTRA_INDEX UKE_DATA UKE_HOME
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(if $(filter $(name),$(KNOWN)),,$(error $(name): unknown variable; expected one of $(KNOWN)))))
 
-.PHONY: report test figures tune explore clean
+.PHONY: report locality test figures tune explore clean
 .DEFAULT_GOAL := report
 
 report: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) report --config $(CONFIG)
+
+# The locality set of the world (results/world-*/<split>/locality/), or of DATA (results/<profile>-<data>/locality/).
+locality: $(STAMP)
+	@$(CHECK)
+	$(SNAKEMAKE) locality --config $(CONFIG)
 
 # Every section drawn anew; units that have rows under results/ are not run again.
 figures: PROFILE = embedded

@@ -1,6 +1,6 @@
 """The study as a graph: every notebook that params/studies names, then the report. `make report` calls it.
 
-Configuration: profile, data, threads (per notebook) and the parameters that the notebooks share (data_file, limit, methods, model).
+Configuration: profile, data, threads (per notebook) and the parameters that the notebooks share (data_file, documents, structured, limit, methods, model).
 A notebook keeps its rows outside `output:`, since Snakemake deletes the outputs of a job that fails and rows make a rerun resume.
 """
 
@@ -17,6 +17,9 @@ DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
+GIVEN = {"wikipedia": config.get("documents", ""), "structured": config.get("structured", "")}
+COLLECTIONS = {kind: params.find_collections(kind, [name for name in str(names).split(",") if name]) for kind, names in GIVEN.items()}
+REPORTED = [study.notebook for study in params.reported(ROOT, PROFILE, DATA, bool(COLLECTIONS["wikipedia"]))]
 FILE = [path] if (path := params.find_data(DATA, str(config.get("data_file", "")))) else []
 RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
 
@@ -28,9 +31,11 @@ def section(notebook):
 def sources(wildcards):
     names = ["lib/uke/*.py", "lib/uke/*.yaml", "lib/uke/embedded/*", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
     names += [] if wildcards.notebook == "tuning" else ["params/tuned/*.yaml"]
+    names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
     files = sorted(str(path) for name in names for path in ROOT.glob(name))
-    return files + FILE + [section(other) for other in STUDIES[wildcards.notebook].after]
+    files += FILE if wildcards.notebook != params.LOCALITY or DATA == "world" else FILE + [str(path) for kind in COLLECTIONS.values() for path in kind]
+    return files + [section(other) for other in STUDIES[wildcards.notebook].after if other in REPORTED]
 
 
 wildcard_constraints:
@@ -39,7 +44,7 @@ wildcard_constraints:
 
 rule report:
     input:
-        [section(name) for name, study in STUDIES.items() if study.report],
+        [section(name) for name in REPORTED],
         sorted(str(path) for path in ROOT.glob("lib/uke/templates/*")),
     output:
         PATHS.figures / "report.html",
@@ -52,6 +57,11 @@ rule report:
 rule tune:
     input:
         section("tuning"),
+
+
+rule locality:
+    input:
+        section(params.LOCALITY),
 
 
 rule notebook:

@@ -1,7 +1,11 @@
 """Tiny random models of five architectures and one tokenizer: real parts, built in a moment."""
 
+import os
+import shutil
+
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -44,6 +48,23 @@ OWN_SHAPE = {
         query_pre_attn_scalar=8,
     ),
 }
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """The folder `results` of a project that has gathered the world's edits: built once, for all processes of the tests.
+
+    The locality set needs an embedding of every document, which is the same for every test; a test copies the folder.
+    """
+    from uke import locality_files, world_files
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "results.lock"):
+        world = world_files.ensure(shared / "results", 1)
+        for split in ("test", "development"):
+            locality_files.ensure(locality_files.of_world(world, split), locality_files.Settings(), world / split / "locality")
+    return shared / "results"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uke import document, figures, report, tables
+from uke import figures, report, tables, typesetting
 from uke.errors import InputError
 
 NASTY = 'a & b < c > #1 $x_1$ 50% {} ~ ^ \\ | "q" `k` *b* [z] @ref //'
@@ -316,6 +316,6 @@ def test_a_recipe_is_told_in_words_once(paths):
     text = words(paths)
     for phrase in ("the block at 66% of the depth", "every target token", "5 × 10⁻⁴", "without the end-of-turn", "clamp 4"):
         assert text.count(phrase) == 1
-    lora = document.describe(recipe | {"adapter": "lora", "layers": "all", "batch_size": 4, "loss": "last_prompt_token"})
+    lora = typesetting.describe(recipe | {"adapter": "lora", "layers": "all", "batch_size": 4, "loss": "last_prompt_token"})
     for phrase in ("LoRA adapters (rank 8, alpha 32) on `down_proj` in all blocks", "minibatches of 4", "last prompt token"):
         assert phrase in lora

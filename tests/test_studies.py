@@ -1,20 +1,23 @@
 """A study: complete rows, resumption, weights as before, and the difference that the study is about."""
 
 import dataclasses
+import shutil
 
 import pandas as pd
 import pytest
 import torch
 
-from uke import models, recipes, rows, studies
+from uke import asking, models, recipes, rows, studies
 from uke.errors import InputError
 
 KINDS = {"original", "paraphrase", "detail", "rel_doc", "rand_doc", "struct_trip", "near_triple", "multi_hop", "general"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
+def home(tmp_path_factory, results):
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(results, home / "results")
+    return home
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +112,15 @@ def test_batches_are_written_together_and_a_rest_is_left_out(study):
 
 
 def test_the_floor_is_another_edits_text(study):
-    floor = studies.floor(study.material)
+    floor = asking.floor(study.before)
     assert set(floor["kind"]) == {"original", "paraphrase", "rel_doc", "rand_doc"}
     assert floor["score"].between(0, 0.7).all()
+
+
+def test_the_floor_never_compares_a_question_with_itself():
+    frame = pd.DataFrame({"edit": ["a", "b", "c"], "kind": "rel_doc", "question": ["Q1", "Q1", "Q2"], "reference": "", "before": ["one two", "one two", "three four"]})
+    assert asking.floor(frame)["score"].tolist() == [0, 0, 0]
+    assert asking.floor(frame[:2]).empty  # one question only: nothing to compare with
 
 
 def test_a_world_model_on_real_data_is_wiring_only(study):

@@ -46,15 +46,14 @@ def test_an_edit_changes_every_fact_and_points_only_at_the_held_out_pool(first):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_locality_probe_names_a_subject_or_an_object_of_any_edit(first, split):
-    edited = {text for pair in first.edits[split] for entity in pair for text in (entity.name, *entity.objects.values())}
-    probes = [probe for probe in world_files.locality(first, split) if probe["kind"] != "general"]
-    assert len(probes) == 4 * POOLS[split]
-    pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, sorted(edited, key=len, reverse=True))) + r")(?!\w)")
-    # A phrasing may use the name of a genre ("a short biography of ..."), so questions are held to names alone.
-    leaks = [(found[0], probe["question"]) for probe in probes if (found := pattern.search(probe["reference"]))]
-    leaks += [(name, probe["question"]) for probe in probes for name in edited & set(first.named()) if name in probe["question"]]
-    assert leaks == []
+def test_the_collection_has_documents_that_may_be_asked_and_such_that_may_not(first, split):
+    found = {entity.pool for entity in world_files.collection(first, split)}
+    assert found == {split, f"{split}_locality", "held_out"}
+    assert {entity.name for entity in world_files.collection(first, split)} >= {old.name for old, _ in first.edits[split]}
+    listed = world_files.documents(first, split)
+    assert [document["id"] for document in listed[:20]] != [entity.name for entity in world_files.collection(first, split)][:20]
+    texts = {entity.name: entity.text for entity in first.entities}
+    assert all(document["text"] == texts[document["id"]] and document["title"] in document["question"] for document in listed)
 
 
 def test_texts_have_60_to_120_words_and_name_every_object(first):
@@ -103,8 +102,8 @@ def test_a_stranger_shares_no_name_with_the_world(first):
 
 def test_the_files_of_a_world_are_byte_for_byte_the_same(folder, tmp_path):
     again = world_files.ensure(tmp_path, 1)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*.json"))
-    assert len(files) == 9
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.json*"))
+    assert len(files) == 11
     assert all((folder / path).read_bytes() == (again / path).read_bytes() for path in files)
 
 
@@ -118,11 +117,12 @@ def test_an_interrupted_write_leaves_no_world(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("split", "least"), [("development", 60), ("test", 120)])
 def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
     loaded = edits.load("unkebench", folder / split / world_files.UNKEBENCH)
-    around = edits.load_locality(folder / split / world_files.LOCALITY, loaded)
+    exercises = edits.load_locality(folder / split / world_files.GENERAL, loaded)
     akew = edits.load("akew-counterfact", folder / split / world_files.AKEW)
-    triples = edits.load("knowedit", folder / split / world_files.KNOWEDIT)
-    assert len(loaded) == len(akew) == least and len(triples) == POOLS[f"{split}_locality"]
+    triples = edits.load_clozes(folder / split / world_files.KNOWEDIT)
+    assert len(loaded) == len(akew) == least and len(triples) == 2 * POOLS[f"{split}_locality"]
+    assert all(triple.question and triple.subject in triple.question and len(triple.answers) == 1 for triple in triples)
     assert [edit.answer for edit in akew] == [edit.answer for edit in loaded]
     for edit in loaded:
-        kinds = [probe.kind for probe in (*edit.probes, *around) if probe.edit == edit.id]
-        assert set(kinds) == set(edits.KINDS) and kinds.count("general") == 3
+        kinds = [probe.kind for probe in (*edit.probes, *exercises) if probe.edit == edit.id]
+        assert set(kinds) == {*edits.OWN, "multi_hop", "general"} and kinds.count("general") == 3

@@ -1,7 +1,7 @@
 """A reconstruction of "Is Fine-Tuning an Effective Solution? Reassessing Knowledge Editing for Unstructured Data"
 (arXiv 2506.09672): how must a language model be fine-tuned so that a long, free-form text is really written into it?
 
-params -> notebook -> Edits + locality Probes -> answer (before) -> edited(model) -> answer (after) -> score -> rows -> tables, figures -> report
+params -> notebook -> Edits + documents -> locality Probes -> answer (before) -> edited(model) -> answer (after) -> score -> rows -> tables, figures -> report
 
 The rooms, from the bottom; nothing imports from a room below it on this list:
 
@@ -10,14 +10,19 @@ records, formats, edits      benchmark files -> validated Edits with their Probe
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
 recipes                      every choice of one way to fine-tune; the factors under study
-tables, drawing, figures     one style; one function per kind of table and of figure
-document, report             numbers said once; HTML and PDF
+params                       strict parameters; where a benchmark's files lie
+tables, drawing, figures, diagrams   one style; one function per kind of table and of figure
+typesetting, report          numbers said once; HTML and PDF
 world, world_files           the fictional world, and its files in the benchmarks' formats
+streams, dumps, wikitext, documents   Wikipedia and other collections -> Documents, streamed
+phrases, extraction          the facts of a text, and whether two texts share one
+ranking, embedding, dual_encoder, retrieval   documents by relevance: BM25, MiniLM, MiniLM trained
+locality, locality_files, audit   RelDoc, RandDoc, StructTrip, near triple: built, written, audited
 models, answering            a model, its prompts and weights; many answers at once
 pretraining, knowledge       how the embedded model was made, and what it knows
 finetune, editing            losses and training; `with edited(model, tokenizer, edits, method) as m:`
-studies                      ask before, edit, ask after, score, append rows; skip what is done
-params, preflight, kernels, run   strict parameters; checks before a start; one notebook, headlessly
+asking, studies              ask before, edit, ask after, score, append rows; skip what is done
+preflight, kernels, run      checks before a start; one notebook, headlessly
 
-Everything up to `world_files` imports no torch, so a notebook that only reads rows opens at once.
+Everything up to `audit` imports no torch, so a notebook that only reads rows opens at once.
 """

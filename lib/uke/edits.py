@@ -26,6 +26,7 @@ from pydantic import (
 
 from uke.errors import InputError, nearest
 from uke.formats import PARSERS as DATASETS
+from uke.formats import cloze
 from uke.records import Record, read_list
 
 Kind = Literal[
@@ -74,6 +75,27 @@ class Probe(Frozen):
     reference: Text
     aliases: tuple[Text, ...] = ()
     chat: StrictBool = True
+
+
+class Item(Probe):
+    """A probe of a locality file with its provenance.
+
+    `source`: id of the document or triple it is made of, None where it was made otherwise. `rank`: the document's place
+    among all, by relevance to the edit, from 1.
+    """
+
+    source: Text | None = None
+    rank: StrictInt | None = Field(default=None, ge=1)
+
+
+class Cloze(Frozen):
+    """A triple of a structured set: `prompt` is continued by the first of `answers`; `question` asks the same, where the set has one."""
+
+    id: Text
+    subject: Text
+    prompt: Text
+    answers: tuple[Text, ...]
+    question: Text | None = None
 
 
 class Detail(Frozen):
@@ -175,8 +197,27 @@ def load(dataset: str, path: str | Path, limit: int | None = None) -> tuple[Edit
     return tuple(edits)
 
 
-def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Probe, ...]:
-    """The probes of these edits in a locality file, a JSON list of objects with the fields of `Probe`.
+def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
+    """The triples of a structured set (ZsRE, CounterFact, WikiBigEdit, KnowEdit), in the file's order, ids as `<file>-<id>`.
+
+    Raises InputError as `load` does; warns of records without an answer, which are left out.
+    """
+    found, unanswered = {}, []
+    for position, values in enumerate(read_list(path)):
+        record = Record.at(path, position, values)
+        if fields := cloze(record):
+            name = f"{Path(path).stem}-{fields['id']}"
+            if name in found:
+                raise InputError(f"{record.place}: an earlier record has this id too; expected each id once")
+            found[name] = _make(Cloze, fields | {"id": name}, record.place)
+        unanswered += record.unanswered
+    if unanswered:
+        warnings.warn(f"{len(unanswered)} triples have no answer and are left out; the first: {unanswered[0]}", stacklevel=2)
+    return tuple(found.values())
+
+
+def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
+    """The probes of these edits in a locality file, a JSON list of objects with the fields of `Item`.
 
     Probes of other edits are checked and left out, so that one file serves every selection of its
     edits. Raises InputError for a field that is wrong, missing or misspelt, for a kind that an edit
@@ -185,11 +226,11 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Probe, ...]:
     edits = tuple(edits)
     wanted = {edit.id for edit in edits}
     taken = {_key(probe) for edit in edits for probe in edit.extra}
-    probes: list[Probe] = []
+    probes: list[Item] = []
     for position, values in enumerate(read_list(path)):
         record = Record.at(path, position, values)
         plain = record.values | ({"edit": record.name("edit")} if "edit" in record.values else {})
-        probe = _make(Probe, plain, record.place)
+        probe = _make(Item, plain, record.place)
         if probe.kind in OWN:
             record.fail("kind", f"is '{probe.kind}', which the edit itself asks{nearest(probe.kind, KINDS[3:])}")
         if _key(probe) in taken:

@@ -225,3 +225,20 @@ PARSERS: dict[str, Callable[[Record], dict]] = {
     "wikibigedit": counterfact,
     "knowedit": knowedit,
 }
+
+
+def cloze(record: Record) -> dict | None:
+    """A record of a structured set as a triple with its *true* object, to be asked before and after an edit elsewhere.
+
+    True is `ground_truth` (KnowEdit, CounterFact), `answers` (ZsRE), and `target_new` where a set of real updates has
+    nothing else (WikiBigEdit). None, with a note in `Record.unanswered`, where the object is empty.
+    """
+    prompt, new = ("src", "alt") if record.has("src") else ("prompt", "target_new")
+    field = next((field for field in ("ground_truth", "answers") if record.has(field)), new)
+    answers = record.answers(field)
+    if not answers:
+        record.unanswered.append(f"{record.place}, field '{field}'")
+        return None
+    others = (record.text(name) for name in ("rephrase_prompt", "rephrase") if record.has(name))
+    question = next((asked for asked in (record.text(prompt), *others) if is_question(asked)), None)
+    return dict(id=record.id, subject=record.text("subject"), prompt=record.text(prompt), answers=tuple(answers), question=question)

@@ -23,6 +23,8 @@ Value = bool | int | float | str | list | None
 # Chosen by the option of the same name (or, for data, by the profile): they name the folder of the results.
 RESERVED = ("profile", "data")
 
+LOCALITY = "02_locality"  # the notebook that builds locality sets
+
 # Where a benchmark's file lies below the folder UKE_DATA; "world" is generated and needs none.
 DATA_FILES = {
     "unkebench": "unkebench/final_data_v*.json",
@@ -60,7 +62,7 @@ class Study:
     """What params/studies/<notebook>.yaml says of one notebook.
 
     `fixed`: parameters every run of it has; `vary`: list parameters it compares; `profiles`: sizes per profile;
-    `after`: notebooks whose rows it reads; `report`: whether `make report` runs it.
+    `after`: notebooks that must have run before; `report`: whether `make report` runs it, or the one profile on which it does.
     """
 
     notebook: str
@@ -68,7 +70,7 @@ class Study:
     vary: Mapping[str, list] = field(default_factory=dict)
     profiles: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     after: list[str] = field(default_factory=list)
-    report: bool = True
+    report: bool | str = True
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -96,12 +98,12 @@ def study(root: Path, notebook: str) -> Study:
     if not path.exists():
         return Study(notebook=notebook)
     content = read_yaml(path)
-    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "report": bool}
+    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "report": (bool, str)}
     for key, value in content.items():
         if key not in types:
             raise InputError(f"{path}: unknown key '{key}'{nearest(key, types)}")
         if not isinstance(value, types[key]):
-            raise InputError(f"{path}: {key}: expected {types[key].__name__}, found {value!r}")
+            raise InputError(f"{path}: {key}: expected {getattr(types[key], '__name__', 'true, false or a profile')}, found {value!r}")
     if content.get("notebook") != notebook:
         raise InputError(f"{path}: notebook: expected '{notebook}', found {content.get('notebook')!r}")
     for profile, values in content.get("profiles", {}).items():
@@ -117,6 +119,17 @@ def study(root: Path, notebook: str) -> Study:
 def studies(root: Path) -> list[Study]:
     """All studies in the order of their notebooks' names."""
     return [study(root, path.stem) for path in sorted((root / "params" / "studies").glob("*.yaml"))]
+
+
+def reported(root: Path, profile: str, data: str, documents: bool = True) -> list[Study]:
+    """The studies whose sections a report on `profile` has: those made for this profile, or else every general one.
+
+    A locality set of a benchmark is built from `documents`; without any its notebook is left out.
+    """
+    every = studies(root)
+    own = [study for study in every if study.report == profile]
+    general = [study for study in every if study.report is True and (study.notebook != LOCALITY or data == "world" or documents)]
+    return own or general
 
 
 def declared(notebook: Path) -> dict[str, Value]:
@@ -272,3 +285,16 @@ def find_data(data: str, data_file: str = "") -> str:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{folder}: data: {data}: expected one file {DATA_FILES[data]}, found {names}; name it with DATA_FILE")
     return str(found[0].resolve())
+
+
+def find_collections(kind: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
+    """The files of a `kind`, `wikipedia` (documents) or `structured` (triples): those given, else all in that folder of UKE_DATA.
+
+    Raises InputError for a given file that does not exist; finds none where UKE_DATA names no folder.
+    """
+    for path in given:
+        if not Path(path).expanduser().is_file():
+            raise InputError(f"{'documents' if kind == 'wikipedia' else kind}: {path}: no such file")
+    folder = os.environ.get("UKE_DATA", "")
+    found = sorted(path for path in (Path(folder) / kind).glob("[!.]*") if path.is_file()) if folder and not given else given
+    return tuple(Path(path).expanduser().resolve() for path in found)

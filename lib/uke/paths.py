@@ -14,7 +14,7 @@ from uke.errors import InputError
 
 EMBEDDED = Path(__file__).with_name("embedded")  # the model directory shipped in this package
 # Edits and recipes are fingerprinted by what they hold; these modules decide what is made of them.
-DECIDING = ("models", "answering", "finetune", "locate", "baselines", "editing", "metrics", "similarity", "studies")
+DECIDING = ("models", "answering", "finetune", "locate", "baselines", "editing", "metrics", "similarity", "asking")
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def unit_key(method: str, **choices: Any) -> str:
 
 
 @functools.cache
-def code_fingerprint() -> str:
-    """16 hex digits of the modules that decide a score, blind to comments, docstrings and layout."""
-    sources = [Path(__file__).with_name(f"{name}.py") for name in DECIDING]
+def code_fingerprint(modules: tuple[str, ...] = DECIDING) -> str:
+    """16 hex digits of these modules, by default those that decide a score, blind to comments, docstrings and layout."""
+    sources = [Path(__file__).with_name(f"{name}.py") for name in modules]
     trees = {path.stem: _shape(ast.parse(path.read_text("utf-8"))) for path in sources if path.is_file()}
     return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
 

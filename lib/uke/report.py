@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from uke import document, figures, tables
+from uke import figures, tables, typesetting
 from uke.errors import InputError, nearest
 from uke.tables import absent, bracket, number, places
 
@@ -142,8 +142,8 @@ def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
     directory = Path(paths.figures)
     sections = _read_sections(directory / "sections")
     numbers = _merge_numbers(sections)
-    data = document.arrange(paths, sections, expected)
-    page, pdf = document.html(data, directory), document.pdf(data, directory)
+    data = typesetting.arrange(paths, sections, expected)
+    page, pdf = typesetting.html(data, directory), typesetting.pdf(data, directory)
     contents = {"numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "report.html": page}
     written = [tables.write(directory / name, text.encode()) for name, text in contents.items()]
     return [*written, tables.write(directory / "report.pdf", pdf)]
@@ -195,7 +195,7 @@ def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
 
 def account(paths: Any, notebooks: Iterable[str]) -> None:
     """Section `run`: what the notebooks' work took, from their manifests; nothing where they were never run here."""
-    found = [manifest for manifest in document.manifests(paths) if manifest["notebook"] in set(notebooks)]
+    found = [manifest for manifest in typesetting.manifests(paths) if manifest["notebook"] in set(notebooks)]
     if not found:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")

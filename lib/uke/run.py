@@ -107,6 +107,9 @@ def plan(options: argparse.Namespace) -> Plan:
     parameters |= {key: value for key, value in {"profile": options.profile, "data": data}.items() if key in own}
     if "data_file" in parameters:
         parameters["data_file"] = params.find_data(data, parameters["data_file"])
+    for name, kind in (("documents", "wikipedia"), ("structured", "structured")):
+        if name in parameters and data != "world":
+            parameters[name] = [str(path) for path in params.find_collections(kind, parameters[name])]
     preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
     declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
@@ -264,7 +267,7 @@ def _compose(options: argparse.Namespace) -> None:
 
     home = Paths(options.profile).home
     paths = Paths(options.profile, params.dataset(home, options.profile, options.data))
-    notebooks = [study.notebook for study in params.studies(home) if study.report]
+    notebooks = [study.notebook for study in params.reported(home, options.profile, paths.data)]
     report.account(paths, notebooks)
     report.compose(paths, notebooks)
     if paths.figures == home / "figures" / QUOTED:
@@ -277,7 +280,7 @@ def _check(options: argparse.Namespace) -> None:
     if Paths(options.profile, data).figures == home / "figures" / QUOTED and options.shared:
         changed = ", ".join(pair.partition("=")[0] for pair in options.shared)
         raise InputError(f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README quotes; shrink another profile (PROFILE=quick)")
-    for study in params.studies(Paths(options.profile).home):
+    for study in params.reported(home, options.profile, data, documents=False):
         plan(argparse.Namespace(**vars(options) | {"notebook": study.notebook}))
 
 

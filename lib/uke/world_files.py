@@ -1,7 +1,7 @@
 """Writes a world in the formats of the real benchmarks, so that the default run goes through the same loaders.
 
-Per split: edits as UnKEBench (v3, with `mmlu_*`) and as AKEW CounterFact, triples as KnowEdit, locality probes made
-from the world's known facts; and the texts of the preservation pool.
+Per split: edits as UnKEBench (v3, with `mmlu_*`) and as AKEW CounterFact, triples as KnowEdit, exercises as probes, and
+the documents that locality probes are retrieved from; and the texts of the preservation pool.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from uke.world import SPLITS, Entity, World, build, choice, exercise, hop
+from uke.world import EDITED, SPLITS, Entity, World, build, choice, exercise, hop, language
 
-UNKEBENCH, AKEW, KNOWEDIT, LOCALITY = "UnKEBench.json", "AKEW-CounterFact.json", "KnowEdit.json", "locality.json"
+UNKEBENCH, AKEW, KNOWEDIT, GENERAL, DOCUMENTS = "UnKEBench.json", "AKEW-CounterFact.json", "KnowEdit.json", "general.json", "documents.jsonl"
 PRESERVATION = "preservation.json"
 
 
@@ -55,9 +55,11 @@ def shuffled(world: World, split: str) -> list[tuple[str, Entity, Entity]]:
 def write(world: World, folder: Path) -> None:
     """Every file of a world below `folder`, a subfolder per split; the same world gives the same bytes."""
     for split in SPLITS:
-        contents = {UNKEBENCH: unkebench(world, split), AKEW: akew(world, split), KNOWEDIT: knowedit(world, split), LOCALITY: locality(world, split)}
+        contents = {UNKEBENCH: unkebench(world, split), AKEW: akew(world, split), KNOWEDIT: knowedit(world, split), GENERAL: general(world, split)}
         for name, records in contents.items():
             save(records, folder / split / name)
+        lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents(world, split)]
+        (folder / split / DOCUMENTS).write_text("".join(lines), encoding="utf-8")
     texts = [{"question": entity.introduce(), "answer": entity.text} for entity in world.pools["preservation"]]
     save(texts, folder / PRESERVATION)
 
@@ -125,41 +127,54 @@ def akew_record(name: str, old: Entity, new: Entity, rng: random.Random) -> dict
 
 
 def knowedit(world: World, split: str) -> list[dict]:
-    """One triple of every probed entity in the format of KnowEdit: what StructTrip draws from."""
+    """Two triples of every probed entity in the format of KnowEdit: what StructTrip and near triples draw from."""
     rng = random.Random(f"knowedit-{world.seed}-{split}")
-    records = []
-    for entity in world.pools[f"{split}_locality"]:
-        relation = rng.choice(list(entity.objects))
-        records.append({"subject": entity.name, "prompt": entity.cloze(relation), "target_new": entity.objects[relation],
-                        "ground_truth": [entity.objects[relation]], "portability": {}, "locality": {}})
-    return records
+    return [
+        {"subject": entity.name, "prompt": entity.cloze(relation), "target_new": entity.objects[relation],
+         "ground_truth": [entity.objects[relation]], "rephrase_prompt": entity.ask(relation), "portability": {}, "locality": {}}
+        for entity in world.pools[f"{split}_locality"]
+        for relation in rng.sample(list(entity.objects), 2)
+    ]
 
 
-def locality(world: World, split: str) -> list[dict]:
-    """For every edit one probe of each locality kind, about entities that share no fact with any edit, and two exercises."""
-    rng, pool = random.Random(f"locality-{world.seed}-{split}"), apart(world, split)
-    return [probe for name, _, new in shuffled(world, split) for probe in locality_probes(pool, name, new, rng)]
+def general(world: World, split: str) -> list[dict]:
+    """For every edit two exercises as probes; the one of multiple choice stands in the edit's own record, as number 0."""
+    rng = random.Random(f"general-{world.seed}-{split}")
+    probes = []
+    for name, _, _ in shuffled(world, split):
+        for number, skill in enumerate(("sum", "sort"), start=1):
+            question, answer = exercise(rng, skill)
+            probes.append({"edit": name, "kind": "general", "number": number, "question": question, "reference": answer})
+    return probes
 
 
-def apart(world: World, split: str) -> list[Entity]:
-    """The probed entities whose text names no subject and no object, old or new, of any edit of the split.
+def collection(world: World, split: str) -> list[Entity]:
+    """The entities whose texts a split's locality documents are retrieved from.
 
-    Values are apart by construction, but one may be a word of another: the colour silver, a silver saddle.
+    Beside the probed pool they are what an encyclopedia would hold and no probe may be made of: the stale texts of the
+    very subjects that are edited, and those of the entities that the edits point at.
     """
-    edited = {text for pair in world.edits[split] for entity in pair for text in (entity.name, *entity.objects.values())}
-    named = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, edited)) + r")(?!\w)")
-    return [entity for entity in world.pools[f"{split}_locality"] if not named.search(entity.text)]
+    found = [entity for pool in (split, f"{split}_locality", "held_out") for entity in world.pools[pool]]
+    return [entity for entity in found if entity.pool in EDITED or not ambiguous().intersection(entity.objects.values())]
 
 
-def locality_probes(pool: list[Entity], edit: str, new: Entity, rng: random.Random) -> Iterator[dict]:
-    near, neighbour = rng.sample([entity for entity in pool if entity.kind == new.kind], 2)
-    far, other = rng.sample([entity for entity in pool if entity.kind != new.kind], 2)
-    yield {"edit": edit, "kind": "rel_doc", "question": near.introduce(number=rng.randrange(6)), "reference": near.text}
-    yield {"edit": edit, "kind": "rand_doc", "question": far.introduce(number=rng.randrange(6)), "reference": far.text}
-    relation = rng.choice(list(other.objects))
-    yield {"edit": edit, "kind": "struct_trip", "question": other.cloze(relation), "reference": other.objects[relation], "chat": False}
-    relation = rng.choice(list(neighbour.objects))
-    yield {"edit": edit, "kind": "near_triple", "question": neighbour.ask(relation), "reference": neighbour.objects[relation]}
-    for number, skill in enumerate(("sum", "sort"), start=1):
-        question, answer = exercise(rng, skill)
-        yield {"edit": edit, "kind": "general", "number": number, "question": question, "reference": answer}
+@cache
+def ambiguous() -> frozenset[str]:
+    """Values that the language also uses otherwise: as a word of a wording ("a dancing bear") or of another value ("glass swan").
+
+    A document with such a value may not be asked for: whether another text names the value could not be told from its words.
+    """
+    kinds, values = language()["kinds"].values(), language()["values"].values()
+    listed = [value for each in values if isinstance(each, list) for value in each]
+    spoken = [wording for kind in kinds for relation in kind["relations"].values() for wording in relation["wordings"]]
+    counts = Counter(word for text in (*spoken, *listed) for word in set(re.findall(r"\w+", text.casefold())))
+    own = Counter(value.casefold() for value in listed)
+    return frozenset(value for value in listed if counts[value.casefold()] > own[value.casefold()])
+
+
+def documents(world: World, split: str) -> list[dict]:
+    """The collection in a random order, as JSON lines have it; each with a question that its whole text answers."""
+    rng = random.Random(f"documents-{world.seed}-{split}")
+    found = collection(world, split)
+    return [{"id": entity.name, "title": entity.name, "text": entity.text, "question": entity.introduce(number=rng.randrange(6))}
+            for entity in rng.sample(found, len(found))]
