@@ -328,15 +328,16 @@ def test_every_question_of_unkebench_shares_a_fact_with_its_answer():
             assert shared(answer, told(question)), (edit.id, question)
 
 
-def test_every_stated_fact_is_found_in_other_words():
-    missed, count = [], 0
+def test_every_stated_fact_that_names_something_is_found_in_other_words():
+    nameless, count = [], 0
     for edit in benchmark("akew-mquake", AKEW):
         own = edit_facts(edit, offline)
         for triple in stated(edit):
             count += 1
-            sentence = f"It is true of {triple.object} and {triple.subject}: {triple.relation}."
-            missed += [sentence] * (not shared(own, told(sentence)))
-    assert len(missed) <= 0.005 * count, missed
+            other = told(f"It is true of {triple.object} and {triple.subject}: {triple.relation}.")
+            assert shared(own, other) or not other.names, (edit.id, triple)
+            nameless += [triple] * (not shared(own, other))
+    assert len(nameless) <= 0.02 * count, nameless  # "The show gained a large following"
 
 
 def test_agreement_with_the_triplets_of_akew_held_out():

@@ -282,3 +282,29 @@ def test_parallel_runs_lease_different_gpus(monkeypatch):
         with kernels.leased_device() as second:
             assert {first, second} == {"cuda:4", "cuda:5"}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+def test_a_profile_of_its_own_has_its_own_report_and_a_set_needs_documents(project):
+    for name, report in (("02_locality", "true"), ("03_other", "true"), ("own", "special"), ("never", "false")):
+        (project / f"params/studies/{name}.yaml").write_text(f"notebook: {name}\nreport: {report}\n")
+
+    def names(*arguments):
+        return [study.notebook for study in params.reported(project, *arguments)]
+
+    assert names("special", "world") == ["own"]
+    assert "own" not in names("quick", "world") and "never" not in names("quick", "world")
+    assert "02_locality" in names("quick", "world", False) and "02_locality" in names("quick", "unkebench", True)
+    assert "02_locality" not in names("quick", "unkebench", False)
+
+
+def test_collections_are_those_given_else_those_of_the_folder(project, monkeypatch):
+    monkeypatch.delenv("UKE_DATA", raising=False)
+    assert params.find_collections("wikipedia") == ()
+    (project / "wikipedia").mkdir()
+    for name in ("b.jsonl", "a.txt", ".hidden"):
+        (project / "wikipedia" / name).write_text("x")
+    monkeypatch.setenv("UKE_DATA", str(project))
+    assert [path.name for path in params.find_collections("wikipedia")] == ["a.txt", "b.jsonl"]
+    assert [path.name for path in params.find_collections("wikipedia", [str(project / "wikipedia/b.jsonl")])] == ["b.jsonl"]
+    with pytest.raises(InputError, match="documents: nowhere.jsonl: no such file"):
+        params.find_collections("wikipedia", ["nowhere.jsonl"])

@@ -75,7 +75,7 @@ def ranks(frame: pd.DataFrame, by: str = "kind", floor: int | None = None, width
             ax.step([1, *found, frame["rank"].max()], [0, *np.arange(1, len(found) + 1) / len(found), 1], where="post", color=colour, label=LABELS.get(name, name))
         if floor is not None:
             ax.axvline(floor, color=GREY, lw=1, ls=(0, (3, 2)))
-            ax.annotate(f"floor {floor}", (floor, 0.03), xytext=(3, 0), textcoords="offset points", fontsize=6.5, color=GREY)
+            ax.annotate(f"floor {floor}", (floor, 0.5), xytext=(-3, 0), textcoords="offset points", ha="right", fontsize=6.5, color=GREY)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         ax.xaxis.set_minor_formatter(NullFormatter())

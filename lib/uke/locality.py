@@ -22,7 +22,7 @@ from uke import retrieval
 from uke.documents import Document
 from uke.edits import Cloze, Edit, Frozen, Item
 from uke.errors import InputError
-from uke.extraction import EXTRACTORS, Facts, facts, shared, stated, union
+from uke.extraction import EXTRACTORS, Facts, edit_facts, facts, shared, union
 from uke.formats import is_question
 
 KINDS = ("rel_doc", "rand_doc", "struct_trip", "near_triple")
@@ -33,8 +33,8 @@ class Settings(Frozen):
     """Every choice of a locality set; the paper states `retriever` (a trained one), `floor`, and that facts are compared.
 
     `retriever`: MiniLM as it comes, since training it is not seen to help (notebook `benchmarks`). `query`: the edit's question, as in
-    dense passage retrieval, or with its answer. `extractor`: the one that needs no download. `triplets`: whether a record's own
-    triplets count as its facts, since they are surer than any extractor's. `batch`: edits that may be written together, consecutive ones
+    dense passage retrieval, or with its answer. `extractor`: the one that needs no download. `stated`: whether what a record
+    states beside its text (subject, triplets, short answers) counts as its facts, since that is surer than any extractor. `batch`: edits that may be written together, consecutive ones
     of a split; no document shares a fact with any of them; 0 is all of them. `candidates`: ranked documents looked through for RelDoc.
     `own_question`: ask a document its own question where it has one, else (or where false) by its title. `words`: length of a reference, 0 for
     the median of the answers to write, so that both kinds of text cost a model as much. `seed`: of every draw.
@@ -44,7 +44,7 @@ class Settings(Frozen):
     search: Literal["exact", "faiss"] = "exact"
     query: Literal["question", "text"] = "question"
     extractor: Literal["offline", "spacy"] = "offline"
-    triplets: StrictBool = True
+    stated: StrictBool = True
     batch: StrictInt = Field(default=0, ge=0)
     floor: StrictInt = Field(default=100, ge=1)
     candidates: StrictInt = Field(default=1000, ge=1)
@@ -133,10 +133,8 @@ class Builder:
         return random.Random(f"{use}-{self.settings.seed}-{edit.id}")
 
     def facts_of(self, edit: Edit) -> Facts:
-        """The facts of an edit: extracted, those its record states, and the short answers to its details."""
-        text = text_of(edit)
-        triples = [*self.extract(text), *(stated(edit) if self.settings.triplets else ())]
-        return facts(text, triples, [*filter(None, [edit.subject]), *(detail.answer for detail in edit.details)])
+        """The facts of an edit: what its record states, and what is extracted from its text."""
+        return edit_facts(edit, self.extract) if self.settings.stated else facts(text_of(edit), self.extract(text_of(edit)))
 
     def block(self, edits: Sequence[Edit]) -> Iterator[Item]:
         """The items of edits that may be written together, edit by edit."""

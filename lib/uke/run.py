@@ -107,9 +107,9 @@ def plan(options: argparse.Namespace) -> Plan:
     parameters |= {key: value for key, value in {"profile": options.profile, "data": data}.items() if key in own}
     if "data_file" in parameters:
         parameters["data_file"] = params.find_data(data, parameters["data_file"])
-    for name, kind in (("documents", "wikipedia"), ("structured", "structured")):
-        if name in parameters and data != "world":
-            parameters[name] = [str(path) for path in params.find_collections(kind, parameters[name])]
+    for given, kind in (("documents", "wikipedia"), ("structured", "structured")):
+        if given in parameters and data != "world":
+            parameters[given] = [str(path) for path in params.find_collections(kind, parameters[given])]
     preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
     declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
