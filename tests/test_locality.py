@@ -1,6 +1,7 @@
 """Locality sets: what is chosen, what is refused, what a file holds, and whether audits see what they are for."""
 
 import json
+import os
 import random
 import shutil
 
@@ -91,7 +92,8 @@ def test_a_document_that_cannot_be_asked_for_is_not_taken(sources, tmp_path):
 @pytest.mark.parametrize(("text", "words", "kept"), [
     ("One two. Three four. Five six.", 4, "One two. Three four."),
     ("One two three four five six.", 4, "One two three four five six."),
-    ("He said “stop.” Then he left. Gone.", 5, "He said “stop.”"),
+    ("He said “stop.” Then he left. Gone.", 4, "He said “stop.”"),
+    ("In St. Ives. A long sentence follows here. End.", 6, "In St. Ives. A long sentence follows here."),
     ("It cost 3.5 million in all. Nobody paid.", 6, "It cost 3.5 million in all."),
     ("No end at all", 2, "No end at all"),
 ])  # fmt: skip
@@ -252,3 +254,44 @@ def test_the_worlds_known_facts_are_those_of_its_texts():
     entity = random.Random(0).choice(made.pools["test_locality"])
     assert of_documents[entity.name] == [entity.name, *entity.objects.values()]
     assert all(name in new.text for edit, _, new in world_files.shuffled(made, "test") for name in known[edit][1:])
+
+
+real = pytest.mark.skipif(not os.environ.get("UKE_DATA"), reason="UKE_DATA is unset: no real benchmark files to build from")
+
+
+@real
+@pytest.mark.parametrize("data", ["unkebench", "akew-mquake"])
+def test_real_files_give_whole_sets_whose_items_share_no_stated_fact(data, tmp_path):
+    order = locality_files.of_files(data, "", [], [])
+    path = locality_files.ensure(order, Settings(retriever="bm25"), tmp_path)
+    sources = order.sources()
+    items = edits.load_locality(path, sources.edits)
+    assert len(items) == 4 * len(sources.edits) and path.name == f"{locality_files.NAMES[data]}.json"
+    found = audit.leaks(items, sources, 0, audit.stated_names(sources.edits))
+    assert found["own"].str.len().eq(0).all() and found["batch"].str.len().gt(0).mean() < 0.02
+    assert {file["licence"] for file in locality_files.read_card(path.with_suffix(".md"))["sources"]} > {"CC BY-SA 4.0 (Wikipedia)"}
+
+
+@real
+def test_a_file_in_akews_counterfact_format_makes_its_set(ordered, tmp_path):
+    order = locality_files.of_files("akew-counterfact", str(ordered.edit_file.with_name(world_files.AKEW)), [], [])
+    path = locality_files.ensure(order, Settings(retriever="bm25"), tmp_path)
+    assert path.name == "AKEW-Loc-CF.json" and len(json.loads(path.read_text())) == 240
+
+
+def test_a_set_needs_documents_and_says_how_to_name_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("UKE_DATA", raising=False)
+    with pytest.raises(InputError, match="no file to take documents from; name them with DOCUMENTS="):
+        locality_files.of_files("unkebench", "edits.json", [], [])
+    (tmp_path / "one.jsonl").write_text('{"title": "A", "text": "A is."}\n')
+    with pytest.raises(InputError, match="no file to take structured from; name them with STRUCTURED="):
+        locality_files.of_files("unkebench", "edits.json", [str(tmp_path / "one.jsonl")], [])
+
+
+def test_two_documents_with_one_id_are_both_named(tmp_path, ordered):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": "7", "title": name, "text": "It is."}) + "\n")
+    order = locality_files.Order("unkebench", ordered.edit_file, (tmp_path / "one.jsonl", tmp_path / "two.jsonl"), ordered.structured)
+    with pytest.raises(InputError, match="two.jsonl.*one.jsonl"):
+        locality_files.ensure(order, QUICK, tmp_path / "set")
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["UnKEBench-Loc.lock"]

@@ -11,6 +11,7 @@ import pandas as pd
 from uke import params, world, world_files
 from uke.edits import Edit, Item
 from uke.errors import InputError
+from uke.extraction import normal
 from uke.locality import KINDS, Sources, text_of
 from uke.similarity import Encoder, cosines
 
@@ -26,12 +27,17 @@ def known_of_world(seed: int, split: str) -> tuple[dict[str, list[str]], dict[st
 
 
 def stated_names(edits: Iterable[Edit]) -> dict[str, list[str]]:
-    """Subjects and short objects of the facts that each record states, by id; only of edits that state any."""
+    """Subjects and objects of the facts that each record states, by id: those that name something, in at most SHORT words.
+
+    "He", "the series" and "many" are subjects in AKEW's triplets, but another text that has these words names nothing by
+    them: a capital or a digit is asked for, and a word that is neither pronoun nor generic.
+    """
     found = {}
     for edit in edits:
         names = [re.sub(r"^(the|an|a) ", "", name.strip(" ."), flags=re.I) for fact in edit.facts for name in (fact.subject, fact.object)]
-        if names:
-            found[edit.id] = list(dict.fromkeys(name for name in names if name and len(name.split()) <= SHORT))
+        kept = [name for name in names if len(name.split()) <= SHORT and re.search(r"[A-Z\d]", name) and normal(name)]
+        if kept:
+            found[edit.id] = list(dict.fromkeys(kept))
     return found
 
 

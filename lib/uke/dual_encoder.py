@@ -42,7 +42,7 @@ class Settings:
     `frozen`: blocks below the trained ones (of 6), embeddings included. `decay`: weight decay of matrices.
     """
 
-    steps: int = 150
+    steps: int = 60
     batch: int = 16
     rate: float = 5e-5
     warm_up: float = 0.1

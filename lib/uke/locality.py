@@ -252,7 +252,6 @@ def without(question: str, *names: str | None) -> str:
 
 
 def cut(text: str, words: int) -> str:
-    """The first sentences of a text, as many as have at most so many words in all; at least one."""
+    """The first sentences of a text, as many as come nearest to so many words; at least one."""
     ends = [found.end() for found in re.finditer(r"[.!?][\"”’')\]]*(?=\s+[\"“‘'(\[]*[A-Z0-9]|\s*$)", text)]
-    fitting = [end for end in ends if len(text[:end].split()) <= words]
-    return text[: fitting[-1] if fitting else ends[0] if ends else len(text)]
+    return text[: min(ends, key=lambda end: abs(len(text[:end].split()) - words), default=len(text))]
