@@ -9,13 +9,16 @@ errors                       the one error of bad input
 records, formats, edits      benchmark files -> validated Edits with their Probes
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
-recipes                      every choice of one way to fine-tune; the factors under study
+recipes, peers               every choice of one way to fine-tune, or to locate and edit; the factors under study
 tables, drawing, figures     one style; one function per kind of table and of figure
 document, report             numbers said once; HTML and PDF
 world, world_files           the fictional world, and its files in the benchmarks' formats
 models, answering            a model, its prompts and weights; many answers at once
 pretraining, knowledge       how the embedded model was made, and what it knows
-finetune, editing            losses and training; `with edited(model, tokenizer, edits, method) as m:`
+finetune                     losses and training
+locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors
+baselines                    the solvers: MEMIT, AlphaEdit, UnKE
+editing                      `with edited(model, tokenizer, edits, method) as m:`
 studies                      ask before, edit, ask after, score, append rows; skip what is done
 params, preflight, kernels, run   strict parameters; checks before a start; one notebook, headlessly
 

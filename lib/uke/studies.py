@@ -143,7 +143,7 @@ class Study:
         with edited(self.model, self.tokenizer, batch, recipe) as m:
             record, between = m.edit_record, time.perf_counter()
             frame = self.ask(m, probes)
-        norm = sum(record.change_norm.values()) / len(record.change_norm)
+        norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
         seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
         frame = frame.merge(self.before[["edit", "kind", "number", "before"]], how="left", on=["edit", "kind", "number"], validate="1:1")
         against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
