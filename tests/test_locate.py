@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES
 from uke.edits import Edit
 from uke.finetune import prepare
-from uke.locate import Located, Window, by_window, locate, look, sites, states, surprisals
+from uke.locate import Located, by_window, locate, look, sites, states, surprisals
 from uke.models import Example
 from uke.peers import PEERS, Peer
 from uke.values import _Chunk, injected, target_values
@@ -237,7 +237,3 @@ def test_injected_deltas_go_to_their_places_and_the_hook_goes_too(tiny):
     change = (moved.output - before.output).mean(-1)
     assert torch.allclose(change, torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 0.0]]), atol=1e-5)
     assert hooks(model) == 0 and plain.output.shape == (2, 3, 32)
-
-
-def test_windows_are_values_of_their_own():
-    assert Window(3, 4, 9)._asdict() == {"anchor": 3, "start": 4, "stop": 9}
