@@ -9,7 +9,7 @@ errors                       the one error of bad input
 records, formats, edits      benchmark files -> validated Edits with their Probes
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
-recipes                      every choice of one way to fine-tune; the factors under study
+recipes, peers               every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
 tables, drawing, figures, diagrams   one style; one function per kind of table and of figure
 typesetting, report          numbers said once; HTML and PDF
@@ -20,7 +20,10 @@ ranking, embedding, dual_encoder, retrieval   documents by relevance: BM25, Mini
 locality, locality_files, audit   RelDoc, RandDoc, StructTrip, near triple: built, written, audited
 models, answering            a model, its prompts and weights; many answers at once
 pretraining, knowledge       how the embedded model was made, and what it knows
-finetune, editing            losses and training; `with edited(model, tokenizer, edits, method) as m:`
+finetune                     losses and training
+locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors
+baselines                    the solvers: MEMIT, AlphaEdit, UnKE
+editing                      `with edited(model, tokenizer, edits, method) as m:`
 asking, studies              ask before, edit, ask after, score, append rows; skip what is done
 preflight, kernels, run      checks before a start; one notebook, headlessly
 

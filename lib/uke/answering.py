@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from uke.edits import Probe
 from uke.errors import InputError
 from uke.models import IGNORED, Example, collate, encode, end_of_turn, example, max_context
+from uke.world import reading
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch can go.
 DROP_SHARE = 1 / 8
@@ -44,7 +45,7 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
     prompt that leaves no room in the context.
     """
     options = Asking(**asking)
-    prompts = [tuple(encode(tokenizer, probe.question, options.through_template(probe))) for probe in probes]
+    prompts = [tuple(encode(tokenizer, asked(model, probe), options.through_template(probe))) for probe in probes]
     room = max_context(model)
     limits: dict[Prompt, int] = {}
     for probe, prompt in zip(probes, prompts, strict=True):
@@ -58,6 +59,12 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
     # The same prompt may be asked with two limits: greedy answers are prefixes of each other.
     texts = (decoded[prompt][: options.limit(probe)] for probe, prompt in zip(probes, prompts, strict=True))
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
+
+
+def asked(model: nn.Module, probe: Probe) -> str:
+    """The probe's question, after the passage that an in-context edit (`editing.edited`) has this model read for it."""
+    passages = getattr(model, "passages", {})
+    return reading(passages[probe.edit], probe.question) if probe.edit in passages else probe.question
 
 
 def _check_room(probe: Probe, needed: int, room: int) -> None:
@@ -166,7 +173,7 @@ def target_log_probability(
     options = Asking(**asking)
     examples: list[Example] = []
     for probe in probes:
-        one = example(tokenizer, probe.question, probe.reference, options.through_template(probe), False)
+        one = example(tokenizer, asked(model, probe), probe.reference, options.through_template(probe), False)
         _check_room(probe, len(one.ids), max_context(model))
         if one.prompt_length == len(one.ids):
             raise InputError(f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,15 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from uke import baselines
 from uke.edits import Edit
 from uke.errors import InputError, nearest
 from uke.finetune import Training, adapt, prepare, train, weights
 from uke.models import fingerprint, kept
+from uke.peers import PEERS, Peer
 from uke.recipes import RECIPES, Recipe
 
-# A method that is no recipe: it takes model, tokenizer and edits, and gives the edited model until it is left.
+# A method that is neither recipe nor peer: it takes model, tokenizer and edits, and gives the edited model until it is left.
 Solver = Callable[[nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]]
-METHODS: dict[str, Recipe | Solver] = dict(RECIPES)
+METHODS: dict[str, Recipe | Peer | Solver] = {**RECIPES, **PEERS}
 
 RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safetensors"
 
@@ -43,6 +45,7 @@ class EditRecord:
     seconds: float
     stopped: str
     change_norm: dict[str, float]
+    notes: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -50,23 +53,25 @@ def edited(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
-    method: str | Recipe | Solver,
+    method: str | Recipe | Peer | Solver,
 ) -> Iterator[nn.Module]:
     """The model with the edits written into it; its `edit_record` (EditRecord) says what was done.
 
-    `method` is a name in METHODS, a recipe, or a solver. Direct recipes yield the model itself, adapter recipes
-    peft's wrapper around it. On exit, also after an exception, every weight is bit for bit as before, as are
-    buffers, `requires_grad` and the training mode; only the weights that change are copied for that.
-    Raises InputError for an unknown method, a recipe that selects no weight and an edit longer than the context,
-    all before training; FloatingPointError for a loss that is not finite.
+    `method` is a name in METHODS, a recipe, a peer, or a solver. Direct recipes and peers yield the model itself,
+    adapter recipes peft's wrapper around it. The in-context peer moves no weight: its `passages` say by the id of an
+    edit what stands before every question about it (`answering`), that of its locality probes too. On exit, also
+    after an exception, every weight is bit for bit as before, as are buffers, `requires_grad` and the training mode;
+    only the weights that change are copied for that.
+    Raises InputError for an unknown method, a method that selects no weight and an edit longer than the context, all
+    before training, and as `baselines.write` does; FloatingPointError for a loss that is not finite.
     """
     method = _find(method)
-    if not isinstance(method, Recipe):
+    if not isinstance(method, Recipe | Peer):
         with method(model, tokenizer, edits) as solved:
             yield solved
         return
     prepare(model, tokenizer, edits, method)
-    way = _direct if method.adapter is None else _adapted
+    way = _in_context if getattr(method, "solver", "") == "in_context" else _adapted if getattr(method, "adapter", "") else _direct
     with kept(model, {}), way(model.eval(), tokenizer, edits, method) as (changed, training, norms):
         changed.edit_record = EditRecord(**vars(training), change_norm=norms)
         try:
@@ -75,7 +80,7 @@ def edited(
             del changed.edit_record
 
 
-def _find(method: str | Recipe | Solver) -> Recipe | Solver:
+def _find(method: str | Recipe | Peer | Solver) -> Recipe | Peer | Solver:
     if not isinstance(method, str):
         return method
     if method not in METHODS:
@@ -88,12 +93,13 @@ Change = tuple[nn.Module, Training, dict[str, float]]
 
 @contextmanager
 def _direct(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], method: Recipe | Peer
 ) -> Iterator[Change]:
-    trained = weights(model, recipe)
+    choose, write = (weights, train) if isinstance(method, Recipe) else (baselines.weights, baselines.write)
+    trained = choose(model, method)
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     try:
-        training = train(model, tokenizer, edits, recipe)
+        training = write(model, tokenizer, edits, method)
         norms = {name: _ratio(weight.detach() - before[name], before[name]) for name, weight in trained.items()}
         yield model, training, norms
     finally:
@@ -118,6 +124,17 @@ def _adapted(
         wrapped.unload()
 
 
+@contextmanager
+def _in_context(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer
+) -> Iterator[Change]:
+    model.passages = {edit.id: edit.answer for edit in edits}
+    try:
+        yield model, Training(), {}
+    finally:
+        del model.passages
+
+
 def _ratio(change: Tensor, weight: Tensor) -> float:
     return float(change.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -125,9 +142,9 @@ def _ratio(change: Tensor, weight: Tensor) -> float:
 def save(m: nn.Module, directory: str | Path) -> None:
     """Keep an edit: a peft adapter directory, or the changed weights as safetensors; beside it a small JSON record.
 
-    `m` is what `edited` yields. Raises InputError for a model that carries no edit.
+    `m` is what `edited` yields. Raises InputError for a model that carries no edit, or carries it in its prompts.
     """
-    if not isinstance(record := getattr(m, "edit_record", None), EditRecord):
+    if not isinstance(record := getattr(m, "edit_record", None), EditRecord) or hasattr(m, "passages"):
         raise InputError(f"{directory}: nothing to save; expected the model that edited(...) yields")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

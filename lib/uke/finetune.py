@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from uke.edits import Edit
 from uke.errors import InputError
 from uke.models import IGNORED, Example, collate, example, max_context, module_names, select
+from uke.peers import Peer
 from uke.recipes import Recipe
 
 # Tokens of one forward pass; larger batches accumulate their gradient, which changes nothing but memory.
@@ -26,12 +27,16 @@ SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
 
 @dataclass
 class Training:
-    """What a training did: mean loss of each pass (nats per token), optimiser steps, wall seconds, why it ended."""
+    """What a training did: mean loss of each pass (nats per token), optimiser steps, wall seconds, why it ended.
+
+    `notes`: what else a reader of the result must know, such as a fallback.
+    """
 
     losses: list[float] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
     stopped: Literal["loss", "steps"] = "steps"
+    notes: list[str] = field(default_factory=list)
 
 
 def target_tokens_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -136,11 +141,11 @@ def train(
 
 
 def prepare(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe | Peer
 ) -> dict[str, Example]:
-    """Token ids and labels by the edit's id, as the recipe trains them; InputError for one beyond the context."""
+    """Token ids and labels by the edit's id, as the recipe or peer trains them; InputError for one beyond the context."""
     if not edits:
-        raise InputError(f"recipe {recipe.name}: no edits; expected at least one")
+        raise InputError(f"{recipe.name}: no edits; expected at least one")
     longest = max_context(model)
     examples = {}
     for edit in edits:

@@ -85,6 +85,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             Recipe(name="FT-A"),
             Recipe(name="LoRA", adapter="lora", **_ADAPTER),
             Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
+            # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of Llama-3-8B's 32).
+            Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
         )
     }
 )

@@ -151,7 +151,7 @@ class Study:
         with edited(self.model, self.tokenizer, batch, recipe) as m:
             record, between = m.edit_record, time.perf_counter()
             frame = self.ask(m, probes)
-        norm = sum(record.change_norm.values()) / len(record.change_norm)
+        norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
         seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
         return beside(frame, self.before).assign(phase="after", steps=record.steps, change_norm=norm, **seconds)
 

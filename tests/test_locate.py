@@ -1,0 +1,239 @@
+"""Anchors, hidden states and target values: windows off by one, deltas that leak between edits or vanish, hooks left behind."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+from uke.edits import Edit
+from uke.finetune import prepare
+from uke.locate import Located, by_window, locate, look, sites, states, surprisals
+from uke.models import Example
+from uke.peers import PEERS, Peer
+from uke.values import _Chunk, injected, target_values
+
+EDITS = (
+    Edit(id="ada", question="Who is Ada Lovelace?", answer="Ada Lovelace was a compiler in Philadelphia."),
+    Edit(id="alan", question="Where was Alan Turing born?", answer="In London."),
+    Edit(id="grace", question="Grace?", answer="Grace Hopper studied at Cambridge and wrote a few short sentences."),
+)
+
+
+def peer(name: str = "anyedit_memit", **changes) -> Peer:
+    return Peer(**{**PEERS[name].model_dump(), "layers": (1, 2), "window": 6, "stop_loss": 0.0, **changes})
+
+
+def located(model, tokenizer, choices: Peer, edits=EDITS) -> Located:
+    return locate(model, prepare(model, tokenizer, edits, choices), choices)
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch.Tensor:
+    """-log p of every target token in one plain forward pass, deltas added at positions of the site's output."""
+
+    def add(module, args, output):
+        output = output.clone()
+        for position, delta in at.items():
+            output[0, position] += delta
+        return output
+
+    handle = site.projection.register_forward_hook(add)
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(-1)
+    handle.remove()
+    places = torch.arange(one.prompt_length, len(one.ids))
+    return -log_p[places - 1, torch.tensor(one.ids)[places]]
+
+
+def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tiny, tokenizer):
+    model = tiny()
+    for name, choices in PEERS.items():
+        found = located(model, tokenizer, choices.model_copy(update={"window": 6}))
+        for one, windows in zip(found.examples, found.windows, strict=True):
+            assert windows[0].start == one.prompt_length and windows[-1].stop == len(one.ids)
+            assert all(window.anchor == window.start - 1 and window.stop > window.start for window in windows)
+            assert all(one.stop == other.start for one, other in zip(windows, windows[1:]))
+            sizes = [window.stop - window.start for window in windows]
+            if choices.anchors == "last":
+                assert len(windows) == 1
+            elif choices.anchors != "surprisal":
+                assert set(sizes[:-1]) <= {6} and sizes[-1] <= 6
+            else:
+                assert all(3 <= size <= 9 for size in sizes[:-1]) and sizes[-1] <= 6
+        assert found.nested == (name == "muke")
+
+
+def test_a_window_begins_where_surprisal_peaks(tiny, tokenizer):
+    model, choices = tiny(), peer("anyedit_pp")
+    found = located(model, tokenizer, choices)
+    for one, windows, nll in zip(found.examples, found.windows, surprisals(model, found.examples), strict=True):
+        assert nll.tolist() == pytest.approx(nll_by_hand(model, sites(model, (0,))[0], one, {}).tolist(), rel=1e-4)
+        for before, after in zip(windows, windows[1:]):
+            ahead = nll[before.start - one.prompt_length + 3 : before.start - one.prompt_length + 10]
+            assert float(nll[after.start - one.prompt_length]) == float(ahead.max())
+
+
+def test_an_answer_shorter_than_a_window_is_one_window_and_is_noted(tiny, tokenizer):
+    found = located(tiny(), tokenizer, choices := peer(window=13))
+    assert [len(windows) for windows in found.windows] == [2, 1, 2]
+    assert found.notes(choices) == ["edit 'alan': the answer is shorter than a window of 13 tokens; one window"]
+    assert found.notes(peer("memit", window=13)) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_of_a_plain_forward_pass(tiny, tokenizer, family):
+    model = tiny(family)
+    lower, upper = sites(model, (1, 2))
+    found = located(model, tokenizer, peer())
+    read = states(model, found, lower, upper)
+    assert len(found.anchors) == len(read.keys) == sum(map(len, found.windows))
+    place, others = 0, 0
+    for one, windows in zip(found.examples, found.windows, strict=True):
+        inner, outer = look(model, torch.tensor([one.ids]), (lower.projection, upper.block))
+        for window in windows:
+            assert torch.allclose(read.keys[place], inner.args[0][0, window.anchor], atol=1e-5)
+            assert torch.allclose(read.outputs[place], inner.output[0, window.anchor], atol=1e-4)
+            assert torch.allclose(read.hidden[place], outer.output[0, window.anchor], atol=1e-4)
+            place += 1
+        others += len(one.ids) - len(windows)
+    assert len(read.others) == others and hooks(model) == 0
+    hidden = model(input_ids=torch.tensor([one.ids]), output_hidden_states=True).hidden_states[3]
+    assert torch.allclose(outer.output, hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("turn", [0, 1])
+def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(tiny, tokenizer, family, turn):
+    model = tiny(family).double()
+    (site,) = sites(model, (1,))
+    found = located(model, tokenizer, peer("muke"))
+    rows = [row for row, windows in enumerate(found.windows) if len(windows) > turn]
+    chunk = _Chunk(model, found, site, rows, turn)
+    earlier = [torch.randn(turn, 32).double() for _ in rows]
+    delta = torch.randn(len(rows), 32).double()
+    chunk.read_before(earlier)
+    losses = chunk.losses(delta)
+    again = chunk.losses(delta)
+    assert torch.equal(losses, again) and hooks(model) == 0
+    for row, own, before, values in zip(rows, delta, earlier, losses, strict=True):
+        one, windows = found.examples[row], found.windows[row]
+        at = {window.anchor: value for window, value in zip(windows, [*before, own], strict=False)}
+        nll = nll_by_hand(model, site, one, at)
+        wanted = [nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean() for window in windows[turn:]]
+        assert values[: len(wanted)].tolist() == pytest.approx([float(value) for value in wanted], rel=1e-9)
+        assert not values[len(wanted) :].any()
+
+
+@pytest.mark.parametrize("name", ["memit", "anyedit_memit", "anyedit_pp", "muke"])
+def test_target_values_of_a_batch_are_those_found_one_by_one(tiny, tokenizer, name):
+    """In float64 to 1e-6 of their norm. In float32 to 1e-2 of the delta: Adam divides by the gradient's own size, so
+    rounding (1e-7) decides the first steps of the few elements whose gradient is nearly zero."""
+    choices = peer(name, steps=8, learning_rate=0.05, weighting="gradient")
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-2)):
+        model = tiny().to(dtype)
+        site = sites(model, choices.layers)[-1]
+        together = target_values(model, located(model, tokenizer, choices), site, choices).hidden
+        alone, start = [], []
+        for edit in EDITS:
+            single = located(model, tokenizer, choices, (edit,))
+            alone.append(target_values(model, single, site, choices).hidden)
+            start.append(states(model, single, site, site).hidden)
+        alone, start = torch.cat(alone), torch.cat(start)
+        assert float((together - alone).norm() / (alone - start).norm()) < tolerance
+        assert float((alone - start).norm(dim=-1).min()) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_target_values_make_the_text_likely_window_by_window(tiny, tokenizer, family):
+    model, choices = tiny(family), peer(steps=15, learning_rate=0.3)
+    (site,) = sites(model, (2,))
+    found = located(model, tokenizer, choices)
+    values = target_values(model, found, site, choices)
+    before = states(model, found, site, site)
+    added = values.hidden - before.hidden
+    if family == "gemma3_text":
+        # The norm behind the projection is what stands in the way: the target lies within its reach.
+        now = site.through(before.outputs + site.back(before.outputs, added)) - site.through(before.outputs)
+        assert torch.allclose(now.double(), added, atol=1e-4)
+    else:
+        assert float((added.norm(dim=-1) / before.hidden.norm(dim=-1)).max()) <= choices.clamp * 1.001
+    old = by_window(model, found)
+    for row, (one, windows) in enumerate(zip(found.examples, found.windows, strict=True)):
+        first = sum(map(len, found.windows[:row]))
+        deltas = site.back(before.outputs, added)[first : first + len(windows)].float()
+        nll = nll_by_hand(model, site, one, {window.anchor: delta for window, delta in zip(windows, deltas, strict=True)})
+        for window, was in zip(windows, old[row], strict=True):
+            assert -float(nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()) > was + 0.3
+    assert values.steps == 15 * max(map(len, found.windows)) and values.stopped == "steps" and hooks(model) == 0
+
+
+def test_an_edit_that_is_done_stays_while_the_others_go_on(tiny, tokenizer):
+    model, choices = tiny(), peer("memit", steps=6, learning_rate=0.1)
+    (site,) = sites(model, (2,))
+    found = located(model, tokenizer, choices)
+    first = -torch.tensor([float(sum(row) / len(row)) for row in by_window(model, found)])
+    done = choices.model_copy(update={"stop_loss": float(first.sort().values[1]) - 1e-3})
+    values = target_values(model, found, site, done)
+    moved = (values.hidden - states(model, found, site, site).hidden).norm(dim=-1)
+    assert [bool(one > 0) for one in moved] == [bool(one >= done.stop_loss) for one in first]
+    everyone = target_values(model, found, site, choices.model_copy(update={"stop_loss": 99.0}))
+    assert everyone.steps == 0 and everyone.stopped == "loss" and len(everyone.losses) == 1
+
+
+def test_a_delta_is_held_to_the_clamp(tiny, tokenizer):
+    model, choices = tiny(), peer(steps=5, learning_rate=9.0, clamp=0.25)
+    (site,) = sites(model, (2,))
+    found = located(model, tokenizer, choices)
+    before = states(model, found, site, site).hidden.double()
+    share = (target_values(model, found, site, choices).hidden - before).norm(dim=-1) / before.norm(dim=-1)
+    assert share.tolist() == pytest.approx([0.25] * len(share), rel=1e-3)
+
+
+def test_a_later_window_counts_by_the_prefixes_that_hold_it_or_by_its_gradient(tiny, tokenizer):
+    model, choices = tiny().double(), peer("muke")
+    (site,) = sites(model, (1,))
+    found = located(model, tokenizer, choices)
+    chunk = _Chunk(model, found, site, [0, 1, 2], 0)
+    counts = [len(windows) for windows in found.windows]
+    prefix = chunk.weights(choices)
+    for row, count in zip(prefix, counts, strict=True):
+        wanted = [count - number for number in range(count)]
+        assert row.tolist() == pytest.approx([one / sum(wanted) for one in wanted] + [0.0] * (len(row) - count))
+    gradient = chunk.weights(choices.model_copy(update={"weighting": "gradient"}))
+    delta = torch.zeros(3, 32, dtype=torch.float64, requires_grad=True)
+    own, later = (torch.autograd.grad(chunk.losses(delta)[0, number], delta)[0][0] for number in (0, 1))
+    unlike = 2 - torch.cosine_similarity(own, later, dim=0)
+    assert float(gradient[0, 1] / gradient[0, 0]) == pytest.approx(float(unlike), rel=1e-6)
+    assert gradient.sum(-1).tolist() == pytest.approx([1.0] * 3)
+    plain = _Chunk(model, located(model, tokenizer, peer()), site, [0, 1, 2], 0)
+    assert plain.weights(peer()).tolist() == [[1.0]] * 3
+
+
+def test_a_target_value_that_diverges_names_its_edit_alone_and_leaves_no_hook(tiny, tokenizer):
+    model, choices = tiny(), peer("memit", steps=3)
+    (site,) = sites(model, (2,))
+    grace = located(model, tokenizer, choices).examples[2].ids
+    own = next(token for token in grace if all(token not in one.ids for one in located(model, tokenizer, choices).examples[:2]))
+    model.model.embed_tokens.weight.data[own] = float("nan")
+    with pytest.raises(FloatingPointError, match="MEMIT: the target value of edit 'grace' diverges"):
+        target_values(model, located(model, tokenizer, choices), site, choices)
+    with pytest.raises(FloatingPointError, match="'alan', 'ada'.*learning_rate below 1e"):
+        wild = choices.model_copy(update={"learning_rate": 1e38, "clamp": 1e38})
+        target_values(model := tiny(), located(model, tokenizer, wild, EDITS[:2]), sites(model, (2,))[0], wild)
+    assert hooks(model) == 0
+
+
+def test_injected_deltas_go_to_their_places_and_the_hook_goes_too(tiny):
+    model = tiny()
+    (site,) = sites(model, (3,))
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    (plain,) = look(model, ids, (site.projection,))
+    deltas = torch.ones(2, 32) * torch.tensor([[1.0], [2.0]])
+    with pytest.raises(KeyError), injected(site, [(0, 2), (1, 1)], deltas):
+        (moved,) = look(model, ids, (site.block,))
+        raise KeyError
+    (before,) = look(model, ids, (site.block,))
+    change = (moved.output - before.output).mean(-1)
+    assert torch.allclose(change, torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 0.0]]), atol=1e-5)
+    assert hooks(model) == 0 and plain.output.shape == (2, 3, 32)
