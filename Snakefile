@@ -21,6 +21,7 @@ GIVEN = {"wikipedia": config.get("documents", ""), "structured": config.get("str
 COLLECTIONS = {kind: params.find_collections(kind, [name for name in str(names).split(",") if name]) for kind, names in GIVEN.items()}
 REPORTED = [study.notebook for study in params.reported(ROOT, PROFILE, DATA, bool(COLLECTIONS["wikipedia"]))]
 FILE = [path] if (path := params.find_data(DATA, str(config.get("data_file", "")))) else []
+GIVEN_COLLECTIONS = " ".join(f"--shared {shlex.quote(f'{name}={config[name]}')}" for name in ("documents", "structured") if name in config)
 RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
 
 
@@ -34,7 +35,9 @@ def sources(wildcards):
     names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
     files = sorted(str(path) for name in names for path in ROOT.glob(name))
-    files += FILE if wildcards.notebook != params.LOCALITY or DATA == "world" else FILE + [str(path) for kind in COLLECTIONS.values() for path in kind]
+    own = PROFILE == STUDIES[wildcards.notebook].report  # reads every file of UKE_DATA
+    files += FILE + [str(path) for path in ROOT.glob("params/audit/*.yaml") if own]
+    files += [str(path) for kind in COLLECTIONS.values() for path in kind if own or wildcards.notebook == params.LOCALITY and DATA != "world"]
     return files + [section(other) for other in STUDIES[wildcards.notebook].after if other in REPORTED]
 
 
@@ -51,7 +54,7 @@ rule report:
         PATHS.figures / "report.pdf",
         PATHS.figures / "numbers.json",
     shell:
-        "{sys.executable:q} -m uke.run --compose {RUN}"
+        "{sys.executable:q} -m uke.run --compose {RUN} {GIVEN_COLLECTIONS}"
 
 
 rule tune:

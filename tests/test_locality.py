@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -77,10 +78,11 @@ def test_a_document_is_asked_its_own_question_else_by_its_title(sources, tmp_pat
     by_id = {document.id: document for document in sources.documents}
     builder = locality.Builder(sources, BM25, tmp_path)
     with_own, without = by_id[NAMES[1].lower()], by_id[NAMES[0].lower()]
-    assert builder.asked(with_own) == f"What is {NAMES[1]}?" and builder.asked(without) == f"Tell me about {NAMES[0]}."
+    assert builder.asked(with_own) == (f"What is {NAMES[1]}?", ()) and builder.asked(without) == (f"Tell me about {NAMES[0]}.", ())
     titled = locality.Builder(sources, BM25.model_copy(update={"own_question": False}), tmp_path)
-    assert titled.asked(with_own) == f"Tell me about {NAMES[1]}."
-    assert builder.asked(Document("x", "Bath", "Text.", section="History")) == "Tell me about Bath, in particular: History."
+    assert titled.asked(with_own)[0] == f"Tell me about {NAMES[1]}."
+    assert builder.asked(Document("x", "Bath", "Text.", section="History"))[0] == "Tell me about Bath, in particular: History."
+    assert builder.asked(Document("x", "Bath", "Text.", questions=(("Who built it?", "Romans"),))) == ("Who built it?", ("Romans",))
 
 
 def test_a_document_that_cannot_be_asked_for_is_not_taken(sources, tmp_path):
@@ -95,6 +97,7 @@ def test_a_document_that_cannot_be_asked_for_is_not_taken(sources, tmp_path):
     ("He said “stop.” Then he left. Gone.", 4, "He said “stop.”"),
     ("In St. Ives. A long sentence follows here. End.", 6, "In St. Ives. A long sentence follows here."),
     ("It cost 3.5 million in all. Nobody paid.", 6, "It cost 3.5 million in all."),
+    ("The historian Frederick W. Mote wrote that. It is so.", 4, "The historian Frederick W. Mote wrote that."),
     ("No end at all", 2, "No end at all"),
 ])  # fmt: skip
 def test_a_reference_ends_with_a_sentence(text, words, kept):
@@ -205,7 +208,7 @@ def test_an_unknown_setting_is_named_with_its_file(tmp_path):
 def test_in_the_world_no_item_touches_a_known_fact_of_any_edit(ordered, built):
     sources = ordered.sources()
     items = edits.load_locality(built, sources.edits)
-    known, of_documents = audit.known_of_world(1, "development")
+    known, of_documents = audit.known_of_world(1, "development", sources)
     found = audit.leaks(items, sources, 0, known, of_documents)
     assert found.loc[found["kind"] == "rel_doc", "batch"].str.len().eq(0).mean() >= 0.98
     assert found["batch"].str.len().gt(0).sum() <= 2
@@ -222,9 +225,9 @@ def test_the_audit_sees_a_leak_in_either_direction_and_whole_words_only(sources,
     reverse = audit.leaks(spoiled, sources, 0, known, {"yarrow": ["Polruan"]})
     assert reverse["own"].tolist() == [["ada quill"], ["polruan"]]
     assert audit.leaks(spoiled, sources, 1, {"tom": ["Ada Quill"]})["batch"].tolist() == [[], []]
-    longer = audit.leaks(spoiled, sources, 0, {"tom": ["Polruan", "clocks"]}, {"yarrow": ["Polruan"], "xavia": ["mends", "Polruan, a quiet town"]})
+    longer = audit.leaks(spoiled, sources, 0, {"ada": [], "tom": ["Polruan", "clocks"]}, {"yarrow": ["Polruan"], "xavia": ["mends", "Polruan, a quiet town"]})
     assert longer["batch"].tolist() == [["mends", "polruan, a quiet town"], ["polruan"]]
-    inside = audit.leaks(spoiled[:1], sources, 0, {"tom": ["Polruan, a quiet town"]}, {"xavia": ["Polruan"]})
+    inside = audit.leaks(spoiled[:1], sources, 0, {"ada": [], "tom": ["Polruan, a quiet town"]}, {"xavia": ["Polruan"]})
     assert inside["batch"].tolist() == [[]], "a part of a longer name is another name"
 
 
@@ -248,12 +251,18 @@ def test_verdicts_hold_for_the_texts_that_were_read_and_no_others(sources, tmp_p
         audit.verdicts(path, "S", chosen, sources)
 
 
-def test_the_worlds_known_facts_are_those_of_its_texts():
-    known, of_documents = audit.known_of_world(1, "test")
+def test_the_worlds_known_facts_are_those_of_its_texts(tmp_path):
     made = world.build(1)
-    entity = random.Random(0).choice(made.pools["test_locality"])
+    folder = world_files.ensure(tmp_path, 1)
+    for dataset in ("unkebench", "akew-counterfact"):  # whose ids differ
+        sources = locality_files.of_world(folder, "test", dataset).sources()
+        known, of_documents = audit.known_of_world(1, "test", sources)
+        assert all(name in audit.text_of(edit) for edit in sources.edits for name in known[edit.id])
+        assert all(cloze.answers[0] in of_documents[cloze.id] for cloze in sources.clozes)
+    entity = random.Random(0).choice([entity for entity in made.pools["test_locality"] if entity.name in of_documents])
     assert of_documents[entity.name] == [entity.name, *entity.objects.values()]
-    assert all(name in new.text for edit, _, new in world_files.shuffled(made, "test") for name in known[edit][1:])
+    with pytest.raises(InputError, match="nothing is known of 120 edits"):
+        audit.leaks([], sources, 0, {}, of_documents)
 
 
 real = pytest.mark.skipif(not os.environ.get("UKE_DATA"), reason="UKE_DATA is unset: no real benchmark files to build from")
@@ -269,7 +278,7 @@ def test_real_files_give_whole_sets_whose_items_share_no_stated_fact(data, tmp_p
     assert len(items) == 4 * len(sources.edits) and path.name == f"{locality_files.NAMES[data]}.json"
     found = audit.leaks(items, sources, 0, audit.stated_names(sources.edits))
     assert found["own"].str.len().eq(0).all() and found["batch"].str.len().gt(0).mean() < 0.02
-    assert {file["licence"] for file in locality_files.read_card(path.with_suffix(".md"))["sources"]} > {"CC BY-SA 4.0 (Wikipedia)"}
+    assert {file["licence"] for file in locality_files.read_card(path.with_suffix(".md"))["sources"]} > {"CC BY-SA 4.0 (Wikipedia); by its name"}
 
 
 @real
@@ -286,6 +295,30 @@ def test_a_set_needs_documents_and_says_how_to_name_them(tmp_path, monkeypatch):
     (tmp_path / "one.jsonl").write_text('{"title": "A", "text": "A is."}\n')
     with pytest.raises(InputError, match="no file to take structured from; name them with STRUCTURED="):
         locality_files.of_files("unkebench", "edits.json", [str(tmp_path / "one.jsonl")], [])
+
+
+def test_without_questions_to_learn_from_a_trained_retriever_falls_back_and_the_card_says_so(ordered, tmp_path):
+    plain = tmp_path / "plain.jsonl"
+    lines = [json.loads(line) for line in ordered.documents[0].read_text().splitlines()]
+    plain.write_text("".join(json.dumps({key: line[key] for key in ("title", "text")}) + "\n" for line in lines))
+    order = locality_files.Order("unkebench", ordered.edit_file, (plain,), ordered.structured)
+    shipped = locality_files.settings(Path(__file__).parents[1], "unkebench")
+    assert shipped.retriever == "dense-trained"
+    with pytest.warns(UserWarning, match="the documents bring 0 questions"):
+        assert locality.fitted(shipped, order.sources()).retriever == "dense"
+    quick = Settings(retriever="bm25")
+    assert locality.fitted(quick, order.sources()) == quick
+
+
+def test_structured_sets_whose_triples_share_ids_are_refused(sources, tmp_path):
+    with pytest.raises(InputError, match="51 triples share an id"):
+        build(Sources(sources.groups, sources.documents, sources.clozes * 2), BM25, tmp_path)
+
+
+def test_a_damaged_card_is_no_card(ordered, built, tmp_path):
+    folder = shutil.copytree(built.parent, tmp_path / "set")
+    (folder / "UnKEBench-Loc.md").write_text("---\na: [\n---\n")
+    assert locality_files.ensure(ordered, QUICK, folder).read_bytes() == built.read_bytes()
 
 
 def test_two_documents_with_one_id_are_both_named(tmp_path, ordered):

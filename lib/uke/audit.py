@@ -1,4 +1,4 @@
-"""Audits a locality set by what did not build it: known facts, stated triplets, people's reading; similarity, ranks, twins, lengths."""
+"""Audits a locality set by what did not build it: known facts, stated triplets, a reader; similarity, ranks, twins, lengths."""
 
 import hashlib
 import random
@@ -19,18 +19,22 @@ SHORT = 5  # words: a longer object is a clause, which no other text repeats wor
 VERDICT = {"set": str, "edit": str, "source": str, "texts": str, "shares": bool, "why": str}
 
 
-def known_of_world(seed: int, split: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The true subjects and objects of every edit and of every document, by id, as the world itself has them."""
+def known_of_world(seed: int, split: str, sources: Sources) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The true subjects and objects of every edit and of every document and triple, by id, as the world itself has them.
+
+    `sources` are those of a file of this split, whose edits stand in the world's order whatever their ids are.
+    """
     made = world.build(seed)
-    edited = {name: [new.name, *new.objects.values()] for name, _, new in world_files.shuffled(made, split)}
-    return edited, {entity.name: [entity.name, *entity.objects.values()] for entity in world_files.collection(made, split)}
+    edited = {edit.id: [new.name, *new.objects.values()] for edit, (_, _, new) in zip(sources.edits, world_files.shuffled(made, split), strict=True)}
+    probed = {entity.name: [entity.name, *entity.objects.values()] for entity in world_files.collection(made, split)}
+    return edited, probed | {cloze.id: [cloze.subject, *cloze.answers] for cloze in sources.clozes}
 
 
 def stated_names(edits: Iterable[Edit]) -> dict[str, list[str]]:
     """Subjects and objects of the facts that each record states, by id: those that name something, in at most SHORT words.
 
     "He", "the series" and "many" are subjects in AKEW's triplets, but another text that has these words names nothing by
-    them: a capital or a digit is asked for, and a word that is neither pronoun nor generic.
+    them: a capital or a digit is asked for, and a word that is neither pronoun nor generic (by the extractor's word classes).
     """
     found = {}
     for edit in edits:
@@ -47,11 +51,14 @@ def leaks(items: Sequence[Item], sources: Sources, batch: int, known: Mapping[st
 
     A name is shared where the item's text (of a document the whole of it) has a known subject or object of the edit, or the edit's text one of
     the document's: whole words, whatever the case, and not as part of a longer name that is known ("swan" in "glass swan").
-    Columns: edit, kind, source, own, batch (each a list of names).
+    Columns: edit, kind, source, own, batch (each a list of names). Where the documents' facts are known, those of every edit must be:
+    InputError otherwise, since what is not looked for is not found.
     """
     whole = {document.id: f"{document.heading}. {document.text}" for document in sources.documents}
     patterns = {name: _pattern(names) for name, names in (*known.items(), *(known_documents or {}).items())}
     block = {edit.id: edits for edits in sources.blocks(batch) for edit in edits}
+    if without := sorted({edit.id for edit in sources.edits} - set(known)) if known_documents else []:
+        raise InputError(f"audit: nothing is known of {len(without)} edits ({', '.join(map(repr, without[:3]))}); expected the facts of every edit")
     spoken = {edit.id: (text_of(edit), _spans(patterns.get(edit.id), text_of(edit))) for edit in sources.edits}
     rows = []
     for item in items:
@@ -118,7 +125,7 @@ def _ranks(ranks: pd.Series) -> list[tuple[str, float]]:
 
 
 def sample(items: Sequence[Item], count: int, seed: int = 1) -> list[Item]:
-    """RelDocs to be read by a person, drawn without looking at them; in the order of the file."""
+    """RelDocs to be read, drawn without looking at them; in the order of the file."""
     related = [item for item in items if item.kind == "rel_doc"]
     drawn = set(random.Random(f"reading-{seed}").sample(range(len(related)), min(count, len(related))))
     return [item for place, item in enumerate(related) if place in drawn]

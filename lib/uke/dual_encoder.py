@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from uke.embedding import FILES, Encoder, batches, digest, opened, pooled
 from uke.errors import InputError
+from uke.paths import code_fingerprint
 from uke.ranking import Words, check_texts
 
 CARD = "training.json"
@@ -85,7 +86,7 @@ def train(pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, fo
 
     _check(pairs, passages, settings, titles)
     base = encoder_folder()
-    parts = [Encoder(base).fingerprint, json.dumps([asdict(settings), [list(pair) for pair in pairs], list(titles)]), *passages]
+    parts = [Encoder(base).fingerprint, json.dumps([asdict(settings), [list(pair) for pair in pairs], list(titles), code_fingerprint(("embedding", "dual_encoder"))]), *passages]
     made = Path(folder) / f"dual-encoder-{digest(part.encode('utf-8', 'surrogatepass') for part in parts)[:24]}"
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):

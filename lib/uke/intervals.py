@@ -112,3 +112,11 @@ def _bootstrap(sums: np.ndarray, counts: np.ndarray, level: float, seed: int) ->
     options = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": RESAMPLES, "batch": 1000}
     drawn = bootstrap((sums, counts), _mean, confidence_level=level, rng=np.random.default_rng(seed), **options)
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def share(hits: int, count: int, level: float = 0.95) -> Interval:
+    """A share of `count` with its exact interval (Clopper and Pearson 1934), which a bootstrap of all or none cannot give."""
+    from scipy.stats import binomtest
+
+    found = binomtest(int(hits), int(count)).proportion_ci(level)
+    return Interval(hits / count, float(found.low), float(found.high), int(count))

@@ -7,6 +7,8 @@ What the paper leaves open is a field of `Settings`, with the reason for its def
 
 import random
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,24 +26,32 @@ from uke.edits import Cloze, Edit, Frozen, Item
 from uke.errors import InputError
 from uke.extraction import EXTRACTORS, Facts, edit_facts, facts, shared, union
 from uke.formats import is_question
+from uke.phrases import SENTENCE
 
+LEAST_QUESTIONS = 100  # fewer teach a retriever nothing
 KINDS = ("rel_doc", "rand_doc", "struct_trip", "near_triple")
 TITLE, SECTION = "Tell me about {title}.", "Tell me about {title}, in particular: {section}."
 
 
 class Settings(Frozen):
-    """Every choice of a locality set; the paper states `retriever` (a trained one), `floor`, and that facts are compared.
+    """Every choice of a locality set; the paper states a trained retriever, the floor, and that facts are compared.
 
-    `retriever`: MiniLM as it comes, since training it is not seen to help (notebook `benchmarks`). `query`: the edit's question, as in
-    dense passage retrieval, or with its answer. `extractor`: the one that needs no download. `stated`: whether what a record
-    states beside its text (subject, triplets, short answers) counts as its facts, since that is surer than any extractor. `batch`: edits that may be written together, consecutive ones
-    of a split; no document shares a fact with any of them; 0 is all of them. `candidates`: ranked documents looked through for RelDoc.
-    `own_question`: ask a document its own question where it has one, else (or where false) by its title. `words`: length of a reference, 0 for
-    the median of the answers to write, so that both kinds of text cost a model as much. `seed`: of every draw.
+    - `retriever`: MiniLM as it comes. The published one is trained, which needs documents that bring questions: where those
+      are too few, "dense-trained" falls back to "dense", and the card says so.
+    - `search`: every passage ("exact", "faiss"), or a graph of neighbours, nearly exact, for millions ("hnsw").
+    - `query`: the edit's question, as in dense passage retrieval, or question and answer.
+    - `extractor`: the one that needs no download. `stated`: whether what a record states beside its text (subject, triplets, short
+      answers) counts as its facts, since that is surer than any extractor.
+    - `batch`: edits that may be written together, consecutive ones of a split; no document shares a fact with any of them.
+      0 is all of a split, so that a set serves every batch size.
+    - `floor`: RandDoc stands below this rank. `candidates`: ranked documents looked through for RelDoc.
+    - `own_question`: ask a document its own question where it has one, else (or where false) by its title.
+    - `words`: length of a reference, 0 for the median of the answers to write, so that both cost a model as much.
+    - `seed`: of every draw.
     """
 
     retriever: Literal["bm25", "dense", "dense-trained"] = "dense"
-    search: Literal["exact", "faiss"] = "exact"
+    search: Literal["exact", "faiss", "hnsw"] = "exact"
     query: Literal["question", "text"] = "question"
     extractor: Literal["offline", "spacy"] = "offline"
     stated: StrictBool = True
@@ -134,15 +144,16 @@ class Builder:
 
     def facts_of(self, edit: Edit) -> Facts:
         """The facts of an edit: what its record states, and what is extracted from its text."""
-        return edit_facts(edit, self.extract) if self.settings.stated else facts(text_of(edit), self.extract(text_of(edit)))
+        text = f"{edit.question}\n{edit.answer}"
+        return edit_facts(edit, self.extract) if self.settings.stated else facts(text, self.extract(text))
 
     def block(self, edits: Sequence[Edit]) -> Iterator[Item]:
         """The items of edits that may be written together, edit by edit."""
         together = union(map(self.facts_of, edits))
         free = np.array([not shared(together, each) for each in self.document_facts])
-        spoken = " ".join(("", *map(plain, map(text_of, edits)), ""))
+        spoken = " ".join(("", *map(spelled, map(text_of, edits)), ""))
         apart = np.array([
-            not shared(together, each) and not any(f" {plain(name)} " in spoken for name in (cloze.subject, *cloze.answers))
+            not shared(together, each) and not any(f" {spelled(name)} " in spoken for name in (cloze.subject, *cloze.answers))
             for each, cloze in zip(self.cloze_facts, self.sources.clozes)
         ])  # fmt: skip
         for edit in edits:
@@ -164,7 +175,9 @@ class Builder:
                 self.refused.setdefault(kind, []).append(edit.id)
             else:
                 document = self.sources.documents[place]
-                yield Item(edit=edit.id, kind=kind, question=self.asked(document), reference=cut(document.text, self.words), source=document.id)
+                asked, short = self.asked(document)
+                reference = cut(document.text, self.words)
+                yield Item(edit=edit.id, kind=kind, question=asked, reference=reference, aliases=short, source=document.id)
 
     def triples_of(self, edit: Edit, apart: np.ndarray) -> Iterator[Item]:
         """StructTrip and near triple of an edit, from the triples marked `apart` (M,); numbered on from the edit's own."""
@@ -185,11 +198,12 @@ class Builder:
             yield Item(edit=edit.id, kind=kind, number=number, question=asked[0], chat=asked[1], reference=cloze.answers[0],
                        aliases=cloze.answers[1:], source=cloze.id)  # fmt: skip
 
-    def asked(self, document: Document) -> str:
-        """The question that stands for a document: its own, else made from its title."""
+    def asked(self, document: Document) -> tuple[str, tuple[str, ...]]:
+        """The question that stands for a document, its own or else made from its title, and its short answer where it has one."""
         if self.settings.own_question and document.questions:
-            return document.questions[0][0]
-        return (SECTION if document.section else TITLE).format(title=document.title, section=document.section)
+            question, short = document.questions[0]
+            return question, (short,) if short else ()
+        return (SECTION if document.section else TITLE).format(title=document.title, section=document.section), ()
 
 
 def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
@@ -197,7 +211,7 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
 
     Raises InputError, with counts, where documents are too few for the floor or some edit is left without an item.
     """
-    _check(sources, settings)
+    check(sources, settings)
     builder = Builder(sources, settings, folder)
     blocks = sources.blocks(settings.batch)
     found = [item for block in tqdm(blocks, desc="locality", mininterval=5) for item in builder.block(block)]
@@ -223,15 +237,26 @@ def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item
     return tuple(item for item in found if item.kind == "rel_doc")
 
 
-def _check(sources: Sources, settings: Settings) -> None:
+def check(sources: Sources, settings: Settings) -> None:
     """InputError where no set can be made of these sources."""
     if not sources.edits:
         raise InputError("locality: there is no edit to build probes for")
     if len(sources.documents) < settings.floor + 2:
         raise InputError(f"locality: {len(sources.documents)} documents are too few for the floor {settings.floor}: "
                          f"RandDoc is drawn from those ranked below it; expected {settings.floor + 2} or more")  # fmt: skip
+    if twice := [name for name, count in Counter(cloze.id for cloze in sources.clozes).items() if count > 1]:
+        raise InputError(f"locality: {len(twice)} triples share an id ({twice[0]!r}); expected structured sets whose files have different names")
     if len(sources.clozes) < 2:
         raise InputError(f"locality: {len(sources.clozes)} triples in the structured set; expected 2 or more")
+
+
+def fitted(settings: Settings, sources: Sources) -> Settings:
+    """The settings that these sources allow: without enough questions to learn from, MiniLM stays as it comes, with a warning."""
+    brought = sum(len(document.questions) for document in sources.documents)
+    if settings.retriever != "dense-trained" or brought >= LEAST_QUESTIONS:
+        return settings
+    warnings.warn(f"the documents bring {brought} questions, too few to train a retriever on ({LEAST_QUESTIONS}); MiniLM is used as it comes", stacklevel=2)
+    return settings.model_copy(update={"retriever": "dense"})
 
 
 def text_of(edit: Edit) -> str:
@@ -239,7 +264,7 @@ def text_of(edit: Edit) -> str:
     return f"{edit.question} {edit.answer}"
 
 
-def plain(text: str) -> str:
+def spelled(text: str) -> str:
     """The words of a text in lower case, single spaces between."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
@@ -253,5 +278,6 @@ def without(question: str, *names: str | None) -> str:
 
 def cut(text: str, words: int) -> str:
     """The first sentences of a text, as many as come nearest to so many words; at least one."""
-    ends = [found.end() for found in re.finditer(r"[.!?][\"”’')\]]*(?=\s+[\"“‘'(\[]*[A-Z0-9]|\s*$)", text)]
-    return text[: min(ends, key=lambda end: abs(len(text[:end].split()) - words), default=len(text))]
+    straight = text.translate(str.maketrans("“”‘’", "\"\"\'\'"))  # as long as the text itself
+    ends = [*(len(text[: found.end()].rstrip()) for found in SENTENCE.finditer(straight)), len(text.rstrip())]
+    return text[: min(ends, key=lambda end: abs(len(text[:end].split()) - words))]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from uke import documents, edits, params, world_files
 from uke.edits import Item
 from uke.errors import InputError, nearest
-from uke.locality import Settings, Sources, build
+from uke.locality import Settings, Sources, build, fitted
 from uke.paths import Paths, code_fingerprint
 
 # Published names; any other file's set is called <dataset>-Loc.
@@ -86,6 +86,13 @@ def built(paths: Paths) -> Path:
     return paths.results / "locality" / f"{NAMES.get(paths.data, f'{paths.data}-Loc')}.json"
 
 
+def check_made_for(built: Path, edit_file: Path) -> None:
+    """InputError where a set was made for another edit file, whose ids may be the same, or was changed since."""
+    card = read_card(built.with_suffix(".md")) if built.with_suffix(".md").is_file() else {}
+    if card.get("sha256") != digest(built) or card["sources"][0]["sha256"] != digest(edit_file):
+        raise InputError(f"{built}: not the set made for {edit_file}, by its card; make it with `make locality`, or remove it")
+
+
 def settings(home: Path, data: str) -> Settings:
     """The settings of `params/locality/<data>.yaml`, which holds only differences from the defaults; these where there is none."""
     path = Path(home) / "params" / "locality" / f"{data}.yaml"
@@ -106,8 +113,10 @@ def ensure(order: Order, chosen: Settings, folder: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         head = header(order, chosen)
-        if not (target.is_file() and card.is_file() and read_card(card) == head | {"sha256": digest(target)}):
-            write(order, chosen, build(order.sources(), chosen, Path(folder) / "retrieval"), Path(folder))
+        if not (target.is_file() and card.is_file() and read_card(card) | {"retriever": ""} == head | {"sha256": digest(target), "retriever": ""}):
+            sources = order.sources()
+            used = fitted(chosen, sources)
+            write(head | {"retriever": used.retriever}, build(sources, used, Path(folder) / "retrieval"), Path(folder))
     return target
 
 
@@ -118,23 +127,28 @@ def header(order: Order, chosen: Settings) -> dict:
 
 
 def read_card(path: Path) -> dict:
-    """The front matter of a card; empty where there is none."""
+    """The front matter of a card; empty where there is none that can be read."""
     parts = path.read_text(encoding="utf-8").split("---\n")
-    return yaml.safe_load(parts[1]) if len(parts) > 2 else {}
+    try:
+        found = yaml.safe_load(parts[1]) if len(parts) > 2 else {}
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def write(order: Order, chosen: Settings, items: Sequence[Item], folder: Path) -> None:
-    """Set, schema and card below `folder`, all or none; the set last, since it is what others look for."""
+def write(head: Mapping, items: Sequence[Item], folder: Path) -> None:
+    """Set, schema and card below `folder`, all or none; the set last, since it is what others look for. `head` begins the card."""
+    name = head["set"]
     records = [item.model_dump(mode="json", exclude_defaults=True) for item in items]
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": order.name, "type": "array", "items": Item.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name, "type": "array", "items": Item.model_json_schema()}
     part = Path(tempfile.mkdtemp(dir=folder, prefix=".part-"))
     try:
-        for name, value in ((f"{order.name}.json", records), (f"{order.name}.schema.json", schema)):
-            (part / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        head = header(order, chosen) | {"sha256": digest(part / f"{order.name}.json")}
-        (part / f"{order.name}.md").write_text(card(head, items), encoding="utf-8")
+        for suffix, value in ((".json", records), (".schema.json", schema)):
+            (part / f"{name}{suffix}").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        said = dict(head) | {"sha256": digest(part / f"{name}.json")}
+        (part / f"{name}.md").write_text(card(said, items), encoding="utf-8")
         for suffix in (".schema.json", ".md", ".json"):
-            (part / f"{order.name}{suffix}").replace(folder / f"{order.name}{suffix}")
+            (part / f"{name}{suffix}").replace(folder / f"{name}{suffix}")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -166,7 +180,8 @@ answers must not change when the edits are written. The set is as good as its so
 `rel_doc`: the document most relevant to the edit among those that share no fact with any edit it may be written with. `rand_doc`: one of
 the others, ranked below the floor. `struct_trip`: a triple whose subject and object occur in none of these edits. `near_triple` (ours): the
 triple whose relation is most like one of the edit's, of another subject, asked as a question where the structured set has one.
-Score an answer after the edit against the model's own answer before it; `reference`, a text cut at a sentence end, is secondary.
+Edits that may be written together are consecutive ones of one split (every fourth edit, by a hash of its id, is a development edit), as many as
+`batch` says, 0 being all of the split. The retriever used was `{retriever}`. Score an answer after the edit against the model's own answer before it; `reference`, a text cut at a sentence end, is secondary.
 
 | source | licence | SHA-256 |
 |---|---|---|
@@ -182,8 +197,8 @@ give the same bytes on the same machine; another machine may rank documents of n
 
 
 def licence(path: Path) -> str:
-    """The licence of a file known by its name."""
-    return next((text for start, text in LICENCES.items() if path.name.startswith(start)), "not stated")
+    """The licence of a collection or set that is known by its name; nobody has compared the file with the published one."""
+    return next((f"{text}; by its name" for start, text in LICENCES.items() if path.name.startswith(start)), "not stated")
 
 
 def digest(path: Path) -> str:

@@ -5,14 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uke import edits
+from uke import edits, locality_files
 from uke.errors import InputError, nearest
 from uke.paths import EMBEDDED
 from uke.recipes import Recipe, configured, tuned_file
+from uke.similarity import encoder_folder
 
 
 def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
-    """Numbers, split, methods, model directory, and every record of a benchmark's file; InputError for the first fault.
+    """Numbers, split, methods, model directory, the encoder that documents are ranked with, and every record of a benchmark's file.
+
+    InputError for the first fault.
 
     `root` is the project's folder. A name on a hub is looked up only when it is loaded.
     """
@@ -21,6 +24,11 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {parameters[name]}; expected a whole number of at least 1")
     if (split := parameters.get("split", "test")) not in edits.SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, edits.SPLITS)}")
+    if data == "world" and "split" in parameters and locality_files.settings(root, data).retriever != "bm25":
+        encoder_folder()
+    if "reading" in parameters:
+        for name in ("unkebench", "akew-mquake"):
+            locality_files.of_files(name, "", [], [])
     model = parameters.get("model", "embedded")
     chosen = recipes(root, model, parameters.get("methods"))
     folder = EMBEDDED if model == "embedded" else Path(model).expanduser()

@@ -267,11 +267,19 @@ def _compose(options: argparse.Namespace) -> None:
 
     home = Paths(options.profile).home
     paths = Paths(options.profile, params.dataset(home, options.profile, options.data))
-    notebooks = [study.notebook for study in params.reported(home, options.profile, paths.data)]
+    notebooks = [study.notebook for study in params.reported(home, options.profile, paths.data, _documents(options))]
     report.account(paths, notebooks)
     report.compose(paths, notebooks)
     if paths.figures == home / "figures" / QUOTED:
         report.quote(home / "README.md", paths)
+
+
+def _documents(options: argparse.Namespace) -> bool:
+    """Whether there are documents to build a locality set from; InputError for one that is named and does not exist."""
+    given = dict(pair.partition("=")[::2] for pair in options.shared)
+    found = [params.find_collections(kind, [name for name in given.get(option, "").split(",") if name])
+             for option, kind in (("documents", "wikipedia"), ("structured", "structured"))]  # fmt: skip
+    return bool(found[0])
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -280,7 +288,7 @@ def _check(options: argparse.Namespace) -> None:
     if Paths(options.profile, data).figures == home / "figures" / QUOTED and options.shared:
         changed = ", ".join(pair.partition("=")[0] for pair in options.shared)
         raise InputError(f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README quotes; shrink another profile (PROFILE=quick)")
-    for study in params.reported(home, options.profile, data, documents=False):
+    for study in params.reported(home, options.profile, data, _documents(options)):
         plan(argparse.Namespace(**vars(options) | {"notebook": study.notebook}))
 
 

@@ -64,6 +64,7 @@ def gather(paths: rows.Paths, split: str, limit: int, data_file: str = "", seed:
     else:
         every, around = edit_files.load(paths.data, data_file), ()
         if (built := locality_files.built(paths)).is_file():
+            locality_files.check_made_for(built, Path(data_file))
             around = edit_files.load_locality(built, every)
         every = tuple(edit for edit in every if edit_files.in_split(edit.id, split))
     by_edit: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in every}
