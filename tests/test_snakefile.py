@@ -65,3 +65,16 @@ def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(proje
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stderr
     assert (project / "results/smoke/notebooks/01_small.ipynb").exists()
     assert not (project / "figures/smoke/sections/tuning.json").exists()
+
+
+def test_the_locality_target_runs_its_notebook_alone_and_names_missing_documents(project):
+    (project / "params/studies/02_locality.yaml").write_text("notebook: 02_locality\n")
+    write(project, "02_locality", '(folder / "02_locality.json").write_text("built")')
+    command = [sys.executable, "-m", "snakemake", "locality", "--cores", "1", "--config", "profile=smoke"]
+    environment = os.environ | {"UKE_HOME": str(project), "XDG_CACHE_HOME": str(project / "cache")}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (project / "figures/smoke/sections").iterdir()] == ["02_locality.json"]
+    check = [sys.executable, "-m", "uke.run", "--check", "--profile", "smoke", "--shared", "documents=/nope.jsonl"]
+    refused = subprocess.run(check, cwd=project, env=environment, capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2 and refused.stderr.strip() == "documents: /nope.jsonl: no such file"
