@@ -82,14 +82,15 @@ def train(pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, fo
     """Directory of MiniLM trained on `pairs`, in `folder`: an ordinary sentence encoder, with its losses in training.json.
 
     Named by the fingerprint of everything that decides it, and made where it is missing, whole or not at all; the same
-    input gives the same weights on one machine. `titles`, one for each passage, keep passages of one document from being
+    input gives the same weights on one machine at one number of threads. `titles`, one for each passage, keep passages of one document from being
     negatives of each other's questions. Raises InputError for unfit pairs, or fewer passages than a batch.
     """
     from uke.similarity import encoder_folder
 
     _check(pairs, passages, settings, titles)
     base = encoder_folder()
-    parts = [Encoder(base).fingerprint, json.dumps([asdict(settings), [list(pair) for pair in pairs], list(titles), code_fingerprint(("embedding", "dual_encoder"))]), *passages]
+    code = code_fingerprint(("embedding", "dual_encoder"))
+    parts = [Encoder(base).fingerprint, json.dumps([asdict(settings), [list(pair) for pair in pairs], list(titles), code]), *passages]
     made = Path(folder) / f"dual-encoder-{digest(part.encode('utf-8', 'surrogatepass') for part in parts)[:24]}"
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):
