@@ -82,8 +82,9 @@ def train(pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, fo
     """Directory of MiniLM trained on `pairs`, in `folder`: an ordinary sentence encoder, with its losses in training.json.
 
     Named by the fingerprint of everything that decides it, and made where it is missing, whole or not at all; the same
-    input gives the same weights on one machine at one number of threads. `titles`, one for each passage, keep passages of one document from being
-    negatives of each other's questions. Raises InputError for unfit pairs, or fewer passages than a batch.
+    input gives the same weights on one machine with one number of threads. `titles`, one for each passage, keep passages of
+    one document from being negatives of each other's questions. Raises InputError for unfit pairs, or fewer passages than a
+    batch.
     """
     from uke.similarity import encoder_folder
 
