@@ -192,7 +192,8 @@ Edits that may be written together are consecutive ones of one split (every four
 {chosen}
 
 Probes carry text of their sources, under the licences above. SHA-256 of the set: `{sha256}`. The same sources, settings and code
-give the same bytes on the same machine; another machine may rank documents of nearly equal relevance differently.
+give the same bytes on the same machine, a trained retriever only with the same number of threads; elsewhere documents of nearly equal
+relevance may be ranked differently.
 """
 
 
