@@ -306,6 +306,10 @@ def test_without_questions_to_learn_from_a_trained_retriever_falls_back_and_the_
     assert shipped.retriever == "dense-trained"
     with pytest.warns(UserWarning, match="the documents bring 0 questions"):
         assert locality.fitted(shipped, order.sources()).retriever == "dense"
+    few = Sources(order.sources().groups, order.sources().documents[:40], order.sources().clozes)
+    trained = shipped.model_copy(update={"floor": 5})
+    with pytest.warns(UserWarning, match="MiniLM is used as it comes"):
+        assert len(locality.unfiltered(few, trained, tmp_path)) == 60
     quick = Settings(retriever="bm25")
     assert locality.fitted(quick, order.sources()) == quick
 

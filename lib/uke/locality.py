@@ -232,7 +232,7 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
 
 def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
     """The RelDocs that would be taken if a shared fact were no matter: the control of an audit."""
-    builder = Builder(sources, settings, folder)
+    builder = Builder(sources, fitted(settings, sources), folder)
     found = (item for edit in sources.edits for item in builder.documents_of(edit, builder.askable))
     return tuple(item for item in found if item.kind == "rel_doc")
 
