@@ -17,11 +17,10 @@ DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
-GIVEN = {"wikipedia": config.get("documents", ""), "structured": config.get("structured", "")}
-COLLECTIONS = {kind: params.find_collections(kind, [name for name in str(names).split(",") if name]) for kind, names in GIVEN.items()}
-REPORTED = [study.notebook for study in params.reported(ROOT, PROFILE, DATA, bool(COLLECTIONS["wikipedia"]))]
+COLLECTIONS = {name: params.find_collections(name, [path for path in str(config.get(name, "")).split(",") if path]) for name in params.COLLECTIONS}
+REPORTED = [study.notebook for study in params.reported(ROOT, PROFILE, DATA, bool(COLLECTIONS["documents"]))]
 FILE = [path] if (path := params.find_data(DATA, str(config.get("data_file", "")))) else []
-GIVEN_COLLECTIONS = " ".join(f"--shared {shlex.quote(f'{name}={config[name]}')}" for name in ("documents", "structured") if name in config)
+GIVEN_COLLECTIONS = " ".join(f"--shared {shlex.quote(f'{name}={config[name]}')}" for name in COLLECTIONS if name in config)
 RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
 
 

@@ -299,12 +299,12 @@ def test_a_profile_of_its_own_has_its_own_report_and_a_set_needs_documents(proje
 
 def test_collections_are_those_given_else_those_of_the_folder(project, monkeypatch):
     monkeypatch.delenv("UKE_DATA", raising=False)
-    assert params.find_collections("wikipedia") == ()
+    assert params.find_collections("documents") == ()
     (project / "wikipedia").mkdir()
     for name in ("b.jsonl", "a.txt", ".hidden"):
         (project / "wikipedia" / name).write_text("x")
     monkeypatch.setenv("UKE_DATA", str(project))
-    assert [path.name for path in params.find_collections("wikipedia")] == ["a.txt", "b.jsonl"]
-    assert [path.name for path in params.find_collections("wikipedia", [str(project / "wikipedia/b.jsonl")])] == ["b.jsonl"]
+    assert [path.name for path in params.find_collections("documents")] == ["a.txt", "b.jsonl"]
+    assert [path.name for path in params.find_collections("documents", [str(project / "wikipedia/b.jsonl")])] == ["b.jsonl"]
     with pytest.raises(InputError, match="documents: nowhere.jsonl: no such file"):
-        params.find_collections("wikipedia", ["nowhere.jsonl"])
+        params.find_collections("documents", ["nowhere.jsonl"])

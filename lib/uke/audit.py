@@ -13,6 +13,7 @@ from uke.edits import Edit, Item
 from uke.errors import InputError
 from uke.extraction import normal
 from uke.locality import KINDS, Sources, text_of
+from uke.retrieval import passage
 from uke.similarity import Encoder, cosines
 
 SHORT = 5  # words: a longer object is a clause, which no other text repeats word for word
@@ -54,7 +55,7 @@ def leaks(items: Sequence[Item], sources: Sources, batch: int, known: Mapping[st
     Columns: edit, kind, source, own, batch (each a list of names). Where the documents' facts are known, those of every edit must be:
     InputError otherwise, since what is not looked for is not found.
     """
-    whole = {document.id: f"{document.heading}. {document.text}" for document in sources.documents}
+    whole = {document.id: passage(document) for document in sources.documents}
     patterns = {name: _pattern(names) for name, names in (*known.items(), *(known_documents or {}).items())}
     block = {edit.id: edits for edits in sources.blocks(batch) for edit in edits}
     if without := sorted({edit.id for edit in sources.edits} - set(known)) if known_documents else []:

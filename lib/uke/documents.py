@@ -18,7 +18,7 @@ import pandas as pd
 
 from uke.dumps import STUB_WORDS, pages
 from uke.errors import InputError, nearest
-from uke.records import Record, describe, read_list
+from uke.records import Record, describe, read_list, truncated
 from uke.streams import OPENERS, beginning, lines
 from uke.wikitext import HEADING, passages
 
@@ -143,8 +143,7 @@ def _jsonl(path: Path, tally: Counter) -> Placed:
         try:
             values = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated") or not line[error.pos :].strip()
-            hint = "is the file truncated?" if cut else "expected one object a line"
+            hint = "is the file truncated?" if truncated(error) else "expected one object a line"
             raise InputError(f"{path}: line {number} column {error.colno} is not valid JSON: {error.msg}; {hint}") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is not usable JSON: {error}") from None

@@ -95,7 +95,7 @@ class Builder:
 
     @cached_property
     def document_facts(self) -> list[Facts]:
-        texts = [f"{document.heading}. {document.text}" for document in self.sources.documents]
+        texts = list(map(retrieval.passage, self.sources.documents))
         return [facts(text, self.extract(text), [document.title]) for text, document in zip(texts, self.sources.documents)]
 
     @cached_property
@@ -112,10 +112,14 @@ class Builder:
         return self.settings.words or round(median(len(edit.answer.split()) for edit in self.sources.edits))
 
     @cached_property
+    def queries(self) -> list[str]:
+        """What documents are ranked by, one for each edit; one list, so that an index encodes it once."""
+        return [edit.question if self.settings.query == "question" else text_of(edit) for edit in self.sources.edits]
+
+    @cached_property
     def ranked(self) -> dict[str, np.ndarray]:
         """For every edit the places of the documents most relevant to it, best first, (k,)."""
-        queries = [edit.question if self.settings.query == "question" else text_of(edit) for edit in self.sources.edits]
-        places, _ = self.index.top(queries, max(self.settings.candidates, self.settings.floor))
+        places, _ = self.index.top(self.queries, max(self.settings.candidates, self.settings.floor))
         return dict(zip((edit.id for edit in self.sources.edits), places))
 
     @cached_property
@@ -144,8 +148,8 @@ class Builder:
 
     def facts_of(self, edit: Edit) -> Facts:
         """The facts of an edit: what its record states, and what is extracted from its text."""
-        text = f"{edit.question}\n{edit.answer}"
-        return edit_facts(edit, self.extract) if self.settings.stated else facts(text, self.extract(text))
+        bare = edit.model_copy(update={"subject": None, "facts": (), "details": ()})
+        return edit_facts(edit if self.settings.stated else bare, self.extract)
 
     def block(self, edits: Sequence[Edit]) -> Iterator[Item]:
         """The items of edits that may be written together, edit by edit."""
@@ -223,11 +227,12 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
             f"written in one batch with it, or is ranked out; add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
         )
     place = {document.id: number for number, document in enumerate(sources.documents)}
-    asked = {edit.id: edit.question if settings.query == "question" else text_of(edit) for edit in sources.edits}
-    texts = [item for item in found if item.kind.endswith("doc")]
-    ranks = builder.index.ranks([asked[item.edit] for item in texts], [place[item.source] for item in texts])
-    of = {id(item): int(rank) for item, rank in zip(texts, ranks)}
-    return tuple(item.model_copy(update={"rank": of.get(id(item))}) for item in found)
+    ranks: dict[tuple[str, str], int] = {}
+    for kind in ("rel_doc", "rand_doc"):
+        chosen = [item for item in found if item.kind == kind]  # one for each query, in their order
+        found_at = builder.index.ranks(builder.queries, [place[item.source] for item in chosen])
+        ranks |= {(kind, item.edit): int(rank) for item, rank in zip(chosen, found_at, strict=True)}
+    return tuple(item.model_copy(update={"rank": ranks.get((item.kind, item.edit))}) for item in found)
 
 
 def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:

@@ -39,6 +39,11 @@ LICENCES = {  # of the collections and sets that the README names, by the beginn
 }
 
 
+def name_of(dataset: str) -> str:
+    """What the locality set of a dataset is called."""
+    return NAMES.get(dataset, f"{dataset}-Loc")
+
+
 @dataclass(frozen=True)
 class Order:
     """A set to build: the benchmark whose parser reads `edit_file`, collections of documents, structured sets."""
@@ -51,7 +56,7 @@ class Order:
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.dataset, f"{self.dataset}-Loc")
+        return name_of(self.dataset)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -74,16 +79,16 @@ def of_world(folder: Path, split: str, dataset: str = "unkebench") -> Order:
 
 def of_files(data: str, data_file: str, given: Sequence[str], structured: Sequence[str]) -> Order:
     """The set of a benchmark's file: what is given, else what the folder UKE_DATA has; InputError where nothing is."""
-    found = {"wikipedia": params.find_collections("wikipedia", given), "structured": params.find_collections("structured", structured)}
-    for kind, option in (("wikipedia", "DOCUMENTS"), ("structured", "STRUCTURED")):
-        if not found[kind]:
-            raise InputError(f"locality: no file to take {option.lower()} from; name them with {option}=, or have them in {kind}/ of the folder UKE_DATA")
-    return Order(data, Path(params.find_data(data, data_file)), found["wikipedia"], found["structured"])
+    found = {"documents": params.find_collections("documents", given), "structured": params.find_collections("structured", structured)}
+    for name, folder in params.COLLECTIONS.items():
+        if not found[name]:
+            raise InputError(f"locality: no file to take {name} from; name them with {name.upper()}=, or have them in {folder}/ of the folder UKE_DATA")
+    return Order(data, Path(params.find_data(data, data_file)), **found)
 
 
 def built(paths: Paths) -> Path:
     """Where `make locality` leaves the set of a run on a benchmark's file."""
-    return paths.results / "locality" / f"{NAMES.get(paths.data, f'{paths.data}-Loc')}.json"
+    return paths.results / "locality" / f"{name_of(paths.data)}.json"
 
 
 def check_made_for(built: Path, edit_file: Path) -> None:

@@ -24,6 +24,7 @@ Value = bool | int | float | str | list | None
 RESERVED = ("profile", "data")
 
 LOCALITY = "02_locality"  # the notebook that builds locality sets
+COLLECTIONS = {"documents": "wikipedia", "structured": "structured"}  # its parameters, and where UKE_DATA has their files
 
 # Where a benchmark's file lies below the folder UKE_DATA; "world" is generated and needs none.
 DATA_FILES = {
@@ -287,14 +288,13 @@ def find_data(data: str, data_file: str = "") -> str:
     return str(found[0].resolve())
 
 
-def find_collections(kind: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
-    """The files of a `kind`, `wikipedia` (documents) or `structured` (triples): those given, else all in that folder of UKE_DATA.
+def find_collections(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
+    """The files of one of COLLECTIONS: those given, else all in its folder of UKE_DATA, none where that names no folder.
 
-    Raises InputError for a given file that does not exist; finds none where UKE_DATA names no folder.
+    Raises InputError for a given file that does not exist.
     """
-    for path in given:
-        if not Path(path).expanduser().is_file():
-            raise InputError(f"{'documents' if kind == 'wikipedia' else kind}: {path}: no such file")
-    folder = os.environ.get("UKE_DATA", "")
-    found = sorted(path for path in (Path(folder) / kind).glob("[!.]*") if path.is_file()) if folder and not given else given
-    return tuple(Path(path).expanduser().resolve() for path in found)
+    if missing := [path for path in given if not Path(path).expanduser().is_file()]:
+        raise InputError(f"{name}: {missing[0]}: no such file")
+    if (folder := os.environ.get("UKE_DATA", "")) and not given:
+        given = sorted(path for path in (Path(folder) / COLLECTIONS[name]).glob("[!.]*") if path.is_file())
+    return tuple(Path(path).expanduser().resolve() for path in given)

@@ -1,17 +1,15 @@
 """Peers: every choice of one locate-then-edit method, a solver and an anchor rule, and the named ones."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import Field, StrictBool, StrictInt
 
-from uke.recipes import Count, Layer, NotNegative, Positive, _several
+from uke.recipes import Choices, Count, Layer, NotNegative, Positive, Several
 
 
-class Peer(BaseModel):
+class Peer(Choices):
     """Every choice of one locate-then-edit method (sources: the published code of each; arXiv 2210.07229, 2410.02355,
     2405.15349, 2502.05628). Defaults are published settings for models of 7 to 8 billion parameters.
 
@@ -31,14 +29,11 @@ class Peer(BaseModel):
     AnyEdit's MEMIT and AlphaEdit do since an inner loop overwrites the counter of layers.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(min_length=1)]
     solver: Literal["memit", "alphaedit", "unke", "in_context"]
     anchors: Literal["last", "windows", "surprisal", "nested"] = "last"
     window: Count = 40
     weighting: Literal["prefix", "gradient"] = "prefix"
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1), BeforeValidator(_several)]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1), Several]
     chat_template: StrictBool = True
     end_of_turn: StrictBool = True
     learning_rate: Positive = 0.5
@@ -56,12 +51,6 @@ class Peer(BaseModel):
     preservation: Annotated[StrictInt, Field(ge=0)] = 20
     as_published: StrictBool = False
     seed: Annotated[StrictInt, Field(ge=0)] = 2024
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of every choice but the name: equal peers edit equally whatever they are called."""
-        choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
-        return hashlib.sha256(choices.encode()).hexdigest()[:16]
 
 
 _FIVE = {"layers": tuple(block / 32 for block in range(4, 9))}

@@ -1,5 +1,6 @@
 """Search among N passages, by their words (BM25) or by vectors: exact best k and exact ranks in bounded memory."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -26,19 +27,19 @@ class Index(Protocol):
         """Rank (Q,), from 1, that each query gives to its passage at `places`, in the order of `top`."""
 
 
-class Exhaustive:
+class Exhaustive(ABC):
     """What every index that scores all passages shares; its class gives `blocks` and `own`."""
 
     size: int
     block = BLOCK  # passages scored at once
 
+    @abstractmethod
     def blocks(self, queries: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """Place of a block's first passage and the scores (Q, passages) float32 of the block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own(self, queries: Sequence[str], places: np.ndarray) -> np.ndarray:
         """Scores (Q,) float32 of the passage at each query's place, equal to those of `blocks`."""
-        raise NotImplementedError
 
     def top(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         k = _width(queries, k, self.size)

@@ -32,13 +32,25 @@ Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
 Positive = Annotated[float, BeforeValidator(_refuse_boolean), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_refuse_boolean), Field(ge=0, allow_inf_nan=False)]
 Layer = Annotated[StrictInt, Field(ge=0)] | Fraction
-Layers = Annotated[
-    Literal["all", "first_half", "second_half"] | Annotated[tuple[Layer, ...], Field(min_length=1)],
-    BeforeValidator(_several),
-]
+Several = BeforeValidator(_several)
+Layers = Annotated[Literal["all", "first_half", "second_half"] | Annotated[tuple[Layer, ...], Field(min_length=1)], Several]
 
 
-class Recipe(BaseModel):
+class Choices(BaseModel):
+    """Every choice of one way to edit, under a name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of every choice but the name: equal choices edit equally whatever they are called."""
+        choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
+        return hashlib.sha256(choices.encode()).hexdigest()[:16]
+
+
+class Recipe(Choices):
     """Every choice of one way to fine-tune (sources: the protocol of arXiv 2506.09672 and its relatives).
 
     `layers` are numbers, fractions of the depth, halves or "all"; `components` are "mlp", "attention", "all" or a
@@ -47,9 +59,6 @@ class Recipe(BaseModel):
     `batch_size` edits. A loss (nats per token) below `stop_loss` ends the training. Rates are Adam's.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(min_length=1)]
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
     layers: Layers = "all"
     components: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("down_proj",)
@@ -64,12 +73,6 @@ class Recipe(BaseModel):
     batch_size: Count | None = None
     weight_decay: NotNegative = 0.0
     seed: Annotated[StrictInt, Field(ge=0)] = 2024
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of every choice but the name: equal recipes train equally whatever they are called."""
-        choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
-        return hashlib.sha256(choices.encode()).hexdigest()[:16]
 
 
 # The published block of Llama-7/8B, 21 of 32, as a fraction of the depth, so that it fits any model (Qwen2.5-7B: 27 of 28).

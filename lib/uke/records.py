@@ -31,8 +31,7 @@ def read_list(path: str | Path) -> list:
         if not text.strip():
             raise InputError(f"{path}: is empty; expected a JSON list of records") from None
         place = f"line {error.lineno} column {error.colno}"
-        cut = error.msg.startswith("Unterminated") or not text[error.pos :].strip()
-        hint = "; is the file truncated?" if cut else "; expected one JSON list of records"
+        hint = "; is the file truncated?" if truncated(error) else "; expected one JSON list of records"
         raise InputError(f"{path}: not valid JSON at {place}: {error.msg}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not usable JSON: {error}") from None
@@ -41,6 +40,11 @@ def read_list(path: str | Path) -> list:
     if not items:
         raise InputError(f"{path}: the list is empty; expected at least one record")
     return items
+
+
+def truncated(error: json.JSONDecodeError) -> bool:
+    """Whether JSON is wrong because it ends too early."""
+    return error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:

@@ -107,9 +107,9 @@ def plan(options: argparse.Namespace) -> Plan:
     parameters |= {key: value for key, value in {"profile": options.profile, "data": data}.items() if key in own}
     if "data_file" in parameters:
         parameters["data_file"] = params.find_data(data, parameters["data_file"])
-    for given, kind in (("documents", "wikipedia"), ("structured", "structured")):
+    for given in params.COLLECTIONS:
         if given in parameters and data != "world":
-            parameters[given] = [str(path) for path in params.find_collections(kind, parameters[given])]
+            parameters[given] = [str(path) for path in params.find_collections(given, parameters[given])]
     preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
     declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
@@ -277,9 +277,8 @@ def _compose(options: argparse.Namespace) -> None:
 def _documents(options: argparse.Namespace) -> bool:
     """Whether there are documents to build a locality set from; InputError for one that is named and does not exist."""
     given = dict(pair.partition("=")[::2] for pair in options.shared)
-    found = [params.find_collections(kind, [name for name in given.get(option, "").split(",") if name])
-             for option, kind in (("documents", "wikipedia"), ("structured", "structured"))]  # fmt: skip
-    return bool(found[0])
+    found = {name: params.find_collections(name, [path for path in given.get(name, "").split(",") if path]) for name in params.COLLECTIONS}
+    return bool(found["documents"])
 
 
 def _check(options: argparse.Namespace) -> None:
