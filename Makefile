@@ -52,7 +52,9 @@ figures: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) report --forceall --config $(CONFIG)
 
+# One notebook at a time, so it gets all cores.
 tune: PROFILE = embedded
+tune: JOBS = 1
 tune: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) tune --config $(CONFIG)

@@ -30,7 +30,7 @@ def section(notebook):
 
 def sources(wildcards):
     names = ["lib/uke/*.py", "lib/uke/*.yaml", "lib/uke/embedded/*", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
-    names += [] if wildcards.notebook == "tuning" else ["params/tuned/*.yaml"]
+    names += ["params/trials/*.yaml"] if wildcards.notebook == "tuning" else ["params/tuned/*.yaml"]
     names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
     files = sorted(str(path) for name in names for path in ROOT.glob(name))

@@ -136,8 +136,8 @@ def test_a_method_is_found_by_name_and_a_misspelt_one_by_the_nearest(tiny, token
     monkeypatch.setitem(METHODS, "FT-M", QUICK["FT-M"])
     with edited(model, tokenizer, EDITS, "FT-M") as m:
         assert m.edit_record.steps == 4
-    with pytest.raises(InputError, match="unknown method 'AdaLora'; did you mean 'AdaLoRA'"):
-        with edited(model, tokenizer, EDITS, "AdaLora"):
+    with pytest.raises(InputError, match="unknown method 'AdaLore'; did you mean 'AdaLoRA'"):
+        with edited(model, tokenizer, EDITS, "AdaLore"):
             pass
     assert not moved(model, before)
 

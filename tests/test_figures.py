@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -103,26 +102,6 @@ def test_names_of_lines_that_end_together_do_not_overlap():
     assert len(heights) == 4 and min(np.diff(heights)) > 0.07 and heights[-1] < 1.05
 
 
-def test_best_of_k_is_the_mean_over_all_choices_of_k_trials():
-    trials = [0.3, 0.1, 0.8, 0.8, 0.5]
-    expected = [np.mean([max(some) for some in combinations(trials, k)]) for k in range(1, 6)]
-    assert figures.best_of(trials) == pytest.approx(expected)
-
-
-def test_the_chosen_rate_is_ringed_even_if_another_scored_higher():
-    frame = pd.DataFrame(
-        {
-            "method": "FT-M",
-            "learning_rate": [1e-4, 1e-3, 1e-2],
-            "score": [0.2, 0.5, 0.6],
-            "chosen": [False, True, False],
-        }
-    )
-    for drawn, ringed in ((frame, 1e-3), (frame.drop(columns="chosen"), 1e-2)):
-        lines = figures.tuning(drawn).axes[0].get_lines()
-        assert [line.get_xdata()[0] for line in lines if line.get_markerfacecolor() == "none"] == [ringed]
-
-
 def test_bars_of_knowledge_reach_the_mean_and_mark_what_was_asked_for():
     frame = scores("FT-M").assign(target=lambda each: each["kind"].map({"original": 0.98}))
     ax = figures.knowledge(frame).axes[0]
@@ -144,14 +123,13 @@ def test_every_answer_is_counted_in_the_histogram_of_lengths():
     [
         (figures.levels, "kind"),
         (figures.curves, "step"),
-        (figures.tuning, "learning_rate"),
         (figures.knowledge, "score"),
         (figures.lengths, "length"),
     ],
 )
 def test_a_missing_column_is_named_with_the_nearest_one(draw, column):
     frame = pd.DataFrame(
-        {name: [1.0] for name in ("method", "kind", "edit", "score", "step", "loss", "learning_rate", "dataset", "length")}
+        {name: [1.0] for name in ("method", "kind", "edit", "score", "step", "loss", "dataset", "length")}
     ).rename(columns={column: column + "x"})
     with pytest.raises(InputError, match=f"no column '{column}'; did you mean '{column}x'"):
         draw(frame)

@@ -1,19 +1,21 @@
 """Bad input is refused in one line before a kernel or a model is started."""
 
 import json
+import re
 
 import pytest
 import yaml
 
 from uke import preflight
 from uke.errors import InputError
+from uke.methods import key
 
 
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "params" / "methods").mkdir(parents=True)
-    for name in ("FT-L", "FT-M"):
-        (tmp_path / "params" / "methods" / f"{name.lower()}.yaml").write_text(f"base: {name}\n")
+    for name in ("FT-L", "FT-M", "AnyEdit (MEMIT)"):
+        (tmp_path / "params" / "methods" / f"{key(name)}.yaml").write_text(f"base: {name}\n")
     return tmp_path
 
 
@@ -37,9 +39,13 @@ def refuse(root, match, data="world", **parameters):
         ({"limit": 0}, "limit is 0; expected a whole number of at least 1"),
         ({"limit": -3}, "limit is -3"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_sizes": [8, 0]}, "batch_sizes: 8, 0; expected whole numbers of at least 1"),
+        ({"batch_sizes": []}, "batch_sizes: none"),
         ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
         ({"methods": ["FT-N"]}, "unknown method 'FT-N'; did you mean"),
         ({"methods": ["FT-M", "FT-M"]}, "expected each method once"),
+        ({"methods": ["AnyEdit (MEMIT)", "anyedit_memit"]}, "expected each method once"),
+        ({"methods": ["MEMIT"]}, "methods: unknown method 'MEMIT'"),  # it has no file here
         ({"methods": []}, "methods: none"),
         ({"model": "./nowhere"}, "model: ./nowhere: no such directory"),
     ],
@@ -60,16 +66,43 @@ def test_a_directory_that_is_no_model_is_refused(root, tmp_path):
     refuse(root, "config.json: not a language model's configuration", model=str(tmp_path))
 
 
-def test_a_layer_out_of_range_names_the_recipe_and_the_file(root, directory):
-    path = root / "params" / "methods" / "ft-m.yaml"
-    path.write_text(yaml.safe_dump({"base": "FT-M", "layers": [40]}))
-    refuse(root, "FT-M: layers: 40 is out of range; the model has blocks 0 to 3 .*methods", model=str(directory))
+@pytest.mark.parametrize("name", ["AnyEdit (MEMIT)", "anyedit_memit"])
+def test_a_peer_is_accepted_by_name_and_by_key(root, directory, name):
+    preflight.check(root, "world", {"methods": [name]})
+    preflight.check(root, "world", {"methods": ["FT-M", name], "model": str(directory)})
+    assert [method.name for method in preflight.methods(root, "embedded", [name, "ft_m"], 1)] == ["AnyEdit (MEMIT)", "FT-M"]
+
+
+@pytest.mark.parametrize("name", ["FT-M", "AnyEdit (MEMIT)"])
+def test_a_layer_out_of_range_names_the_method_and_the_file(root, directory, name):
+    path = root / "params" / "methods" / f"{key(name)}.yaml"
+    path.write_text(yaml.safe_dump({"base": name, "layers": [1, 40]}))
+    said = f"{re.escape(name)}: layers: 40 is out of range; the model has blocks 0 to 3 .*methods"
+    refuse(root, said, model=str(directory), methods=["FT-L", name])
+    preflight.check(root, "world", {"methods": ["FT-L"], "model": str(directory)})
 
 
 def test_a_tuned_file_with_a_misspelt_field_is_refused(root):
     (root / "params" / "tuned").mkdir()
-    (root / "params" / "tuned" / "embedded.yaml").write_text("FT-M: {learnig_rate: 0.1}\n")
-    refuse(root, "tuned/embedded.yaml: FT-M: unknown field 'learnig_rate'; did you mean 'learning_rate'")
+    (root / "params" / "tuned" / "embedded.yaml").write_text("1: {FT-M: {learnig_rate: 0.1}}\n")
+    refuse(root, "tuned/embedded.yaml: 1: FT-M: unknown field 'learnig_rate'; did you mean 'learning_rate'")
+
+
+def test_tuning_without_trials_for_every_method_is_refused(root):
+    tuning = {"data": "unkebench", "split": "development", "batch_sizes": [1, 8], "methods": ["FT-M", "AnyEdit (MEMIT)"]}
+    refuse(root, "trials/embedded.yaml: no such file", **tuning)
+    (root / "params" / "trials").mkdir()
+    path = root / "params" / "trials" / "embedded.yaml"
+    path.write_text("FT-M: [{learning_rate: 1e-3}]\n")
+    refuse(root, r"trials/embedded.yaml: unknown method 'AnyEdit \(MEMIT\)'", **tuning)
+    path.write_text("FT-M: [{learning_rate: 1e-3}]\nAnyEdit (MEMIT): [{window: 20}]\n")
+    preflight.check(root, "unkebench", tuning)
+
+
+def test_trials_are_asked_for_by_tuning_alone(root):
+    asked = {"methods": ["FT-M"], "split": "test", "batch_sizes": [1, 8]}
+    preflight.check(root, "unkebench", asked)
+    preflight.check(root, "unkebench", {"methods": ["FT-M"], "split": "development"})
 
 
 def test_a_tokenizer_without_a_template_is_refused_where_a_recipe_trains_through_one(root, directory):
@@ -79,7 +112,7 @@ def test_a_tokenizer_without_a_template_is_refused_where_a_recipe_trains_through
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     refuse(root, "no chat template, and FT-L trains through it", model=str(directory))
     for name in ("FT-L", "FT-M"):
-        (root / "params" / "methods" / f"{name.lower()}.yaml").write_text(f"base: {name}\nchat_template: false\n")
+        (root / "params" / "methods" / f"{key(name)}.yaml").write_text(f"base: {name}\nchat_template: false\n")
     preflight.check(root, "world", {"methods": ["FT-L", "FT-M"], "model": str(directory)})
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from uke import figures, report, tables, typesetting
 from uke.errors import InputError
+from uke.peers import PEERS
 
 NASTY = 'a & b < c > #1 $x_1$ 50% {} ~ ^ \\ | "q" `k` *b* [z] @ref //'
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
@@ -319,3 +320,14 @@ def test_a_recipe_is_told_in_words_once(paths):
     lora = typesetting.describe(recipe | {"adapter": "lora", "layers": "all", "batch_size": 4, "loss": "last_prompt_token"})
     for phrase in ("LoRA adapters (rank 8, alpha 32) on `down_proj` in all blocks", "minibatches of 4", "last prompt token"):
         assert phrase in lora
+
+
+def test_a_locate_then_edit_method_is_put_into_words_with_the_settings_it_uses_alone():
+    said = {name: typesetting.describe(peer.model_dump() | {"layers": (2, 3)}) for name, peer in PEERS.items()}
+    assert all("Further" not in text for text in said.values())
+    assert "after block 3:" in said["memit"] and "`down_proj` of block 2, block 3 by least squares with a ridge of 15000" in said["memit"]
+    assert "null" not in said["memit"] and "below 0.02" in said["alphaedit"] and "15000" not in said["alphaedit"]
+    assert "before each window of 40 tokens" in said["anyedit_unke"] and "20 other texts" in said["anyedit_unke"]
+    assert "surprisal" in said["anyedit_pp"] and "all later windows" in said["muke"] and "no weight changes" in said["in_context"]
+
+

@@ -9,7 +9,7 @@ errors                       the one error of bad input
 records, formats, edits      benchmark files -> validated Edits with their Probes
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
-recipes, peers               every choice of one way to fine-tune, or to locate and edit; the factors under study
+recipes, peers, methods      every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
 tables, drawing, figures, diagrams   one style; one function per kind of table and of figure
 typesetting, report          numbers said once; HTML and PDF
@@ -24,7 +24,7 @@ finetune                     losses and training
 locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors
 baselines                    the solvers: MEMIT, AlphaEdit, UnKE
 editing                      `with edited(model, tokenizer, edits, method) as m:`
-asking, studies              ask before, edit, ask after, score, append rows; skip what is done
+memory, asking, studies      ask before, edit, ask after, score, append rows; skip what is done
 preflight, kernels, run      checks before a start; one notebook, headlessly
 
 Everything up to `audit` imports no torch, so a notebook that only reads rows opens at once.

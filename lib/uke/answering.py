@@ -14,6 +14,8 @@ from uke.world import reading
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch can go.
 DROP_SHARE = 1 / 8
+# References read in one forward pass have at least this share of its longest one's tokens: the rest would be padding.
+ALIKE = 3 / 4
 
 Prompt = tuple[int, ...]
 
@@ -181,7 +183,9 @@ def target_log_probability(
     found: dict[int, float] = {}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids), reverse=True)
     while order:
-        rows = max(1, options.batch_tokens // len(examples[order[0]].ids))
+        longest = len(examples[order[0]].ids)
+        alike = sum(len(examples[i].ids) > ALIKE * longest for i in order)
+        rows = max(1, min(alike, options.batch_tokens // longest))
         batch, order = order[:rows], order[rows:]
         found.update(zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True))
     return [found[i] for i in range(len(examples))]

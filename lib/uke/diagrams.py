@@ -1,6 +1,7 @@
-"""Figures of data and of cost: how values spread, how a cost grows. Style and saving are those of `drawing`."""
+"""Figures of data, of cost, of tuning and of mechanisms. Style and saving are those of `drawing`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import comb
 
 import matplotlib
 import numpy as np
@@ -9,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from uke.drawing import COLUMN, GREY, INK, RC, looks
+from uke import tables
+from uke.drawing import COLUMN, FULL, GREY, INK, RC, label_ends, looks
 from uke.tables import LABELS, KIND_ORDER, number, ordered, require
 
 
@@ -82,4 +84,117 @@ def ranks(frame: pd.DataFrame, by: str = "kind", floor: int | None = None, width
         ax.set(xlabel="rank by relevance to the edit", ylabel="share of items", xlim=(1, frame["rank"].max()), ylim=(0, 1.02))
         ax.grid(axis="y")
         fig.legend(loc="outside upper right", ncols=len(names))
+    return fig
+
+
+def trials(frame: pd.DataFrame, by: str = "method", panel: str = "batch_size", width: float = FULL) -> Figure:
+    """The mean score of every trial as a point, one line for each `by`, one panel for each `panel`; the chosen one is ringed.
+
+    `frame` has one row per trial: by, panel, score and chosen; with `before`, the score without any edit is a dashed line.
+    """
+    require(frame, [by, panel, "score", "chosen"], "trials")
+    names, panels = ordered(frame[by]), ordered(frame[panel])
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(width, 0.6 + 0.19 * len(names)), layout="constrained")
+        axes = fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, title in zip(axes, panels):
+            own = frame[frame[panel] == title]
+            ax.set_title(f"{LABELS.get(panel, panel).replace('_', ' ')} {title}")
+            if "before" in frame:
+                ax.axvline(own["before"].iloc[0], color=GREY, lw=1, ls=(0, (3, 2)), zorder=1)
+            for place, (name, (colour, _)) in enumerate(looks(names).items()):
+                _tried(ax, place, own[own[by] == name], colour)
+            ax.set_yticks(range(len(names)), names)
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.tick_params(left=False)
+            ax.grid(axis="x")
+        fig.supxlabel("mean score on development edits", fontsize=7.5, color=GREY)
+    return fig
+
+
+def _tried(ax: Axes, place: int, own: pd.DataFrame, colour: str) -> None:
+    ax.scatter(own["score"], [place] * len(own), s=10, color=colour, alpha=0.6, lw=0, zorder=3)
+    best = own[own["chosen"].astype(bool)]["score"]
+    ax.plot(best, [place] * len(best), "o", mfc="none", mec=colour, mew=1.2, ms=7, zorder=4)
+    for value in best:
+        ax.text(1.02, place, number(value, 2), transform=ax.get_yaxis_transform(), va="center", fontsize=6.5, color=GREY)
+
+
+def budget(frame: pd.DataFrame, by: str = "method", panel: str = "batch_size", width: float = FULL) -> Figure:
+    """The best score to be expected of k trials, one line for each `by`, one panel for each `panel`.
+
+    `frame` has one row per trial: by, panel and score. The trials are drawn from those made, without replacement.
+    """
+    require(frame, [by, panel, "score"], "budget")
+    panels = ordered(frame[panel])
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(width, 2.9), layout="constrained")
+        axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        ends = {}
+        for ax, title in zip(axes, panels):
+            for name, (colour, mark) in looks(frame[by]).items():
+                curve = best_of(frame.loc[(frame[panel] == title) & (frame[by] == name), "score"])
+                ax.plot(range(1, len(curve) + 1), curve, color=colour, marker=mark, mec="white", mew=0.5, ms=3.6)
+                if ax is axes[-1] and curve:
+                    ends[name] = (len(curve), curve[-1], colour)
+            ax.set(title=f"{LABELS.get(panel, panel).replace('_', ' ')} {title}", xlabel="trials made (k)")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.grid(axis="y")
+        axes[0].set_ylabel("expected best mean score")
+        label_ends(axes[-1], ends)
+    return fig
+
+
+def best_of(scores: Sequence[float]) -> list[float]:
+    """Expected best score of k trials drawn without replacement, for k = 1 .. N (N,)."""
+    ranked = sorted(scores)
+    count = len(ranked)
+    return [sum(score * comb(place, k - 1) for place, score in enumerate(ranked)) / comb(count, k) for k in range(1, count + 1)]
+
+
+def windows(frame: pd.DataFrame, by: str = "method", width: float = FULL) -> Figure:
+    """Where in the answer an edit took: log-probability of its tokens by window, before and after, a panel for each `by`.
+
+    `frame` has the columns by, edit, window (from 1), before and after (nats per token): median and middle half over edits.
+    """
+    require(frame, [by, "edit", "window", "before", "after"], "windows")
+    names = ordered(frame[by])
+    columns = min(5, len(names))
+    lines = -(-len(names) // columns)
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(width, max(1.9, 0.4 + 1.05 * lines)), layout="constrained")
+        axes = list(fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for ax, (name, (colour, _)) in zip(axes, looks(names).items()):
+            own = frame[frame[by] == name].groupby("window")
+            for phase, shade, dashes in (("before", GREY, (0, (3, 2))), ("after", colour, "-")):
+                low, middle, high = (own[phase].quantile(share) for share in (0.25, 0.5, 0.75))
+                ax.plot(middle.index, middle, color=shade, ls=dashes)
+                ax.fill_between(middle.index, low, high, color=shade, alpha=0.15, lw=0)
+            ax.set_title(name, fontsize=7)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.grid(axis="y")
+        for ax in axes[len(names) :]:
+            ax.set_axis_off()
+        fig.supxlabel("window of the answer", fontsize=7.5, color=GREY)
+        fig.supylabel("log-probability (nats per token)", fontsize=7.5, color=GREY)
+    return fig
+
+
+def plane(frame: pd.DataFrame, by: str = "method", x: str = "kept", y: str = "written", width: float = FULL) -> Figure:
+    """One score against another, a point for each `by`; on a dashed line the mean of both is the same.
+
+    `frame` has one row for each `by`; the row called `before the edit` is drawn as a cross.
+    """
+    require(frame, [by, x, y], "plane")
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(width, 3.2), layout="constrained")
+        ax = fig.subplots()
+        for total in np.arange(0.1, 2, 0.1):
+            ax.axline((0, total), slope=-1, color=GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
+        for name, (colour, mark) in looks(frame[by]).items():
+            colour, mark = (INK, "x") if name in tables.REFERENCES else (colour, mark)
+            row = frame[frame[by] == name]
+            ax.plot(row[x], row[y], mark, color=colour, ms=9 if mark == "*" else 6, mec=colour if mark == "x" else "white", mew=1.4 if mark == "x" else 0.5, label=LABELS.get(name, name), clip_on=False, zorder=3)
+        ax.set(xlabel=f"{x} (mean score)", ylabel=f"{y} (mean score)", xlim=(min(0.5, frame[x].min() - 0.05), 1.01), ylim=(0, max(0.5, frame[y].max() + 0.05)))
+        fig.legend(loc="outside right center", ncols=1)
     return fig

@@ -25,13 +25,14 @@ from uke import baselines
 from uke.edits import Edit
 from uke.errors import InputError, nearest
 from uke.finetune import Training, adapt, prepare, train, weights
+from uke.methods import PUBLISHED, find
 from uke.models import fingerprint, kept
-from uke.peers import PEERS, Peer
-from uke.recipes import RECIPES, Recipe
+from uke.peers import Peer
+from uke.recipes import Recipe
 
 # A method that is neither recipe nor peer: it takes model, tokenizer and edits, and gives the edited model until it is left.
 Solver = Callable[[nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]]
-METHODS: dict[str, Recipe | Peer | Solver] = {**RECIPES, **PEERS}
+METHODS: dict[str, Recipe | Peer | Solver] = dict(PUBLISHED)
 
 RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safetensors"
 
@@ -65,7 +66,7 @@ def edited(
     Raises InputError for an unknown method, a method that selects no weight and an edit longer than the context, all
     before training, and as `baselines.write` does; FloatingPointError for a loss that is not finite.
     """
-    method = _find(method)
+    method = find(method, METHODS) if isinstance(method, str) else method
     if not isinstance(method, Recipe | Peer):
         with method(model, tokenizer, edits) as solved:
             yield solved
@@ -78,14 +79,6 @@ def edited(
             yield changed
         finally:
             del changed.edit_record
-
-
-def _find(method: str | Recipe | Peer | Solver) -> Recipe | Peer | Solver:
-    if not isinstance(method, str):
-        return method
-    if method not in METHODS:
-        raise InputError(f"unknown method '{method}'{nearest(method, METHODS)}")
-    return METHODS[method]
 
 
 Change = tuple[nn.Module, Training, dict[str, float]]

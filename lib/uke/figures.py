@@ -5,7 +5,6 @@ named as in `tables`; colours are those of `drawing`. No figure stays in pyplot'
 """
 
 from collections.abc import Iterable, Sequence
-from math import comb
 
 import matplotlib
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from uke import tables
 from uke.drawing import COLUMN, FULL, GREY, INK, PALE, RC, label_ends, looks, save, style
@@ -164,57 +163,6 @@ def curves(frame: pd.DataFrame, y: str = "loss", by: str = "method", width: floa
         ax.grid(axis="y")
         label_ends(ax, ends)
     return fig
-
-
-def tuning(frame: pd.DataFrame, by: str = "method", width: float = FULL) -> Figure:
-    """Left, score against learning rate for each `by`, the chosen rate ringed; right, best of k trials.
-
-    `frame` has the columns by, learning_rate, score and, where used, edit (averaged), trial (told apart) and chosen
-    (else the best is). Best of k is the expected best score of k trials drawn from those made without replacement.
-    """
-    require(frame, [by, "learning_rate", "score"], "tuning")
-    keys = [key for key in (by, "learning_rate", "trial") if key in frame.columns]
-    chosen = frame["chosen"].astype(bool) if "chosen" in frame.columns else pd.Series(False, index=frame.index)
-    trials = frame.assign(chosen=chosen).groupby(keys, sort=False, as_index=False)
-    trials = trials.agg(score=("score", "mean"), chosen=("chosen", "any"))
-    ends = {}
-    with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width, 2.4 if width > 5 else 4.4), layout="constrained")
-        rates, budget = fig.subplots(*((1, 2) if width > 5 else (2, 1)), sharey=True)
-        for name, (colour, mark) in looks(trials[by]).items():
-            found = trials[trials[by] == name].sort_values("learning_rate")
-            rates.plot(found["learning_rate"], found["score"], color=colour, marker=mark, mec="white", mew=0.6)
-            best = found[found["chosen"]] if found["chosen"].any() else found.loc[[found["score"].idxmax()]]
-            rates.plot(best["learning_rate"], best["score"], "o", mfc="none", mec=colour, mew=1.2, ms=9)
-            curve = best_of(found["score"])
-            budget.plot(range(1, len(curve) + 1), curve, color=colour, marker=mark, mec="white", mew=0.6)
-            ends[name] = (len(curve), curve[-1], colour)
-        _finish_tuning(rates, budget, trials)
-        label_ends(budget, ends)
-    return fig
-
-
-def _finish_tuning(rates: Axes, budget: Axes, trials: pd.DataFrame) -> None:
-    rates.set_xscale("log")
-    rates.set(xlabel="learning rate", ylabel="mean score on development edits", title="Score by learning rate (ring: chosen)")
-    budget.set(xlabel="trials made (k)", title="Expected best of k trials")
-    budget.xaxis.get_major_locator().set_params(integer=True)
-    budget.tick_params(labelleft=True)
-    span = trials["learning_rate"].max() / trials["learning_rate"].min()
-    rates.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 300 else (1, 3) if span > 30 else (1, 2, 5)))
-    rates.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e−")))
-    rates.xaxis.set_minor_formatter(NullFormatter())
-    for ax in (rates, budget):
-        ax.grid(axis="y")
-
-
-def best_of(scores: Sequence[float]) -> list[float]:
-    """Expected best score of k trials drawn without replacement, for k = 1 .. N (N,)."""
-    ranked = sorted(scores)
-    count = len(ranked)
-    return [
-        sum(score * comb(place, k - 1) for place, score in enumerate(ranked)) / comb(count, k) for k in range(1, count + 1)
-    ]
 
 
 def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> Figure:

@@ -173,6 +173,12 @@ def preservation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: in
     return [_ids(model, tokenizer, text) for text in drawn]
 
 
+def digest(model: nn.Module) -> str | None:
+    """16 hex digits of the texts that the moments of this model were measured on; None before that."""
+    path = folder(model) / TEXTS
+    return _texts(path, path.stat().st_mtime_ns)["digest"] if path.is_file() else None
+
+
 def _files(model: nn.Module, places: Sequence[Site]) -> list[tuple[Path, int]]:
     """The finished file of each site and when it was written; InputError naming those missing, half done or of other texts."""
     found = {site: folder(model) / f"{site.name}.safetensors" for site in places}

@@ -7,8 +7,8 @@ from typing import Any
 
 from uke import edits, locality_files
 from uke.errors import InputError, nearest
+from uke.methods import Method, configured, find, trials, tuned_file
 from uke.paths import EMBEDDED
-from uke.recipes import Recipe, configured, tuned_file
 from uke.similarity import encoder_folder
 
 
@@ -22,6 +22,9 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
     for name in ("limit", "max_new_tokens", "entities"):
         if parameters.get(name, 1) < 1:
             raise InputError(f"{name} is {parameters[name]}; expected a whole number of at least 1")
+    sizes = parameters.get("batch_sizes", [1])
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"batch_sizes: {', '.join(map(str, sizes)) or 'none'}; expected whole numbers of at least 1")
     if (split := parameters.get("split", "test")) not in edits.SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, edits.SPLITS)}")
     if data == "world" and "split" in parameters and locality_files.settings(root, data).retriever != "bm25":
@@ -30,7 +33,9 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
         for name in ("unkebench", "akew-mquake"):
             locality_files.of_files(name, "", [], [])
     model = parameters.get("model", "embedded")
-    chosen = recipes(root, model, parameters.get("methods"))
+    chosen = [method for size in sizes for method in methods(root, model, parameters.get("methods"), size)]
+    if parameters.get("batch_sizes") and split == "development":
+        trials(root / "params", model, methods(root, model, parameters.get("methods"), 1))
     folder = EMBEDDED if model == "embedded" else Path(model).expanduser()
     if folder.is_dir() or model.startswith((".", "/", "~")):
         check_depth(root, model, folder, chosen)
@@ -40,21 +45,19 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
         check_prompts(folder, asked, chosen)
 
 
-def recipes(root: Path, model: str, methods: list[str] | None) -> list[Recipe]:
-    """The recipes that `methods` names, as the model's tuned file sets them; none where a notebook has no methods."""
-    known = configured(root / "params", model)
-    if methods is None:
+def methods(root: Path, model: str, names: list[str] | None, batch_size: int) -> list[Method]:
+    """The methods that `names` names, as tuned for batches of this size; none where a notebook has no methods."""
+    known = configured(root / "params", model, batch_size)
+    if names is None:
         return []
-    if not methods or len(set(methods)) < len(methods):
-        raise InputError(f"methods: {', '.join(methods) or 'none'}; expected each method once, and at least one")
-    for method in methods:
-        if method not in known:
-            raise InputError(f"methods: unknown method '{method}'{nearest(method, known)}")
-    return [known[method] for method in methods]
+    found = [find(name, known, "methods: ") for name in names]
+    if not names or len({method.name for method in found}) < len(names):
+        raise InputError(f"methods: {', '.join(names) or 'none'}; expected each method once, and at least one")
+    return found
 
 
-def check_depth(root: Path, model: str, folder: Path, chosen: list[Recipe]) -> None:
-    """The directory is a model's, and it has every block that a recipe trains."""
+def check_depth(root: Path, model: str, folder: Path, chosen: list[Method]) -> None:
+    """The directory is a model's, and it has every block that a method writes to."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"model: {model}: no such directory")
@@ -65,15 +68,15 @@ def check_depth(root: Path, model: str, folder: Path, chosen: list[Recipe]) -> N
         depth = config.get("text_config", config)["num_hidden_layers"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: not a language model's configuration ({type(error).__name__}: {error})") from None
-    for recipe in chosen:
-        beyond = [layer for layer in recipe.layers if type(layer) is int and layer >= depth] if isinstance(recipe.layers, tuple) else []
+    for method in chosen:
+        beyond = [layer for layer in method.layers if type(layer) is int and layer >= depth] if isinstance(method.layers, tuple) else []
         if beyond:
             places = f"{root / 'params' / 'methods'} or {tuned_file(root / 'params', model)}"
-            raise InputError(f"{recipe.name}: layers: {beyond[0]} is out of range; the model has blocks 0 to {depth - 1} (set in {places})")
+            raise InputError(f"{method.name}: layers: {beyond[0]} is out of range; the model has blocks 0 to {depth - 1} (set in {places})")
 
 
-def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Recipe]) -> None:
-    """The tokenizer has the template that recipes train through, and every edit fits into the context."""
+def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Method]) -> None:
+    """The tokenizer has the template that methods train through, and every edit fits into the context."""
     from transformers import AutoConfig, AutoTokenizer
 
     from uke.models import example
@@ -83,10 +86,10 @@ def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Recipe]) -
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model: {folder}: no readable tokenizer and configuration ({str(error).splitlines()[0]})") from None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-    for recipe in chosen:
-        if recipe.chat_template and not tokenizer.chat_template:
-            raise InputError(f"model: {folder}: the tokenizer has no chat template, and {recipe.name} trains through it (chat_template: false trains on the raw prompt)")
+    for method in chosen:
+        if method.chat_template and not tokenizer.chat_template:
+            raise InputError(f"model: {folder}: the tokenizer has no chat template, and {method.name} trains through it (chat_template: false trains on the raw prompt)")
         for edit in asked:
-            length = len(example(tokenizer, edit.question, edit.answer, recipe.chat_template, recipe.end_of_turn).ids)
+            length = len(example(tokenizer, edit.question, edit.answer, method.chat_template, method.end_of_turn).ids)
             if length > longest:
                 raise InputError(f"edit '{edit.id}': question and answer are {length} tokens; the model's context holds {longest}")

@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from uke.errors import InputError, nearest
 
@@ -159,83 +156,3 @@ def vary(recipe: Recipe, factor: str, level: str) -> Recipe:
     if level not in levels:
         raise InputError(f"factor {factor}: unknown level '{level}'{nearest(level, levels)}")
     return Recipe(**{**recipe.model_dump(), **levels[level]})
-
-
-def load_recipe(path: str | Path, base: Recipe | str | None = None) -> Recipe:
-    """A recipe from a YAML file that holds only its differences from `base`.
-
-    The file's own key `base` (a name in RECIPES) comes before the argument; without either the file stands on the
-    defaults of `Recipe` and is called after the file. InputError for a missing file, a misspelt key, a wrong type
-    or an unknown base.
-    """
-    changes = _read(Path(path))
-    base = changes.pop("base", base)
-    if unknown := [key for key in changes if key not in Recipe.model_fields]:
-        raise InputError(f"{path}: unknown field '{unknown[0]}'{nearest(str(unknown[0]), Recipe.model_fields)}")
-    if not isinstance(base, Recipe | None):
-        base = named(base, where=f"{path}: field base: ")
-    try:
-        return Recipe(**{"name": Path(path).stem, **(base.model_dump() if base else {}), **changes})
-    except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}") from None
-
-
-def named(name: Any, where: str = "") -> Recipe:
-    """The recipe of that name in RECIPES; InputError naming the nearest one."""
-    if not isinstance(name, str) or name not in RECIPES:
-        raise InputError(f"{where}unknown recipe '{name}'{nearest(str(name), RECIPES)}")
-    return RECIPES[name]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such recipe file")
-    try:
-        changes = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(changes, dict | None):
-        raise InputError(f"{path}: a mapping of recipe fields was expected, found {type(changes).__name__}")
-    return dict(changes or {})
-
-
-def _first(error: ValidationError) -> str:
-    """The first fault of a recipe in one line: the field, what was expected, what was found."""
-    fault = error.errors(include_url=False)[0]
-    return f"field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})"
-
-
-def tuned_file(folder: Path, model: str) -> Path:
-    """Where the settings chosen for a model are kept."""
-    return folder / "tuned" / f"{re.sub('[^A-Za-z0-9.]+', '-', model).strip('-')}.yaml"
-
-
-def configured(folder: Path, model: str, tuned: bool = True) -> dict[str, Recipe]:
-    """Every recipe of `folder`/methods by name, with what the model's tuned file changes in it, if there is one.
-
-    Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
-    another model. InputError for a bad file, or a tuned recipe that does not exist.
-    """
-    found = {recipe.name: recipe for recipe in map(load_recipe, sorted(folder.glob("methods/*.yaml")))}
-    path = tuned_file(folder, model)
-    for name, changes in (_read(path) if tuned and path.is_file() else {}).items():
-        if name not in found:
-            raise InputError(f"{path}: unknown recipe '{name}'{nearest(str(name), found)}")
-        if not isinstance(changes, dict) or (unknown := set(changes) - set(Recipe.model_fields)):
-            wrong = f"unknown field '{min(unknown)}'{nearest(min(unknown), Recipe.model_fields)}" if isinstance(changes, dict) else "expected recipe fields"
-            raise InputError(f"{path}: {name}: {wrong}")
-        try:
-            found[name] = Recipe(**{**found[name].model_dump(), **changes})
-        except ValidationError as error:
-            raise InputError(f"{path}: {name}: {_first(error)}") from None
-    return found
-
-
-def tune(folder: Path, model: str, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write what was chosen for some recipes to the model's tuned file, beside what it holds of others."""
-    path = tuned_file(folder, model)
-    held = _read(path) if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump({**held, **{name: dict(changes) for name, changes in chosen.items()}}, sort_keys=True)
-    path.write_text("# Chosen on development edits by `make tune` (notebooks/tuning.ipynb, its rows are committed beside the figures).\n" + text, encoding="utf-8")
-    return path

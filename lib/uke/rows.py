@@ -34,7 +34,9 @@ COLUMNS: dict[str, pa.DataType] = {
     "log_probability": _REAL,
     "steps": _COUNT,
     **dict.fromkeys(("train_seconds", "answer_seconds", "change_norm", "learning_rate"), _REAL),
+    "peak_mib": _REAL,
     "seed": _COUNT,
+    **dict.fromkeys(("notes", "course"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
 }
 REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference", "answer", "model", "data")

@@ -1,9 +1,10 @@
 """Runs a study unit by unit: ask before, edit, ask after, score, append rows; a unit that has fresh rows is skipped."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from uke import edits as edit_files
-from uke import locality_files, rows, world_files
+from uke import locality_files, moments, rows, world_files
 from uke.asking import ask, beside, room
 from uke.editing import edited
 from uke.edits import Edit, Probe
 from uke.errors import InputError, nearest
-from uke.metrics import METRICS, Encoder, load_encoder
+from uke.metrics import HEADLINE, METRICS, Encoder, load_encoder
 from uke.finetune import prepare
-from uke.models import fingerprint, load
+from uke.locate import by_window, locate
+from uke.memory import Peak
+from uke.methods import Method
+from uke.models import blocks, fingerprint, load
+from uke.peers import PEERS, Peer
 from uke.pretraining import CARD, card
-from uke.recipes import Recipe
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 
@@ -46,6 +50,20 @@ class Material:
     @property
     def every_probe(self) -> list[Probe]:
         return [probe for edit in self.edits for probe in self.probes[edit.id]]
+
+    def first(self, limit: int) -> "Material":
+        """The first `limit` edits of these."""
+        return replace(self, edits=self.edits[:limit])
+
+    def only(self, kinds: Sequence[str]) -> "Material":
+        """The same edits with probes of these kinds alone, which is another material; InputError for an unknown kind."""
+        if unknown := [kind for kind in kinds if kind not in HEADLINE]:
+            raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], HEADLINE)}")
+        probes = {edit: tuple(probe for probe in every if probe.kind in kinds) for edit, every in self.probes.items()}
+        return replace(self, probes=probes, fingerprint=self._marked(str(sorted(kinds))))
+
+    def _marked(self, change: str) -> str:
+        return hashlib.sha256(f"{self.fingerprint} {change}".encode()).hexdigest()[:16]
 
 
 def gather(paths: rows.Paths, split: str, limit: int, data_file: str = "", seed: int = 1) -> Material:
@@ -89,7 +107,10 @@ def of_world(paths: rows.Paths, split: str, seed: int) -> tuple[tuple[Edit, ...]
 
 @dataclass
 class Study:
-    """One study of one model on one material; `labels` (split and the like) stand in every row it writes."""
+    """One study of one model on one material; `labels` (split and the like) stand in every row it writes.
+
+    `windows`: the target's log-probability is read before and after every edit, by windows of so many tokens.
+    """
 
     name: str
     paths: rows.Paths
@@ -98,14 +119,20 @@ class Study:
     material: Material
     encoder: Encoder | None = None
     max_new_tokens: int = 160
+    windows: int | None = None
     labels: dict[str, Any] = field(default_factory=dict)
     units: list[str] = field(default_factory=list, init=False)
 
     @classmethod
     def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
-        """A study on the model of this name or directory, scored with the sentence encoder where there is one."""
+        """A study on the model of this name or directory, scored with the sentence encoder where there is one.
+
+        What the embedded model must keep under a locate-then-edit method is measured on its own world where it is not yet.
+        """
         loaded, tokenizer = load(model)
-        return cls(name, paths, loaded, tokenizer, material, load_encoder(), **more)
+        if model == "embedded":
+            moments.measure(loaded, tokenizer, moments.world_texts(), range(len(blocks(loaded))))
+        return cls(name, paths, loaded, tokenizer, material, **(more if "encoder" in more else {"encoder": load_encoder(), **more}))
 
     @cached_property
     def mark(self) -> str:
@@ -130,31 +157,54 @@ class Study:
         knows = card(made.parent)["settings"]["world_seed"] if made.is_file() else None
         return knows != self.material.world_seed
 
-    def run(self, recipe: Recipe, batch_size: int = 1, **labels: Any) -> None:
-        """Write rows for every batch of edits under this recipe, each batch edited from the same unedited weights."""
-        choices = self.labels | labels | {"batch_size": batch_size, "learning_rate": recipe.learning_rate, "seed": recipe.seed}
-        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": recipe.fingerprint}
-        prepare(self.model, self.tokenizer, self.material.edits, recipe)  # an edit too long is said before any is trained
+    def run(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> None:
+        """Write rows for every batch of the first `limit` edits under this method, each written into the unedited weights."""
+        choices = self.labels | labels | {"batch_size": batch_size, "learning_rate": method.learning_rate, "seed": method.seed}
+        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": method.fingerprint}
+        kept = moments.digest(self.model) if isinstance(method, Peer) else None
+        prepare(self.model, self.tokenizer, self.material.edits, method)  # an edit too long is said before any is written
         todo = []
-        for number, batch in enumerate(batched(self.material.edits, batch_size)):
-            unit = rows.unit_key(recipe.name, batch=number, **self.conditions, **labels, **marks)
+        for number, batch in enumerate(batched(self.material.edits[:limit], batch_size)):
+            unit = rows.unit_key(method.name, batch=number, size=batch_size, texts=kept, **self.conditions, **labels, **marks)
             self.units.append(unit)
             if not rows.done(self.paths, self.name, unit, marks):
                 todo.append((number, batch, unit))
-        for number, batch, unit in tqdm(todo, desc=f"{self.name}: {recipe.name}", mininterval=5) if todo else ():
-            frame = self.write_in(recipe, batch)
-            self.append(unit, frame.assign(method=recipe.name, batch=number, **choices, **marks))
+        for number, batch, unit in tqdm(todo, desc=f"{self.name}: {method.name}", mininterval=5) if todo else ():
+            frame = self.write_in(method, batch)
+            self.append(unit, frame.assign(method=method.name, batch=number, **choices, **marks))
 
-    def write_in(self, recipe: Recipe, batch: Sequence[Edit]) -> pd.DataFrame:
-        """Rows after one batch of edits; the model is as before when it returns."""
+    def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> str | None:
+        """`run`, for a trial that may come to nothing: what went wrong, or None; a failed trial has no rows to read."""
+        asked = len(self.units)
+        try:
+            self.run(method, batch_size, limit, **labels)
+        except (FloatingPointError, InputError) as error:
+            del self.units[asked:]
+            return str(error)
+        return None
+
+    def write_in(self, method: Method, batch: Sequence[Edit]) -> pd.DataFrame:
+        """Rows after one batch of edits, the course of the training in the first; the model is as before when it returns."""
         probes = [probe for edit in batch for probe in self.material.probes[edit.id]]
+        before, memory = self.by_window(batch), Peak(self.model.device)
         started = time.perf_counter()
-        with edited(self.model, self.tokenizer, batch, recipe) as m:
-            record, between = m.edit_record, time.perf_counter()
+        with edited(self.model, self.tokenizer, batch, method) as m:
+            record, highest, between = m.edit_record, memory.mib(), time.perf_counter()
             frame = self.ask(m, probes)
+            seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
+            windows = [] if hasattr(m, "passages") else list(zip(before, self.by_window(batch), strict=True))
         norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
-        seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-        return beside(frame, self.before).assign(phase="after", steps=record.steps, change_norm=norm, **seconds)
+        course = {"stopped": record.stopped, "losses": record.losses, "norms": record.change_norm, "windows": windows}
+        frame = beside(frame, self.before).assign(phase="after", steps=record.steps, change_norm=norm, peak_mib=highest, **seconds)
+        frame["course"] = [json.dumps(_short(course))] + [None] * (len(frame) - 1)
+        return frame.assign(notes="; ".join(record.notes) or None)
+
+    def by_window(self, batch: Sequence[Edit]) -> list[list[float]]:
+        """Of each edit, the mean log-probability (nats) of a token of each window of its answer; none where none is asked for."""
+        if not self.windows:
+            return []
+        rule = PEERS["anyedit_memit"].model_copy(update={"window": self.windows})
+        return by_window(self.model, locate(self.model, prepare(self.model, self.tokenizer, batch, rule), rule))
 
     @cached_property
     def before(self) -> pd.DataFrame:
@@ -186,8 +236,19 @@ class Study:
         rows.append(self.paths, self.name, unit, frame)
 
     def read(self) -> pd.DataFrame:
-        """The rows of every unit that `run` was asked for, and of no other."""
+        """The rows of every unit that `run` was asked for, and of no other; InputError where there is none."""
+        if not self.units:
+            raise InputError(f"study {self.name}: nothing was run, or every trial failed")
         return rows.read(self.paths, self.name, units=self.units)
+
+
+def _short(value: Any) -> Any:
+    """Numbers with six digits, however deep they lie."""
+    if isinstance(value, dict):
+        return {name: _short(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_short(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
@@ -202,3 +263,9 @@ def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """
     start = rows.headline(before, phase="before").assign(method="before the edit")
     return pd.concat([rows.headline(after), start])[["method", "edit", "kind", "score"]]
+
+
+def leading(averages: pd.DataFrame, batch_size: int, count: int) -> set[tuple[str, str]]:
+    """Method and level of the `count` levels of each method with the best mean score at a batch size."""
+    means = averages[averages["batch_size"] == batch_size].groupby(["method", "level"])["score"].mean()
+    return {place for _, own in means.groupby("method") for place in own.nlargest(count).index}

@@ -211,7 +211,36 @@ def _say_training(rest: dict) -> str:
     return ", ".join(words) + "."
 
 
+def _say_peer(rest: dict) -> str:
+    """A locate-then-edit method; settings of solvers and anchor rules that it does not use are left out."""
+    own = {key: rest.pop(key) for key in PEER_FIELDS & set(rest)}
+    solver, anchors = own["solver"], own["anchors"]
+    if solver == "in_context":
+        return "The text stands in the prompt before every question; no weight changes."
+    place, blocks = _ANCHORS[anchors].format(**own), _say_layers(own["layers"])
+    values = f"Adam at a learning rate of {own['learning_rate']:g}, at most {own['steps']} steps, stopped below a loss of {own['stop_loss']:g}, within {own['clamp']:g} times the state's norm"
+    keeps = " The keys of the other positions are kept." if solver == "memit" and own["keep_keys"] else ""
+    defect = " As published, with the layers' counter overwritten." if own["as_published"] else ""
+    return f"Target values for {place} after {_say_layers(own['layers'][-1:])}: {values}. {_SOLVERS[solver].format(blocks=blocks, **own)}{keeps}{defect}"
+
+
+PEER_FIELDS = {
+    "solver", "anchors", "window", "weighting", "layers", "learning_rate", "steps", "stop_loss", "clamp", "decay", "memit_lambda", "keep_keys",
+    "alphaedit_l2", "null_threshold", "unke_steps", "unke_rate", "unke_decay", "preservation", "as_published", "chat_template", "end_of_turn", "seed",
+}  # fmt: skip
+_ANCHORS = {
+    "last": "the last prompt token",
+    "windows": "the position before each window of {window} tokens",
+    "surprisal": "the position before each window that begins where surprisal peaks, about {window} tokens each",
+    "nested": "the position before each window of {window} tokens, each answering for all later windows too (weighted by {weighting})",
+}
+_SOLVERS = {
+    "memit": "Written into the `down_proj` of {blocks} by least squares with a ridge of {memit_lambda:g} times the second moment.",
+    "alphaedit": "Written into the `down_proj` of {blocks} by least squares on directions whose second moment is below {null_threshold:g}, with a ridge of {alphaedit_l2:g}.",
+    "unke": "Written into the whole block by {unke_steps} steps of AdamW at {unke_rate:g}, held to {preservation} other texts.",
+}
 _SENTENCES = (
+    ({"solver", "anchors"}, _say_peer),
     ({"components", "layers"}, _say_weights),
     ({"loss"}, _say_loss),
     ({"chat_template", "end_of_turn"}, _say_prompt),

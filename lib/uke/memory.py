@@ -1,0 +1,49 @@
+"""How much memory a piece of work takes beyond what is held when it starts."""
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MIB = 2**20
+
+
+class Peak:
+    """Measures from its making on: on CUDA what the allocator handed out there, on Linux the process's resident memory.
+
+    Resident memory counts pages, so what an earlier piece of work has freed is given back to the system first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        self.device, self.start = device, None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device) / MIB
+        elif _forget():
+            self.start = _resident("VmRSS")
+
+    def mib(self) -> float | None:
+        """Mebibytes at the highest point so far beyond the start; None where the system does not tell."""
+        if self.start is None:
+            return None
+        highest = torch.cuda.max_memory_allocated(self.device) / MIB if self.device.type == "cuda" else _resident("VmHWM")
+        return max(0.0, highest - self.start)
+
+
+def _forget() -> bool:
+    """Give freed memory back and let the kernel forget the highest mark so far; False where that cannot be done."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _resident(field: str) -> float:
+    """A field of the process's status in mebibytes."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)[1]) / 1024

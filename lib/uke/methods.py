@@ -1,0 +1,158 @@
+"""Methods by name: recipes and peers, the files that change them, and what tuning chose for a model and a batch size."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from uke.errors import InputError, nearest
+from uke.peers import PEERS, Peer
+from uke.recipes import RECIPES, Recipe
+
+Method = Recipe | Peer
+Named = TypeVar("Named")
+
+# Published settings, by published name.
+PUBLISHED: Mapping[str, Method] = MappingProxyType({method.name: method for method in (*RECIPES.values(), *PEERS.values())})
+
+
+def key(name: str) -> str:
+    """The name as a part of a number's key and of a file's name: `AnyEdit (MEMIT)` is `anyedit_memit`, `AnyEdit++` `anyedit_pp`."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("++", " pp")).strip("_")
+
+
+def find(name: Any, among: Mapping[str, Named] = PUBLISHED, where: str = "") -> Named:
+    """The method of that name, or of that key, among those given; InputError naming the nearest one."""
+    by_key = {key(known): known for known in among}
+    if not isinstance(name, str) or key(name) not in by_key:
+        raise InputError(f"{where}unknown method '{name}'{nearest(str(name), among)}")
+    return among[by_key[key(name)]]
+
+
+def load(path: str | Path) -> Method:
+    """A method from a YAML file that holds only its differences from the published one that its key `base` names.
+
+    Without a base the file stands on the defaults of `Recipe`. It is called as its base, or else as its file, unless it
+    has a `name`. InputError for a missing file, a misspelt key, a wrong type or an unknown base.
+    """
+    written = _read(Path(path))
+    base = written.pop("base", None)
+    method = Recipe(name=Path(path).stem) if base is None else find(base, where=f"{path}: field base: ")
+    return _changed(method, written, str(path))
+
+
+def _changed(method: Method, written: Any, where: str) -> Method:
+    """The method with these written, checked; InputError that begins with `where`."""
+    fields = type(method).model_fields
+    if not isinstance(written, Mapping):
+        raise InputError(f"{where}: expected fields of {method.name} and their values, found {written!r}")
+    if unknown := [name for name in written if name not in fields]:
+        raise InputError(f"{where}: unknown field '{unknown[0]}'{nearest(str(unknown[0]), fields)}")
+    try:
+        return type(method)(**{**method.model_dump(), **written})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise InputError(f"{where}: field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})") from None
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict | None):
+        raise InputError(f"{path}: a mapping was expected, found {type(content).__name__}")
+    return dict(content or {})
+
+
+def changes(method: Method, base: Method) -> dict[str, Any]:
+    """What the method chooses otherwise than its base, by field, as YAML holds it."""
+    own, other = method.model_dump(mode="json", exclude={"name"}), base.model_dump(mode="json")
+    return {field: value for field, value in own.items() if value != other[field]}
+
+
+def differences(method: Method, base: Method) -> str:
+    """The same in one line, `as published` where there is none."""
+    return ", ".join(f"{field} {_plain(value)}" for field, value in changes(method, base).items()) or "as published"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def tuned_file(folder: Path, model: str) -> Path:
+    """Where the settings chosen for a model are kept, by batch size."""
+    return folder / "tuned" / f"{_file_name(model)}.yaml"
+
+
+def _file_name(model: str) -> str:
+    return re.sub("[^A-Za-z0-9.]+", "-", model).strip("-")
+
+
+def configured(folder: Path, model: str, batch_size: int = 1, tuned: bool = True) -> dict[str, Method]:
+    """Every method of `folder`/methods by name, with what the model's tuned file changes in it, if there is one.
+
+    Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
+    another model at some batch sizes, of which the one nearest to `batch_size` (by ratio; the smaller of two) is used.
+    InputError for a bad file, or a tuned method that does not exist.
+    """
+    found = {method.name: method for method in map(load, sorted(folder.glob("methods/*.yaml")))}
+    path = tuned_file(folder, model)
+    held = tuned_at(path) if tuned and path.is_file() else {}
+    for size in held:
+        every = {find(name, found, f"{path}: {size}: ").name: own for name, own in held[size].items()}
+        changed = {name: _changed(found[name], own, f"{path}: {size}: {name}") for name, own in every.items()}
+        if size == min(held, key=lambda one: (max(one / batch_size, batch_size / one), one)):
+            chosen = changed
+    return found | chosen if held else found
+
+
+def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
+    """What a tuned file holds: by batch size, the changes of each method."""
+    held = _read(path)
+    for size, methods in held.items():
+        if type(size) is not int or size < 1 or not isinstance(methods, dict):
+            raise InputError(f"{path}: {size!r}: expected a batch size, and under it the methods with their fields")
+    return held
+
+
+def tune(folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write what was chosen for some methods at a batch size to the model's tuned file, beside what it holds of others."""
+    path = tuned_file(folder, model)
+    held = tuned_at(path) if path.is_file() else {}
+    held[batch_size] = {**held.get(batch_size, {}), **{name: dict(own) for name, own in chosen.items()}}
+    return _write(path, "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb, its rows are committed beside the figures).", held)
+
+
+def _write(path: Path, said: str, held: Mapping) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(held), sort_keys=True, default_flow_style=None, width=110)
+    path.write_text(f"# {said}\n{text}", encoding="utf-8")
+    return path
+
+
+def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
+    """Of each method by name, the variants that tuning tries, from `folder`/trials/<model>.yaml.
+
+    InputError where the file lacks a method or tries one more often than another: budgets are equal.
+    """
+    path = folder / "trials" / f"{_file_name(model)}.yaml"
+    spaces = _read(path)
+    found = {}
+    for method in methods:
+        space = find(method.name, spaces, f"{path}: ")
+        if not isinstance(space, list) or not space:
+            raise InputError(f"{path}: {method.name}: expected a list of trials, found {type(space).__name__}")
+        found[method.name] = [_changed(method, own, f"{path}: {method.name}, trial {number}") for number, own in enumerate(space, 1)]
+    for name, tried in found.items():
+        if not len({one.fingerprint for one in tried}) == len(tried) == len(next(iter(found.values()))):
+            raise InputError(f"{path}: {name}: {len(tried)} trials, {next(iter(found))} has {len(next(iter(found.values())))}; expected different ones, as many for every method")
+    return found

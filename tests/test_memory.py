@@ -1,0 +1,57 @@
+"""A peak of memory: one that is missed since it was given back, or counted though it was before."""
+
+import sys
+
+import pytest
+import torch
+from uke import memory
+from uke.memory import MIB, Peak
+
+CPU = torch.device("cpu")
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+
+
+def fill(mib: int) -> None:
+    """Touch so many mebibytes and give them back."""
+    torch.ones(mib * MIB, dtype=torch.uint8)
+
+
+@on_linux
+def test_memory_that_was_freed_before_the_end_is_seen():
+    peak = Peak(CPU)
+    fill(64)
+    assert 60 < peak.mib() < 110
+
+
+@on_linux
+def test_the_highest_point_stays_what_it_was():
+    peak = Peak(CPU)
+    fill(96)
+    first = peak.mib()
+    fill(32)
+    assert 90 < first <= peak.mib() < first + 20
+
+
+@on_linux
+def test_an_earlier_and_higher_peak_is_not_counted():
+    fill(192)
+    peak = Peak(CPU)
+    assert peak.mib() < 30
+    fill(64)
+    assert 60 < peak.mib() < 110
+
+
+@on_linux
+def test_what_is_held_at_the_start_is_not_counted():
+    held = torch.ones(128 * MIB, dtype=torch.uint8)
+    peak = Peak(CPU)
+    fill(64)
+    assert 60 < peak.mib() < 110 and held.all()
+
+
+@pytest.mark.parametrize("where", ["none/clear_refs", "."], ids=["absent", "no file"])
+def test_a_system_that_does_not_tell_gives_no_number(monkeypatch, tmp_path, where):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / where)
+    peak = Peak(CPU)
+    fill(8)
+    assert peak.mib() is None
