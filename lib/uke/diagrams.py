@@ -195,6 +195,6 @@ def plane(frame: pd.DataFrame, by: str = "method", x: str = "kept", y: str = "wr
             colour, mark = (INK, "x") if name in tables.REFERENCES else (colour, mark)
             row = frame[frame[by] == name]
             ax.plot(row[x], row[y], mark, color=colour, ms=9 if mark == "*" else 6, mec=colour if mark == "x" else "white", mew=1.4 if mark == "x" else 0.5, label=LABELS.get(name, name), clip_on=False, zorder=3)
-        ax.set(xlabel=f"{x} (mean score)", ylabel=f"{y} (mean score)", xlim=(min(0.5, frame[x].min() - 0.05), 1.01), ylim=(0, max(0.5, frame[y].max() + 0.05)))
+        ax.set(xlabel=f"{x} (mean score)", ylabel=f"{y} (mean score)", xlim=(max(0, frame[x].min() - 0.05), 1.01), ylim=(0, max(0.5, frame[y].max() + 0.05)))
         fig.legend(loc="outside right center", ncols=1)
     return fig

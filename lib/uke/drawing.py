@@ -96,10 +96,11 @@ def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     """Names right of the axes for lines that end at (x, y) in a colour, moved apart where they would overlap."""
+    ax.get_xlim(), ax.get_ylim()  # asked for, the limits follow what was drawn last
     to_axes = ax.transData + ax.transAxes.inverted()
     points = {name: to_axes.transform((x, y)) for name, (x, y, _) in ends.items()}
     order = sorted(points, key=lambda name: points[name][1])
-    gap, heights = 0.08, {}
+    gap, heights = 0.14 / (0.75 * ax.figure.get_figheight()), {}  # inches that a name takes, as a share of the axes
     for name in order:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     above = 1.05
