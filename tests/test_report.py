@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uke import figures, report, tables, typesetting
+from uke import figures, report, rows, tables, typesetting
 from uke.errors import InputError
 from uke.peers import PEERS
 
@@ -331,3 +331,17 @@ def test_a_locate_then_edit_method_is_put_into_words_with_the_settings_it_uses_a
     assert "surprisal" in said["anyedit_pp"] and "all later windows" in said["muke"] and "no weight changes" in said["in_context"]
 
 
+def test_rows_made_by_another_process_cost_what_they_record(tmp_path, monkeypatch):
+    """A rerun that finds its rows takes seconds: said alone, they would make a study of an hour look free."""
+    monkeypatch.setenv("UKE_HOME", str(tmp_path))
+    paths = rows.Paths("smoke")
+    manifests = paths.results / "manifests"
+    manifests.mkdir(parents=True)
+    for notebook, work in (("07_recipe", 5.0), ("01_edits", 40.0)):
+        (manifests / f"{notebook}.json").write_text(json.dumps({"notebook": notebook, "work_seconds": work}))
+    unit = {"method": "FT-M", "factor": None, "level": None, "batch_size": 1, "recipe": "a", "phase": "after", "train_seconds": 60.0, "answer_seconds": 30.0}
+    paths.exported("07_recipe").parent.mkdir(parents=True)
+    pd.DataFrame([unit | {"batch": batch} for batch in (0, 0, 1)]).to_parquet(paths.exported("07_recipe"))
+    report.account(paths, ["07_recipe", "01_edits"])
+    said = json.loads((paths.figures / "sections" / "run.json").read_text())["numbers"]["cost.study_seconds"]
+    assert said["value"] == 180 + 40
