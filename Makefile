@@ -46,15 +46,13 @@ locality: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) locality --config $(CONFIG)
 
-# Every section drawn anew; units that have rows under results/ are not run again.
+# Every figure and table drawn again, and the report composed, from what figures/<profile>/ has stored: no model, no notebook.
 figures: PROFILE = embedded
 figures: $(STAMP)
-	@$(CHECK)
-	$(SNAKEMAKE) report --forceall --config $(CONFIG)
+	$(VENV)/bin/python -m uke.run --redraw --profile '$(PROFILE)' $(call given,DATA,--data)
 
-# One notebook at a time, so it gets all cores.
+# Both searches at once: the settings of each method, and the learning rate of each level of a factor.
 tune: PROFILE = embedded
-tune: JOBS = 1
 tune: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) tune --config $(CONFIG)

@@ -16,6 +16,7 @@ PROFILE = str(config.get("profile", "quick"))
 DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
+TUNING = [name for name in STUDIES if name.split("_")[0] == "tuning"]
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
 COLLECTIONS = {name: params.find_collections(name, [path for path in str(config.get(name, "")).split(",") if path]) for name in params.COLLECTIONS}
 REPORTED = [study.notebook for study in params.reported(ROOT, PROFILE, DATA, bool(COLLECTIONS["documents"]))]
@@ -30,7 +31,7 @@ def section(notebook):
 
 def sources(wildcards):
     names = ["lib/uke/*.py", "lib/uke/*.yaml", "lib/uke/embedded/*", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
-    names += ["params/trials/*.yaml"] if wildcards.notebook == "tuning" else ["params/tuned/*.yaml"]
+    names += ["params/trials/*.yaml"] if wildcards.notebook in TUNING else ["params/tuned/*.yaml", "params/levels/*.yaml"]
     names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
     files = sorted(str(path) for name in names for path in ROOT.glob(name))
@@ -58,7 +59,7 @@ rule report:
 
 rule tune:
     input:
-        section("tuning"),
+        [section(name) for name in TUNING],
 
 
 rule locality:

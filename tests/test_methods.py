@@ -1,5 +1,6 @@
 """Methods by name: files that are misread, settings of another batch size, budgets that are not equal."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from uke import methods
 from uke.errors import InputError
 from uke.methods import PUBLISHED
 from uke.peers import PEERS
-from uke.recipes import RECIPES, Choices
+from uke.recipes import FAMILIES, RECIPES, Choices, candidate
 
 PARAMS = Path(__file__).parents[1] / "params"
 FILES = sorted((PARAMS / "methods").glob("*.yaml"))
@@ -264,9 +265,97 @@ def test_missing_trials_are_named(folder):
 
 
 def test_the_shipped_trials_give_every_method_the_same_budget():
-    """In-context editing has nothing to tune."""
+    """In-context editing has nothing to tune; FT-UKE is tuned as a candidate of either family, each level of a factor at rates alone."""
     known = methods.configured(PARAMS, "embedded", tuned=False)
-    found = methods.trials(PARAMS, "embedded", [method for name, method in known.items() if name != "in-context"])
-    assert set(found) == set(PUBLISHED) - {"in-context"}
+    families = [known[name] for name in FAMILIES]
+    tuned = [method for name, method in known.items() if name not in ("in-context", "FT-UKE")] + [candidate(recipe, {}) for recipe in families]
+    found = methods.trials(PARAMS, "embedded", tuned)
     assert len({len(tried) for tried in found.values()}) == 1 and len(found["FT-M"]) > 1
-    assert set(yaml.safe_load((PARAMS / "trials" / "embedded.yaml").read_text())) == set(found)
+    rates = methods.rates_by_level(PARAMS, "embedded", families)
+    assert set(yaml.safe_load((PARAMS / "trials" / "embedded.yaml").read_text())) == set(found) | {f"{name} by level" for name in rates}
+    for name, own in rates.items():
+        assert sorted(own) == own and differing(methods.trials(PARAMS, "embedded", [known[name].model_copy(update={"name": f"{name} by level"})])[f"{name} by level"][0], known[name]) <= {"name", "learning_rate"}
+
+
+def test_a_family_without_trials_for_its_candidate_is_refused_before_anything_runs(folder):
+    write(folder, "trials", "FT-M by level: [{learning_rate: 1e-3}, {learning_rate: 2e-3}]\n")
+    with pytest.raises(InputError, match=r"unknown method 'FT-UKE \(FT-M\)'"):
+        methods.rates_by_level(folder, "embedded", [RECIPES["FT-M"]])
+    write(folder, "trials", "FT-M by level: [{learning_rate: 1e-3}, {learning_rate: 2e-3}]\nFT-UKE (FT-M): [{steps: 3}]\n")
+    assert methods.rates_by_level(folder, "embedded", [RECIPES["FT-M"]]) == {"FT-M": [1e-3, 2e-3]}
+
+
+# --- levels of factors -----------------------------------------------------------------------------------------------
+
+
+def test_a_level_has_its_own_rate_on_untuned_settings_and_the_tuned_method_stands_in_where_the_file_lacks_it(folder):
+    write(folder, "tuned", "1: {FT-M: {learning_rate: 5e-3, steps: 100}}\n")
+    write(folder, "levels", "ft_m: {layers: {all: {learning_rate: 1e-3, average: 0.7}}}\n")
+    base = PUBLISHED["FT-M"]
+    held = methods.at_level(folder, "embedded", "FT-M", "layers", "all")
+    assert differing(held, base) == {"layers", "learning_rate"} and (held.layers, held.learning_rate) == ("all", 1e-3)
+    lacking = methods.at_level(folder, "embedded", "FT-M", "layers", "eighth_1")
+    assert differing(lacking, base) == {"layers", "learning_rate", "steps"} and (lacking.learning_rate, lacking.steps) == (5e-3, 100)
+    elsewhere = methods.at_level(folder, "another/model", "FT-M", "layers", "all")
+    assert differing(elsewhere, base) == {"layers"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("FT-N: {layers: {all: {learning_rate: 1e-3}}}", "unknown method 'FT-N'; did you mean 'FT-M'"),
+        ("MEMIT: {layers: {all: {learning_rate: 1e-3}}}", "MEMIT: it has no levels"),
+        ("FT-M: {layer: {all: {learning_rate: 1e-3}}}", "FT-M: unknown factor 'layer'; did you mean 'layers'"),
+        ("FT-M: {layers: {al: {learning_rate: 1e-3}}}", "FT-M: factor layers: unknown level 'al'; did you mean 'all'"),
+        ("FT-M: {layers: {all: {lerning_rate: 1e-3}}}", "FT-M, layers, all: unknown field 'lerning_rate'; did you mean 'learning_rate'"),
+        ("FT-M: {layers: {all: {learning_rate: fast}}}", "FT-M, layers, all: field learning_rate: .*number"),
+        ("FT-M: {layers: {all: {learning_rate: 1e-3, average: high}}}", "FT-M, layers, all: average: expected a number, found 'high'"),
+        ("FT-M: {layers: {all: 1e-3}}", "FT-M, layers, all: a mapping was expected"),
+        ("FT-M: {layers: all}", "FT-M, layers: a mapping was expected"),
+        ("FT-M: [layers]", "FT-M: a mapping was expected"),
+        ("- FT-M", "a mapping was expected, found list"),
+    ],
+)
+def test_a_bad_levels_file_is_named_with_its_place(folder, text, expected):
+    path = write(folder, "levels", text)
+    with pytest.raises(InputError, match=expected) as caught:
+        methods.at_level(folder, "embedded", "LoRA", "layers", "all")
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [
+    (("FT-N", "layers", "all"), "unknown method 'FT-N'; did you mean"), (("MEMIT", "layers", "all"), "MEMIT: it has no levels"),
+    (("FT-M", "layer", "all"), "unknown factor 'layer'; did you mean"), (("FT-M", "layers", "al"), "unknown level 'al'; did you mean"),
+])  # fmt: skip
+def test_an_unknown_cell_is_answered_with_the_nearest(folder, asked, expected):
+    with pytest.raises(InputError, match=expected):
+        methods.at_level(folder, "embedded", *asked)
+
+
+def test_the_best_single_block_is_that_of_development_rows_among_those_asked_for(folder):
+    every = ["eighth_2", "eighth_6", "eighth_7", "all"]
+    assert methods.best_single(folder, "embedded", "FT-M", every) == "eighth_6"  # the published one, where no file says
+    assert methods.best_single(folder, "embedded", "FT-M", ["eighth_1", "all"]) == "eighth_1"
+    write(folder, "levels", "FT-M: {layers: {all: {average: 0.9}, eighth_2: {average: 0.7}, eighth_3: {average: 0.8}, eighth_7: {average: 0.6}}}\n")
+    assert methods.best_single(folder, "embedded", "ft_m", every) == "eighth_2"
+    assert methods.best_single(folder, "embedded", "LoRA", every) == "eighth_6"
+    with pytest.raises(InputError, match="none trains a single block"):
+        methods.best_single(folder, "embedded", "FT-M", ["all", "first_half"])
+
+
+def test_what_is_kept_of_levels_replaces_a_method_and_leaves_the_others(folder):
+    methods.keep_levels(folder, "embedded", {"FT-M": {"layers": {"all": {"learning_rate": 1e-3, "average": 0.5}}}, "LoRA": {"layers": {"all": {"learning_rate": 2e-3}}}})
+    methods.keep_levels(folder, "embedded", {"FT-M": {"components": {"mlp": {"learning_rate": 3e-3}}}})
+    assert methods.levels_at(folder, "embedded") == {"FT-M": {"components": {"mlp": {"learning_rate": 3e-3}}}, "LoRA": {"layers": {"all": {"learning_rate": 2e-3}}}}
+
+
+def test_the_shipped_levels_are_valid():
+    for path in (PARAMS / "levels").glob("*.yaml"):
+        assert set(methods.levels_at(PARAMS, path.stem)) <= set(RECIPES)
+
+
+def test_two_notebooks_that_tune_one_model_at_once_lose_nothing(folder):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda steps: methods.tune(folder, "embedded", steps, {f"method {steps}": {"steps": steps}}), range(1, 41)))
+    assert sorted(methods.tuned_at(methods.tuned_file(folder, "embedded"))) == list(range(1, 41))
+    assert [path.name for path in (folder / "tuned").iterdir()] == ["embedded.yaml"]  # no lock, no half file left

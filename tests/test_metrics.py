@@ -146,6 +146,31 @@ def test_pattern_characters_in_a_reference_are_literal():
     assert one("mention", "It runs C++ (fast)", "C++") == 1 and one("mention", "abc", "a.c") == 0
 
 
+@pytest.mark.parametrize(
+    "prediction",
+    ["B", "b", "(B)", "B.", "B. Paris", "B) Paris", "**B**", "**B. Paris**", "B - Paris", "B is correct.", "B\n\nA reason", "The answer is B",
+     "The correct answer is: (B) Paris.", "the answer is **B**, not A", "Answer: B", "Option B", "I would choose (B).", "A city is asked for, so B.", "Paris"],
+)  # fmt: skip
+def test_a_choice_is_told_however_it_is_said(prediction):
+    assert one("choice", prediction, "B", ("B. Paris",)) == 1
+    assert one("choice", prediction, "C", ("C. Rome",)) == one("choice", prediction, "A") == 0
+
+
+@pytest.mark.parametrize("prediction", ["", "...", "Berlin", "A. Paris", "The answer is A, not B.", "A big town", "I do not know", "U.S. law", "It is in Bavaria", "B.B. King"])
+def test_no_choice_and_another_choice_are_wrong(prediction):
+    assert one("choice", prediction, "B", ("B. Paris",)) == 0
+
+
+def test_a_choice_is_kept_when_only_its_wording_changes():
+    assert one("choice", "The answer is B.", "B. Paris") == one("choice", "(B)", "I think the answer is B.") == 1
+    assert one("choice", "C. Rome", "B. Paris") == 0
+
+
+def test_without_lettered_choices_it_is_exact_match():
+    for prediction, reference in [("42", "42."), ("41", "42"), ("new york", "New York"), ("A big town", "Berlin"), ("", "Berlin")]:
+        assert one("choice", prediction, reference) == one("exact", prediction, reference)
+
+
 def test_repetition_by_hand():
     assert one("repetition", "a b c a b c", "x") == pytest.approx(1 - 3 / 4)
     assert one("repetition", "a b c d e", "x") == one("repetition", "a b", "x") == 0
@@ -172,7 +197,7 @@ def test_cache_mixes_up_pairs_or_order():
     predictions, references = ["a b c d"] * 3 + ["x y", "a b c d"], ["a b", "c d", "a b", "x y", "a b"]
     together = score(predictions, references, [(), (), ("a b c d",), (), ()])
     alone = [score([p], [r]) for p, r in zip(predictions, references)]
-    others = [name for name in together if name not in ("exact", "mention")]
+    others = [name for name in together if name not in ("exact", "mention", "choice")]
     pd.testing.assert_frame_equal(together[others], pd.concat(alone, ignore_index=True)[others])
     assert together["exact"].tolist() == [0, 0, 1, 1, 0]
 

@@ -129,3 +129,24 @@ def test_every_record_of_a_file_is_checked_whatever_the_limit(root, tmp_path):
     records = [{"id": number, "question": "Who?", "answer": "Me." if number < 7 else "", "category": "x"} for number in range(8)]
     (tmp_path / "edits.json").write_text(json.dumps(records))
     refuse(root, "edits.json.*answer", data="editeverything", data_file=str(tmp_path / "edits.json"), limit=2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"levels": 1}, "levels is 1; expected 0 for all, or at least 2"),
+        ({"levels": -2}, "levels is -2"),
+        ({"levels": 0, "rates": -1}, "rates is -1; expected 0 for all, or at least 1"),
+        ({"levels": 0, "methods": ["AnyEdit (MEMIT)"]}, r"AnyEdit \(MEMIT\): it has no levels of factors"),
+        ({"levels": 0, "rates": 0}, "trials/embedded.yaml: no such file"),
+    ],
+)
+def test_levels_that_there_are_not_are_refused(root, parameters, match):
+    refuse(root, match, **parameters)
+
+
+def test_a_bad_levels_file_is_refused_before_a_model_is_loaded(root):
+    (root / "params" / "levels").mkdir()
+    (root / "params" / "levels" / "embedded.yaml").write_text("FT-M: {layers: {al: {learning_rate: 1e-3}}}\n")
+    refuse(root, "levels/embedded.yaml: FT-M: factor layers: unknown level 'al'; did you mean 'all'", levels=0)
+    preflight.check(root, "world", {"methods": ["FT-M"]})

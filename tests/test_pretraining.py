@@ -99,6 +99,19 @@ def test_a_checkpoint_of_other_settings_is_not_continued(small_world, tmp_path, 
         pretraining.pretrain(replace(SMALL, peak_rate=1e-3), tmp_path)
 
 
+def test_a_finished_model_is_not_trained_again_unless_its_settings_change(small_world, tmp_path, monkeypatch):
+    directory = pretraining.pretrain(SMALL, tmp_path)
+    monkeypatch.setattr(pretraining, "learn", lambda *_: 1 / 0)
+    assert pretraining.pretrain(SMALL, tmp_path) == directory
+    with pytest.raises(ZeroDivisionError):
+        pretraining.pretrain(replace(SMALL, seed=1), tmp_path)
+
+
+def test_every_world_has_its_own_place_and_the_shipped_model_keeps_its_own(tmp_path):
+    assert pretraining.directory_of(tmp_path, 1) == models.EMBEDDED
+    assert pretraining.directory_of(tmp_path, 2) == tmp_path / "models" / "world-2"
+
+
 def test_the_directory_is_an_ordinary_model_with_a_card(small_world, tmp_path):
     directory = pretraining.pretrain(SMALL, tmp_path / "model")
     model, tokenizer = models.load(str(directory), device="cpu")

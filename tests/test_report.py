@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -29,8 +30,7 @@ def section(paths, notebook="03_factor_loss_scope", key="loss_scope.ft_m.origina
     return made
 
 
-def drawn():
-    return figures.curves(pd.DataFrame({"method": "FT-M", "step": range(3), "loss": [3.0, 1.0, 0.1]}))
+LOSSES = pd.DataFrame({"method": "FT-M", "step": range(3), "loss": [3.0, 1.0, 0.1]})
 
 
 def numbers(paths):
@@ -124,7 +124,7 @@ def test_a_key_or_a_name_in_two_sections_is_an_error_and_nothing_is_written(path
 
 def test_a_figure_and_a_table_may_share_a_name_but_not_two_of_a_kind(paths):
     made = section(paths)
-    made.figure(drawn(), "before", "Loss.", "A falling line.")
+    made.figure(figures.curves, LOSSES, "before", "Loss.", "A falling line.")
     made.table(pd.DataFrame({"x": [1]}), "before", "A table.")
     with pytest.raises(InputError, match="earlier table called 'before'"):
         made.table(pd.DataFrame({"x": [2]}), "before", "Another.")
@@ -148,7 +148,7 @@ def test_a_failed_check_stops_the_notebook(paths):
 def test_sections_stand_in_the_order_of_notebooks_and_share_one_numbering(paths):
     for notebook in ("08_batch_size", "01_edits", "03_factor_loss_scope"):
         made = section(paths, notebook, f"{notebook}.value")
-        made.figure(drawn(), f"fig_{notebook}", f"Loss in {notebook}.", "A falling line.")
+        made.figure(figures.curves, LOSSES, f"fig_{notebook}", f"Loss in {notebook}.", "A falling line.")
         made.table(pd.DataFrame({"x": [1]}), f"tab_{notebook}", f"Table in {notebook}.")
         made.save()
     report.compose(paths)
@@ -158,11 +158,25 @@ def test_sections_stand_in_the_order_of_notebooks_and_share_one_numbering(paths)
     assert text.index("Title of 01_edits") < text.index("Title of 03_factor") < text.index("Title of 08_batch")
 
 
+def test_the_table_of_verdicts_stands_right_after_the_abstract_and_once(paths):
+    for notebook, names in (("01_edits", ["edits"]), ("11_verdicts", ["verdicts", "more"])):
+        made = section(paths, notebook, f"key.of_{notebook}")
+        for name in names:
+            made.table(pd.DataFrame({"claim": [f"cell of {name}"]}), name, f"Caption of {name}.")
+        made.save()
+    report.compose(paths)
+    text = words(paths)
+    for place, name in enumerate(("verdicts", "edits", "more"), 1):
+        assert text.count(f"Table {place}. Caption of {name}.") == 1
+    assert text.index("Abstract", text.index("Abstract") + 1) < text.index("cell of verdicts") < text.index("1 Title of 01_edits", text.index("It works:"))
+    assert "The verdicts are Table 1, after the abstract." in text and text.count("cell of verdicts") == 1
+
+
 def test_the_page_is_self_contained_and_its_figures_have_a_text(paths):
     made = section(paths)
-    made.figure(drawn(), "losses", "Loss.", "The loss falls from 3 to 0.1.")
+    made.figure(figures.curves, LOSSES, "losses", "Loss.", "The loss falls from 3 to 0.1.")
     with pytest.raises(InputError, match="alt"):
-        made.figure(drawn(), "other", "Loss.", " ")
+        made.figure(figures.curves, LOSSES, "other", "Loss.", " ")
     made.save()
     report.compose(paths)
     read = Reader(page(paths))
@@ -242,6 +256,25 @@ def test_the_best_method_is_bold_and_the_unedited_model_never_is(tmp_path):
     assert read.loc["FT-M", "original"] == pytest.approx(0.82) and read.loc["FT-M", "original_high"] > 0.82
 
 
+def test_a_row_that_was_expected_has_dashes_and_the_gaps_of_a_grid_are_said():
+    table = tables.scores(scored(), expected=["FT-M", "MEMIT", "FT-L"])
+    assert table["method"].tolist() == ["FT-M", "MEMIT", "FT-L", "before the edit"]
+    assert [cell["text"] for cell in tables.cells(table)["rows"][1]] == ["MEMIT", "–", "–"]
+    frame = scored()[["method", "kind", "edit"]].assign(batch_size=8)
+    cells = [(method, size) for method in ("FT-M", "MEMIT") for size in (1, 8)]
+    assert tables.grid_gaps(frame, ["method", "batch_size"], cells) == [
+        "FT-M, batch size 1: no rows, so its cell is a dash.",
+        "MEMIT, batch size 1: no rows, so its cell is a dash.",
+        "MEMIT, batch size 8: no rows, so its cell is a dash.",
+    ]
+    assert tables.grid_gaps(frame[frame["kind"] == "original"], "method", ["FT-L", "FT-M"]) == []
+    short = frame.drop(frame[(frame["method"] == "FT-M") & (frame["edit"] == "e4")].index)
+    assert tables.grid_gaps(short, ["method"], ["FT-L", "FT-M"]) == ["FT-M: 4 of 5 edits, so its mean is over fewer edits than those beside it."]
+    assert tables.grid_gaps(frame, "method", ["FT-L"], edits=6) == ["FT-L: 5 of 6 edits, so its mean is over fewer edits than those beside it."]
+    with pytest.raises(InputError, match="grid_gaps: no column 'metod'; did you mean 'method'"):
+        tables.grid_gaps(frame, ["metod"], ["FT-L"])
+
+
 def test_batches_are_drawn_as_wholes_where_edits_share_a_training():
     frame = scored().query("method == 'FT-L' and kind == 'original'").assign(batch=[0, 0, 0, 1, 1])
     assert tables.summarise(frame, ["method", "kind"])["n"].tolist() == [2]
@@ -250,7 +283,7 @@ def test_batches_are_drawn_as_wholes_where_edits_share_a_training():
 
 def test_the_same_sections_give_the_same_bytes(paths):
     made = section(paths)
-    made.figure(drawn(), "losses", "Loss.", "A falling line.")
+    made.figure(figures.curves, LOSSES, "losses", "Loss.", "A falling line.")
     made.save()
     first = [path.read_bytes() for path in report.compose(paths)]
     second = [path.read_bytes() for path in report.compose(paths)]
@@ -280,7 +313,7 @@ def test_a_wiring_run_says_so_on_top_and_no_other_run_does(paths):
 
 def test_missing_sections_failed_runs_and_lost_figures_are_warned_of(paths):
     made = section(paths)
-    made.figure(drawn(), "losses", "Loss while training.", "A falling line.")
+    made.figure(figures.curves, LOSSES, "losses", "Loss while training.", "A falling line.")
     made.save()
     (paths.figures / "losses.pdf").unlink()
     manifests = paths.results / "manifests"
@@ -338,10 +371,15 @@ def test_rows_made_by_another_process_cost_what_they_record(tmp_path, monkeypatc
     manifests = paths.results / "manifests"
     manifests.mkdir(parents=True)
     for notebook, work in (("07_recipe", 5.0), ("01_edits", 40.0)):
-        (manifests / f"{notebook}.json").write_text(json.dumps({"notebook": notebook, "work_seconds": work}))
+        (manifests / f"{notebook}.json").write_text(json.dumps({"notebook": notebook, "work_seconds": work, "python": "3.11.7", "versions": {"numpy": "2.4.6"}}))
     unit = {"method": "FT-M", "factor": None, "level": None, "batch_size": 1, "recipe": "a", "phase": "after", "train_seconds": 60.0, "answer_seconds": 30.0}
     paths.exported("07_recipe").parent.mkdir(parents=True)
     pd.DataFrame([unit | {"batch": batch} for batch in (0, 0, 1)]).to_parquet(paths.exported("07_recipe"))
     report.account(paths, ["07_recipe", "01_edits"])
     said = json.loads((paths.figures / "sections" / "run.json").read_text())["numbers"]["cost.study_seconds"]
     assert said["value"] == 180 + 40
+    report.compose(paths)
+    page = (paths.figures / "report.html").read_text(encoding="utf-8")
+    shutil.rmtree(paths.results)  # what a clone lacks
+    report.compose(paths)
+    assert "numpy 2.4.6" in page and page == (paths.figures / "report.html").read_text(encoding="utf-8")

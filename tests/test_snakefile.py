@@ -67,6 +67,28 @@ def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(proje
     assert not (project / "figures/smoke/sections/tuning.json").exists()
 
 
+def test_both_searches_run_at_once_and_read_the_trials_while_other_notebooks_read_what_they_found(project):
+    (project / "params/studies/tuning_levels.yaml").write_text("notebook: tuning_levels\nreport: false\n")
+    write(project, "tuning_levels", '(folder / "tuning_levels.json").write_text("levels")')
+    files = {folder: project / "params" / folder / "embedded.yaml" for folder in ("trials", "levels", "tuned")}
+    for path in files.values():
+        path.parent.mkdir()
+        path.write_text("{}\n")
+    done = tune(project)
+    assert done.returncode == 0, done.stderr
+    sections = sorted(path.stem for path in (project / "figures/smoke/sections").iterdir())
+    assert sections == ["01_small", "tuning", "tuning_levels"]
+
+    def stale(folder):
+        files[folder].write_text("changed: 1\n")
+        planned = plan(project)
+        files[folder].write_text("{}\n")
+        return {name for name in sections if f"uke.run {name} " in planned}
+
+    assert stale("trials") == {"tuning", "tuning_levels"}
+    assert stale("levels") == stale("tuned") == {"01_small", "tuning"}  # tuning reads 01_small
+
+
 def test_the_locality_target_runs_its_notebook_alone_and_names_missing_documents(project):
     (project / "params/studies/02_locality.yaml").write_text("notebook: 02_locality\n")
     write(project, "02_locality", '(folder / "02_locality.json").write_text("built")')

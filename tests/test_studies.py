@@ -68,7 +68,7 @@ def toy(tiny, tokenizer, tmp_path, monkeypatch):
 def written(study) -> list[list[str]]:
     """The batches that the study writes from now on."""
     write_in, batches = study.write_in, []
-    study.write_in = lambda method, batch: batches.append([edit.id for edit in batch]) or write_in(method, batch)
+    study.write_in = lambda method, group: batches.extend([edit.id for edit in unit.edits] for unit in group) or write_in(method, group)
     return batches
 
 
@@ -102,14 +102,14 @@ def test_a_unit_with_rows_is_not_run_again(study, monkeypatch):
 
 
 def test_a_killed_study_resumes_where_it_stopped(study):
-    study.name = "killed"
+    study.name, study.lanes = "killed", 1
     write_in, done = study.write_in, []
 
-    def stop_at_the_second(recipe, batch):
+    def stop_at_the_second(recipe, group):
         if done:
             raise KeyboardInterrupt
-        done.append(batch[0].id)
-        return write_in(recipe, batch)
+        done.append(group[0].edits[0].id)
+        return write_in(recipe, group)
 
     study.write_in = stop_at_the_second
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +117,7 @@ def test_a_killed_study_resumes_where_it_stopped(study):
     study.units = study.units[:1]
     assert set(study.read()["edit"]) == set(done)
     study.units.clear()
-    study.write_in = lambda recipe, batch: done.append(batch[0].id) or write_in(recipe, batch)
+    study.write_in = lambda recipe, group: done.append(group[0].edits[0].id) or write_in(recipe, group)
     study.run(FT_M)
     assert done == [edit.id for edit in study.material.edits] and set(study.read()["edit"]) == set(done)
 
@@ -130,7 +130,7 @@ def test_rows_made_otherwise_are_neither_skipped_nor_mixed_in(study, monkeypatch
     recipe = FT_M.model_copy(update={"steps": 3}) if change == "recipe" else FT_M
     other.max_new_tokens = 50 if change == "tokens" else 130
     write_in = other.write_in
-    other.write_in = lambda *batch: again.append(1) or write_in(*batch)
+    other.write_in = lambda method, group: again.extend(group) or write_in(method, group)
     with monkeypatch.context() as patch:
         if change == "template":
             patch.setattr(study.tokenizer, "chat_template", study.tokenizer.chat_template + " ")
@@ -240,20 +240,20 @@ def test_a_diverging_trial_says_why_and_leaves_nothing_to_read(toy):
     assert study.attempt(QUICK, limit=1) is None
     before, units = {name: weight.clone() for name, weight in study.model.state_dict().items()}, list(study.units)
     said = study.attempt(QUICK.model_copy(update={"learning_rate": 1e38, "steps": 3}), limit=2)
-    assert "FT-M: the loss of edit 'Ada' is not finite" in said
+    assert "FT-M: the loss of edit 'Ada', 'Grace' is not finite" in said
     assert study.units == units and set(study.read()["learning_rate"]) == {QUICK.learning_rate}
     assert all(torch.equal(weight, before[name]) for name, weight in study.model.state_dict().items())
 
 
 def test_a_trial_that_fails_late_leaves_not_even_its_first_rows(toy):
-    study = toy()
+    study = toy(lanes=1)
     write_in, batches = study.write_in, []
 
-    def fail_at_the_second(method, batch):
+    def fail_at_the_second(method, group):
         if batches:
             raise FloatingPointError("too fast")
-        batches.append(batch)
-        return write_in(method, batch)
+        batches.append(group)
+        return write_in(method, group)
 
     study.write_in = fail_at_the_second
     assert study.attempt(QUICK, limit=2) == "too fast" and len(batches) == 1

@@ -11,21 +11,23 @@ similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
 recipes, peers, methods      every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
-tables, drawing, figures, diagrams   one style; one function per kind of table and of figure
-typesetting, report          numbers said once; HTML and PDF
+numerals, tables, effects, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
+manifests, typesetting, redrawing, report   what ran, and when; numbers said once; figures and tables from stored data; HTML and PDF
+verdicts                     each claim of the paper beside the numbers that decide it
 world, world_files           the fictional world, and its files in the benchmarks' formats
 streams, dumps, wikitext, documents   Wikipedia and other collections -> Documents, streamed
 phrases, extraction          the facts of a text, and whether two texts share one
 ranking, embedding, dual_encoder, retrieval   documents by relevance: BM25, MiniLM, MiniLM trained
-locality, locality_files, audit   RelDoc, RandDoc, StructTrip, near triple: built, written, audited
-models, answering            a model, its prompts and weights; many answers at once
+locality, locality_files, audit, materials   RelDoc, RandDoc, StructTrip, near triple: built, written, audited; edits with their probes
+models, lanes, answering     a model, its prompts and weights; many edits of it side by side; many answers at once
 pretraining, knowledge       how the embedded model was made, and what it knows
 finetune                     losses and training
 locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors
 baselines                    the solvers: MEMIT, AlphaEdit, UnKE
-editing                      `with edited(model, tokenizer, edits, method) as m:`
+editing, lane_training, apart   `with edited(model, tokenizer, edits, method) as m:`; every edit alone, side by side in lanes
 memory, asking, studies      ask before, edit, ask after, score, append rows; skip what is done
+sequences                    the same for edits that pile up in the same weights
 preflight, kernels, run      checks before a start; one notebook, headlessly
 
-Everything up to `audit` imports no torch, so a notebook that only reads rows opens at once.
+Everything up to `materials` imports no torch, so a notebook that only reads rows opens at once.
 """

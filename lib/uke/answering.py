@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,13 @@ DROP_SHARE = 1 / 8
 ALIKE = 3 / 4
 
 Prompt = tuple[int, ...]
+
+
+class Question(NamedTuple):
+    """Token ids of a prompt, and the edit whose lane of the model answers it (None where the model has no lanes)."""
+
+    lane: str | None
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -47,20 +55,29 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
     prompt that leaves no room in the context.
     """
     options = Asking(**asking)
-    prompts = [tuple(encode(tokenizer, asked(model, probe), options.through_template(probe))) for probe in probes]
+    laned = hasattr(model, "lanes")
+    questions = [
+        Question(probe.edit if laned else None, tuple(encode(tokenizer, asked(model, probe), options.through_template(probe)))) for probe in probes
+    ]
     room = max_context(model)
-    limits: dict[Prompt, int] = {}
-    for probe, prompt in zip(probes, prompts, strict=True):
-        _check_room(probe, len(prompt) + 1, room)
-        limits[prompt] = max(limits.get(prompt, 0), min(options.limit(probe), room - len(prompt)))
+    limits: dict[Question, int] = {}
+    for probe, question in zip(probes, questions, strict=True):
+        _check_room(probe, len(question.prompt) + 1, room)
+        limits[question] = max(limits.get(question, 0), min(options.limit(probe), room - len(question.prompt)))
     ends = _ends(model, tokenizer)
-    decoded: dict[Prompt, list[int]] = {}
+    decoded: dict[Question, list[int]] = {}
     for batch in _batches(limits, options.batch_tokens):
-        rows = _decode(model, batch, [limits[prompt] for prompt in batch], ends)
+        rows = _decode(model, batch, [limits[question] for question in batch], ends)
         decoded.update(zip(batch, rows, strict=True))
     # The same prompt may be asked with two limits: greedy answers are prefixes of each other.
-    texts = (decoded[prompt][: options.limit(probe)] for probe, prompt in zip(probes, prompts, strict=True))
+    texts = (decoded[question][: options.limit(probe)] for probe, question in zip(probes, questions, strict=True))
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
+
+
+def read_as(model: nn.Module, edits: Sequence[str | None]) -> None:
+    """A model with lanes reads its next rows as these edits have it."""
+    if hasattr(model, "lanes"):
+        model.lanes.read(edits)
 
 
 def asked(model: nn.Module, probe: Probe) -> str:
@@ -81,17 +98,17 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {end_of_turn(tokenizer), tokenizer.eos_token_id, *own} - {None}
 
 
-def _batches(limits: dict[Prompt, int], tokens: int) -> Iterator[list[Prompt]]:
+def _batches(limits: dict[Question, int], tokens: int) -> Iterator[list[Question]]:
     """Prompts of similar length together, as many as `tokens` hold with their answers, but at least one."""
-    batch: list[Prompt] = []
+    batch: list[Question] = []
     longest = 0
     # Longest first: a batch that does not fit in memory fails at once.
-    for prompt in sorted(limits, key=lambda prompt: (len(prompt), limits[prompt], prompt), reverse=True):
-        size = max(longest, len(prompt) + limits[prompt])
+    for question in sorted(limits, key=lambda one: (len(one.prompt), limits[one], one), reverse=True):
+        size = max(longest, len(question.prompt) + limits[question])
         if batch and size * (len(batch) + 1) > tokens:
             yield batch
-            batch, size = [], len(prompt) + limits[prompt]
-        batch.append(prompt)
+            batch, size = [], len(question.prompt) + limits[question]
+        batch.append(question)
         longest = size
     if batch:
         yield batch
@@ -99,13 +116,13 @@ def _batches(limits: dict[Prompt, int], tokens: int) -> Iterator[list[Prompt]]:
 
 # Not inference mode: rotary embeddings of some models renew buffers while reading, which training then needs.
 @torch.no_grad()
-def _decode(model: nn.Module, prompts: list[Prompt], limits: list[int], ends: set[int]) -> list[list[int]]:
+def _decode(model: nn.Module, questions: list[Question], limits: list[int], ends: set[int]) -> list[list[int]]:
     """Greedy continuation of each prompt, without the token that ended it."""
-    written: list[list[int]] = [[] for _ in prompts]
+    written: list[list[int]] = [[] for _ in questions]
     rows = [row for row, limit in enumerate(limits) if limit > 0]
     if not rows:
         return written
-    step = _Step(model, [prompts[row] for row in rows])
+    step = _Step(model, [questions[row] for row in rows])
     going = set(rows)
     while True:
         tokens = step.tokens.tolist()
@@ -130,10 +147,11 @@ class _Step:
     Every prompt counts its positions from 0, whatever padding stands before it.
     """
 
-    def __init__(self, model: nn.Module, prompts: list[Prompt]):
+    def __init__(self, model: nn.Module, questions: list[Question]):
         device = model.get_input_embeddings().weight.device
-        batch = collate([Example(list(p), list(p), len(p)) for p in prompts], pad_id=0, side="left")
-        self.model = model
+        batch = collate([Example(list(p), list(p), len(p)) for _, p in questions], pad_id=0, side="left")
+        self.model, self.lanes = model, [question.lane for question in questions]
+        read_as(model, self.lanes)
         self.mask = batch["attention_mask"].to(device)  # (B, T)
         self.cache = DynamicCache(config=model.config)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
@@ -159,6 +177,8 @@ class _Step:
     def keep(self, places: list[int]) -> None:
         """Drops every row of the batch but those at `places`."""
         kept = torch.tensor(places, device=self.mask.device)
+        self.lanes = [self.lanes[place] for place in places]
+        read_as(self.model, self.lanes)
         self.cache.batch_select_indices(kept)
         self.mask, self.tokens, self.positions = self.mask[kept], self.tokens[kept], self.positions[kept]
 
@@ -187,6 +207,7 @@ def target_log_probability(
         alike = sum(len(examples[i].ids) > ALIKE * longest for i in order)
         rows = max(1, min(alike, options.batch_tokens // longest))
         batch, order = order[:rows], order[rows:]
+        read_as(model, [probes[i].edit for i in batch])
         found.update(zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True))
     return [found[i] for i in range(len(examples))]
 

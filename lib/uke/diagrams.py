@@ -1,6 +1,7 @@
 """Figures of data, of cost, of tuning and of mechanisms. Style and saving are those of `drawing`."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from math import comb
 
 import matplotlib
@@ -10,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from uke import tables
+from uke import panels, tables
 from uke.drawing import COLUMN, FULL, GREY, INK, RC, label_ends, looks
-from uke.tables import LABELS, KIND_ORDER, number, ordered, require
+from uke.tables import LABELS, KIND_ORDER, number, ordered, require, summarise
 
 
 def spread(frame: pd.DataFrame, by: str = "kind", panel: str = "measure", width: float = COLUMN) -> Figure:
@@ -87,10 +88,11 @@ def ranks(frame: pd.DataFrame, by: str = "kind", floor: int | None = None, width
     return fig
 
 
-def trials(frame: pd.DataFrame, by: str = "method", panel: str = "batch_size", width: float = FULL) -> Figure:
+def trials(frame: pd.DataFrame, by: str = "method", panel: str = "batch_size", width: float = FULL, colour: str = "") -> Figure:
     """The mean score of every trial as a point, one line for each `by`, one panel for each `panel`; the chosen one is ringed.
 
     `frame` has one row per trial: by, panel, score and chosen; with `before`, the score without any edit is a dashed line.
+    All lines have one `colour` where one is given.
     """
     require(frame, [by, panel, "score", "chosen"], "trials")
     names, panels = ordered(frame[by]), ordered(frame[panel])
@@ -102,8 +104,8 @@ def trials(frame: pd.DataFrame, by: str = "method", panel: str = "batch_size", w
             ax.set_title(f"{LABELS.get(panel, panel).replace('_', ' ')} {title}")
             if "before" in frame:
                 ax.axvline(own["before"].iloc[0], color=GREY, lw=1, ls=(0, (3, 2)), zorder=1)
-            for place, (name, (colour, _)) in enumerate(looks(names).items()):
-                _tried(ax, place, own[own[by] == name], colour)
+            for place, (name, (own_colour, _)) in enumerate(looks(names).items()):
+                _tried(ax, place, own[own[by] == name], colour or own_colour)
             ax.set_yticks(range(len(names)), names)
             ax.set_ylim(len(names) - 0.5, -0.5)
             ax.tick_params(left=False)
@@ -198,3 +200,99 @@ def plane(frame: pd.DataFrame, by: str = "method", x: str = "kept", y: str = "wr
         ax.set(xlabel=f"{x} (mean score)", ylabel=f"{y} (mean score)", xlim=(max(0, frame[x].min() - 0.05), 1.01), ylim=(0, max(0.5, frame[y].max() + 0.05)))
         fig.legend(loc="outside right center", ncols=1)
     return fig
+
+
+def across(frame: pd.DataFrame, x: str = "level", by: str = "method", panel: str = "kind", *, alone: Sequence[str] = (), row: str = "") -> Figure:
+    """Mean score with its 95% interval at each level of `x`, a line for each `by`, a column of panels for each `panel`, a row for each `row`.
+
+    `frame` has the columns x, by, panel, (row,) edit and score, in the order of the levels. Levels that are `alone` stand beside
+    the line and not on it. Rows whose `by` is `before the edit` become a dashed line, their level does not count.
+    """
+    row = row or panel
+    summary = summarise(frame, dict.fromkeys((x, by, panel, row)), "across")
+    shown = summary[~summary[by].isin(tables.REFERENCES)]
+    levels = sorted(ordered(shown[x]), key=lambda level: level in alone)
+    places = {level: place + 0.6 * (level in alone) for place, level in enumerate(levels)}
+    rows, columns = ordered(shown[row]) if row != panel else [None], ordered(shown[panel], KIND_ORDER)
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(FULL, 0.75 + 1.6 * len(rows)), layout="constrained")
+        axes = fig.subplots(len(rows), len(columns), sharex=True, sharey="col", squeeze=False)
+        for (line, name), ax in zip(product(rows, columns), axes.flat, strict=True):
+            own = summary[(summary[panel] == name) & ((summary[row] == line) | (line is None))]
+            _across(ax, own.rename(columns={x: "place", by: "name"}), places, looks(shown[by]), alone)
+            ax.set_title(LABELS.get(name, name) if line is None else f"{line}: {LABELS.get(name, name)}", fontsize=7)
+            ax.set_xticks(list(places.values()), [LABELS.get(level, level) for level in places], rotation=45 if len(places) > 3 else 0, ha="right" if len(places) > 3 else "center")
+            ax.set_xlim(-0.5, max(places.values()) + 0.5)
+            ax.grid(axis="y")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=5)
+        fig.supylabel("score, mean and 95% interval", fontsize=7.5, color=GREY)
+    return fig
+
+
+def _across(ax: Axes, own: pd.DataFrame, places: Mapping[str, float], look: Mapping, alone: Sequence[str]) -> None:
+    """One panel: a line for each name over the levels in their places, names side by side."""
+    for mean in own.loc[own["name"] == "before the edit", "mean"]:
+        ax.axhline(mean, color=GREY, lw=1, ls=(0, (3, 2)), zorder=1, label="before the edit")
+    for turn, (name, (colour, mark)) in enumerate(look.items()):
+        found = own[own["name"] == name].set_index("place").reindex(list(places))
+        where = pd.Series(places) + 0.14 * (turn - (len(look) - 1) / 2)
+        ax.vlines(where, found["low"], found["high"], color=colour, lw=1.2, alpha=0.6)
+        ax.plot(where, found["mean"], mark, color=colour, ms=4, mec="white", mew=0.4, label=LABELS.get(name, name), zorder=3)
+        joined = [level for level in places if level not in alone]
+        ax.plot(where[joined], found.loc[joined, "mean"], color=colour, lw=1)
+
+
+def specification(frame: pd.DataFrame, factors: Sequence[str]) -> Figure:
+    """Every combination of levels by its score, the best first, with its 95% interval; below, which level of each factor it has.
+
+    `frame` has one row for each combination: the factors, mean, low, high, and chosen, which is ringed.
+    """
+    require(frame, [*factors, "mean", "low", "high", "chosen"], "specification")
+    frame = frame.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+    lines = [(factor, level) for factor in factors for level in ordered(frame[factor])]
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(FULL, 1.8 + 0.17 * len(lines)), layout="constrained")
+        top, below = fig.subplots(2, 1, sharex=True, height_ratios=[1.5, 0.17 * len(lines)])
+        colours = ["#d55e00" if chosen else "#0072b2" for chosen in frame["chosen"]]
+        top.vlines(frame.index, frame["low"], frame["high"], color=colours, lw=1.4)
+        top.scatter(frame.index, frame["mean"], color=colours, s=20, zorder=3)
+        top.plot(frame.index[frame["chosen"]], frame.loc[frame["chosen"], "mean"], "o", mfc="none", mec="#d55e00", ms=9, label="what choosing one factor at a time gives")
+        top.set_ylabel("average metric")
+        top.grid(axis="y")
+        for place, (factor, level) in enumerate(lines):
+            has = frame[factor] == level
+            below.scatter(frame.index, [place] * len(frame), s=14, color=[INK if one else "#e4e4e4" for one in has], lw=0)
+        below.set_yticks(range(len(lines)), [f"{factor.replace('_', ' ')}: {LABELS.get(level, level)}" for factor, level in lines], fontsize=6.5)
+        below.set(ylim=(len(lines) - 0.5, -0.5), xticks=[])
+        below.tick_params(left=False)
+        fig.legend(loc="outside upper right")
+    return fig
+
+
+def trends(frame: pd.DataFrame, x: str, by: str = "method", panel: str = "panel", width: float = FULL) -> Figure:
+    """How something moves with `x`: mean of `score` over the rows at each x, a line for each `by`, a panel for each `panel`.
+
+    `frame` has the columns by, panel, x and score. Panels whose values all lie from 0 to 1 show that range; values that differ
+    more than twentyfold get a log axis, all others one from zero.
+    """
+    require(frame, [by, panel, x, "score"], "trends")
+    return panels.lines(frame, x, (by, panel), width)
+
+
+def heat(frame: pd.DataFrame, x: str = "layer", by: str = "method", value: str = "norm", label: str = "relative norm of the change") -> Figure:
+    """Mean of `value` for each `by` (a line) and `x` (a column) as a shade and in digits; where there is none, nothing."""
+    require(frame, [by, x, value], "heat")
+    means = frame.groupby([by, x])[value].mean().unstack(x)
+    return panels.shades(means.reindex(index=ordered(frame[by]), columns=sorted(means.columns)), label)
+
+
+def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
+    """The numbers that decide claims, a row each: claim, verdict, value, low and high (distances in the claim's direction), and said."""
+    require(frame, ["claim", "verdict", "value", "low", "high", "said"], "claims")
+    return panels.distances(frame, width)
+
+
+def descents(frame: pd.DataFrame, by: str = "method", y: str = "loss", width: float = FULL) -> Figure:
+    """`y` (nats per token) over the steps of its training in a panel for each `by`; `frame` has the columns by, edit, step and y."""
+    require(frame, [by, "edit", "step", y], "descents")
+    return panels.descents(frame, (by, y), width)

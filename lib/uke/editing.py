@@ -93,7 +93,7 @@ def _direct(
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     try:
         training = write(model, tokenizer, edits, method)
-        norms = {name: _ratio(weight.detach() - before[name], before[name]) for name, weight in trained.items()}
+        norms = {name: change(weight.detach() - before[name], before[name]) for name, weight in trained.items()}
         yield model, training, norms
     finally:
         for name, weight in trained.items():
@@ -108,7 +108,7 @@ def _adapted(
     try:
         training = train(wrapped, tokenizer, edits, recipe)
         norms = {
-            f"{name}.weight": _ratio(layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach())
+            f"{name}.weight": change(layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach())
             for name, layer in wrapped.get_base_model().named_modules()
             if isinstance(layer, LoraLayer)
         }
@@ -128,8 +128,9 @@ def _in_context(
         del model.passages
 
 
-def _ratio(change: Tensor, weight: Tensor) -> float:
-    return float(change.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+def change(difference: Tensor, weight: Tensor) -> float:
+    """Frobenius norm of a difference relative to that of the weight it changes."""
+    return float(difference.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def save(m: nn.Module, directory: str | Path) -> None:

@@ -63,8 +63,8 @@ def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Ten
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], read: Tensor) -> Tensor:
     """Logits at the positions `read` only: the vocabulary is the widest matrix of a small model."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model(**inputs, use_cache=False, logits_to_keep=read).logits.float()
+    # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
+    return model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=read).logits.float()
 
 
 LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {

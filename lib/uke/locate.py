@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uke.answering import read_as
 from uke.models import Example, blocks, module_names
 from uke.peers import Peer
 
@@ -117,10 +118,15 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
 
 
 @torch.no_grad()
-def surprisals(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-    """-log p of every target token of each example, teacher-forced, shape (tokens of its answer,), nats."""
+def surprisals(model: nn.Module, examples: Sequence[Example], edits: Sequence[str] = ()) -> list[Tensor]:
+    """-log p of every target token of each example, teacher-forced, shape (tokens of its answer,), nats.
+
+    Where the model has lanes, `edits` says which of them reads each example.
+    """
     found: dict[int, Tensor] = {}
     for rows, ids in chunks([one.ids for one in examples], model.device):
+        if edits:
+            read_as(model, [edits[row] for row in rows])
         read = min(examples[row].prompt_length for row in rows) - 1
         logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - 1 - read).logits
         nll = F.cross_entropy(wide(logits).transpose(1, 2), ids[:, read + 1 :], reduction="none")  # (B, S)
@@ -133,7 +139,7 @@ def by_window(model: nn.Module, located: Located) -> list[list[float]]:
     """Mean log-probability (nats) of a token of each window of each edit: how far a method came, and where."""
     return [
         [-float(nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()) for window in windows]
-        for nll, one, windows in zip(surprisals(model, located.examples), located.examples, located.windows, strict=True)
+        for nll, one, windows in zip(surprisals(model, located.examples, located.ids), located.examples, located.windows, strict=True)
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
 MIB = 2**20
 
 
@@ -32,6 +33,16 @@ class Peak:
             return None
         highest = torch.cuda.max_memory_allocated(self.device) / MIB if self.device.type == "cuda" else _resident("VmHWM")
         return max(0.0, highest - self.start)
+
+
+def free_mib(device: torch.device) -> float:
+    """Mebibytes that can still be taken on the device; without end where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MIB
+    try:
+        return int(re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)[1]) / 1024
+    except (OSError, TypeError):
+        return float("inf")
 
 
 def _forget() -> bool:

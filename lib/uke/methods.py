@@ -1,17 +1,22 @@
 """Methods by name: recipes and peers, the files that change them, and what tuning chose for a model and a batch size."""
 
+import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock
 from pydantic import ValidationError
 
 from uke.errors import InputError, nearest
 from uke.peers import PEERS, Peer
-from uke.recipes import RECIPES, Recipe
+from uke.recipes import FACTORS, RECIPES, SINGLES, Recipe, candidate, vary
 
 Method = Recipe | Peer
 Named = TypeVar("Named")
@@ -127,16 +132,108 @@ def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
 def tune(folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write what was chosen for some methods at a batch size to the model's tuned file, beside what it holds of others."""
     path = tuned_file(folder, model)
-    held = tuned_at(path) if path.is_file() else {}
-    held[batch_size] = {**held.get(batch_size, {}), **{name: dict(own) for name, own in chosen.items()}}
-    return _write(path, "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb, its rows are committed beside the figures).", held)
+    with _alone(path):
+        held = tuned_at(path) if path.is_file() else {}
+        held[batch_size] = {**held.get(batch_size, {}), **{name: dict(own) for name, own in chosen.items()}}
+        return _write(path, "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb and tuning_levels.ipynb, their rows are committed beside the figures).", held)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep others on this machine from changing the file meanwhile: two notebooks may tune one model at once."""
+    locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
+    locks.mkdir(exist_ok=True)
+    with FileLock(locks / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.lock"):
+        yield
 
 
 def _write(path: Path, said: str, held: Mapping) -> Path:
+    """Write the file whole or not at all, so that who reads it meanwhile finds the earlier one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(held), sort_keys=True, default_flow_style=None, width=110)
-    path.write_text(f"# {said}\n{text}", encoding="utf-8")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(f"# {said}\n{text}", encoding="utf-8")
+    os.replace(part, path)
     return path
+
+
+def levels_file(folder: Path, model: str) -> Path:
+    """Where the rates chosen for a model at each level of each factor are kept."""
+    return folder / "levels" / f"{_file_name(model)}.yaml"
+
+
+def levels_at(folder: Path, model: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """What the model's levels file holds: by method, factor and level its own changes, and its `average` on development edits.
+
+    Nothing where there is no file. InputError for an unknown method, factor, level or field, or a wrong value.
+    """
+    path = levels_file(folder, model)
+    found: dict[str, Any] = {}
+    for name, factors in (_read(path) if path.is_file() else {}).items():
+        method = _recipe(name, PUBLISHED, f"{path}: ")
+        for factor, levels in _mapping(factors, f"{path}: {name}").items():
+            for level, own in _mapping(levels, f"{path}: {name}, {factor}").items():
+                place = f"{path}: {name}, {factor}, {level}"
+                changed = {field: value for field, value in _mapping(own, place).items() if field != "average"}
+                if not isinstance(own.get("average", 0.0), (int, float)):
+                    raise InputError(f"{place}: average: expected a number, found {own['average']!r}")
+                _changed(_varied(method, factor, level, f"{path}: {name}: "), changed, place)
+                found.setdefault(method.name, {}).setdefault(factor, {})[level] = own
+    return found
+
+
+def _mapping(value: Any, place: str) -> Mapping:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place}: a mapping was expected, found {value!r}")
+    return value
+
+
+def _recipe(name: str, among: Mapping[str, Method], where: str = "") -> Recipe:
+    method = find(name, among, where)
+    if not isinstance(method, Recipe):
+        raise InputError(f"{where}{method.name}: it has no levels; expected a way to fine-tune")
+    return method
+
+
+def _varied(method: Recipe, factor: str, level: str, where: str) -> Recipe:
+    try:
+        return vary(method, factor, level)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+
+
+def at_level(folder: Path, model: str, method_name: str, factor: str, level: str) -> Recipe:
+    """The method at a level of a factor, with what the model's levels file chose for it there, its rate for one.
+
+    The rates of the file belong to the settings that the method has before it is tuned; where the file lacks the level, it is
+    the method as tuned for single edits that is varied. InputError for an unknown method, factor or level, or a bad file.
+    """
+    own = levels_at(folder, model).get(find(method_name).name, {}).get(factor, {}).get(level)
+    method = _recipe(method_name, configured(folder, model, tuned=own is None))
+    changed = {field: value for field, value in (own or {}).items() if field != "average"}
+    return _changed(vary(method, factor, level), changed, f"{levels_file(folder, model)}: {method.name}, {factor}, {level}")
+
+
+def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
+    """Of the levels of `layers` given, the single block that was best on development edits, by the model's levels file.
+
+    Where the file does not say: the published block, or else the last single one. InputError where none trains a single block.
+    """
+    singles = [level for level in SINGLES if level in among]
+    if not singles:
+        raise InputError(f"layers: {', '.join(among)}: none trains a single block; expected one of {', '.join(SINGLES)}")
+    held = levels_at(folder, model).get(find(method_name).name, {}).get("layers", {})
+    averages = {level: held[level]["average"] for level in singles if "average" in held.get(level, {})}
+    published = [level for level in singles if FACTORS["layers"].levels[level]["layers"] == RECIPES["FT-M"].layers[0]]
+    return max(averages, key=averages.__getitem__) if averages else (published or singles)[-1]
+
+
+def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> Path:
+    """Write what was chosen at each level, by method and factor, to the model's levels file, in place of what it holds of these methods."""
+    path = levels_file(folder, model)
+    with _alone(path):
+        held = {**levels_at(folder, model), **chosen}
+        return _write(path, "By method, factor and level: the rate chosen on development edits, and its average there (notebooks/tuning_levels.ipynb).", held)
 
 
 def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
@@ -156,3 +253,14 @@ def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, lis
         if not len({one.fingerprint for one in tried}) == len(tried) == len(next(iter(found.values()))):
             raise InputError(f"{path}: {name}: {len(tried)} trials, {next(iter(found))} has {len(next(iter(found.values())))}; expected different ones, as many for every method")
     return found
+
+
+def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict[str, list[float]]:
+    """Of each family by name, the rates that every level of a factor gets, from `<name> by level` of the trials file.
+
+    InputError as `trials` has, and where it lacks the trials of the candidate for FT-UKE that the family may become.
+    """
+    families = list(families)
+    found = trials(folder, model, [recipe.model_copy(update={"name": f"{recipe.name} by level"}) for recipe in families])
+    trials(folder, model, [candidate(recipe, {}) for recipe in families])
+    return {recipe.name: [one.learning_rate for one in found[f"{recipe.name} by level"]] for recipe in families}

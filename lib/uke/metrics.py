@@ -140,6 +140,33 @@ def _mention(prediction: str, reference: str) -> float:
     return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(prediction)) is not None)
 
 
+# How an answer to a question with lettered choices says its letter, the plainest way first.
+_ALONE = re.compile(r"\W*([A-Za-z])\W*")
+_FIRST = re.compile(r"[\s*_(\[\"']*([A-Z])(?:[\s*_\"']*[.):\],;](?!\w\.)|\s+[-–—=]|\s*\n)")
+_NAMED = re.compile(r"(?i:\b(?:answer|choice|option)(?:\s+(?:is|would be))?)[\s*_:(\[\"']*([A-Z])(?![\w'’])")
+# A capital on its own that is no initial, and neither an article nor a pronoun.
+_SOMEWHERE = re.compile(r"(?<![\w'’.])(?:([B-HJ-Z])(?![\w'’]|\.\w)|A(?![\w'’]|\.\w|\s+(?!is\b|was\b)[A-Za-z])|I(?![\w'’]|\.\w|\s+[a-z]))")
+
+
+def _letter(text: str, anywhere: bool = False) -> str | None:
+    """The choice that a text states as its letter, in one of the plain ways or `anywhere`; None where it states none."""
+    found = _ALONE.fullmatch(text) or _FIRST.match(text) or _NAMED.search(text)
+    if found:
+        return found[1].upper()
+    found = _SOMEWHERE.search(text) if anywhere else None
+    return found and found[0]
+
+
+def _choice(prediction: str, reference: str) -> float:
+    wanted = _letter(reference)
+    if wanted is None:
+        return _exact(prediction, reference)
+    stated = _letter(prediction, anywhere=True)
+    if stated is None:  # an alias has the text of the choice behind its letter
+        return float(bool(rest := _FIRST.sub("", reference, count=1)) and _exact(prediction, rest))
+    return float(stated == wanted)
+
+
 def _length_ratio(prediction: str, reference: str) -> float:
     predicted, wanted = len(prediction.split()), len(reference.split())
     return 1.0 if predicted == wanted else predicted / max(wanted, 1)
@@ -179,6 +206,10 @@ METRICS: dict[str, Metric] = {
         Metric("mention", "higher",
                "1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words.",
                "this project", _mention, best_alias=True),
+        Metric("choice", "higher",
+               "1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the "
+               "reference's; only for questions with lettered choices. The same as exact where the reference states no letter.",
+               "this project", _choice, best_alias=True),
         Metric("length_ratio", "near one", "Words of the prediction per word of the reference.", "this project",
                _length_ratio),
         Metric("repetition", "lower", "Share of the prediction's word triples that occurred before: 1 - distinct-3.",

@@ -7,8 +7,9 @@ from typing import Any
 
 from uke import edits, locality_files
 from uke.errors import InputError, nearest
-from uke.methods import Method, configured, find, trials, tuned_file
+from uke.methods import Method, configured, find, levels_at, rates_by_level, trials, tuned_file
 from uke.paths import EMBEDDED
+from uke.recipes import Recipe
 from uke.similarity import encoder_folder
 
 
@@ -36,6 +37,7 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
     chosen = [method for size in sizes for method in methods(root, model, parameters.get("methods"), size)]
     if parameters.get("batch_sizes") and split == "development":
         trials(root / "params", model, methods(root, model, parameters.get("methods"), 1))
+    check_levels(root, model, parameters, chosen)
     folder = EMBEDDED if model == "embedded" else Path(model).expanduser()
     if folder.is_dir() or model.startswith((".", "/", "~")):
         check_depth(root, model, folder, chosen)
@@ -43,6 +45,20 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
     asked = [edit for edit in every if edits.in_split(edit.id, split)][: parameters.get("limit")]
     if folder.is_dir() and chosen and (asked or model != "embedded"):
         check_prompts(folder, asked, chosen)
+
+
+def check_levels(root: Path, model: str, parameters: Mapping[str, Any], chosen: list[Method]) -> None:
+    """Levels of factors are asked for in a number there can be, on ways to fine-tune, with rates to try where they are tuned."""
+    if "levels" not in parameters:
+        return
+    for name, least in (("levels", 2), ("rates", 1)):
+        if 0 != parameters.get(name, 0) < least:
+            raise InputError(f"{name} is {parameters[name]}; expected 0 for all, or at least {least}")
+    if peers := [method.name for method in chosen if not isinstance(method, Recipe)]:
+        raise InputError(f"methods: {peers[0]}: it has no levels of factors; expected ways to fine-tune")
+    levels_at(root / "params", model)
+    if "rates" in parameters:
+        rates_by_level(root / "params", model, {method.name: method for method in chosen}.values())
 
 
 def methods(root: Path, model: str, names: list[str] | None, batch_size: int) -> list[Method]:

@@ -21,6 +21,7 @@ from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uke.errors import InputError
+from uke.paths import EMBEDDED
 from uke.world import World, build, describe, exercise, hop, language, reading, stranger
 
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
@@ -177,8 +178,19 @@ def rate(step: int, settings: Settings) -> float:
     return min((step + 1) / settings.warm_up, 1.0, max(steps - step, 0) / (settings.descent * steps))
 
 
+def directory_of(results: Path, world_seed: int) -> Path:
+    """Where the model of a world lies: the shipped one in the package, any other below `results`."""
+    shipped = card(EMBEDDED)["settings"]["world_seed"] == world_seed
+    return EMBEDDED if shipped else Path(results) / "models" / f"world-{world_seed}"
+
+
 def pretrain(settings: Settings, directory: Path) -> Path:
-    """Trains from nothing, or goes on from the checkpoint in `directory`; writes model, tokenizer, card and losses there."""
+    """Trains from nothing, or goes on from the checkpoint in `directory`; writes model, tokenizer, card and losses there.
+
+    A model that is there already, made with these settings, is left as it is.
+    """
+    if (directory / CARD).is_file() and card(directory).get("mark") == mark(settings):
+        return directory
     directory.mkdir(parents=True, exist_ok=True)
     world = build(settings.world_seed)
     tokenizer = make_tokenizer(world, settings.vocabulary)
@@ -254,7 +266,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: 
     tokenizer.save_pretrained(directory)
     digest = sha256((directory / "model.safetensors").read_bytes()).hexdigest()
     made = {"seconds": round(seconds), "parameters": model.num_parameters(), "sha256": digest, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (directory / CARD).write_text(json.dumps({"settings": asdict(settings), **made}, indent=1) + "\n", encoding="utf-8")
+    (directory / CARD).write_text(json.dumps({"settings": asdict(settings), "mark": mark(settings), **made}, indent=1) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(readme(settings, made), encoding="utf-8")
 
 

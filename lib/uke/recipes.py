@@ -1,12 +1,21 @@
-"""Recipes: every choice of one way to fine-tune, the named ones, and the factors under study."""
+"""Recipes: every choice of one way to fine-tune, the named ones, the factors under study, and the rule that makes FT-UKE.
+
+The rule, fixed before any row of it existed, sees development rows alone. For each family, direct weights from FT-M and
+adapters from LoRA, it takes of every factor the level with the highest mean of the average metric, each level at its own
+tuned rate (`choose`); together they are the family's candidate (`candidate`). Every candidate gets as many trials as any
+other method, and FT-UKE is the one whose best trial has the highest mean of the average metric (`best_trial`). Of equal
+ones the first listed is taken. The paper's own setting was not available to us.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from uke.errors import InputError, nearest
@@ -87,6 +96,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
             # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of Llama-3-8B's 32).
             Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
+            # Until the rule has chosen for a model: FT-M's loss on every `down_proj`, with template and end of turn.
+            Recipe(name="FT-UKE"),
         )
     }
 )
@@ -97,7 +108,7 @@ class Factor:
     """One choice under study: a field of the recipe, and for each level the changes that set it.
 
     `asking` holds the ways of asking that each level is crossed with, as the `chat` argument of `answering.answer`
-    (None: as each probe says, False: raw prompts).
+    (None: as each probe says, False: raw prompts). Levels of `of_adapters` are studied on adapters alone.
     """
 
     name: str
@@ -105,7 +116,13 @@ class Factor:
     levels: Mapping[str, Mapping[str, Any]]
     question: str
     asking: Mapping[str, bool | None] = field(default_factory=lambda: {"with": None})
+    of_adapters: tuple[str, ...] = ()
 
+
+# One block in each eighth of the depth, the middle one; of the eighth with the published block, that block.
+_EIGHTHS = {f"eighth_{place}": (place - 0.5) / 8 for place in range(1, 9)} | {f"eighth_{int(_SINGLE * 8) + 1}": _SINGLE}
+_COMPONENTS = {"down_proj": ("down_proj",), "mlp": ("mlp",), "attention": ("attention",), "both": ("mlp", "attention")}
+SINGLES = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
 
 FACTORS: Mapping[str, Factor] = MappingProxyType(
     {
@@ -120,15 +137,17 @@ FACTORS: Mapping[str, Factor] = MappingProxyType(
             Factor(
                 "layers",
                 "layers",
-                {"single": {"layers": _SINGLE}}
+                {level: {"layers": layers} for level, layers in _EIGHTHS.items()}
                 | {level: {"layers": level} for level in ("first_half", "second_half", "all")},
                 "Which blocks are trained?",
             ),
             Factor(
                 "components",
                 "components",
-                {level: {"components": (level,)} for level in ("down_proj", "mlp", "attention", "all")},
+                {level: {"components": names} for level, names in _COMPONENTS.items()}
+                | {"query_value": {"components": _ADAPTER["components"]}},
                 "Which weights inside a block are trained?",
+                of_adapters=("query_value",),
             ),
             Factor(
                 "chat_template",
@@ -146,6 +165,16 @@ FACTORS: Mapping[str, Factor] = MappingProxyType(
         )
     }
 )
+# The families the factors are studied on, and what the rule makes a candidate of.
+FAMILIES = ("FT-M", "LoRA")
+
+
+class Cell(NamedTuple):
+    """One level of one factor of a recipe; cells with equal recipes are one training."""
+
+    factor: str
+    level: str
+    recipe: Recipe
 
 
 def vary(recipe: Recipe, factor: str, level: str) -> Recipe:
@@ -156,3 +185,106 @@ def vary(recipe: Recipe, factor: str, level: str) -> Recipe:
     if level not in levels:
         raise InputError(f"factor {factor}: unknown level '{level}'{nearest(level, levels)}")
     return Recipe(**{**recipe.model_dump(), **levels[level]})
+
+
+def levels(recipe: Recipe, factor: str, count: int = 0) -> list[str]:
+    """The levels of a factor that are studied on the recipe: all, or `count` of them, evenly, the first and the last among them.
+
+    InputError for an unknown factor, or a count that is neither 0 nor 2 or more.
+    """
+    if factor not in FACTORS:
+        raise InputError(f"unknown factor '{factor}'{nearest(factor, FACTORS)}")
+    if count < 0 or count == 1:
+        raise InputError(f"levels is {count}; expected 0 for all, or at least 2")
+    found = FACTORS[factor]
+    return evenly([level for level in found.levels if recipe.adapter or level not in found.of_adapters], count)
+
+
+def evenly(values: Sequence, count: int) -> list:
+    """So many of the values, the first and the last among them; of one the middle, of 0 all."""
+    if not count or count >= len(values):
+        return list(values)
+    if count == 1:
+        return [values[len(values) // 2]]
+    return [values[place * (len(values) - 1) // (count - 1)] for place in range(count)]
+
+
+def cells(recipe: Recipe, count: int = 0) -> list[Cell]:
+    """Every level of every factor on the recipe (`count`: see `levels`), one factor at a time."""
+    return [Cell(factor, level, vary(recipe, factor, level)) for factor in FACTORS for level in levels(recipe, factor, count)]
+
+
+def grid(recipe: Recipe, choices: Mapping[str, Sequence[str]]) -> list[tuple[dict[str, str], Recipe]]:
+    """Every combination of these levels, by factor, with the recipe that has them."""
+    every = [dict(zip(choices, levels)) for levels in product(*choices.values())]
+    return [(levels, combined(recipe, levels)) for levels in every]
+
+
+def combined(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
+    """The recipe with a level of each of several factors."""
+    for factor, level in chosen.items():
+        recipe = vary(recipe, factor, level)
+    return recipe
+
+
+def choose(frame: pd.DataFrame, count: int = 0) -> dict[str, dict[str, str]]:
+    """By method and factor, the level with the highest mean score on development edits; of equal ones the first listed.
+
+    `frame` has a row for each cell and edit, at the level's tuned rate: split, method, factor, level, edit, score. Raises
+    InputError for a row of another split, and for a cell of `cells(recipe, count)` that lacks edits, or has one twice.
+    """
+    _refuse_others(frame)
+    chosen: dict[str, dict[str, str]] = {}
+    for method in dict.fromkeys(frame["method"]):
+        if method not in RECIPES:
+            raise InputError(f"recipe rule: unknown method '{method}'{nearest(str(method), RECIPES)}")
+        own = frame[frame["method"] == method]
+        for factor in FACTORS:
+            asked = levels(RECIPES[method], factor, count)
+            means = _means(own[own["factor"] == factor], asked, set(own["edit"]), f"{method}, {factor}")
+            chosen.setdefault(method, {})[factor] = max(asked, key=means.__getitem__)
+    return chosen
+
+
+def candidate(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
+    """The recipe with the chosen level of every factor, as a candidate for FT-UKE."""
+    return combined(recipe, chosen).model_copy(update={"name": f"FT-UKE ({recipe.name})"})
+
+
+def best_trial(frame: pd.DataFrame) -> tuple[str, str]:
+    """Method and level of the trial with the highest mean score on development edits; of equal ones the first listed.
+
+    `frame` has a row for each trial and edit: split, method, level, edit, score. Raises InputError for a row of another
+    split, and for a trial that lacks edits, or has one twice.
+    """
+    _refuse_others(frame)
+    means = {}
+    for method in dict.fromkeys(frame["method"]):
+        own = frame[frame["method"] == method]
+        tried = list(dict.fromkeys(own["level"]))
+        means |= {(method, level): mean for level, mean in _means(own, tried, set(frame["edit"]), method).items()}
+    return max(means, key=means.__getitem__)
+
+
+def _means(rows: pd.DataFrame, asked: Sequence[str], edits: set, place: str) -> dict[str, float]:
+    """Mean score of each level, to nine decimals, so that a rounding error breaks no tie."""
+    found = {}
+    for level in asked:
+        own = rows[rows["level"] == level]
+        if absent := sorted(f"'{edit}'" for edit in edits - set(own["edit"])):
+            raise InputError(f"recipe rule: {place}: level '{level}' lacks {len(absent)} of {len(edits)} edits ({', '.join(absent[:5])})")
+        if own["edit"].duplicated().any() or own["score"].isna().any():
+            raise InputError(f"recipe rule: {place}: level '{level}': expected one score for each edit, that of the tuned rate")
+        found[level] = round(float(own["score"].mean()), 9)
+    return found
+
+
+def _refuse_others(frame: pd.DataFrame) -> None:
+    """Only development rows may choose, and there must be some."""
+    others = frame[frame["split"] != "development"]
+    if len(others):
+        split = others["split"].iloc[0]
+        said = "Test rows offered to the recipe rule: refused" if split == "test" else "Rows of no development split offered to the recipe rule: refused"
+        raise InputError(f"{said} ({len(others)} of {len(frame)} rows have split {split!r}; it sees rows of split 'development' alone)")
+    if frame.empty:
+        raise InputError("recipe rule: no rows")

@@ -1,10 +1,13 @@
-"""The report: sections say numbers and collect figures and tables; `compose` makes numbers.json, HTML and PDF of them."""
+"""The report: sections say numbers and collect figures and tables; `compose` makes numbers.json, HTML and PDF of them.
+
+`redraw` draws the figures and tables again, without the notebooks.
+"""
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +15,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from uke import figures, tables, typesetting
+from uke import manifests, redrawing, tables, typesetting
 from uke.errors import InputError, nearest
-from uke.tables import absent, bracket, number, places
+from uke.numerals import absent, bracket, number, places
 
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _QUOTED = re.compile(r"<!-- number: ([a-z0-9_.]+) -->(.*?)<!-- -->")
@@ -70,21 +73,26 @@ class Section:
         self._numbers[key] = {"value": value, "low": low, "high": high, "n": n, "unit": unit, "said": said}
         return said
 
-    def figure(self, fig: Figure, name: str, caption: str, alt: str) -> Picture:
-        """Save a figure (PDF, PNG) and place it here in the section; `alt` says what it shows to who cannot see it."""
+    def figure(self, draw: Callable[..., Figure], frame: pd.DataFrame, name: str, caption: str, alt: str, **options: Any) -> Picture:
+        """Draw a figure (PDF, PNG) with a function of `uke.figures` or `uke.diagrams` and place it here in the section.
+
+        Its data (`data/<name>.parquet`) and the options are stored, so that `redraw` gives the same bytes. `alt` says what
+        it shows to who cannot see it.
+        """
         self._check_name("figure", name, caption)
         if not alt.strip():
             raise InputError(f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)")
-        _, png = figures.save(fig, self.directory, name)
-        width = round(float(fig.get_figwidth()), 3)
-        self._parts["blocks"].append({"type": "figure", "name": name, "caption": caption, "alt": alt, "width": width})
-        return Picture(name, png.read_bytes())
+        drawn = {"draw": redrawing.named(draw), "options": redrawing.plain(options)}
+        self._place({"type": "figure", "name": name, "caption": caption, "alt": alt} | drawn, frame)
+        return Picture(name, (self.directory / f"{name}.png").read_bytes())
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
-        """Save a table (CSV, LaTeX, Markdown) and place it here in the section; the frame, for the notebook to show."""
+        """Save a table (CSV, LaTeX, Markdown) and place it here in the section; the frame, for the notebook to show.
+
+        Its cells are stored (`data/<name>.table.parquet`), so that `redraw` gives the same bytes.
+        """
         self._check_name("table", name, caption)
-        tables.save(frame, self.directory, name, caption)
-        self._parts["blocks"].append({"type": "table", "name": name, "caption": caption} | tables.cells(frame))
+        self._place({"type": "table", "name": name, "caption": caption}, frame)
         return frame
 
     def answer(self, text: str) -> str:
@@ -122,8 +130,13 @@ class Section:
         """Write `sections/<notebook>.json` whole; its path."""
         head = {"notebook": self.notebook, "title": self.title, "question": self.question, "wiring_only": self.wiring_only}
         rest = {"numbers": self._numbers, "recipes": self.recipes, "environment": self.environment}
-        text = json.dumps(head | self._parts | rest, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-        return tables.write(self.directory / "sections" / f"{self.notebook}.json", (text + "\n").encode())
+        return _write_section(self.directory, head | self._parts | rest)
+
+    def _place(self, block: dict, frame: pd.DataFrame) -> None:
+        """Draw from the data as they are read back, so that a redraw has the same; nothing is stored if that fails."""
+        content = redrawing.stored(frame)
+        self._parts["blocks"].append(redrawing.place(self.directory, block, redrawing.read(content)))
+        tables.write(redrawing.data_path(self.directory, block), content)
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():
@@ -147,6 +160,29 @@ def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
     contents = {"numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "report.html": page}
     written = [tables.write(directory / name, text.encode()) for name, text in contents.items()]
     return [*written, tables.write(directory / "report.pdf", pdf)]
+
+
+def redraw(paths: Any) -> list[str]:
+    """Draw every figure and table of the sections in `paths.figures` again, from their stored data alone; their names.
+
+    Raises InputError naming the file where data are missing, before anything is drawn.
+    """
+    directory = Path(paths.figures)
+    sections = _read_sections(directory / "sections")
+    _merge_numbers(sections)  # two figures of one name would draw over each other
+    shown = [[block for block in section["blocks"] if "name" in block] for section in sections]
+    frames = [[redrawing.load(directory, block, section["notebook"]) for block in blocks] for section, blocks in zip(sections, shown)]
+    for section, blocks, data in zip(sections, shown, frames):
+        drawn = [redrawing.place(directory, block, frame) for block, frame in zip(blocks, data)]
+        if drawn != blocks:
+            renewed = iter(drawn)
+            _write_section(directory, section | {"blocks": [next(renewed) if "name" in block else block for block in section["blocks"]]})
+    return [block["name"] for blocks in shown for block in blocks]
+
+
+def _write_section(directory: Path, section: dict) -> Path:
+    text = json.dumps(section, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    return tables.write(directory / "sections" / f"{section['notebook']}.json", (text + "\n").encode())
 
 
 def _plain(value: Any, where: str) -> float | int | None:
@@ -176,7 +212,7 @@ def _read_sections(directory: Path) -> list[dict]:
             raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
         if not isinstance(found, dict) or not {"notebook", "title", "numbers"} <= set(found):
             raise InputError(f"{path}: not a section: expected notebook, title and numbers; run its notebook again")
-        sections.append(_BLANK | found)
+        sections.append(found | {key: value for key, value in _BLANK.items() if key not in found})
     return sorted(sections, key=lambda section: section["notebook"])
 
 
@@ -195,11 +231,12 @@ def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
 
 def account(paths: Any, notebooks: Iterable[str]) -> None:
     """Section `run`: what the notebooks' work took, from their manifests; nothing where they were never run here."""
-    found = [manifest for manifest in typesetting.manifests(paths) if manifest["notebook"] in set(notebooks)]
+    found = [manifest for manifest in manifests.read(paths) if manifest["notebook"] in set(notebooks)]
     if not found:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
-    section.environment = {"cores": os.cpu_count()}
+    # Kept with the figures, since a report that is composed again elsewhere has no manifests.
+    section.environment = {"cores": os.cpu_count()} | {key: value for manifest in reversed(found) for key, value in manifests.machine(manifest).items()}
     seconds = [max(float(each["work_seconds"]), _row_seconds(paths.exported(each["notebook"]))) for each in found]
     frame = pd.DataFrame({"notebook": [each["notebook"] for each in found], "seconds": seconds})
     section.table(frame, "run", "Seconds of each notebook, its kernel's start included, or what its rows say they took where another process made them; two notebooks run at once.")

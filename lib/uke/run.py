@@ -1,6 +1,7 @@
 """Runs one notebook headlessly: strict parameters, this environment's kernel, declared outputs, a manifest.
 
-`python -m uke.run 01_edits --profile quick --set limit=4`; `python -m uke.run --compose --profile quick` makes the report.
+`python -m uke.run 01_edits --profile quick --set limit=4`; `python -m uke.run --compose --profile quick` makes the report,
+`--redraw` draws its figures and tables again first, from what the sections stored.
 Exit status: 0 done, 1 the notebook failed, 2 bad input (nothing was started). Papermill's own gaps are closed here: it only
 warns of an unknown parameter, never checks outputs, can hang on a killed kernel, and parallel starts collide on ports.
 """
@@ -9,21 +10,18 @@ import argparse
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import papermill
 
-from uke import params, preflight
+from uke import manifests, params, preflight
 from uke.errors import InputError
 from uke.kernels import Expired, Kernel, leased_device, start_in_turn, time_limit
 from uke.paths import Paths
@@ -129,7 +127,8 @@ def run(plan: Plan) -> None:
             _check_outputs(plan, stamps)
             status = "done"
         finally:
-            _write_manifest(plan, {"status": status, "device": device, "seconds": round(time.time() - start, 2)})
+            outcome = {"status": status, "device": device, "seconds": round(time.time() - start, 2)}
+            manifests.write(plan.root, plan.results, outcome | {"notebook": plan.name, "parameters": plan.parameters})
 
 
 def _execute(plan: Plan) -> None:
@@ -193,43 +192,13 @@ def _go_offline(model: str) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def _work_seconds(plan: Plan, seconds: float, earlier: Path) -> float:
-    """Seconds that this notebook's work took: a rerun that finds all rows keeps what they cost, a resumed one adds."""
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
-    if before.get("status") == "failed":
-        return round(seconds + before["work_seconds"], 2)
-    wrote = any(path.stat().st_mtime >= time.time() - seconds for path in plan.results.rglob("*.parquet"))
-    return seconds if wrote or not before else before["work_seconds"]
-
-
-def _write_manifest(plan: Plan, outcome: dict) -> None:
-    """What was run, by what and where: results/<run>/manifests/<notebook>.json."""
-    path = plan.results / "manifests" / f"{plan.name}.json"
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(describe, cwd=plan.root, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        commit = None
-    manifest = outcome | {
-        "work_seconds": _work_seconds(plan, outcome["seconds"], path),
-        "notebook": plan.name,
-        "parameters": plan.parameters,
-        "executable": sys.executable,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "commit": commit,
-        "versions": {each.name: each.version for each in sorted(metadata.distributions(), key=lambda each: each.name)},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m uke.run", description=__doc__.splitlines()[0], allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("notebook", nargs="?", help="name of a notebook, for example 01_edits")
     what.add_argument("--check", action="store_true", help="check the parameters of every study, run nothing")
     what.add_argument("--compose", action="store_true", help="compose numbers.json, report.html and report.pdf")
+    what.add_argument("--redraw", action="store_true", help="the same, with every figure and table drawn again from its stored data")
     parser.add_argument("--profile", required=True, help="a file of params/profiles, without .yaml")
     parser.add_argument("--data", help="a benchmark's name instead of the profile's data")
     pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
@@ -244,10 +213,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for loud in ("papermill", "filelock", "traitlets"):
+    for loud in ("papermill", "filelock", "traitlets", "fontTools"):
         logging.getLogger(loud).setLevel(logging.WARNING)
     try:
-        if options.compose:
+        if options.compose or options.redraw:
             _compose(options)
         elif options.check:
             _check(options)
@@ -268,7 +237,10 @@ def _compose(options: argparse.Namespace) -> None:
     home = Paths(options.profile).home
     paths = Paths(options.profile, params.dataset(home, options.profile, options.data))
     notebooks = [study.notebook for study in params.reported(home, options.profile, paths.data, _documents(options))]
-    report.account(paths, notebooks)
+    if options.redraw:
+        report.redraw(paths)
+    else:
+        report.account(paths, notebooks)
     report.compose(paths, notebooks)
     if paths.figures == home / "figures" / QUOTED:
         report.quote(home / "README.md", paths)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,99 +18,35 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from uke import edits as edit_files
-from uke import locality_files, moments, rows, world_files
-from uke.asking import ask, beside, room
-from uke.editing import edited
+from uke import moments, rows
+from uke.apart import edited_apart, lane_mib
+from uke.asking import Asked, ask, beside, room
+from uke.editing import EditRecord, edited
 from uke.edits import Edit, Probe
-from uke.errors import InputError, nearest
-from uke.metrics import HEADLINE, METRICS, Encoder, load_encoder
+from uke.errors import InputError
 from uke.finetune import prepare
 from uke.locate import by_window, locate
-from uke.memory import Peak
+from uke.materials import Material, batched, gather
+from uke.memory import Peak, free_mib
 from uke.methods import Method
+from uke.metrics import METRICS, Encoder, load_encoder
 from uke.models import blocks, fingerprint, load
 from uke.peers import PEERS, Peer
 from uke.pretraining import CARD, card
 
+logger = logging.getLogger(__name__)
+
+__all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading"]
+
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
-
-
-@dataclass(frozen=True)
-class Material:
-    """The edits of a run, in order, and every question asked about each, with the mark of the whole file they are from.
-
-    `world_seed` is None where the edits are of the real world.
-    """
-
-    edits: tuple[Edit, ...]
-    probes: dict[str, tuple[Probe, ...]]
-    fingerprint: str
-    world_seed: int | None = None
-
-    @property
-    def every_probe(self) -> list[Probe]:
-        return [probe for edit in self.edits for probe in self.probes[edit.id]]
-
-    def first(self, limit: int) -> "Material":
-        """The first `limit` edits of these."""
-        return replace(self, edits=self.edits[:limit])
-
-    def only(self, kinds: Sequence[str]) -> "Material":
-        """The same edits with probes of these kinds alone, which is another material; InputError for an unknown kind."""
-        if unknown := [kind for kind in kinds if kind not in HEADLINE]:
-            raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], HEADLINE)}")
-        probes = {edit: tuple(probe for probe in every if probe.kind in kinds) for edit, every in self.probes.items()}
-        return replace(self, probes=probes, fingerprint=self._marked(str(sorted(kinds))))
-
-    def _marked(self, change: str) -> str:
-        return hashlib.sha256(f"{self.fingerprint} {change}".encode()).hexdigest()[:16]
-
-
-def gather(paths: rows.Paths, split: str, limit: int, data_file: str = "", seed: int = 1) -> Material:
-    """The first `limit` edits of a split of the world, or of a benchmark's file, with their probes.
-
-    The world comes with its locality set, built where it is missing; a benchmark's file with the one that `make locality` has
-    built for this run, if it has, beside the probes of its own records. Of a benchmark every fourth edit, told by a hash of
-    the id, is a development edit. Raises InputError for an unknown split or dataset, a limit below 1, or a file with bad records.
-    """
-    if limit < 1:
-        raise InputError(f"limit is {limit}; expected at least one edit")
-    if split not in edit_files.SPLITS:
-        raise InputError(f"split: unknown split '{split}'{nearest(split, edit_files.SPLITS)}")
-    if paths.data == "world":
-        every, around = of_world(paths, split, seed)
-    else:
-        every, around = edit_files.load(paths.data, data_file), ()
-        if (built := locality_files.built(paths)).is_file():
-            locality_files.check_made_for(built, Path(data_file))
-            around = edit_files.load_locality(built, every)
-        every = tuple(edit for edit in every if edit_files.in_split(edit.id, split))
-    by_edit: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in every}
-    around = tuple(probe for probe in around if probe.edit in by_edit)
-    for probe in around:
-        by_edit[probe.edit].append(probe)
-    chosen = every[:limit]
-    mark = edit_files.fingerprint(every, around)
-    probes = {edit.id: tuple(by_edit[edit.id]) for edit in chosen}
-    return Material(chosen, probes, mark, seed if paths.data == "world" else None)
-
-
-def of_world(paths: rows.Paths, split: str, seed: int) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
-    """All edits of a split of a world, and the probes around them: its locality set, and exercises of a general skill."""
-    folder = world_files.ensure(paths.home / "results", seed)
-    order = locality_files.of_world(folder, split)
-    every = edit_files.load(order.dataset, order.edit_file)
-    built = locality_files.ensure(order, locality_files.settings(paths.home, "world"), folder / split / "locality")
-    exercises = edit_files.load_locality(folder / split / world_files.GENERAL, every)
-    return every, (*edit_files.load_locality(built, every), *exercises)
 
 
 @dataclass
 class Study:
     """One study of one model on one material; `labels` (split and the like) stand in every row it writes.
 
-    `windows`: the target's log-probability is read before and after every edit, by windows of so many tokens.
+    `windows`: the target's log-probability is read before and after every edit, by windows of so many tokens. `chat` False asks
+    every probe through a raw prompt, before and after. `lanes`: so many single edits at most are written side by side.
     """
 
     name: str
@@ -120,6 +57,8 @@ class Study:
     encoder: Encoder | None = None
     max_new_tokens: int = 160
     windows: int | None = None
+    chat: bool | None = None
+    lanes: int = 16
     labels: dict[str, Any] = field(default_factory=dict)
     units: list[str] = field(default_factory=list, init=False)
 
@@ -127,11 +66,12 @@ class Study:
     def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
         """A study on the model of this name or directory, scored with the sentence encoder where there is one.
 
-        What the embedded model must keep under a locate-then-edit method is measured on its own world where it is not yet.
+        What a world's own model must keep under a locate-then-edit method is measured on that world where it is not yet.
         """
         loaded, tokenizer = load(model)
-        if model == "embedded":
-            moments.measure(loaded, tokenizer, moments.world_texts(), range(len(blocks(loaded))))
+        made = Path(loaded.config.name_or_path) / CARD
+        if made.is_file():
+            moments.measure(loaded, tokenizer, moments.world_texts(card(made.parent)["settings"]["world_seed"]), range(len(blocks(loaded))))
         return cls(name, paths, loaded, tokenizer, material, **(more if "encoder" in more else {"encoder": load_encoder(), **more}))
 
     @cached_property
@@ -143,7 +83,8 @@ class Study:
     @cached_property
     def conditions(self) -> dict[str, Any]:
         """What else tells units apart: rows made under other conditions are other rows."""
-        return self.labels | {"tokens": self.max_new_tokens, "similarity": self.encoder is not None}
+        asked = {} if self.chat is None else {"chat": self.chat}
+        return self.labels | asked | {"tokens": self.max_new_tokens, "similarity": self.encoder is not None}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -168,10 +109,26 @@ class Study:
             unit = rows.unit_key(method.name, batch=number, size=batch_size, texts=kept, **self.conditions, **labels, **marks)
             self.units.append(unit)
             if not rows.done(self.paths, self.name, unit, marks):
-                todo.append((number, batch, unit))
-        for number, batch, unit in tqdm(todo, desc=f"{self.name}: {method.name}", mininterval=5) if todo else ():
-            frame = self.write_in(method, batch)
-            self.append(unit, frame.assign(method=method.name, batch=number, **choices, **marks))
+                todo.append(Unit(unit, number, tuple(batch)))
+        with tqdm(total=len(todo), desc=f"{self.name}: {method.name}", mininterval=5, disable=not todo or None) as bar:
+            while todo:
+                group = todo[: self.abreast(method)] if batch_size == 1 else todo[:1]
+                try:
+                    frames = self.write_in(method, group)
+                except torch.OutOfMemoryError:
+                    if len(group) == 1:
+                        raise
+                    self.lanes = len(group) // 2
+                    logger.warning("%s: %s: out of memory with %d edits side by side; going on with %d", self.name, method.name, len(group), self.lanes)
+                    continue
+                for unit, frame in zip(group, frames, strict=True):
+                    self.append(unit.key, frame.assign(method=method.name, batch=unit.number, **choices, **marks))
+                bar.update(len(group))
+                del todo[: len(group)]
+
+    def abreast(self, method: Method) -> int:
+        """How many single edits are written side by side: `lanes`, or as many as half of the free memory holds."""
+        return max(1, min(self.lanes, int(free_mib(self.model.device) / 2 // lane_mib(self.model, method))))
 
     def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> str | None:
         """`run`, for a trial that may come to nothing: what went wrong, or None; a failed trial has no rows to read."""
@@ -183,21 +140,27 @@ class Study:
             return str(error)
         return None
 
-    def write_in(self, method: Method, batch: Sequence[Edit]) -> pd.DataFrame:
-        """Rows after one batch of edits, the course of the training in the first; the model is as before when it returns."""
-        probes = [probe for edit in batch for probe in self.material.probes[edit.id]]
-        before, memory = self.by_window(batch), Peak(self.model.device)
+    def write_in(self, method: Method, group: Sequence["Unit"]) -> list[pd.DataFrame]:
+        """Rows after one batch of edits, or after each of several single edits; the model is as before when it returns."""
+        edits = [edit for unit in group for edit in unit.edits]
+        apart = len(group) > 1 or len(edits) == 1
+        probes = [probe for edit in edits for probe in self.material.probes[edit.id]]
+        before, memory = self.by_window(edits), Peak(self.model.device)
         started = time.perf_counter()
-        with edited(self.model, self.tokenizer, batch, method) as m:
-            record, highest, between = m.edit_record, memory.mib(), time.perf_counter()
+        with (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
+            highest, between = memory.mib(), time.perf_counter()
+            records = m.edit_records if apart else dict.fromkeys([edit.id for edit in edits], m.edit_record)
             frame = self.ask(m, probes)
-            seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-            windows = [] if hasattr(m, "passages") else list(zip(before, self.by_window(batch), strict=True))
-        norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
-        course = {"stopped": record.stopped, "losses": record.losses, "norms": record.change_norm, "windows": windows}
-        frame = beside(frame, self.before).assign(phase="after", steps=record.steps, change_norm=norm, peak_mib=highest, **seconds)
-        frame["course"] = [json.dumps(_short(course))] + [None] * (len(frame) - 1)
-        return frame.assign(notes="; ".join(record.notes) or None)
+            seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between, "peak_mib": highest}
+            after = [] if hasattr(m, "passages") else self.by_window(edits)
+        shares = {name: value and value / len(group) for name, value in seconds.items()}
+        frame = beside(frame, self.before).assign(phase="after", **shares)
+        windows = {edit.id: pair for edit, pair in zip(edits, zip(before, after))}
+        return [
+            _with_record(frame[frame["edit"].isin([edit.id for edit in unit.edits])].reset_index(drop=True), records[unit.edits[0].id],
+                         [windows[edit.id] for edit in unit.edits if edit.id in windows])  # fmt: skip
+            for unit in group
+        ]
 
     def by_window(self, batch: Sequence[Edit]) -> list[list[float]]:
         """Of each edit, the mean log-probability (nats) of a token of each window of its answer; none where none is asked for."""
@@ -220,7 +183,7 @@ class Study:
 
     def ask(self, model: nn.Module, probes: Sequence[Probe]) -> pd.DataFrame:
         """Answers and scores against the reference: one row per probe, in order."""
-        return ask(model, self.tokenizer, probes, self.room, self.encoder)
+        return ask(model, self.tokenizer, probes, Asked(self.room, self.chat), self.encoder)
 
     def room(self, probe: Probe) -> int:
         """Tokens an answer may have."""
@@ -242,6 +205,23 @@ class Study:
         return rows.read(self.paths, self.name, units=self.units)
 
 
+class Unit(NamedTuple):
+    """A batch of edits still to be written: the name of its rows' file, its number, the edits."""
+
+    key: str
+    number: int
+    edits: tuple[Edit, ...]
+
+
+def _with_record(frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple]) -> pd.DataFrame:
+    """The rows of one unit with what its edit record holds, the course of the training in the first of them."""
+    norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
+    course = {"stopped": record.stopped, "losses": record.losses, "norms": record.change_norm, "windows": windows}
+    frame = frame.assign(steps=record.steps, change_norm=norm, notes="; ".join(record.notes) or None)
+    frame["course"] = [json.dumps(_short(course))] + [None] * (len(frame) - 1)
+    return frame
+
+
 def _short(value: Any) -> Any:
     """Numbers with six digits, however deep they lie."""
     if isinstance(value, dict):
@@ -249,11 +229,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_short(one) for one in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
-    """Consecutive batches of `size` edits; a rest that does not fill one is left out, so that all batches compare."""
-    return (edits[start : start + size] for start in range(0, len(edits) - size + 1, size))
 
 
 def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:

@@ -1,10 +1,8 @@
-"""Tables: numbers as a reader sees them, scores with intervals, and one table saved as CSV, LaTeX and Markdown."""
+"""Tables: scores with intervals, cells that are missing, and one table saved as CSV, LaTeX and Markdown."""
 
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import pandas as pd
 
 from uke.errors import InputError, nearest
 from uke.intervals import interval
+from uke.numerals import MISSING, Score, absent, number, places
 
-MISSING = "–"
 REFERENCES = ("before the edit", "floor")
 KIND_ORDER = ("original", "paraphrase", "detail", "multi_hop", "rel_doc", "rand_doc", "struct_trip", "near_triple", "general")
 LABELS = {
@@ -35,7 +33,6 @@ LABELS = {
     "first_half": "first half",
     "second_half": "second half",
 }
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -49,65 +46,6 @@ _LATEX = str.maketrans(
 )  # fmt: skip
 # In a cell of a Markdown table these would end the cell, start markup or become HTML.
 _MARKDOWN = str.maketrans({"|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", "&": "&amp;", "\n": " "})
-
-
-@dataclass(frozen=True)
-class Score:
-    """A cell `mean [low, high]` of a table; `best` is set in bold."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    best: bool = False
-
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.text, self.note)))
-
-    @property
-    def text(self) -> str:
-        return number(self.mean, self._decimals)
-
-    @property
-    def note(self) -> str:
-        return "" if absent(self.low) else bracket(self.low, self.high, self._decimals)
-
-    @property
-    def _decimals(self) -> int:
-        return min(2, places(self.mean, self.low, self.high))
-
-
-def absent(value: Any) -> bool:
-    """True for None, NaN and pandas' missing values."""
-    return value is None or (not isinstance(value, (str, list, tuple, dict, Score)) and bool(pd.isna(value)))
-
-
-def places(*values: float | None) -> int:
-    """Decimals that give the largest of `values` two or three significant digits, so that an interval shares them."""
-    largest = max((abs(value) for value in values if not absent(value)), default=0)
-    if not largest:
-        return 2
-    return next(decimals for bound, decimals in ((99.95, 0), (9.995, 1), (0.0995, 2), (0, 3)) if largest >= bound)
-
-
-def number(value: float | None, decimals: int | None = None) -> str:
-    """A number in print: proper minus, thousands separated, tiny ones as powers of ten, a dash where there is none."""
-    if absent(value):
-        return MISSING
-    if isinstance(value, Integral):
-        return f"{value:,}".replace("-", "−")
-    if not math.isfinite(value):
-        return "−∞" if value < 0 else "∞"
-    if decimals is None and 0 < abs(value) < 1e-2:
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits.removesuffix('.0')} × 10{str(int(power)).translate(_SUPERSCRIPTS)}".replace("-", "−")
-    text = f"{value:,.{places(value) if decimals is None else decimals}f}"
-    return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
-
-
-def bracket(low: float, high: float, decimals: int | None = None) -> str:
-    """An interval in print: [low, high]."""
-    decimals = places(low, high) if decimals is None else decimals
-    return f"[{number(float(low), decimals)}, {number(float(high), decimals)}]"
 
 
 def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
@@ -145,13 +83,36 @@ def ordered(values: Iterable[Any], first: Sequence[str] = ()) -> list:
     return [value for value in first if value in values] + [value for value in values if value not in first]
 
 
-def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
+def grid_gaps(frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None) -> list[str]:
+    """What a grid lacks, one sentence for each cell of `expected` (its values of `by`) without all of its edits.
+
+    `frame` has the columns by and edit. A cell should have `edits` edits, or as many as the fullest of `expected` has.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    if lost := [column for column in [*by, "edit"] if column not in frame.columns]:
+        raise InputError(f"grid_gaps: no column '{lost[0]}'{nearest(lost[0], map(str, frame.columns))}")
+    counts = {key: own["edit"].nunique() for key, own in frame.groupby(by, sort=False, observed=True, dropna=False)}
+    found = {tuple(None if absent(one) else one for one in key): int(count) for key, count in counts.items()}
+    cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for cell in expected]
+    full = max((found.get(cell, 0) for cell in cells), default=0) if edits is None else edits
+    sentences = []
+    for cell in cells:
+        name = ", ".join(str(value) if column == by[0] else f"{column.replace('_', ' ')} {LABELS.get(value, value)}" for column, value in zip(by, cell))
+        if not found.get(cell):
+            sentences.append(f"{name}: no rows, so its cell is a dash.")
+        elif found[cell] < full:
+            sentences.append(f"{name}: {found[cell]} of {full} edits, so its mean is over fewer edits than those beside it.")
+    return sentences
+
+
+def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()) -> pd.DataFrame:
     """Table of scores: one row for each `by`, one column of `Score` cells for each kind, the best of a column marked.
 
-    `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES are never the best.
+    `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES are never the best; an
+    `expected` row without a score is there all the same, with dashes.
     """
     summary = summarise(frame, [by, "kind"], "scores").set_index([by, "kind"])
-    names = ordered(summary.index.get_level_values(by))
+    names = ordered([*summary.index.get_level_values(by), *expected], expected)
     names = [name for name in names if name not in REFERENCES] + [name for name in REFERENCES if name in names]
     table = pd.DataFrame({by: names})
     for kind in ordered(summary.index.get_level_values("kind"), KIND_ORDER):

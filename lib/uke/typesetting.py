@@ -15,7 +15,8 @@ import matplotlib
 import typst
 from markupsafe import Markup, escape
 
-from uke.tables import number
+from uke import manifests
+from uke.numerals import number
 
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
 SUBTITLE = (
@@ -23,11 +24,11 @@ SUBTITLE = (
     "Reassessing Knowledge Editing for Unstructured Data”"
 )
 FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
+VERDICTS = "11_verdicts"  # its first table, the claims beside what was found, stands right after the abstract
 WIRING_ONLY = "This run shows that loading, asking and scoring work on these data. It supports no verdict."
 _TEMPLATES = Path(__file__).parent / "templates"
 # A fixed day, the paper's, so that the same sections give the same bytes.
 _DATED = datetime(2025, 6, 11, tzinfo=timezone.utc)
-_LIBRARIES = ("torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "typst")
 _INSEPARABLE = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")
 _SCOPES = {
     "target_tokens": "every target token, teacher-forced",
@@ -39,9 +40,11 @@ _ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA"}
 def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> dict:
     """Everything both forms of the report show, as JSON; figures and tables are numbered in the order of sections.
 
-    Notebooks of `expected` without a section, failed runs and missing figures become warnings.
+    The first table of VERDICTS comes before all sections. Notebooks of `expected` without a section, failed runs and
+    missing figures become warnings.
     """
-    ran = manifests(paths)
+    ran = manifests.read(paths)
+    sections, verdicts = _lift_verdicts(sections)
     present = {section["notebook"] for section in sections}
     absent = [name for name in dict.fromkeys(expected) if name not in present]
     failed = sorted(manifest["notebook"] for manifest in ran if manifest.get("status") == "failed")
@@ -55,7 +58,8 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
         "fourth_factor": FOURTH_FACTOR,
         "wiring_only": WIRING_ONLY if any(section["wiring_only"] for section in sections) else "",
         "warnings": warnings,
-        "sections": _hold_together(_number_blocks(sections, Path(paths.figures))),
+        "verdicts": _hold_together(verdicts),
+        "sections": _hold_together(_number_blocks(sections, Path(paths.figures), len(verdicts))),
         "methods": _methods(sections),
         "environment": _environment(sections, ran),
     }
@@ -91,15 +95,16 @@ def pdf(data: dict, directory: Path) -> bytes:
         return compiler.compile(format="pdf", timestamp=_DATED)
 
 
-def manifests(paths: Any) -> list[dict]:
-    """What every notebook of a run last left of itself (see `uke.run`), in the order of their names."""
-    directory = getattr(paths, "results", None)
-    files = sorted((Path(directory) / "manifests").glob("*.json")) if directory else []
-    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+def _lift_verdicts(sections: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The sections without the table of verdicts, and this table, in a list, where there is one."""
+    found = [block for section in sections if section["notebook"] == VERDICTS for block in section["blocks"] if block["type"] == "table"][:1]
+    pointer = {"type": "finding", "text": "The verdicts are Table 1, after the abstract."}
+    rest = [section | {"blocks": [pointer if block in found else block for block in section["blocks"]]} for section in sections]
+    return rest, [block | {"place": 1} for block in found]
 
 
-def _number_blocks(sections: list[dict], directory: Path) -> list[dict]:
-    counts = {"figure": 0, "table": 0}
+def _number_blocks(sections: list[dict], directory: Path, tables: int = 0) -> list[dict]:
+    counts = {"figure": 0, "table": tables}
     numbered = []
     for section in sections:
         blocks, warnings = [], list(section["warnings"])
@@ -135,10 +140,7 @@ def _environment(sections: list[dict], ran: list[dict]) -> list[list[str]]:
         for key, value in section["environment"].items():
             found.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
     for manifest in ran:
-        versions = manifest.get("versions", {})
-        machine = {key: manifest[key] for key in ("device", "python", "platform") if manifest.get(key)}
-        machine |= {"libraries": {key: versions[key] for key in _LIBRARIES if key in versions}} if versions else {}
-        for key, value in machine.items():
+        for key, value in manifests.machine(manifest).items():
             found.setdefault(key, {_value(value): []})
     lines = []
     for key, values in found.items():

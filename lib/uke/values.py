@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from uke.lanes import Below, constant_below
 from uke.locate import TOKENS, Located, Site, padded, states, wide
 from uke.models import kept
 from uke.peers import Peer
@@ -51,7 +52,8 @@ def target_values(model: nn.Module, located: Located, site: Site, peer: Peer) ->
                 chunk = _Chunk(model, located, site, rows, turn)
                 chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
                 places = [first[row] + turn for row in rows]
-                deltas[places] = _optimise(chunk, state[places].norm(dim=-1), peer, values)
+                with constant_below(model, [site.name]) as chunk.below:
+                    deltas[places] = _optimise(chunk, state[places].norm(dim=-1), peer, values)
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
     values.hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
@@ -71,23 +73,28 @@ def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Ten
     weights = chunk.weights(peer)  # (B, M)
     delta = torch.zeros(len(scale), chunk.width, device=scale.device, dtype=scale.dtype, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=peer.learning_rate, fused=True)
-    going = torch.ones_like(scale, dtype=torch.bool)
+    last = torch.full_like(scale, math.inf)  # (B,) the loss each row had when it was last read
+    going = torch.arange(len(scale), device=scale.device)
     for _ in range(peer.steps):
-        losses = (chunk.losses(delta) * weights).sum(-1) + peer.decay * delta.norm(dim=-1) / scale**2  # (B,)
+        here = delta[going]
+        losses = (chunk.losses(here) * weights[going]).sum(-1) + peer.decay * here.norm(dim=-1) / scale[going] ** 2  # (G,)
         _refuse(chunk, losses, peer)
-        values.losses.append(losses.mean().item())
-        going &= losses.detach() >= peer.stop_loss
-        if not going.any():
-            return delta.detach()
+        last[going] = losses.detach()
+        values.losses.append(last.mean().item())
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
+        if (stay := losses.detach() >= peer.stop_loss).logical_not().any():
+            going = going[stay]
+            if not len(going):
+                return delta.detach()
+            chunk.keep(stay.nonzero().squeeze(1))
         before = delta.detach().clone()
         adam.step()
         with torch.no_grad():
-            norm = delta.norm(dim=-1)  # (B,)
+            norm = delta[going].norm(dim=-1)  # (G,)
             _refuse(chunk, norm, peer)
-            short = (peer.clamp * scale / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+            short = (peer.clamp * scale[going] / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
             # Whoever has ended stays: what Adam adds by momentum is taken back.
-            delta.copy_(torch.where(going[:, None], delta * short[:, None], before))
+            delta.copy_(before.index_copy(0, going, delta[going] * short[:, None]))
         values.steps += 1
     values.stopped = "steps"
     return delta.detach()
@@ -120,6 +127,7 @@ class _Chunk:
         self.lengths = torch.tensor([anchor for anchor, _ in ends], device=model.device)  # (B,)
         self.shares = self._shares()
         self.cache = DynamicCache()
+        self.below = Below()
 
     def _shares(self) -> Tensor:
         """What each label counts in the mean of each window, shape (B, M, S)."""
@@ -140,6 +148,15 @@ class _Chunk:
         positions = torch.arange(longest, device=self.before.device) - (longest - self.lengths[:, None])  # (B, P)
         with injected(self.site, at, torch.cat(list(deltas))):
             self._forward(self.before, positions.clamp(min=0), self.cache, 1)
+
+    def keep(self, places: Tensor) -> None:
+        """Drop every row but those at `places` (G,)."""
+        self.ids = [self.ids[place] for place in places.tolist()]
+        for name in ("tokens", "labels", "before", "lengths", "shares"):
+            setattr(self, name, getattr(self, name)[places])
+        self.below.keep(places)
+        if self.before.shape[1]:
+            self.cache.batch_select_indices(places)
 
     def losses(self, delta: Tensor) -> Tensor:
         """Mean -log p (nats) over the tokens of each window, shape (B, M), with `delta` (B, D) at the anchors."""

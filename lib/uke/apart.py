@@ -1,0 +1,131 @@
+"""Single editing of many edits at once: each is written alone into the unedited weights, all of them side by side in lanes."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from uke import baselines
+from uke.editing import METHODS, EditRecord, Solver, change, edited
+from uke.edits import Edit
+from uke.errors import InputError
+from uke.finetune import Training, prepare, weights
+from uke.lane_training import adapter, train_apart
+from uke.lanes import Lanes, LowRank
+from uke.locate import Located, locate, sites
+from uke.methods import find
+from uke.models import kept, module_names
+from uke.peers import Peer
+from uke.recipes import Recipe
+from uke.values import Values, target_values
+
+LANE_MIB = 64  # what a lane's activations and cache take at least
+
+
+@contextmanager
+def edited_apart(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], method: str | Recipe | Peer | Solver
+) -> Iterator[nn.Module]:
+    """The model with every edit written alone, in a lane of its own; `edit_records` has an EditRecord by the edit's id.
+
+    What `edited` yields for one edit after another, but for rounding: probes are asked all together, each of the lane of
+    its `edit` (`answering`). Seconds of a record are an equal share. Fine-tuning trains side by side (AdaLoRA, whose ranks
+    are pruned by step, one by one); of peers the target values are found together, the systems solved one by one. On
+    exit the model is as before. Raises as `edited` does, FloatingPointError naming each edit whose loss is not finite.
+    """
+    method = find(method, METHODS) if isinstance(method, str) else method
+    if not isinstance(method, Recipe | Peer):
+        raise InputError("edited_apart: a method of one's own writes one edit at a time; expected a recipe or a peer")
+    prepare(model, tokenizer, edits, method)
+    if isinstance(method, Peer) and method.solver == "in_context":
+        with edited(model, tokenizer, edits, method) as m:
+            m.edit_records = {edit.id: m.edit_record for edit in edits}
+            yield m
+            del m.edit_records
+        return
+    write = _solved if isinstance(method, Peer) else _adapted if method.adapter == "adalora" else train_apart
+    with kept(model, {}):
+        lanes, trainings = write(model.eval(), tokenizer, edits, method)
+        records = {edit: EditRecord(**vars(training), change_norm=norms) for edit, training, norms in zip(lanes.ids, trainings, _norms(lanes), strict=True)}
+        with lanes.laid():
+            model.edit_records = records
+            try:
+                yield model
+            finally:
+                del model.edit_records
+
+
+def lane_mib(model: nn.Module, method: Recipe | Peer) -> float:
+    """Mebibytes that one more lane takes while it is trained: value, gradient, two moments and the copy of a lane that ended."""
+    if isinstance(method, Peer):
+        trained = 0 if method.solver == "in_context" else sum(weight.numel() for weight in baselines.weights(model, method).values())
+    elif method.adapter:
+        projections = [model.get_submodule(name) for name in module_names(model, method.layers, method.components)]
+        trained = sum(method.rank * (one.in_features + one.out_features) for one in projections)
+    else:
+        trained = sum(weight.numel() for weight in weights(model, method).values())
+    return LANE_MIB + 5 * 4 * trained / 2**20
+
+
+def _norms(lanes: Lanes) -> list[dict[str, float]]:
+    """Of each lane the relative norm of the change, by weight."""
+    own = dict(lanes.model.named_parameters())
+    found: list[dict[str, float]] = [{} for _ in lanes.ids]
+    for lane, norms in enumerate(found):
+        for name, stack in lanes.weights.items():
+            norms[name] = change(stack[lane] - own[name].detach(), own[name].detach())
+        for name, added in lanes.low_rank.items():
+            norms[f"{name}.weight"] = change(added.scale * added.up[lane] @ added.down[lane], own[f"{name}.weight"].detach())
+    return found
+
+
+def _adapted(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> tuple[Lanes, list[Training]]:
+    """Adapters trained one by one."""
+    trainings, found = [], []
+    for edit in edits:
+        with edited(model, tokenizer, [edit], recipe) as wrapped:
+            record = wrapped.edit_record
+            trainings.append(Training(**{name: value for name, value in vars(record).items() if name != "change_norm"}))
+            found.append(adapter(wrapped))
+    scaled = {name: [one[name] for one in found] for name in found[0]}
+    low_rank = {name: LowRank(torch.cat([one.down for one in each]), torch.cat([one.scale * one.up for one in each]), 1.0) for name, each in scaled.items()}
+    return Lanes(model, [edit.id for edit in edits], {}, low_rank), trainings
+
+
+def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> tuple[Lanes, list[Training]]:
+    """Target values of all edits together, which is one edit at a time but for rounding; then a system for each."""
+    started = time.perf_counter()
+    places = sites(model, peer.layers)
+    solver = baselines.SOLVERS[peer.solver](model, tokenizer, places, peer)
+    located = locate(model, prepare(model, tokenizer, edits, peer), peer)
+    values = target_values(model, located, places[-1], peer)
+    own = baselines.weights(model, peer)
+    before = {name: weight.detach().clone() for name, weight in own.items()}
+    stacks: dict[str, list[Tensor]] = {name: [] for name in own}
+    trainings = []
+    try:
+        for one, found in _one_by_one(located, values):
+            notes = [*one.notes(peer), *solver.solve(one, found)]
+            trainings.append(Training(values.losses, values.steps + solver.steps, stopped=values.stopped, notes=notes))
+            for name, weight in own.items():
+                stacks[name].append(weight.detach().clone())
+                weight.data.copy_(before[name])
+    finally:
+        for name, weight in own.items():
+            weight.data.copy_(before[name])
+    for training in trainings:
+        training.seconds = (time.perf_counter() - started) / len(edits)
+    return Lanes(model, located.ids, {name: torch.stack(each) for name, each in stacks.items()}), trainings
+
+
+def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Values]]:
+    """Each edit with its own anchors and target values."""
+    first = 0
+    for edit, one, windows in zip(located.ids, located.examples, located.windows, strict=True):
+        own = values.hidden[first : first + len(windows)]
+        first += len(windows)
+        yield replace(located, ids=[edit], examples=[one], windows=[windows]), replace(values, hidden=own)
