@@ -1,4 +1,4 @@
-# make report | locality | test | figures | tune | explore | clean      (README.md says what each needs and writes)
+# make report | locality | test | figures | tune | world | explore | clean      (README.md says what each needs and writes)
 
 PYTHON      ?= python3
 PROFILE     ?= quick
@@ -10,6 +10,8 @@ DATA_FILE   ?=
 LIMIT       ?=
 METHODS     ?=
 MODEL       ?=
+# The seed of another world, of `make world`
+SEED        ?= 2
 DOCUMENTS   ?=
 STRUCTURED  ?=
 # One more wheel index for pip, for example one that has the CPU build of torch
@@ -31,10 +33,10 @@ export UKE_DATA
 endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
-KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL DOCUMENTS STRUCTURED EXTRA_INDEX UKE_DATA UKE_HOME
+KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL SEED DOCUMENTS STRUCTURED EXTRA_INDEX UKE_DATA UKE_HOME
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(if $(filter $(name),$(KNOWN)),,$(error $(name): unknown variable; expected one of $(KNOWN)))))
 
-.PHONY: report locality test figures tune explore clean
+.PHONY: report locality test figures tune world explore clean
 .DEFAULT_GOAL := report
 
 report: $(STAMP)
@@ -57,6 +59,15 @@ tune: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) tune --config $(CONFIG)
 
+# The headline rows on another world: its model (two hours on two cores, resumed; minutes on a GPU), then figures/embedded-world-SEED/.
+HEADLINE := 00_embedded_model 03_factor_loss_scope 04_factor_layers 05_factor_components 06_factor_chat_template 07_recipe 08_batch_size
+world: PROFILE = embedded-world-$(SEED)
+world: $(STAMP)
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python -m uke.run 00_embedded_model --profile '$(PROFILE)' --set retrain=true
+	@$(CHECK)
+	$(SNAKEMAKE) $(foreach name,$(HEADLINE),'$(CURDIR)/figures/$(PROFILE)/sections/$(name).json') --config $(CONFIG)
+	$(VENV)/bin/python -m uke.run --compose --profile '$(PROFILE)'
+
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest
 
@@ -65,7 +76,7 @@ explore: $(STAMP)
 
 clean:
 	rm -rf results .snakemake .pytest_cache
-	find figures -mindepth 1 -maxdepth 1 ! -name embedded ! -name benchmarks -exec rm -rf {} +
+	find figures -mindepth 1 -maxdepth 1 ! -name 'embedded*' ! -name benchmarks -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'

@@ -34,6 +34,7 @@ def sources(wildcards):
     names += ["params/trials/*.yaml"] if wildcards.notebook in TUNING else ["params/tuned/*.yaml", "params/levels/*.yaml"]
     names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
+    names += ["params/claims.yaml", "params/paper.yaml", f"figures/{PATHS.figures.name}-world-*/numbers.json"] if wildcards.notebook == "11_verdicts" else []
     files = sorted(str(path) for name in names for path in ROOT.glob(name))
     own = PROFILE == STUDIES[wildcards.notebook].report  # reads every file of UKE_DATA
     files += FILE + [str(path) for path in ROOT.glob("params/audit/*.yaml") if own]

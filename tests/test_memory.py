@@ -1,5 +1,6 @@
-"""A peak of memory: one that is missed since it was given back, or counted though it was before."""
+"""Memory: a peak that is missed since it was given back, or counted though it was before; free memory misread."""
 
+import os
 import sys
 
 import pytest
@@ -55,3 +56,31 @@ def test_a_system_that_does_not_tell_gives_no_number(monkeypatch, tmp_path, wher
     peak = Peak(CPU)
     fill(8)
     assert peak.mib() is None
+
+
+# --- what is still free ----------------------------------------------------------------------------------------------
+
+
+def test_free_memory_is_that_of_another_line_or_unit(monkeypatch, tmp_path):
+    """MemFree leaves out what the system would give back; the file counts in kibibytes."""
+    (tmp_path / "meminfo").write_text("MemTotal:       16000000 kB\nMemFree:            1024 kB\nMemAvailable:       5632 kB\nSwapFree:  9 kB\n")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    assert memory.free_mib(CPU) == 5.5
+
+
+@on_linux
+def test_more_is_free_than_the_machine_has():
+    assert 0 < memory.free_mib(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+@pytest.mark.parametrize("content", [None, "MemFree: 7 kB\n", ""], ids=["no file", "no such line", "empty"])
+def test_a_system_that_does_not_tell_ends_the_work(monkeypatch, tmp_path, content):
+    if content is not None:
+        (tmp_path / "meminfo").write_text(content)
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    assert memory.free_mib(CPU) == float("inf")
+
+
+def test_free_memory_of_a_gpu_is_that_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * MIB, 80 * MIB))
+    assert memory.free_mib(torch.device("cuda", 0)) == 3

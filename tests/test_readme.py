@@ -10,14 +10,15 @@ from uke import editing, formats, report, rows
 from uke.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-QUOTE = re.compile(r"<!-- number: ([a-z0-9_.]+) -->(.*?)<!-- -->")
+QUOTE = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
+SHOWN = {"number": "said", "word": "unit"}
 
 
 def test_every_quoted_number_is_the_committed_one():
     numbers = json.loads((ROOT / "figures" / "embedded" / "numbers.json").read_text(encoding="utf-8"))
     quoted = QUOTE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(quoted) >= 8
-    assert [(key, said) for key, said in quoted if numbers[key]["said"] != said] == []
+    assert [(key, said) for what, key, said in quoted if numbers[key][SHOWN[what]] != said] == []
 
 
 def test_no_other_result_stands_in_its_prose():
@@ -42,6 +43,10 @@ def test_quoting_renews_a_stale_number_and_refuses_an_unknown_one(tmp_path, monk
     page.write_text("x <!-- number: a.b -->old<!-- --> y\n")
     report.quote(page, paths)
     assert page.read_text() == "x <!-- number: a.b -->0.93<!-- --> y\n"
+    (paths.figures / "numbers.json").write_text(json.dumps({"a.b": {"said": "1 holds", "unit": "holds"}}))
+    page.write_text("<!-- word: a.b -->fails<!-- -->")
+    report.quote(page, paths)
+    assert page.read_text() == "<!-- word: a.b -->holds<!-- -->"
     page.write_text("<!-- number: a.c -->old<!-- -->")
     with pytest.raises(InputError, match="a.c: not in .*did you mean 'a.b'"):
         report.quote(page, paths)

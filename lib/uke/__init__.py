@@ -11,7 +11,7 @@ similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
 recipes, peers, methods      every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
-numerals, tables, effects, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
+numerals, tables, effects, leads, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
 manifests, typesetting, redrawing, report   what ran, and when; numbers said once; figures and tables from stored data; HTML and PDF
 verdicts                     each claim of the paper beside the numbers that decide it
 world, world_files           the fictional world, and its files in the benchmarks' formats

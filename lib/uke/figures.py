@@ -226,3 +226,52 @@ def lengths(frame: pd.DataFrame, width: float = COLUMN, unit: str = "words") -> 
             axes[-1].xaxis.set_minor_formatter(NullFormatter())
         axes[-1].set_xlabel(f"length of the answer ({unit}{', log axis' if log else ''})")
     return fig
+
+
+def sizes(frame: pd.DataFrame, x: str = "batch_size", by: str = "method", width: float = FULL) -> Figure:
+    """Mean of `score` at each `x`, an axis of powers of two, a line for each `by` with its name at its end.
+
+    `frame` has the columns by, x and score, a row for each edit; a method that was run at few sizes has few marks.
+    """
+    require(frame, [by, x, "score"], "sizes")
+    means = frame.groupby([by, x], sort=False)["score"].mean()
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(width, 3.4), layout="constrained")
+        ax = fig.subplots()
+        ends = {}
+        for name, (colour, mark) in looks(frame[by]).items():
+            own = means[name].sort_index()
+            ax.plot(own.index, own, color=colour, marker=mark, mec="white", mew=0.5, ms=8 if mark == "*" else 4.6, zorder=5 if mark == "*" else 3, clip_on=False)
+            ends[name] = (own.index[-1], own.iloc[-1], colour)
+        _powers(ax, sorted(frame[x].unique()))
+        ax.set(xlabel=x.replace("_", " "), ylabel="mean score", ylim=(min(0.3, means.min() - 0.03), max(0.8, means.max() + 0.03)))
+        label_ends(ax, ends)
+    return fig
+
+
+def ahead(frame: pd.DataFrame, x: str = "batch_size", unit: str = "points", width: float = COLUMN) -> Figure:
+    """A lead with its interval at each `x`, an axis of powers of two, and the line of no lead.
+
+    `frame` has the columns x, mean, low and high; a lead without an interval is a mark alone.
+    """
+    require(frame, [x, "mean", "low", "high"], "ahead")
+    with matplotlib.rc_context(RC):
+        fig = Figure(figsize=(width, 2.2), layout="constrained")
+        ax = fig.subplots()
+        ax.axhline(0, color=GREY, lw=1, ls=(0, (3, 2)))
+        ax.vlines(frame[x], frame["low"], frame["high"], color=INK, lw=1.4)
+        ax.plot(frame[x], frame["mean"], color=INK, marker="*", ms=9, mec="white", mew=0.5, zorder=4, clip_on=False)
+        for place, mean in zip(frame[x], frame["mean"]):
+            ax.annotate(f"{number(float(mean), 1)}", (place, mean), xytext=(5, 5), textcoords="offset points", fontsize=6.5, color=GREY)
+        _powers(ax, sorted(frame[x].unique()))
+        ax.set(xlabel=x.replace("_", " "), ylabel=f"lead ({unit})")
+        ax.margins(x=0.08, y=0.15)
+    return fig
+
+
+def _powers(ax: Axes, values: Sequence[float]) -> None:
+    """An axis of powers of two, a tick at each of these values."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(values, [f"{value:,.0f}" for value in values])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.grid(axis="y")

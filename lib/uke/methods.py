@@ -99,7 +99,12 @@ def tuned_file(folder: Path, model: str) -> Path:
 
 
 def _file_name(model: str) -> str:
-    return re.sub("[^A-Za-z0-9.]+", "-", model).strip("-")
+    """A model of another world has the settings of the embedded one: what is chosen must not depend on the world."""
+    return "embedded" if _of_a_world(model) else re.sub("[^A-Za-z0-9.]+", "-", model).strip("-")
+
+
+def _of_a_world(model: str) -> bool:
+    return (Path(model).expanduser() / "training.json").is_file()
 
 
 def configured(folder: Path, model: str, batch_size: int = 1, tuned: bool = True) -> dict[str, Method]:
@@ -132,15 +137,17 @@ def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
 def tune(folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write what was chosen for some methods at a batch size to the model's tuned file, beside what it holds of others."""
     path = tuned_file(folder, model)
-    with _alone(path):
+    with _alone(path, model):
         held = tuned_at(path) if path.is_file() else {}
         held[batch_size] = {**held.get(batch_size, {}), **{name: dict(own) for name, own in chosen.items()}}
         return _write(path, "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb and tuning_levels.ipynb, their rows are committed beside the figures).", held)
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path, model: str) -> Iterator[None]:
     """Keep others on this machine from changing the file meanwhile: two notebooks may tune one model at once."""
+    if _of_a_world(model):
+        raise InputError(f"{model}: the model of another world has the settings of the embedded one; expected model embedded")
     locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
     locks.mkdir(exist_ok=True)
     with FileLock(locks / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.lock"):
@@ -231,7 +238,7 @@ def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]
 def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> Path:
     """Write what was chosen at each level, by method and factor, to the model's levels file, in place of what it holds of these methods."""
     path = levels_file(folder, model)
-    with _alone(path):
+    with _alone(path, model):
         held = {**levels_at(folder, model), **chosen}
         return _write(path, "By method, factor and level: the rate chosen on development edits, and its average there (notebooks/tuning_levels.ipynb).", held)
 

@@ -20,7 +20,8 @@ from uke.errors import InputError, nearest
 from uke.numerals import absent, bracket, number, places
 
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
-_QUOTED = re.compile(r"<!-- number: ([a-z0-9_.]+) -->(.*?)<!-- -->")
+_QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
+_SHOWN = {"number": "said", "word": "unit"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _BLANK = {"question": "", "answer": "", "wiring_only": False, "environment": {}} | {
     part: [] for part in ("blocks", "checks", "limits", "warnings", "recipes")
@@ -255,13 +256,13 @@ def _row_seconds(path: Path) -> float:
 
 
 def quote(page: Path, paths: Any) -> None:
-    """Renew every number that a Markdown page quotes, `<!-- number: KEY -->text<!-- -->`, from the run's numbers.json."""
+    """Renew what a Markdown page quotes from the run's numbers.json: `<!-- number: KEY -->text<!-- -->`, or `word: KEY`, its unit alone."""
     if not page.is_file():
         return
     numbers = json.loads((Path(paths.figures) / "numbers.json").read_text(encoding="utf-8"))
     text = page.read_text(encoding="utf-8")
-    if unknown := [key for key in _QUOTED.findall(text) if key[0] not in numbers]:
-        raise InputError(f"{page}: number {unknown[0][0]}: not in {paths.figures}/numbers.json{nearest(unknown[0][0], numbers)}")
-    renewed = _QUOTED.sub(lambda found: f"<!-- number: {found[1]} -->{numbers[found[1]]['said']}<!-- -->", text)
+    if unknown := [key for _, key, _ in _QUOTED.findall(text) if key not in numbers]:
+        raise InputError(f"{page}: number {unknown[0]}: not in {paths.figures}/numbers.json{nearest(unknown[0], numbers)}")
+    renewed = _QUOTED.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->{numbers[found[2]][_SHOWN[found[1]]]}<!-- -->", text)
     if renewed != text:
         tables.write(page, renewed.encode())
