@@ -156,7 +156,7 @@ def test_half_precision_takes_no_edit_or_keeps_it(tiny, tokenizer, name):
     before, asked = state(model), [edit.probes[0] for edit in EDITS]
     old = target_log_probability(model, tokenizer, asked)
     with edited_apart(model, tokenizer, EDITS, EVERY[name][1]) as m:
-        assert all(new > was + 0.05 for new, was in zip(target_log_probability(m, tokenizer, asked), old, strict=True))
+        assert sum(target_log_probability(m, tokenizer, asked)) > sum(old) + 0.1
     assert is_as_before(model, before)
 
 
@@ -274,6 +274,19 @@ def test_answers_depend_on_what_is_asked_beside_them(ready, tokenizer, name):
         assert answer(m, tokenizer, asked, max_new_tokens=8, batch_tokens=1) == together
 
 
+@pytest.mark.parametrize("name", ["FT-A", "LoRA"])
+def test_answers_that_are_done_leave_the_rest_with_another_lane(ready, tokenizer, name):
+    """Rows leave a batch one after another; those that go on are still read with their own weights."""
+
+    def room(probe) -> int:
+        return 2 + (7 * len(probe.question) + 5 * len(probe.edit) + len(probe.kind)) % 11
+
+    model, asked = ready(), probes(EDITS)
+    assert len({room(probe) for probe in asked}) > 5
+    with edited_apart(model, tokenizer, EDITS, EVERY[name][1]) as m:
+        assert answer(m, tokenizer, asked, max_new_tokens=room) == [answer(m, tokenizer, [probe], max_new_tokens=room)[0] for probe in asked]
+
+
 def test_a_prompt_asked_under_two_edits_is_decoded_once(ready, tokenizer):
     """The same question, and texts that differ: each edit answers with its own."""
     texts = ("London.", "Cambridge.", "Philadelphia.")
@@ -329,15 +342,28 @@ def test_a_record_lacks_what_the_edit_did(ready, tokenizer, name):
     assert len({tuple(record.change_norm.values()) for record in records.values()}) == len(EDITS)
 
 
+def test_a_record_of_a_peer_has_the_course_of_other_edits(ready, tokenizer):
+    """Three windows, one and six: the texts are of different length."""
+    model, method, alone = ready(), quick("anyedit_memit"), {}
+    for edit in EDITS:
+        with edited(model, tokenizer, [edit], method) as m:
+            alone[edit.id] = m.edit_record.steps, len(m.edit_record.losses)
+    assert len(set(alone.values())) == 3
+    with edited_apart(model, tokenizer, EDITS, method) as m:
+        assert {edit: (record.steps, len(record.losses)) for edit, record in m.edit_records.items()} == alone
+
+
 def test_an_edit_is_said_to_be_short_that_is_not(ready, tokenizer):
     with edited_apart(ready(), tokenizer, EDITS, quick("anyedit_memit", window=12)) as m:
         notes = {edit: record.notes for edit, record in m.edit_records.items()}
-    assert notes["ada"] == notes["grace"] == [] or [len(one) for one in notes.values()] == [0, 1, 0]
-    assert notes["alan"] == ["edit 'alan': the answer is shorter than a window of 12 tokens; one window"]
+    assert notes == {"ada": [], "alan": ["edit 'alan': the answer is shorter than a window of 12 tokens; one window"], "grace": []}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", ["FT-A", "LoRA", "AdaLoRA", "MEMIT", "AnyEdit (UnKE)", "in-context"])
+@pytest.mark.parametrize(
+    "name",
+    ["FT-A", "LoRA", "AdaLoRA", "MEMIT", "AnyEdit (UnKE)", "in-context"],
+)
 def test_an_exception_inside_leaves_a_trace(ready, tokenizer, name, error):
     family, method = EVERY[name]
     model = ready(family)
@@ -400,7 +426,8 @@ def test_a_lane_takes_less_memory_than_its_weights(tiny):
     model = tiny()
 
     def trained(method) -> float:
-        return (lane_mib(model, method) - apart.LANE_MIB) * 2**20 / 20
+        logits = apart.LOGITS * model.config.vocab_size
+        return ((lane_mib(model, method) - apart.LANE_MIB) * 2**20 / 4 - logits) / 5
 
     assert trained(RECIPES["FT-A"]) == pytest.approx(sum(weight.numel() for weight in select(model, "all", ["down_proj"]).values()))
     assert trained(RECIPES["LoRA"]) == pytest.approx(4 * 8 * ((32 + 32) + (32 + 16)))  # q and v of four blocks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from uke import asking, memory, methods, models, moments, rows, studies
+from uke import answering, asking, editing, memory, methods, models, moments, rows, studies
 from uke.edits import Detail, Edit, Probe
 from uke.errors import InputError
 
@@ -328,3 +328,197 @@ def test_a_text_in_context_is_read_before_every_question_of_its_edit(toy):
     assert after["answer"].ne(after["before"]).any()
     assert [course["windows"] for course in courses(after)] == [[], []]  # no weight moved
     assert not hasattr(study.model, "passages")
+
+
+# --- lanes -----------------------------------------------------------------------------------------------------------
+
+LORA = methods.find("LoRA").model_copy(update={"steps": 4, "learning_rate": 1e-2})
+MEASURED = ("train_seconds", "answer_seconds", "peak_mib")  # of the run, not of the edit
+COURSED = ("course", "steps", "change_norm", "log_probability")  # compared with room for rounding, or by themselves
+
+
+def groups(study) -> list[int]:
+    """How many edits the study writes side by side from now on."""
+    write_in, sizes = study.write_in, []
+    study.write_in = lambda method, group: sizes.append(len(group)) or write_in(method, group)
+    return sizes
+
+
+@pytest.mark.parametrize("method", [FT_M, LORA, MEMIT, methods.find("in-context")], ids=lambda method: method.name)
+def test_rows_written_in_lanes_are_other_rows(toy, tokenizer, method):
+    frames, units, sizes = {}, {}, {}
+    for lanes in (1, 3, 16):
+        study = toy(lanes=lanes, windows=5)
+        moments.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
+        sizes[lanes] = groups(study)
+        study.run(method)
+        frames[lanes], units[lanes] = study.read(), study.units
+        folder = study.paths.rows("toy")
+        assert {path.stem for path in folder.glob("*.parquet")} == set(study.units) and len(study.units) == 4
+        shutil.rmtree(folder)
+    assert sizes == {1: [1] * 4, 3: [3, 1], 16: [4]} and units[1] == units[3] == units[16]
+    alone = frames.pop(1)
+    for frame in frames.values():
+        pd.testing.assert_frame_equal(frame.drop(columns=[*MEASURED, *COURSED]), alone.drop(columns=[*MEASURED, *COURSED]))
+        assert frame["log_probability"].tolist() == pytest.approx(alone["log_probability"].tolist(), rel=1e-2, nan_ok=True)
+        assert frame["change_norm"].tolist() == pytest.approx(alone["change_norm"].tolist(), rel=1e-2)
+        assert frame["course"].notna().tolist() == alone["course"].notna().tolist() and frame[["train_seconds", "answer_seconds"]].gt(0).all(axis=None)
+        for found, own in zip(courses(frame), courses(alone), strict=True):
+            assert found["norms"] == pytest.approx(own["norms"], rel=1e-2) and len(found["windows"]) == len(own["windows"]) == (method.name != "in-context")
+            for pair, wanted in zip(found["windows"], own["windows"], strict=True):
+                assert all(one == pytest.approx(two, rel=1e-2) for one, two in zip(pair, wanted, strict=True))
+            if isinstance(method, methods.Recipe):
+                assert found["losses"] == pytest.approx(own["losses"], rel=1e-2) and found["stopped"] == own["stopped"]
+        if isinstance(method, methods.Recipe):
+            assert frame["steps"].tolist() == alone["steps"].tolist()
+
+
+def test_a_batch_is_written_in_lanes(toy, monkeypatch):
+    """Edits of one batch share one set of weights, whatever the number of lanes."""
+    monkeypatch.setattr(studies, "edited_apart", lambda *_: pytest.fail("written apart"))
+    study = toy(lanes=16)
+    sizes = groups(study)
+    study.run(QUICK, batch_size=2)
+    assert sizes == [1, 1] and study.read()["batch"].nunique() == 2
+
+
+def test_a_killed_study_writes_again_what_it_wrote_in_lanes(toy):
+    first, again = toy(lanes=2), toy(lanes=16)
+    batches = written(again)
+    first.run(QUICK, limit=3)
+    again.run(QUICK)
+    assert batches == [["Mary"]] and set(again.read()["edit"]) == set(ANSWERS)
+
+
+def test_too_many_lanes_for_the_memory_end_the_study(toy, caplog):
+    study = toy(lanes=16)
+    write_in, tried = study.write_in, []
+
+    def full(method, group):
+        tried.append([unit.edits[0].id for unit in group])
+        if len(group) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return write_in(method, group)
+
+    study.write_in = full
+    study.run(QUICK, limit=3)
+    assert tried == [["Ada", "Grace", "Alan"], ["Ada"], ["Grace"], ["Alan"]] and study.lanes == 1
+    assert set(study.read()["edit"]) == {"Ada", "Grace", "Alan"} and len(study.units) == 3
+    assert [record.getMessage() for record in caplog.records] == ["toy: FT-M: out of memory with 3 edits side by side; going on with 1"]
+
+
+def test_after_an_end_of_memory_as_many_lanes_are_tried_again(toy, caplog):
+    study = toy(lanes=16)
+    write_in, sizes = study.write_in, []
+
+    def full(method, group):
+        sizes.append(len(group))
+        if len(group) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return write_in(method, group)
+
+    study.write_in = full
+    study.run(QUICK)
+    assert sizes == [4, 2, 2] and study.lanes == 2 and len(caplog.records) == 1
+    study.run(LORA)
+    assert sizes[3:] == [2, 2]  # what is known of the memory holds for the next method
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_edit_or_batch_too_large_alone_is_tried_for_ever(toy, size):
+    study = toy(lanes=2)
+    tried = []
+
+    def full(method, group):
+        tried.append(group)
+        raise torch.OutOfMemoryError("out of memory")
+
+    study.write_in = full
+    with pytest.raises(torch.OutOfMemoryError):
+        study.run(QUICK, batch_size=size)
+    assert len(tried) == (2 if size == 1 else 1) and not list(study.paths.rows("toy").glob("*"))
+
+
+@pytest.mark.parametrize(("lanes_free", "abreast"), [(0, 1), (0.4, 1), (1.9, 1), (4, 2), (6.1, 3), (6.9, 3), (1000, 5)])
+def test_lanes_do_not_follow_the_free_memory(toy, monkeypatch, lanes_free, abreast):
+    """Half of what is free, down to one lane, and no more than asked for."""
+    study = toy(lanes=5)
+    for method in (QUICK, LORA, MEMIT, methods.find("in-context")):
+        each = studies.lane_mib(study.model, method)
+        monkeypatch.setattr(studies, "free_mib", lambda device: lanes_free * each)
+        assert study.abreast(method) == abreast
+
+
+def test_a_system_that_does_not_tell_what_is_free_gets_no_lane(toy, monkeypatch):
+    study = toy(lanes=5)
+    monkeypatch.setattr(studies, "free_mib", lambda device: float("inf"))
+    assert study.abreast(QUICK) == 5
+
+
+def test_the_free_memory_is_looked_at_once(toy, monkeypatch):
+    study = toy(lanes=16)
+    sizes, free = groups(study), iter([2.0, 6.0])
+    monkeypatch.setattr(studies, "free_mib", lambda device: next(free) * studies.lane_mib(study.model, QUICK))
+    study.run(QUICK)
+    assert sizes == [1, 3]
+
+
+# --- raw prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_raw_prompts_are_asked_through_the_template_or_share_its_rows(toy, lanes):
+    raw, plain = toy(chat=False, lanes=lanes), toy(lanes=lanes)
+    probes, limit = raw.material.every_probe, {"max_new_tokens": raw.room}
+    method = FT_M.model_copy(update={"steps": 4})
+    for study in (raw, plain):
+        study.run(method)
+        before = study.before.set_index(["edit", "kind", "number"])["answer"]
+        after = study.read().set_index(["edit", "kind", "number"])
+        places = [(probe.edit, probe.kind, probe.number) for probe in probes]
+        assert before[places].tolist() == answering.answer(study.model, study.tokenizer, probes, chat=study.chat, **limit)
+        assert after.loc[places, "before"].tolist() == before[places].tolist()
+        for edit in study.material.edits:
+            own = [probe for probe in probes if probe.edit == edit.id]
+            told = [place for place, probe in enumerate(own) if probe.kind != "struct_trip"]
+            with editing.edited(study.model, study.tokenizer, [edit], method) as m:
+                texts = answering.answer(m, study.tokenizer, own, chat=study.chat, **limit)
+                likely = answering.target_log_probability(m, study.tokenizer, [own[place] for place in told], chat=study.chat)
+            found = after.loc[[(probe.edit, probe.kind, probe.number) for probe in own]]
+            assert found["answer"].tolist() == texts
+            assert found["log_probability"].dropna().tolist() == pytest.approx(likely, rel=1e-2)
+    assert not set(raw.units) & set(plain.units)
+    texts = {study: frame.loc[frame["kind"] != "struct_trip", "answer"].tolist() for study, frame in (("raw", raw.before), ("plain", plain.before))}
+    assert texts["raw"] != texts["plain"]  # the rows of each are its own, those before the edit too
+    assert toy(chat=False).before["answer"].tolist() == raw.before["answer"].tolist()
+
+
+def test_rows_of_studies_that_ask_as_each_probe_says_are_named_anew(toy):
+    """Committed rows were named before there was a choice."""
+    assert "chat" not in toy().conditions and toy(chat=False).conditions["chat"] is False
+
+
+# --- the other form of the world -------------------------------------------------------------------------------------
+
+
+def test_edits_of_the_other_form_are_those_of_this_one(home):
+    paths = rows.Paths("smoke")
+    akew, plain = studies.gather(paths, "test", 5, form="akew-counterfact"), studies.gather(paths, "test", 5)
+    [world] = (home / "results").glob("world-1-*")
+    assert akew.fingerprint != plain.fingerprint and akew.world_seed == plain.world_seed == 1
+    records = json.loads((world / "test" / "AKEW-CounterFact.json").read_text())[:5]
+    for edit, other, record in zip(akew.edits, plain.edits, records, strict=True):
+        assert edit.answer == other.answer == record["requested_rewrite"]["fact_new_uns"] and edit.question != other.question
+        assert edit.question == record["requested_rewrite"]["prompt_full"]
+    own = {probe.kind for edit in akew.edits for probe in edit.probes}
+    kinds = {probe.kind for probe in akew.every_probe}
+    assert kinds - own == {"rel_doc", "rand_doc", "struct_trip", "near_triple"} and "general" not in kinds
+    listed = json.loads((world / "test" / "locality" / "AKEW-Loc-CF.json").read_text())
+    wanted = {(one["edit"], one["kind"], one["question"]) for one in listed}
+    around = [probe for edit in akew.edits for probe in akew.probes[edit.id] if probe not in edit.probes]
+    assert around and {(probe.edit, probe.kind, probe.question) for probe in around} <= wanted
+    for edit in akew.edits:
+        assert {"rel_doc", "rand_doc", "struct_trip"} <= {probe.kind for probe in akew.probes[edit.id]} and {probe.edit for probe in akew.probes[edit.id]} == {edit.id}
+    assert (world / "test" / "locality" / "UnKEBench-Loc.json").is_file()  # one set does not take the other's place
+    assert studies.gather(paths, "test", 5) == plain
+    assert {edit.id for edit in studies.gather(paths, "test", 3, form="akew-counterfact").edits} == {edit.id for edit in akew.edits[:3]}

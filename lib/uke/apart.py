@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from uke.peers import Peer
 from uke.recipes import Recipe
 from uke.values import Values, target_values
 
-LANE_MIB = 64  # what a lane's activations and cache take at least
+LANE_MIB, LOGITS = 64, 3 * 128  # what a lane's activations and cache take at least; logits held for an answer, with their gradients
 
 
 @contextmanager
@@ -44,8 +45,10 @@ def edited_apart(
     if isinstance(method, Peer) and method.solver == "in_context":
         with edited(model, tokenizer, edits, method) as m:
             m.edit_records = {edit.id: m.edit_record for edit in edits}
-            yield m
-            del m.edit_records
+            try:
+                yield m
+            finally:
+                del m.edit_records
         return
     write = _solved if isinstance(method, Peer) else _adapted if method.adapter == "adalora" else train_apart
     with kept(model, {}):
@@ -68,7 +71,7 @@ def lane_mib(model: nn.Module, method: Recipe | Peer) -> float:
         trained = sum(method.rank * (one.in_features + one.out_features) for one in projections)
     else:
         trained = sum(weight.numel() for weight in weights(model, method).values())
-    return LANE_MIB + 5 * 4 * trained / 2**20
+    return LANE_MIB + 4 * (5 * trained + LOGITS * model.get_input_embeddings().num_embeddings) / 2**20
 
 
 def _norms(lanes: Lanes) -> list[dict[str, float]]:
@@ -109,8 +112,8 @@ def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequenc
     trainings = []
     try:
         for one, found in _one_by_one(located, values):
-            notes = [*one.notes(peer), *solver.solve(one, found)]
-            trainings.append(Training(values.losses, values.steps + solver.steps, stopped=values.stopped, notes=notes))
+            notes = [*one.notes(peer), *_named(solver, one, found)]
+            trainings.append(Training(found.losses, found.steps + solver.steps, stopped=found.stopped, notes=notes))
             for name, weight in own.items():
                 stacks[name].append(weight.detach().clone())
                 weight.data.copy_(before[name])
@@ -123,9 +126,19 @@ def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequenc
 
 
 def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Values]]:
-    """Each edit with its own anchors and target values."""
+    """Each edit with its own anchors, target values and their course."""
     first = 0
     for edit, one, windows in zip(located.ids, located.examples, located.windows, strict=True):
         own = values.hidden[first : first + len(windows)]
         first += len(windows)
-        yield replace(located, ids=[edit], examples=[one], windows=[windows]), replace(values, hidden=own)
+        course, ended = values.courses[edit], values.ended[edit]
+        found = replace(values, hidden=own, losses=course, steps=len(course) - ended, stopped="loss" if ended == len(windows) else "steps")
+        yield replace(located, ids=[edit], examples=[one], windows=[windows]), found
+
+
+def _named(solver: Any, one: Located, found: Values) -> list[str]:
+    """The solver's notes; an error that is not finite says of which edit."""
+    try:
+        return solver.solve(one, found)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"edit '{one.ids[0]}': {error}") from None

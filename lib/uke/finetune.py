@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uke.edits import Edit
 from uke.errors import InputError
+from uke.lanes import Below, constant_below
 from uke.models import IGNORED, Example, collate, example, max_context, module_names, select
 from uke.peers import Peer
 from uke.recipes import Recipe
@@ -125,11 +126,13 @@ def train(
     """
     started = time.perf_counter()
     passes = _passes(prepare(model, tokenizer, edits, recipe), recipe, tokenizer.pad_token_id or 0)
-    training = Training()
-    with _only(model, weights(model, recipe)) as parameters:
+    training, trained = Training(), weights(model, recipe)
+    # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
+    same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
+    with _only(model, trained) as parameters, constant_below(model, list(trained)) if same else nullcontext(Below()) as below:
         optimiser = Optimiser(model, parameters, recipe)
         for batches in passes:
-            losses = [value for batch in batches for value in _learn(model, optimiser, batch, recipe)]
+            losses = [value for batch in batches for value in _learn(model, optimiser, batch, recipe, below)]
             training.losses.append(sum(losses) / len(losses))
             if progress:
                 progress(len(training.losses), training.losses[-1])
@@ -244,10 +247,10 @@ def _orthogonality(adalora: nn.Module) -> Tensor:
     return adalora.peft_config[adalora.active_adapter[0]].orth_reg_weight * torch.stack(distances).mean()
 
 
-def _learn(model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe) -> list[float]:
+def _learn(model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe, below: Below) -> list[float]:
     """Loss of each edit of one batch, and one step unless their mean is below `stop_loss`."""
     losses: list[float] = []
-    for part in batch.parts:
+    for below.part, part in enumerate(batch.parts):
         part = {name: tensor.to(model.device) for name, tensor in part.items()}
         each = loss(model, part, recipe.loss)  # (B,)
         (each.sum() / len(batch.ids)).backward()

@@ -92,8 +92,9 @@ class Lanes:
             module, _, own = name.rpartition(".")
             inner.setdefault(module, set()).add(own)
         modules = {name: self.model.get_submodule(name) for name in inner}
-        if taken := [name for name, module in modules.items() if "forward" in vars(module)]:
-            raise RuntimeError(f"{taken[0]}: another call has replaced how this module reads")
+        taken = [name for name, module in modules.items() if "forward" in vars(module)]
+        if taken or "lanes" in vars(self.model):
+            raise RuntimeError(f"{''.join(taken[:1]) or 'the model'}: another call has replaced how it reads")
         try:
             for name, module in modules.items():
                 read = self._linear if isinstance(module, nn.Linear) else self._each
@@ -144,15 +145,23 @@ class Lanes:
 
 
 class Below:
-    """What the blocks below a place give: read in the first forward pass, handed out in every later one."""
+    """What the blocks below a place give: read in the first forward pass, handed out in every later one.
+
+    `part`: which of several batches, each with states of its own, the next forward pass is on.
+    """
 
     def __init__(self) -> None:
-        self.states: Tensor | None = None
+        self.held: dict[int, Tensor] = {}
+        self.part = 0
+
+    @property
+    def states(self) -> Tensor | None:
+        return self.held.get(self.part)
 
     def keep(self, places: Tensor | Sequence[int]) -> None:
         """The rows of the batch that go on."""
         if self.states is not None:
-            self.states = self.states[places]
+            self.held[self.part] = self.states[places]
 
     def highest(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the highest of the blocks; a batch that was cut on its right gets what it needs."""
@@ -160,7 +169,7 @@ class Below:
             return self.states[:, : states.shape[1]]
         given = block(states, *args, **kwargs)
         if isinstance(given, Tensor):
-            self.states = given.detach()
+            self.held[self.part] = given.detach()
         return given
 
     def lower(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +181,7 @@ class Below:
 def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
     """Blocks below the lowest one that holds one of these modules or parameters are read once: nothing in them changes here.
 
-    Every forward pass inside is on the same rows (or those that `keep` leaves) and the same tokens, or their beginnings.
+    Every forward pass inside is on the same rows of its part (or those that `keep` leaves) and the same tokens, or their beginnings.
     """
     below, every = Below(), blocks(model)
     lowest = min(number for number, (prefix, _) in enumerate(every) if any(name.startswith(f"{prefix}.") for name in names))

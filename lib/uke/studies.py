@@ -128,7 +128,7 @@ class Study:
 
     def abreast(self, method: Method) -> int:
         """How many single edits are written side by side: `lanes`, or as many as half of the free memory holds."""
-        return max(1, min(self.lanes, int(free_mib(self.model.device) / 2 // lane_mib(self.model, method))))
+        return max(1, int(min(self.lanes, free_mib(self.model.device) / 2 / lane_mib(self.model, method))))
 
     def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> str | None:
         """`run`, for a trial that may come to nothing: what went wrong, or None; a failed trial has no rows to read."""

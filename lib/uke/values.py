@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ class Values:
     """Wanted hidden states after the last site (n, D), and how they were found.
 
     `losses`: mean over the edits, for each step of each round of windows; `stopped` "loss" if every anchor ended below
-    the peer's `stop_loss`.
+    the peer's `stop_loss`. `courses` and `ended`: of each edit by its id, its own losses, and how many of its anchors ended so.
     """
 
     hidden: Tensor
     losses: list[float] = field(default_factory=list)
     steps: int = 0
     stopped: str = "loss"
+    courses: dict[str, list[float]] = field(default_factory=dict)
+    ended: Counter[str] = field(default_factory=Counter)
 
 
 def target_values(model: nn.Module, located: Located, site: Site, peer: Peer) -> Values:
@@ -80,9 +83,12 @@ def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Ten
         losses = (chunk.losses(here) * weights[going]).sum(-1) + peer.decay * here.norm(dim=-1) / scale[going] ** 2  # (G,)
         _refuse(chunk, losses, peer)
         last[going] = losses.detach()
+        for edit, value in zip(chunk.ids, losses.tolist(), strict=True):
+            values.courses.setdefault(edit, []).append(value)
         values.losses.append(last.mean().item())
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         if (stay := losses.detach() >= peer.stop_loss).logical_not().any():
+            values.ended.update(edit for edit, stays in zip(chunk.ids, stay.tolist(), strict=True) if not stays)
             going = going[stay]
             if not len(going):
                 return delta.detach()
