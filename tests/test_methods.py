@@ -180,6 +180,12 @@ def test_the_settings_of_the_nearest_batch_size_are_used_by_ratio(folder, held, 
     assert methods.configured(folder, "embedded", asked)["FT-M"].steps == used
 
 
+def test_a_method_not_tuned_at_the_nearest_size_goes_untuned(folder):
+    write(folder, "tuned", "1: {FT-M: {steps: 3}}\n8: {FT-M: {steps: 5}, LoRA: {steps: 9}}\n")
+    found = methods.configured(folder, "embedded", 2)
+    assert (found["FT-M"].steps, found["LoRA"].steps) == (3, 9)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -262,7 +262,7 @@ def ahead(frame: pd.DataFrame, x: str = "batch_size", unit: str = "points", widt
         ax.vlines(frame[x], frame["low"], frame["high"], color=INK, lw=1.4)
         ax.plot(frame[x], frame["mean"], color=INK, marker="*", ms=9, mec="white", mew=0.5, zorder=4, clip_on=False)
         for place, mean in zip(frame[x], frame["mean"]):
-            ax.annotate(f"{number(float(mean), 1)}", (place, mean), xytext=(5, 5), textcoords="offset points", fontsize=6.5, color=GREY)
+            ax.annotate(f"{number(float(mean), 1)}", (place, mean), xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=6.5, color=GREY)
         _powers(ax, sorted(frame[x].unique()))
         ax.set(xlabel=x.replace("_", " "), ylabel=f"lead ({unit})")
         ax.margins(x=0.08, y=0.15)

@@ -111,18 +111,18 @@ def configured(folder: Path, model: str, batch_size: int = 1, tuned: bool = True
     """Every method of `folder`/methods by name, with what the model's tuned file changes in it, if there is one.
 
     Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
-    another model at some batch sizes, of which the one nearest to `batch_size` (by ratio; the smaller of two) is used.
+    another model at some batch sizes, of which each method has the one nearest to `batch_size` (by ratio; the smaller of two).
     InputError for a bad file, or a tuned method that does not exist.
     """
     found = {method.name: method for method in map(load, sorted(folder.glob("methods/*.yaml")))}
     path = tuned_file(folder, model)
     held = tuned_at(path) if tuned and path.is_file() else {}
-    for size in held:
-        every = {find(name, found, f"{path}: {size}: ").name: own for name, own in held[size].items()}
-        changed = {name: _changed(found[name], own, f"{path}: {size}: {name}") for name, own in every.items()}
-        if size == min(held, key=lambda one: (max(one / batch_size, batch_size / one), one)):
-            chosen = changed
-    return found | chosen if held else found
+    chosen: dict[str, Method] = {}
+    for size in sorted(held, key=lambda one: (max(one / batch_size, batch_size / one), one)):
+        for name, own in held[size].items():
+            method = find(name, found, f"{path}: {size}: ")
+            chosen.setdefault(method.name, _changed(method, own, f"{path}: {size}: {method.name}"))
+    return found | chosen
 
 
 def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
