@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 
 from uke import rows
+from uke.effects import SIDES
 from uke.errors import InputError
 from uke.intervals import RESAMPLES, SEED, Interval, holm, interval, paired
+from uke.methods import nearest_first
 from uke.paths import Paths
 from uke.tables import require
 
-LOCALITY, SKILL = ("rel_doc", "rand_doc", "struct_trip"), ("general",)
+LOCALITY, SKILL = SIDES["kept"], ("general",)
 
 
 def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str]) -> pd.Series:
@@ -27,7 +29,7 @@ def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str
             frame = pd.read_parquet(paths.exported("tuning"))
             frame = frame[frame["method"].isin(among)]
             if len(frame):
-                size = min(frame["batch_size"].unique(), key=lambda one: (max(one / batch_size, batch_size / one), one))
+                size = nearest_first(frame["batch_size"].unique(), batch_size)[0]
                 scores = rows.average(rows.headline(frame[frame["batch_size"] == size]))
                 means = scores.groupby(["method", "level"])["score"].mean()
                 return means.groupby("method").max().sort_values(ascending=False)

@@ -118,11 +118,16 @@ def configured(folder: Path, model: str, batch_size: int = 1, tuned: bool = True
     path = tuned_file(folder, model)
     held = tuned_at(path) if tuned and path.is_file() else {}
     chosen: dict[str, Method] = {}
-    for size in sorted(held, key=lambda one: (max(one / batch_size, batch_size / one), one)):
+    for size in nearest_first(held, batch_size):
         for name, own in held[size].items():
             method = find(name, found, f"{path}: {size}: ")
             chosen.setdefault(method.name, _changed(method, own, f"{path}: {size}: {method.name}"))
     return found | chosen
+
+
+def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
+    """Batch sizes by their ratio to one, the nearest first; of two as far from it the smaller."""
+    return sorted(sizes, key=lambda size: (max(size / batch_size, batch_size / size), size))
 
 
 def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
