@@ -50,14 +50,26 @@ def lead(averages: pd.DataFrame, method: str, peer: str) -> tuple[Interval, Inte
     `averages` is what `rows.average` gives at one batch size. Paired by edit; the units drawn are edits, or batches where
     edits share weights.
     """
-    require(averages, ["method", "batch", "edit", "score"], "lead")
-    own, other = (averages[averages["method"] == name].set_index(["batch", "edit"])["score"].sort_index() for name in (method, peer))
-    if own.empty or list(own.index) != list(other.index):
-        raise InputError(f"lead: {method} and {peer}: expected the same edits under both, found {len(own)} and {len(other)}")
+    own, other = _side_by_side(averages, method, peer)
     batches = own.index.get_level_values("batch")
     points = interval(100 * (own - other).to_numpy(), batches)
     relative = _ratio(own.to_numpy(), other.to_numpy(), batches)
     return points, relative
+
+
+def differences(averages: pd.DataFrame, method: str, peer: str) -> tuple[pd.Series, pd.Index]:
+    """The lead of each edit in points, and the edit's batch, as `trend` reads them; InputError as `lead` has."""
+    own, other = _side_by_side(averages, method, peer)
+    return 100 * (own - other), own.index.get_level_values("batch")
+
+
+def _side_by_side(averages: pd.DataFrame, method: str, peer: str) -> list[pd.Series]:
+    """The scores of both by batch and edit, in one order."""
+    require(averages, ["method", "batch", "edit", "score"], "lead")
+    own, other = (averages[averages["method"] == name].set_index(["batch", "edit"])["score"].sort_index() for name in (method, peer))
+    if own.empty or list(own.index) != list(other.index):
+        raise InputError(f"lead: {method} and {peer}: expected the same edits under both, found {len(own)} and {len(other)}")
+    return [own, other]
 
 
 def _ratio(own: np.ndarray, other: np.ndarray, groups: Sequence) -> Interval:
@@ -70,18 +82,18 @@ def _ratio(own: np.ndarray, other: np.ndarray, groups: Sequence) -> Interval:
     return Interval(float(100 * (sums[0].sum() / sums[1].sum() - 1)), *map(float, ends), len(names))
 
 
-def trend(differences: Mapping[int, tuple[Sequence[float], Sequence]]) -> Interval:
+def trend(found: Mapping[int, tuple[Sequence[float], Sequence]]) -> Interval:
     """Points by which a lead grows with every doubling of the batch size: the slope of least squares on log2 of the size.
 
-    `differences` has for each batch size the differences of its edits in points, and the batch of each. Batches are drawn
+    `found` has for each batch size the differences of its edits in points, and the batch of each (`differences`). Batches are drawn
     anew within each size; `n` counts them all. InputError for a single size.
     """
-    if len(differences) < 2:
+    if len(found) < 2:
         raise InputError("trend: one batch size; expected two or more")
-    sizes = np.array([log2(size) for size in differences])
+    sizes = np.array([log2(size) for size in found])
     centred = (sizes - sizes.mean()) / ((sizes - sizes.mean()) ** 2).sum()
     means, resampled, count = [], [], 0
-    for number, (values, batches) in enumerate(differences.values()):
+    for number, (values, batches) in enumerate(found.values()):
         codes, names = pd.factorize(np.asarray(batches))
         sums, counts = np.bincount(codes, np.asarray(values, float), len(names)), np.bincount(codes, minlength=len(names))
         drawn = _draws(len(names), number)
