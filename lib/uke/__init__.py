@@ -11,7 +11,7 @@ similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
 recipes, peers, methods      every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
-numerals, tables, effects, leads, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
+numerals, tables, effects, leads, speed, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
 manifests, typesetting, redrawing, report   what ran, and when; numbers said once; figures and tables from stored data; HTML and PDF
 verdicts                     each claim of the paper beside the numbers that decide it
 world, world_files           the fictional world, and its files in the benchmarks' formats
@@ -27,6 +27,7 @@ baselines                    the solvers: MEMIT, AlphaEdit, UnKE
 editing, lane_training, apart   `with edited(model, tokenizer, edits, method) as m:`; every edit alone, side by side in lanes
 memory, asking, studies      ask before, edit, ask after, score, append rows; skip what is done
 sequences                    the same for edits that pile up in the same weights
+ways                         the published loop, one by one, lanes: the same edits timed three ways (`benchmarks/`)
 preflight, kernels, run      checks before a start; one notebook, headlessly
 
 Everything up to `materials` imports no torch, so a notebook that only reads rows opens at once.

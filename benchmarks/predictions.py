@@ -1,0 +1,66 @@
+"""Memory of an edit: trained weights times what is held of each, and activations, beside what was measured."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from torch import nn
+
+from uke.edits import Edit
+from uke.finetune import prepare, weights
+from uke.models import IGNORED, blocks, module_names
+from uke.recipes import Recipe
+from uke.studies import Study
+
+MIB = 2**20
+
+
+def trained(model: nn.Module, recipe: Recipe) -> int:
+    """How many numbers one edit trains."""
+    if not recipe.adapter:
+        return sum(weight.numel() for weight in weights(model, recipe).values())
+    projections = [model.get_submodule(name) for name in module_names(model, recipe.layers, recipe.components)]
+    return sum(recipe.rank * (one.in_features + one.out_features) for one in projections)
+
+
+def held(recipe: Recipe, in_lanes: bool, half: bool) -> int:
+    """Copies of what is trained, in float32, beyond the model: gradient and two moments, and the value or the snapshot.
+
+    In lanes both, since the value of a lane is none of the model's and the weights of all lanes are gathered at the end; in a
+    model in half precision (`half`) one more of direct weights, since they are trained as float32 copies.
+    """
+    return 4 + (in_lanes or (half and not recipe.adapter))
+
+
+def activations(model: nn.Module, examples: Sequence, recipe: Recipe) -> float:
+    """MiB that the backward pass needs of a batch of these examples, padded to the longest; a count of tensors, not of bytes seen.
+
+    A block at or above the lowest changed one keeps, for each token, about six vectors of the model's width (norms, queries, attention), keys
+    and values, and four of the feed-forward width; the head keeps three numbers for each word of the vocabulary and token of the text.
+    """
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 6 * config.hidden_size + 2 * config.num_key_value_heads * size + 4 * config.intermediate_size
+    lowest = min(int(name.split(".")[blocks(model)[0][0].count(".")]) for name in module_names(model, recipe.layers, recipe.components))
+    tokens = len(examples) * max(len(one.ids) for one in examples)
+    read = len(examples) * max(sum(label != IGNORED for label in one.labels) for one in examples)
+    width = next(model.parameters()).element_size()
+    return (tokens * each * (config.num_hidden_layers - lowest) * width + 3 * 4 * read * config.vocab_size) / MIB
+
+
+def memory(study: Study, recipe: Recipe, timings: Sequence[dict], what: str = "embedded model") -> list[dict]:
+    """Prediction and measurement of one recipe in the ways `single` and `lanes`, as far as these timings have them."""
+    measured = pd.DataFrame(timings)
+    measured = measured[(measured["method"] == recipe.name) & measured["train_mib"].notna()]
+    found = []
+    for way in [way for way in ("single", "lanes") if way in set(measured["way"])]:
+        # The peak is that of the first group, up to its first answer.
+        edits: Sequence[Edit] = study.material.edits[: study.abreast(recipe) if way == "lanes" else 1]
+        edits = edits[: int(measured.loc[measured["way"] == way, "edits"].max())]
+        copies = held(recipe, way == "lanes", next(study.model.parameters()).element_size() < 4)
+        examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
+        found.append({
+            "what": what, "method": recipe.name, "way": way, "lanes": len(edits), "trained": trained(study.model, recipe), "copies": copies,
+            "weights_mib": 4 * copies * len(edits) * trained(study.model, recipe) / MIB, "activations_mib": activations(study.model, examples, recipe),
+            "measured_mib": float(measured.loc[measured["way"] == way, "train_mib"].median()),
+        })  # fmt: skip
+    return found
