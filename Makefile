@@ -1,4 +1,4 @@
-# make report | locality | test | figures | tune | world | explore | clean      (README.md says what each needs and writes)
+# make report | locality | test | figures | tune | world | bench | explore | clean      (README.md says what each needs and writes)
 
 PYTHON      ?= python3
 PROFILE     ?= quick
@@ -14,6 +14,9 @@ MODEL       ?=
 SEED        ?= 2
 DOCUMENTS   ?=
 STRUCTURED  ?=
+# Of `make bench`: full (a quarter of an hour) or smoke; rows of the processor (cpu), of a CUDA device (gpu), or all that can be measured here
+SIZE        ?= full
+ROWS        ?= all
 # One more wheel index for pip, for example one that has the CPU build of torch
 EXTRA_INDEX ?=
 
@@ -33,10 +36,10 @@ export UKE_DATA
 endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
-KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL SEED DOCUMENTS STRUCTURED EXTRA_INDEX UKE_DATA UKE_HOME
+KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS MODEL SEED SIZE ROWS DOCUMENTS STRUCTURED EXTRA_INDEX UKE_DATA UKE_HOME
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(if $(filter $(name),$(KNOWN)),,$(error $(name): unknown variable; expected one of $(KNOWN)))))
 
-.PHONY: report locality test figures tune world explore clean
+.PHONY: report locality test figures tune world bench explore clean
 .DEFAULT_GOAL := report
 
 report: $(STAMP)
@@ -67,6 +70,10 @@ world: $(STAMP)
 	@$(CHECK)
 	$(SNAKEMAKE) $(foreach name,$(HEADLINE),'$(CURDIR)/figures/$(PROFILE)/sections/$(name).json') --config $(CONFIG)
 	$(VENV)/bin/python -m uke.run --compose --profile '$(PROFILE)'
+
+# The published loop, one edit after another, and lanes, timed in turns on an idle machine: benchmarks/results/, which 10_cost shows.
+bench: $(STAMP)
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/bench.py --size '$(SIZE)' --rows '$(ROWS)'
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest

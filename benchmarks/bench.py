@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -26,13 +26,13 @@ import predictions
 import shapes
 from uke import moments, speed, ways
 from uke.answering import answer
-from uke.edits import Edit, Probe
+from uke.edits import Edit
 from uke.errors import InputError
-from uke.materials import Material, gather
+from uke.materials import gather
 from uke.methods import Method, at_level, configured, find
 from uke.models import blocks, load
 from uke.paths import Paths
-from uke.pretraining import CARD, card
+from uke.pretraining import card
 from uke.recipes import Recipe
 from uke.studies import Study
 
@@ -63,13 +63,17 @@ class Size:
     headline: Amount
     others: Amount
     methods: tuple[str, ...] = ("FT-M", "FT-UKE", "LoRA", "AnyEdit (MEMIT)")
+    kinds: tuple[str, ...] = ()  # all probes, or those of these kinds
+    steps: int = 0  # as tuned, or so many
     growing: growth.Amount = growth.Amount()
     gaining: gains.Amount = gains.Amount()
 
 
 SIZES = {
     "full": Size(Amount(64, 16, 8), Amount(32, 8, 4)),
-    "smoke": Size(Amount(3, 2, 1, 2), Amount(2, 1, 1, 2), ("FT-M", "LoRA"), growth.Amount((1, 2), (0.5, 1.0), (0.5, 1.0), 2, 16), gains.Amount(3, 1, 2)),
+    # Short questions after few steps: that it runs, and that the ways answer alike.
+    "smoke": Size(Amount(3, 2, 1, 2), Amount(2, 1, 1, 1), ("FT-UKE", "LoRA"), ("detail", "struct_trip"), 5,
+                  growth.Amount((2,), (1.0,), (0.5,), 2, 8), gains.Amount(2, 1, 4)),  # fmt: skip
 }
 
 
@@ -115,7 +119,12 @@ def described(measure, size, said: str, name: str, device: str) -> dict:
 def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
     """Every row of a machine without an accelerator, on the embedded model."""
     study = embedded(size.headline.lanes, device)
-    methods = [chosen(name) for name in size.methods]
+    if size.kinds:
+        study.material = study.material.only(size.kinds)
+    methods = [chosen(name, size.steps) for name in size.methods]
+    if not all(isinstance(method, Recipe) for method in methods):  # what a peer must keep, measured on the world's own pool where it is not yet
+        texts = moments.world_texts(card(Path(study.model.config.name_or_path))["settings"]["world_seed"])
+        moments.measure(study.model, study.tokenizer, texts, range(len(blocks(study.model))))
     amounts = {method.name: size.others if place else size.headline for place, method in enumerate(methods)}
     timings, same = compared(study, methods, amounts)
     memory = predictions.memory(study, methods[0], timings)
@@ -128,16 +137,14 @@ def embedded(count: int, device: str) -> Study:
     """The embedded model with so many test edits of its world; where there are fewer, they come again under other ids."""
     paths = Paths("bench")
     model, tokenizer = load("embedded", device)
-    moments.measure(model, tokenizer, moments.world_texts(card(Path(model.config.name_or_path))["settings"]["world_seed"]), range(len(blocks(model))))
     return Study("bench", paths, model, tokenizer, shapes.repeated(gather(paths, "test", count), count))
 
 
-def chosen(name: str) -> Method:
-    """The method as the study tuned it for single edits; FT-M on the down projections of all blocks."""
+def chosen(name: str, steps: int = 0) -> Method:
+    """The method as the study tuned it for single edits, or with so many steps; FT-M on the down projections of all blocks."""
     params = ROOT / "params"
-    if name == "FT-M":
-        return at_level(params, "embedded", "FT-M", "layers", "all")
-    return find(name, configured(params, "embedded"))
+    method = at_level(params, "embedded", "FT-M", "layers", "all") if name == "FT-M" else find(name, configured(params, "embedded"))
+    return method.model_copy(update={"steps": steps}) if steps else method
 
 
 def compared(study: Study, methods: Sequence[Method], amounts: dict[str, Amount]) -> tuple[list[dict], list[dict]]:
@@ -154,13 +161,11 @@ def compared(study: Study, methods: Sequence[Method], amounts: dict[str, Amount]
                 found = ways.timed(way, study, edits, method)
                 answers[way] |= found.answers
                 timings.append(row(method, way, edits, found) | {"repeat": repeat})
-            held = [{"method": method.name, "way": way} | alike(way, answers, before) for way in ways.WAYS if way != "lanes"]
-        same += held
+            held = {way: ways.alike(answers[way], answers["lanes"], before) for way in ways.WAYS if way != "lanes"}
+            for way, one in held.items():
+                ways.check_alike(f"{way} of {method.name}", one)
+        same += [{"method": method.name, "way": way} | one for way, one in held.items()]
     return timings, same
-
-
-def alike(way: str, answers: dict[str, dict[Probe, str]], before: dict[Probe, str]) -> dict[str, float]:
-    return ways.check_alike(way, answers[way], answers["lanes"], before)
 
 
 def row(method: Method, way: str, edits: Sequence[Edit], found: ways.Timed) -> dict:

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from uke.edits import Edit, Probe
 from uke.materials import Material
-from uke.recipes import Recipe
 
 # As in the configuration that Qwen/Qwen2.5-7B-Instruct is published with.
 QWEN = {
@@ -19,6 +18,7 @@ QWEN = {
     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False,
 }  # fmt: skip
 TINY = QWEN | {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+QUESTION, OF_TEMPLATE = 16, 3  # words of a question of random words, tokens that the template below adds to it
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
@@ -52,16 +52,20 @@ def qwen(shape: Mapping, device: str, dtype: torch.dtype) -> tuple[PreTrainedMod
     return random_model(AutoConfig.for_model("qwen2", **shape, **ids), device, dtype), tokenizer
 
 
-def worded(count: int, vocabulary: int, tokens: int, probes: int, seed: int = 1) -> Material:
-    """Edits of so many tokens (prompt and text), each with so many probes whose references have 128: random words, for time alone."""
+def worded(count: int, vocabulary: int, tokens: int, asked: tuple[int, int], seed: int = 1) -> Material:
+    """Edits of so many tokens (prompt and text), `asked` probes of as many tokens each: random words, for time alone."""
     drawn = random.Random(seed)
 
     def text(length: int) -> str:
         return " ".join(f"w{drawn.randrange(len(SPECIAL), vocabulary)}" for _ in range(length))
 
-    edits = tuple(Edit(id=f"e{number}", question=text(16), answer=text(tokens - 16 - 3)) for number in range(count))  # 3 tokens are the template's
-    asked = {edit.id: tuple(Probe(edit=edit.id, kind="original" if not n else "rel_doc", number=n, question=edit.question if not n else text(16), reference=text(128)) for n in range(probes)) for edit in edits}
-    return Material(edits, asked, f"random words {seed}")
+    edits, probes = [], {}
+    for number in range(count):
+        edit = Edit(id=f"e{number}", question=text(QUESTION), answer=text(tokens - QUESTION - OF_TEMPLATE))
+        others = [Probe(edit=edit.id, kind="rel_doc", number=other, question=text(QUESTION), reference="none") for other in range(asked[0] - 1)]
+        edits.append(edit)
+        probes[edit.id] = (Probe(edit=edit.id, kind="original", question=edit.question, reference="none"), *others)
+    return Material(tuple(edits), probes, f"random words {seed}")
 
 
 def repeated(material: Material, count: int) -> Material:
@@ -85,8 +89,3 @@ def cut(material: Material, share: float, count: int) -> Material:
         edits.append(edit.model_copy(update={"answer": text}))
     probes = {edit.id: tuple(probe.model_copy(update={"reference": edit.answer}) if probe.kind in ("original", "paraphrase") else probe for probe in material.probes[edit.id]) for edit in edits}
     return replace(material, edits=tuple(edits), probes=probes)
-
-
-def on_all(recipe: Recipe, components: tuple[str, ...]) -> Recipe:
-    """The recipe on these components of all blocks."""
-    return recipe.model_copy(update={"layers": "all", "components": components})

@@ -152,7 +152,7 @@ def home(tmp_path_factory, results):
     """A copy of the project without rows, for the runs of this module."""
     home = tmp_path_factory.mktemp("study")
     shutil.copytree(results, home / "results")
-    for folder in ("notebooks", "params", "figures/embedded"):
+    for folder in ("notebooks", "params", "benchmarks", "figures/embedded"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, home / folder)
     return home

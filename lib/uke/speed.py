@@ -1,7 +1,7 @@
 """What `make bench` measured, read from its committed file: ratios of the three ways, growth, memory, and the targets."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +10,14 @@ import pandas as pd
 
 from uke.edits import Probe
 from uke.errors import InputError
+from uke.methods import key
 from uke.metrics import AVERAGE, HEADLINE, score
 from uke.numerals import Score
 from uke.tables import ordered, write
 
 RESULTS = ("benchmarks", "results")
 CPU, GPU = "cpu", "gpu"  # the names of the two files
+SHAPE = "Qwen2.5-7B shape"  # in the name of a method that was run on random weights of that shape
 WAYS = {"loop": "published loop", "single": "one by one", "lanes": "lanes"}
 HOW = "No benchmark is stored here, so the speed of lanes is not shown; `make bench` measures it in about a quarter of an hour on an idle machine."
 # Greedy answers of the same edit made in another way differ where rounding tips a token. At least so many are the same, and
@@ -157,24 +159,74 @@ def resources(bench: Bench) -> pd.DataFrame:
 def grown(bench: Bench, grows: str) -> pd.DataFrame:
     """For `diagrams.trends`: way, panel, score, and the value of what grows under its own name."""
     panels = {"edits_a_minute": "edits a minute", "tokens_a_second": "answered tokens a second", "peak_mib": "peak memory (MiB)"}
-    own = rates(bench.growth[bench.growth["grows"] == grows]).rename(columns=panels | {"value": grows})
-    return own.assign(way=own["way"].map(WAYS)).melt(["way", grows], list(panels.values()), "panel", "score").dropna(subset="score")
+    own = rates(bench.growth[bench.growth["grows"] == grows])
+    own = pd.DataFrame({"way": own["way"].map(WAYS), grows: own["value"]} | {panel: own[column] for column, panel in panels.items()})
+    return own.melt(["way", grows], list(panels.values()), "panel", "score").dropna(subset="score")
 
 
-def growth(bench: Bench, grows: Iterable[str]) -> pd.DataFrame:
-    """The table of growth: seconds of an edit in each way, at each value of what grows."""
-    frame = rates(bench.growth)
-    frame = frame[frame["grows"].isin(list(grows))].assign(way=frame["way"].map(WAYS) + " (s an edit)")
-    means = frame.groupby(["grows", "value", "way"], sort=False)["each"].median().unstack("way")
-    return means.reindex(columns=[f"{name} (s an edit)" for name in WAYS.values()]).reset_index()
+def growth(bench: Bench) -> pd.DataFrame:
+    """The table of growth but that with the number of edits: seconds of an edit in each way, at each value of what grows."""
+    frame = rates(bench.growth[bench.growth["grows"] != "edits"])
+    means = frame.assign(way=frame["way"].map(WAYS) + " (s an edit)").groupby(["grows", "value", "way"], sort=False)["each"].median().unstack("way")
+    return means.reindex(columns=[f"{name} (s an edit)" for name in WAYS.values()]).reset_index().rename_axis(columns=None)
 
 
-def targets(numbers: Mapping[str, float]) -> pd.DataFrame:
+def remembered(bench: Bench) -> pd.DataFrame:
+    """The table of memory: predicted beside measured, in MiB."""
+    frame = bench.memory.assign(way=bench.memory["way"].map(WAYS), predicted=bench.memory["weights_mib"] + bench.memory["activations_mib"])
+    names = {"weights_mib": "weights", "activations_mib": "activations", "measured_mib": "measured"}
+    return frame.rename(columns=names)[["what", "method", "way", "lanes", "trained", "copies", "weights", "activations", "predicted", "measured"]]
+
+
+def gained(bench: Bench) -> pd.DataFrame:
+    """The table of optimisations: predicted and measured gain, and why they differ."""
+    measured = [Score(*ends) for ends in bench.gains[["measured", "low", "high"]].itertuples(index=False)]
+    return bench.gains.assign(measured=measured)[["optimisation", "method", "predicted", "measured", "why"]]
+
+
+def numbers(bench: Bench) -> dict[str, Score]:
+    """Its numbers by their key below `speed`, medians over the repeats: lanes over each other way, and what the targets ask of the shape.
+
+    The first method is the one of the targets; those of others have the method's name in their key.
+    """
+    found = {}
+    for place, method in enumerate(ordered(bench.timings["method"])):
+        own = bench.timings[bench.timings["method"] == method]
+        first = bench.place + (".qwen_shape" if SHAPE in method else ".embedded" if bench.place == "gpu" else "")
+        base = first if SHAPE in method or not place else f"{first}.{key(method)}"
+        if set(WAYS) <= set(own["way"]):
+            found |= {f"{base}.lanes_over_{way}": ratio(own, method, way) for way in WAYS if way != "lanes"}
+        if SHAPE in method and "lanes" in set(own["way"]):
+            lanes = rates(own[own["way"] == "lanes"])
+            found[f"{base}.minutes_per_1000_scaled"] = Score(float(1000 * lanes["each"].median() / 60))
+        elif SHAPE in method:
+            held = bench.memory.loc[bench.memory["method"] == method, "model_mib"].max()
+            found[f"{base}.peak_gib"] = Score(float((held + own["peak_mib"].max()) / 1024))
+    return found
+
+
+def about(bench: Bench) -> str:
+    """The machine, the versions and the command, in a sentence; how busy the machine was."""
+    machine, versions = bench.about["machine"], bench.about["versions"]
+    on = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    said = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return (
+        f"`{bench.about['command']}` on {on}, {machine['threads']} threads of {machine['cores']} cores, {machine['memory_gib']:g} GiB ({said}); it took "
+        f"{bench.about['seconds'] / 60:.0f} min. Load of the machine before it began: {machine['load_before']:g}" + (", so its seconds are not to be trusted." if busy(bench) else ".")
+    )
+
+
+def busy(bench: Bench) -> bool:
+    """Whether others had the machine when the run began."""
+    return bench.about["machine"]["load_before"] > BUSY
+
+
+def targets(numbers: Mapping[str, Score]) -> pd.DataFrame:
     """The targets beside what was measured, by key below `speed`; a dash where nothing was."""
     lines = []
     for one in TARGETS:
-        found = numbers.get(one.key)
+        found = numbers[one.key].mean if one.key in numbers else None
         met = None if found is None else found >= one.least if one.most is None else found <= one.most
         asked = f"at least {one.least:g}" if one.most is None else f"under {one.most:g}"
-        lines.append({"where": one.where, "what": one.what, "target": asked, "measured": found, "met": met})
+        lines.append({"where": one.where, "what": one.what, "target": asked, "measured": numbers.get(one.key), "met": met})
     return pd.DataFrame(lines)

@@ -1,7 +1,7 @@
 """Three ways to write single edits and ask every probe of each, timed: the published loop, one by one, and in lanes."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -107,21 +107,21 @@ def timed(way: str, study: Study, edits: Sequence[Edit], method: Method) -> Time
     return Timed(watch.seconds["train"], watch.seconds["answer"], tokens, watch.mib, watch.peak.mib(), dict(zip(probes, texts, strict=True)))
 
 
-def check_alike(way: str, answers: dict[Probe, str], lanes: dict[Probe, str], before: dict[Probe, str]) -> dict[str, float]:
-    """Of the probes that both ways asked: the share of equal greedy answers, and the average metric of each.
-
-    InputError where fewer than ALIKE of them are equal or the averages are further apart than WITHIN: what a way took
-    counts for nothing where it does not do the same.
-    """
+def alike(answers: Mapping[Probe, str], lanes: Mapping[Probe, str], before: Mapping[Probe, str]) -> dict[str, float]:
+    """Of the probes asked in both: how many, the share of equal greedy answers, and the average metric of each."""
     common = [probe for probe in answers if probe in lanes]
     share = sum(answers[probe] == lanes[probe] for probe in common) / len(common)
     own, other = (average(common, [found[probe] for probe in common], [before[probe] for probe in common]) for found in (answers, lanes))
-    if share < ALIKE or abs(own - other) > WITHIN:
-        raise InputError(
-            f"way {way}: {share:.3f} of {len(common)} answers are those in lanes, average {own:.3f} beside {other:.3f}; "
-            f"expected at least {ALIKE} and averages within {WITHIN}"
-        )
     return {"answers": len(common), "share": share, "average": own, "average_lanes": other}
+
+
+def check_alike(way: str, found: Mapping[str, float]) -> None:
+    """InputError where `alike` found less than ALIKE, or averages further apart than WITHIN: then the time of a way counts for nothing."""
+    if found["share"] < ALIKE or abs(found["average"] - found["average_lanes"]) > WITHIN:
+        raise InputError(
+            f"way {way}: {found['share']:.3f} of {found['answers']} answers are those in lanes, the average is {found['average']:.3f} beside "
+            f"{found['average_lanes']:.3f}; expected at least {ALIKE} and averages within {WITHIN}"
+        )
 
 
 @contextmanager
