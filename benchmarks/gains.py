@@ -1,7 +1,6 @@
 """What each optimisation brings: predicted from counts or from a plain batch, measured with it switched off and on in turns."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from uke import answering, finetune, lane_training, speed, ways
@@ -93,8 +93,17 @@ def _in_turns(off: Callable[[], float], on: Callable[[], float], repeats: int) -
     return [off() / on() for _ in range(repeats)]
 
 
-def _lanes(study: Study, edits: Sequence[Edit], method: Method, part: str) -> Callable[[], float]:
-    return lambda: getattr(ways.timed("lanes", study, edits, method), f"{part}_seconds")
+def _trained(study: Study, edits: Sequence[Edit], method: Method) -> float:
+    """Seconds of writing these edits in lanes."""
+    watch = ways.Watch(study.model.device)
+    with edited_apart(study.model, study.tokenizer, edits, method):
+        watch.lap("train")
+    return watch.seconds["train"]
+
+
+def _asked(study: Study, model: nn.Module, probes: Sequence[Probe]) -> float:
+    """Seconds of answering these probes at once."""
+    return _seconds(lambda: answering.answer(model, study.tokenizer, probes, max_new_tokens=study.room), study.model.device)
 
 
 def _training_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict]) -> dict:
@@ -127,10 +136,7 @@ def _answering_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, tim
     groups = [study.material.probes[edit.id] for edit in edits]
     every = [probe for group in groups for probe in group]
 
-    def asked(some: Sequence[Probe]) -> float:
-        return _seconds(lambda: answering.answer(study.model, study.tokenizer, some, max_new_tokens=study.room), study.model.device)
-
-    ratios = _in_turns(lambda: sum(asked(group) for group in groups), lambda: asked(every), 3)
+    ratios = _in_turns(lambda: sum(_asked(study, study.model, group) for group in groups), lambda: _asked(study, study.model, every), 3)
     why = "Predicted on the unedited model; lanes read their own weights for every token, rows of a lane are regrouped, and edited answers have other lengths."
     return _gain("lanes in answering", recipe.name, statistics.median(ratios), _ratios(timings, recipe, "answer_each"), why)
 
@@ -142,16 +148,18 @@ def _ratios(timings: Sequence[dict], recipe: Recipe, part: str) -> list[float]:
 
 def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: rows times the longest answer over the sum of all, as if a step cost as many rows as it has."""
-    found = ways.timed("lanes", study, edits, recipe)
-    lengths = [len(ids) + 1 for ids in study.tokenizer(list(found.answers.values()), add_special_tokens=False)["input_ids"]]
+    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
 
-    def off() -> float:
-        with replaced(answering, "DROP_SHARE", NEVER):
-            return on()
+        def off() -> float:
+            with replaced(answering, "DROP_SHARE", NEVER):
+                return _asked(study, m, probes)
 
-    on = _lanes(study, edits, recipe, "answer")
+        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount.repeats)
+    lengths = [len(ids) + 1 for ids in study.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     why = "Predicted as if a step cost as much as it has rows; a step of few rows costs nearly as much as one of many, rows leave in eighths, and leaving copies the cache."
-    return _gain("dropping finished rows", recipe.name, len(lengths) * max(lengths) / sum(lengths), _in_turns(off, on, amount.repeats), why)
+    return _gain("dropping finished rows", recipe.name, len(lengths) * max(lengths) / sum(lengths), ratios, why)
 
 
 def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
@@ -161,11 +169,10 @@ def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: 
 
     def off() -> float:
         with replaced(lane_training, "DROP_SHARE", NEVER):
-            return on()
+            return _trained(study, edits, recipe)
 
-    on = _lanes(study, edits, recipe, "train")
     why = "Predicted as if a step cost as much as it has lanes; lanes leave in eighths, and leaving copies weights and moments."
-    return _gain("dropping ended lanes", recipe.name, len(steps) * max(steps) / sum(steps), _in_turns(off, on, amount.repeats), why)
+    return _gain("dropping ended lanes", recipe.name, len(steps) * max(steps) / sum(steps), _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats), why)
 
 
 def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict | None:
@@ -182,11 +189,10 @@ def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount)
 
     def off() -> float:
         with reread():
-            return on()
+            return _trained(study, edits, recipe)
 
-    on = _lanes(study, edits, recipe, "train")
     why = "Predicted by counting products of matrices; attention, norms, the optimiser and the first step are there with and without."
-    return _gain("frozen blocks read once", recipe.name, (above + sum(sizes[:lowest])) / above, _in_turns(off, on, amount.repeats), why)
+    return _gain("frozen blocks read once", recipe.name, (above + sum(sizes[:lowest])) / above, _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats), why)
 
 
 def _sorted_by_length(study: Study, edits: Sequence[Edit], amount: Amount) -> dict:

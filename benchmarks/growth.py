@@ -1,4 +1,4 @@
-"""How the three ways grow: with the number of edits, the length of the answer, the size of the model. Each point is timed once or twice."""
+"""How the three ways grow: with the number of edits, the length of the answer, the size of the model. Each point is timed once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from uke.studies import Study
 class Amount:
     """Points of each growth, the edits at one of them, and the tokens that a model of random weights, which never ends, may answer."""
 
-    edits: tuple[int, ...] = (1, 8, 16, 64)
+    edits: tuple[int, ...] = (1, 4, 16, 64)
     shares: tuple[float, ...] = (0.5, 1.0, 2.0)
     widths: tuple[float, ...] = (0.5, 1.0, 2.0)
     at_each: int = 8
@@ -24,7 +24,7 @@ class Amount:
 
     def limit(self, way: str, count: int) -> int:
         """Edits that a way is timed on where lanes have `count`: the slow ones on fewer, four at least."""
-        return min(count, {"loop": max(4, self.at_each // 2), "single": 2 * self.at_each, "lanes": count}[way])
+        return min(count, {"loop": max(4, self.at_each // 2), "single": self.at_each, "lanes": count}[way])
 
 
 def measured(study: Study, method: Method, amount: Amount) -> tuple[list[dict], list[dict]]:
@@ -38,7 +38,7 @@ def measured(study: Study, method: Method, amount: Amount) -> tuple[list[dict], 
             named = {"method": method.name, "way": way, "grows": grows, "value": value, "repeat": 0, "edits": len(edits), "probes": len(one.answers)}
             found.append(named | {name: kept for name, kept in one._asdict().items() if name != "answers"})
         timings += found
-        if grows == "parameters":
+        if grows == "parameters (millions)":
             memory += predictions.memory(at, method, found, f"random weights, {value:.2g} million parameters")
     return timings, memory
 
@@ -53,7 +53,7 @@ def _points(study: Study, amount: Amount) -> Iterator[tuple[str, float, Study]]:
     few = replace(few, probes={edit.id: tuple(probe.model_copy(update={"reference": "none"}) for probe in few.probes[edit.id]) for edit in few.edits})
     for share in amount.widths:
         model = shapes.widened(study.model, share)
-        yield "parameters", sum(weight.numel() for weight in model.parameters()) / 1e6, replace(study, model=model, material=few, max_new_tokens=amount.random_tokens)
+        yield "parameters (millions)", sum(weight.numel() for weight in model.parameters()) / 1e6, replace(study, model=model, material=few, max_new_tokens=amount.random_tokens)
 
 
 def _tokens(study: Study, texts: Sequence[str]) -> int:
