@@ -402,6 +402,21 @@ def test_an_edit_beyond_the_context_is_refused_before_anything_changes(ready, to
     assert not moved(model, before)
 
 
+@pytest.mark.parametrize("name", ["memit", "unke"])
+def test_a_peer_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenizer, name):
+    model = ready()
+    before, seen = state(model), []
+
+    def stop(steps, loss):
+        seen.append((steps, loss))
+        if steps == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), edited(model, tokenizer, EDITS, quick(name, steps=4), stop):
+        pytest.fail("a stopped edit was handed out")
+    assert [steps for steps, _ in seen] == [1, 2] and not moved(model, before) and not hooks(model)
+
+
 def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     model = ready()
     before = state(model)

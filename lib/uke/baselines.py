@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from uke import moments
 from uke.edits import Edit
 from uke.errors import InputError
-from uke.finetune import Training, prepare
+from uke.finetune import Progress, Training, prepare
 from uke.locate import Located, Site, chunks, locate, look, sites, states, wide
 from uke.peers import Peer
 from uke.values import Values, target_values
@@ -28,10 +28,13 @@ def weights(model: nn.Module, peer: Peer) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
-def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> Training:
+def write(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer, progress: Progress | None = None
+) -> Training:
     """Write the edits into the model in place: locate, find target values, solve.
 
-    The record holds the losses of the target values (nats per token), and in its notes what else a reader must know.
+    `progress(steps, loss)` follows each step towards the target values. The record holds their losses (nats per token),
+    and in its notes what else a reader must know.
     InputError, before any weight moves, for an edit longer than the context, for missing second moments or texts, and
     for a layer out of range; after some layers may have moved, for a singular system and, as published, a division by
     zero. FloatingPointError names an edit whose target value diverges. Restoring is the caller's (`editing.edited`).
@@ -40,7 +43,7 @@ def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[
     places = sites(model, peer.layers)
     solver = SOLVERS[peer.solver](model, tokenizer, places, peer)
     located = locate(model, prepare(model, tokenizer, edits, peer), peer)
-    values = target_values(model, located, places[-1], peer)
+    values = target_values(model, located, places[-1], peer, progress)
     notes = solver.solve(located, values)
     training = Training(values.losses, values.steps, stopped=values.stopped, notes=[*located.notes(peer), *notes])
     training.steps += solver.steps

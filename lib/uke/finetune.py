@@ -25,6 +25,8 @@ TOKENS = 8192
 # AdaLoRA starts with half as many ranks again and prunes them to `rank` in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
 
+Progress = Callable[[int, float], None]  # told the passes or steps so far and the loss (nats per token)
+
 
 @dataclass
 class Training:
@@ -115,7 +117,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
     recipe: Recipe,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Training:
     """Write the edits into the model in place; for an adapter recipe the model is what `adapt` made.
 

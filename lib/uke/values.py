@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,19 +33,22 @@ class Values:
     stopped: str = "loss"
     courses: dict[str, list[float]] = field(default_factory=dict)
     ended: Counter[str] = field(default_factory=Counter)
+    progress: Callable[[int, float], None] | None = None
 
 
-def target_values(model: nn.Module, located: Located, site: Site, peer: Peer) -> Values:
+def target_values(
+    model: nn.Module, located: Located, site: Site, peer: Peer, progress: Callable[[int, float], None] | None = None
+) -> Values:
     """Hidden states that the anchors should have after `site`, in the order of `located.anchors`.
 
     Window by window, all edits together: each has its own delta, added to what the site's projection gives at the
     anchor, its own loss, clamp and end, and Adam is element-wise, so this is one edit at a time but for rounding.
     Earlier deltas stay in place, frozen; the text so far is teacher-forced. FloatingPointError names an edit whose
-    loss is not finite.
+    loss is not finite. `progress(steps, loss)` follows each step.
     """
     here = states(model, located, site, site)
     state = wide(here.hidden if site.norm is None else here.outputs)  # what a delta is measured against
-    values = Values(state)
+    values = Values(state, progress=progress)
     deltas = torch.zeros_like(state)  # (n, D)
     first = [0, *itertools.accumulate(map(len, located.windows))]  # number of each edit's first anchor
     with kept(model, {}):
@@ -86,6 +89,8 @@ def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Ten
         for edit, value in zip(chunk.ids, losses.tolist(), strict=True):
             values.courses.setdefault(edit, []).append(value)
         values.losses.append(last.mean().item())
+        if values.progress:
+            values.progress(len(values.losses), values.losses[-1])
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         if (stay := losses.detach() >= peer.stop_loss).logical_not().any():
             values.ended.update(edit for edit, stays in zip(chunk.ids, stay.tolist(), strict=True) if not stays)
