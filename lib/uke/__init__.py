@@ -5,7 +5,7 @@ params -> notebook -> Edits + documents -> locality Probes -> answer (before) ->
 
 The rooms, from the bottom; nothing imports from a room below it on this list:
 
-errors                       the one error of bad input
+errors                       the error of bad input, and of an edit that diverges
 records, formats, edits      benchmark files -> validated Edits with their Probes
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
@@ -19,7 +19,7 @@ streams, dumps, wikitext, documents   Wikipedia and other collections -> Documen
 phrases, extraction          the facts of a text, and whether two texts share one
 ranking, embedding, dual_encoder, retrieval   documents by relevance: BM25, MiniLM, MiniLM trained
 locality, locality_files, audit, materials   RelDoc, RandDoc, StructTrip, near triple: built, written, audited; edits with their probes
-models, lanes, answering     a model, its prompts and weights; many edits of it side by side; many answers at once
+models, padding, lanes, recall, answering   a model, its prompts and weights; rows of like length; many edits side by side; answers kept; many at once
 pretraining, knowledge       how the embedded model was made, and what it knows
 finetune                     losses and training
 locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors

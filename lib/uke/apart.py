@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uke import baselines
 from uke.editing import METHODS, EditRecord, Solver, change, edited
 from uke.edits import Edit
-from uke.errors import InputError
+from uke.errors import Diverged, InputError
 from uke.finetune import Training, prepare, weights
 from uke.lane_training import adapter, train_apart
 from uke.lanes import Lanes, LowRank
@@ -33,10 +33,10 @@ def edited_apart(
 ) -> Iterator[nn.Module]:
     """The model with every edit written alone, in a lane of its own; `edit_records` has an EditRecord by the edit's id.
 
-    What `edited` yields for one edit after another, but for rounding: probes are asked all together, each of the lane of
+    An edit that comes to a number that is not finite has no lane and no record: `failed` says why, by its id. What `edited` yields for one edit after another, but for rounding: probes are asked all together, each of the lane of
     its `edit` (`answering`). Seconds of a record are an equal share. Fine-tuning trains side by side (AdaLoRA, whose ranks
     are pruned by step, one by one); of peers the target values are found together, the systems solved one by one. On
-    exit the model is as before. Raises as `edited` does, FloatingPointError naming each edit whose loss is not finite.
+    exit the model is as before. Raises as `edited` does, Diverged where no edit is left.
     """
     method = find(method, METHODS) if isinstance(method, str) else method
     if not isinstance(method, Recipe | Peer):
@@ -44,22 +44,27 @@ def edited_apart(
     prepare(model, tokenizer, edits, method)
     if isinstance(method, Peer) and method.solver == "in_context":
         with edited(model, tokenizer, edits, method) as m:
-            m.edit_records = {edit.id: m.edit_record for edit in edits}
-            try:
+            with _told(m, {edit.id: m.edit_record for edit in edits}, {}):
                 yield m
-            finally:
-                del m.edit_records
         return
     write = _solved if isinstance(method, Peer) else _adapted if method.adapter == "adalora" else train_apart
     with kept(model, {}):
-        lanes, trainings = write(model.eval(), tokenizer, edits, method)
+        lanes, trainings, failed = write(model.eval(), tokenizer, edits, method)
         records = {edit: EditRecord(**vars(training), change_norm=norms) for edit, training, norms in zip(lanes.ids, trainings, _norms(lanes), strict=True)}
-        with lanes.laid():
-            model.edit_records = records
-            try:
-                yield model
-            finally:
-                del model.edit_records
+        with lanes.laid(), _told(model, records, failed):
+            yield model
+
+
+@contextmanager
+def _told(model: nn.Module, records: dict[str, EditRecord], failed: dict[str, str]) -> Iterator[None]:
+    model.edit_records, model.failed = records, failed
+    try:
+        yield
+    finally:
+        del model.edit_records, model.failed
+
+
+Written = tuple[Lanes, list[Training], dict[str, str]]  # the edits that were written, what each training did; why others failed
 
 
 def lane_mib(model: nn.Module, method: Recipe | Peer) -> float:
@@ -86,20 +91,37 @@ def _norms(lanes: Lanes) -> list[dict[str, float]]:
     return found
 
 
-def _adapted(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> tuple[Lanes, list[Training]]:
+def _adapted(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> Written:
     """Adapters trained one by one."""
-    trainings, found = [], []
+    trainings, found, failed = {}, [], {}
     for edit in edits:
-        with edited(model, tokenizer, [edit], recipe) as wrapped:
-            record = wrapped.edit_record
-            trainings.append(Training(**{name: value for name, value in vars(record).items() if name != "change_norm"}))
-            found.append(adapter(wrapped))
+        try:
+            with edited(model, tokenizer, [edit], recipe) as wrapped:
+                record = wrapped.edit_record
+                trainings[edit.id] = Training(**{name: value for name, value in vars(record).items() if name != "change_norm"})
+                found.append(adapter(wrapped))
+        except Diverged as error:
+            failed[edit.id] = str(error)
+    if not found:
+        raise Diverged("; ".join(failed.values()), failed)
     scaled = {name: [one[name] for one in found] for name in found[0]}
     low_rank = {name: LowRank(torch.cat([one.down for one in each]), torch.cat([one.scale * one.up for one in each]), 1.0) for name, each in scaled.items()}
-    return Lanes(model, [edit.id for edit in edits], {}, low_rank), trainings
+    return Lanes(model, list(trainings), {}, low_rank), list(trainings.values()), failed
 
 
-def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> tuple[Lanes, list[Training]]:
+def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> Written:
+    """As `_solve`; edits that diverge are left out, and the others begun anew."""
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return *_solve(model, tokenizer, [edit for edit in edits if edit.id not in failed], peer), failed
+        except Diverged as error:
+            failed |= dict.fromkeys(error.edits, str(error))
+            if len(failed) == len(edits):
+                raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
+
+
+def _solve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> tuple[Lanes, list[Training]]:
     """Target values of all edits together, which is one edit at a time but for rounding; then a system for each."""
     started = time.perf_counter()
     places = sites(model, peer.layers)
@@ -141,4 +163,4 @@ def _named(solver: Any, one: Located, found: Values) -> list[str]:
     try:
         return solver.solve(one, found)
     except FloatingPointError as error:
-        raise FloatingPointError(f"edit '{one.ids[0]}': {error}") from None
+        raise Diverged(f"edit '{one.ids[0]}': {error}", one.ids) from None
