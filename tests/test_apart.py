@@ -264,6 +264,38 @@ def test_edits_that_diverge_are_handed_out(ready, tokenizer, name):
     assert is_as_before(model, before)
 
 
+@pytest.mark.parametrize("tokens", [1, 8192], ids=["each lane by itself", "together"])
+def test_a_block_that_diverges_is_not_named_or_another_is(ready, tokenizer, tokens, monkeypatch):
+    model, found = ready(), apart.target_values
+    before = state(model)
+
+    def broken(model, located, *arguments):
+        values = found(model, located, *arguments)
+        values.hidden[[located.ids[edit] == "alan" for edit, _ in located.anchors]] = float("inf")
+        return values
+
+    monkeypatch.setattr(apart, "target_values", broken)
+    monkeypatch.setattr(apart.baselines, "TOKENS", tokens)
+    with edited_apart(model, tokenizer, EDITS, quick("anyedit_unke")) as m:
+        assert m.failed == {"alan": "AnyEdit (UnKE): the block's error of edit 'alan' is not finite after 0 steps; expected an unke_rate below 0.005"}
+        assert m.lanes.ids == ["ada", "grace"]
+    assert is_as_before(model, before) and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 8192])
+def test_an_edit_depends_on_how_many_blocks_are_trained_at_once(ready, tokenizer, tokens, monkeypatch):
+    """In a lane alone, with some of the others, with all of them."""
+    model, method, alone = ready(), quick("anyedit_unke"), {}
+    before = state(model)
+    for edit in EDITS:
+        with edited(model, tokenizer, [edit], method) as m:
+            alone[edit.id] = updates(m, before)
+    monkeypatch.setattr(apart.baselines, "TOKENS", tokens)
+    with edited_apart(model, tokenizer, EDITS, method) as m:
+        for lane, edit in enumerate(EDITS):
+            assert far(of_lane(m.lanes, lane, before), alone[edit.id]) < 1e-2
+
+
 def test_what_becomes_of_a_lane_after_its_end_breaks_the_others(ready, tokenizer, monkeypatch):
     model, method = ready(), QUICK["FT-M"][1].model_copy(update={"stop_loss": 1e-6})
     before, alone = state(model), {}

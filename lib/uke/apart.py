@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +32,11 @@ def edited_apart(
 ) -> Iterator[nn.Module]:
     """The model with every edit written alone, in a lane of its own; `edit_records` has an EditRecord by the edit's id.
 
-    An edit that comes to a number that is not finite has no lane and no record: `failed` says why, by its id. What `edited` yields for one edit after another, but for rounding: probes are asked all together, each of the lane of
-    its `edit` (`answering`). Seconds of a record are an equal share. Fine-tuning trains side by side (AdaLoRA, whose ranks
-    are pruned by step, one by one); of peers the target values are found together, the systems solved one by one. On
-    exit the model is as before. Raises as `edited` does, Diverged where no edit is left.
+    What `edited` yields for one edit after another, but for rounding: probes are asked all together, each of the lane of
+    its `edit` (`answering`). An edit that comes to a number that is not finite has no lane: `failed` says why, by its id.
+    Seconds of a record are an equal share. Fine-tuning trains side by side (AdaLoRA, whose ranks are pruned by step, one by
+    one); of peers the target values are found together, blocks trained side by side (UnKE), systems solved one by one.
+    On exit the model is as before. Raises as `edited` does, Diverged where no edit is left.
     """
     method = find(method, METHODS) if isinstance(method, str) else method
     if not isinstance(method, Recipe | Peer):
@@ -122,29 +122,20 @@ def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequenc
 
 
 def _solve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> tuple[Lanes, list[Training]]:
-    """Target values of all edits together, which is one edit at a time but for rounding; then a system for each."""
+    """Target values of all edits together, which is one edit at a time but for rounding; then what the solver makes of each."""
     started = time.perf_counter()
     places = sites(model, peer.layers)
     solver = baselines.SOLVERS[peer.solver](model, tokenizer, places, peer)
     located = locate(model, prepare(model, tokenizer, edits, peer), peer)
-    values = target_values(model, located, places[-1], peer)
-    own = baselines.weights(model, peer)
-    before = {name: weight.detach().clone() for name, weight in own.items()}
-    stacks: dict[str, list[Tensor]] = {name: [] for name in own}
-    trainings = []
-    try:
-        for one, found in _one_by_one(located, values):
-            notes = [*one.notes(peer), *_named(solver, one, found)]
-            trainings.append(Training(found.losses, found.steps + solver.steps, stopped=found.stopped, notes=notes))
-            for name, weight in own.items():
-                stacks[name].append(weight.detach().clone())
-                weight.data.copy_(before[name])
-    finally:
-        for name, weight in own.items():
-            weight.data.copy_(before[name])
+    alone = list(_one_by_one(located, target_values(model, located, places[-1], peer)))
+    stacks, notes = solver.apart(alone)
+    trainings = [
+        Training(found.losses, found.steps + solver.steps, stopped=found.stopped, notes=[*one.notes(peer), *own])
+        for (one, found), own in zip(alone, notes, strict=True)
+    ]
     for training in trainings:
         training.seconds = (time.perf_counter() - started) / len(edits)
-    return Lanes(model, located.ids, {name: torch.stack(each) for name, each in stacks.items()}), trainings
+    return Lanes(model, located.ids, stacks), trainings
 
 
 def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Values]]:
@@ -156,11 +147,3 @@ def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Val
         course, ended = values.courses[edit], values.ended[edit]
         found = replace(values, hidden=own, losses=course, steps=len(course) - ended, stopped="loss" if ended == len(windows) else "steps")
         yield replace(located, ids=[edit], examples=[one], windows=[windows]), found
-
-
-def _named(solver: Any, one: Located, found: Values) -> list[str]:
-    """The solver's notes; an error that is not finite says of which edit."""
-    try:
-        return solver.solve(one, found)
-    except FloatingPointError as error:
-        raise Diverged(f"edit '{one.ids[0]}': {error}", one.ids) from None
