@@ -8,17 +8,21 @@ from typing import Any
 
 VERDICTS = "11_verdicts"  # its first table, the claims beside what was found, stands right after the abstract
 # Sections that prepare or account for the study, whole, and tables and figures that an argument does not need to be followed.
-APPENDIX = ("run", "tuning", "tuning_levels")
+RECIPES = "recipes_as_run"
+APPENDIX = ("run", "tuning", "tuning_levels", RECIPES)
 SUPPLEMENTS = {
     "table": (
         "recipes", "*_recipes", "methods", "*_methods", "*_settings", "*_effects", "*_metrics", "*_cost", "*_gains", "answers", "*_answers",
         "*_notes", "published", "*_published", "*_shape*", "*_locality", "*_leaks", "locality_example", "knowledge_scores",
     ),
-    "figure": ("components", "end_of_turn"),
+    "figure": ("before", "components", "end_of_turn"),
 }  # fmt: skip
 LONG = 24  # rows; a longer table is a supplement whatever its name
 SIZED = re.compile(r"(.+_)(\d+)")  # of tables that differ in a size alone, only the one of the largest is no supplement
-ROOM = 489.0  # points: the width of a table in the PDF
+WORDY = 60  # letters; a table with more than three columns of longer texts is set as one line for each of its cells
+ROOM, STEP = 489.0, 8.0  # points: the width of a table in the PDF, and the bits in which it is shared
+LETTER = 0.47  # of its size, the width of a letter on average
+SIZES = ((8.6, 4.2), (7.6, 2.8), (6.8, 2.4), (6.2, 1.8))  # points: letters, and room beside a cell; the first that fits
 _INSEPARABLE = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")
 
 
@@ -39,7 +43,7 @@ def split(sections: list[dict], directory: Path) -> tuple[list[dict], list[dict]
     bare = {"question": "", "answer": "", "warnings": [], "checks": [], "appended": []}
     behind = [section | bare | {"blocks": own} for section, own in zip(main, supplements) if own]
     behind += [section | {"appended": []} for section in rest]
-    verdicts = _number([{"blocks": found}])[0]["blocks"]
+    verdicts = _number([{"blocks": found}], compact=True)[0]["blocks"]
     main, behind = _number(main, tables=len(found)), _number(behind, letter="A")
     moved = {section["notebook"]: section["blocks"] for section in behind}
     return verdicts, [section | {"appended": moved.get(section["notebook"], [])} for section in main], behind
@@ -66,7 +70,7 @@ def _supplements(blocks: Iterable[Mapping]) -> list:
     ]  # fmt: skip
 
 
-def _number(sections: list[dict], tables: int = 0, letter: str = "") -> list[dict]:
+def _number(sections: list[dict], tables: int = 0, letter: str = "", compact: bool = False) -> list[dict]:
     """The sections with a label (`3`, or `A3` in the appendix) on each figure and table, and tables laid out."""
     counts = {"figure": 0, "table": tables}
     numbered = []
@@ -76,47 +80,86 @@ def _number(sections: list[dict], tables: int = 0, letter: str = "") -> list[dic
             if block["type"] in counts:
                 counts[block["type"]] += 1
                 block = block | {"label": f"{letter}{counts[block['type']]}"}
-            blocks.append(block | lay_out(block) if block["type"] == "table" else block)
+            blocks.append(block | lay_out(block, compact) if block["type"] == "table" else block)
         numbered.append(section | {"blocks": blocks})
     return numbered
 
 
-def lay_out(block: Mapping[str, Any]) -> dict:
-    """How a table is set: `inline`, intervals beside their numbers and not below; `groups`, rows where the first column changes;
-    `size`, points of its letters; `columns`, for each the points it needs, or a share (negative) of what the others leave.
+def lay_out(block: Mapping[str, Any], compact: bool = False) -> dict:
+    """How a table is set, where it is to be set otherwise than it is stored too.
+
+    `columns`: points for each, 0 for what it takes; `size`, `inset`: of letters, beside a cell; `wraps`: how many columns are broken into lines; `full`: it is as wide as can be;
+    `inline`: intervals stand beside their numbers and not below; `groups`: rows at which the first column changes.
     """
-    rows, heads = block["rows"], block["head"]
-    noted = sum(any(row[column]["note"] for row in rows) for column in range(len(heads)))
-    inline = noted <= 2
-    size, inset = (8.6, 4.2) if len(heads) <= 8 else (7.6, 2.8) if len(heads) <= 11 else (6.8, 2.2)
-    letter = 0.5 * size  # points, on average, a little more than it takes
-    wanted, least = [], []
-    for place, head in enumerate(heads):
-        cells = [row[place] for row in rows]
-        lengths = [len(cell["text"]) + (0.8 * len(cell["note"]) + 1 if inline else 0) for cell in cells]
-        lengths += [0.8 * len(cell["note"]) for cell in cells]
-        words = lengths if block["numeric"][place] else [len(word) for cell in cells for word in re.split(r"[ \n]+", cell["text"])]
-        words = [*words, *(1.12 * len(word) for word in head.split())]
-        wanted.append(max([*lengths, 1.12 * len(head)]) * letter + 2 * inset)
-        least.append(min(max(words), 26) * letter + 2 * inset)
+    head, rows, numeric = (block[key] for key in ("head", "rows", "numeric"))
+    if sum(max((len(row[place]["text"]) for row in rows), default=0) > WORDY for place in range(len(head))) > 3:
+        rows = [[row[0], {"text": name, "note": "", "best": False}, cell] for row in rows for name, cell in zip(head[1:], row[1:])]
+        head, numeric = [head[0], "", "Text"], [False] * 3
+    noted = sum(any(row[place]["note"] for row in rows) for place in range(len(head)))
+    first = SIZES[compact or len(head) > 8]
+    inline = noted <= 2 or sum(_needs(head, rows, (*first, True), numeric)[0]) <= 0.95 * ROOM
+    for size, inset in SIZES[SIZES.index(first) :]:
+        wanted, least = _needs(head, rows, (size, inset, inline), numeric)
+        if sum(least) <= ROOM:
+            break
+    cells = [[1.15 * LETTER * size * len(name) for name in head], *([_points(cell, size, inline) for cell in row] for row in rows)]
+    fits = sum(wanted) <= 0.95 * ROOM
+    columns = [0.0] * len(head) if fits else _share(wanted, least, cells, 2 * inset)
     firsts = [row[0]["text"] for row in rows]
     changes = [place for place in range(1, len(firsts)) if firsts[place] != firsts[place - 1]]
-    groups = changes if not block["numeric"][:1] == [True] and len(changes) < len(firsts) - 1 else []
-    return {"inline": inline, "groups": groups, "size": size, "inset": inset, "columns": _share(wanted, least), "letters": sum(len(cell["text"]) for row in rows for cell in row)}
+    return {
+        "head": head, "rows": rows, "numeric": numeric, "inline": inline, "size": size, "inset": inset,
+        "columns": [round(points, 1) for points in columns],
+        "full": sum(wanted) > 0.9 * ROOM,
+        "wraps": 0 if fits else sum(given < want * 0.9 for given, want in zip(columns, wanted)),
+        "groups": changes if not numeric[0] and len(changes) < len(firsts) - 1 else [],
+        "letters": sum(len(cell["text"]) for row in rows for cell in row),
+    }  # fmt: skip
 
 
-def _share(wanted: list[float], least: list[float]) -> list[float]:
-    """Points for each column where all get what they want; else what each must have, and shares (negative) for those that want more.
+def _long(text: str) -> float:
+    """Letters of a text, a capital as one and a half."""
+    return len(text) + 0.5 * sum(letter.isupper() for letter in text)
 
-    Shares grow with the root of what is wanted, so that a column of sentences does not starve one of short phrases.
-    """
-    if sum(wanted) <= ROOM:
-        return [round(points, 1) for points in wanted]
-    open_ended = [want > need * 1.05 for want, need in zip(wanted, least)]
-    left = max(ROOM - sum(least), 0.0)
-    weights = [(want - need) ** 0.5 if free else 0.0 for want, need, free in zip(wanted, least, open_ended)]
-    given = [need + left * weight / (sum(weights) or 1.0) for need, weight in zip(least, weights)]
-    return [round(-points if free else points, 1) for points, free in zip(given, open_ended)]
+
+def _points(cell: Mapping[str, Any], size: float, inline: bool) -> float:
+    """About the width of a cell on one line."""
+    text, note = LETTER * size * (_long(cell["text"]) + 1), 0.8 * LETTER * size * len(cell["note"])
+    return text + note if inline else max(text, note)
+
+
+def _needs(head: list, rows: list, setting: tuple[float, float, bool], numeric: list) -> tuple[list[float], list[float]]:
+    """Points that each column takes where no line is broken, and those it cannot do without: its longest word."""
+    size, inset, inline = setting
+    wanted, least = [], []
+    for place, name in enumerate(head):
+        cells = [_points(row[place], size, inline) for row in rows]
+        words = cells if numeric[place] else [LETTER * size * (min(_long(word), 30) + 1) for row in rows for word in row[place]["text"].split()]
+        bold = [1.15 * LETTER * size * len(word) for word in (name.replace("-", " ").split() or [""])]
+        wanted.append(max([*cells, 1.15 * LETTER * size * len(name)]) + 2 * inset)
+        least.append(max([*words, *bold]) + 2 * inset)
+    return wanted, least
+
+
+def _share(wanted: list[float], least: list[float], cells: list[list[float]], inset: float) -> list[float]:
+    """Points for each column: what it must have, and then, bit by bit, more for the one that saves most lines."""
+
+    def height(widths: list[float]) -> float:
+        """Lines of all rows; a row is as high as its highest cell, smoothly, so that every bit of room counts."""
+        return sum(sum(max(1.0, cell / (width - inset)) ** 4 for cell, width in zip(row, widths)) ** 0.25 for row in cells)
+
+    widths = list(least)
+    while (left := ROOM - sum(widths)) > 0.5:
+        bit, tried = min(STEP, left), {}
+        for place, want in enumerate(wanted):
+            if widths[place] < want:
+                more = min(bit, want - widths[place])
+                tried[place] = (height([width + more * (other == place) for other, width in enumerate(widths)]), more)
+        if not tried:
+            break
+        best = min(tried, key=lambda place: tried[place][0])
+        widths[best] += tried[best][1]
+    return widths
 
 
 def hold_together(value: Any) -> Any:

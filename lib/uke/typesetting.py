@@ -46,7 +46,8 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
     failed = sorted(manifest["notebook"] for manifest in ran if manifest.get("status") == "failed")
     warnings = [f"Notebook `{name}` has no section: it has not been run on this profile." for name in absent]
     warnings += [f"The last run of notebook `{name}` failed: what it shows is of an earlier run." for name in failed]
-    verdicts, main, appendix = arrangement.split(sections, Path(paths.figures))
+    methods = _methods(sections)
+    verdicts, main, appendix = arrangement.split([*sections, *_recipes(methods)], Path(paths.figures))
     arranged = {
         "abstract": abstract.write(sections),
         "verdicts": verdicts,
@@ -54,7 +55,7 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
         "appendix": appendix,
         "limits": [[section["title"], section["limits"]] for section in sections if section["limits"]],
         "numbers": [[key, said["said"]] for section in sections for key, said in section["numbers"].items()],
-        "methods": _methods(sections),
+        "methods": [[name, describe(variants[0]["own"])] for name, variants in methods],
     }
     return arrangement.hold_together(arranged) | {
         "title": TITLE,
@@ -127,11 +128,8 @@ def _value(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _methods(sections: list[dict]) -> list[dict]:
-    """Each method once: its recipe on single edits (else its first) in words, and how every other recipe of its name differs from it.
-
-    A variant has `changes` (text), `batches` (sizes, smallest first) and `used` (notebooks); the first one is the recipe described.
-    """
+def _methods(sections: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Each method with its recipes, the one of single edits (else the first) in front: `own` (fields), `batches` (sizes), `used` (notebooks)."""
     found: dict[str, dict[str, dict]] = {}
     for section in sorted(sections, key=lambda section: section["notebook"] != COMPARISON):
         for recipe in section["recipes"]:
@@ -140,12 +138,22 @@ def _methods(sections: list[dict]) -> list[dict]:
             variant = variants.setdefault(json.dumps(own, sort_keys=True), {"own": own, "batches": set(), "used": set()})
             variant["batches"] |= {recipe["batch"]} if "batch" in recipe else set()
             variant["used"].add(section["notebook"])
-    methods = []
-    for name, variants in found.items():
-        base = next(iter(variants.values()))["own"]
-        told = [{"changes": _changes(base, each["own"]), "batches": sorted(each["batches"]), "used": sorted(each["used"])} for each in variants.values()]
-        methods.append({"name": name, "text": describe(base), "variants": told})
-    return methods
+    return [(name, list(variants.values())) for name, variants in found.items()]
+
+
+def _recipes(methods: list[tuple[str, list[dict]]]) -> list[dict]:
+    """A section of the appendix with one table: every recipe as it differs from the one that Methods describe; none where none was used."""
+    head = ["Method", "Settings", "Batches of", "Used in"]
+    rows = []
+    for name, variants in methods:
+        for each in variants:
+            batches = ", ".join(str(size) for size in sorted(each["batches"]))
+            texts = (name, _changes(variants[0]["own"], each["own"]), batches, ", ".join(sorted(each["used"])))
+            rows.append([{"text": text, "note": "", "best": False} for text in texts])
+    caption = "Every recipe: how it differs from the one described under Methods, sizes of its batches where edits are written together, and where it was used."
+    block = {"type": "table", "name": "every_recipe", "caption": caption, "head": head, "numeric": [False] * 4, "rows": rows, "unsaved": True}
+    empty = {"question": "", "answer": "", "blocks": [block], "warnings": [], "checks": []}
+    return [{"notebook": arrangement.RECIPES, "title": "Recipes as run"} | empty] if rows else []
 
 
 def _changes(base: Mapping[str, Any], other: Mapping[str, Any]) -> str:
