@@ -82,7 +82,8 @@ def _effects(numbers: Numbers) -> str:
             methods, said = list(ends), _listed([f"{said} points with {name}" for name, said in ends.items()])
             found.append(f"{words[:1].upper()}{words[1:]} changes the average metric by {said}")
         elif ends:
-            found.append(f"{words} by {_listed(ends.values())}" + ("" if list(ends) == methods else f" ({_listed(ends)})"))
+            alone = "" if list(ends) == methods else f" with {_listed(name.partition(' (')[0] for name in ends)} alone"
+            found.append(f"{words} by {_listed(ends.values())}{alone}")
     return f"{'; '.join(found)}." if found else ""
 
 
@@ -107,8 +108,9 @@ def _batches(numbers: Numbers) -> str:
     sizes = _sizes(numbers, "batch.", ".lead")
     if not sizes:
         return ""
+    lead = "this lead" if "single.lead" in numbers else "the lead of FT-UKE over the best earlier method"
     ends = [f"{_said(numbers, f'batch.{size}.lead')} points {'on single edits' if size == 1 else f'in batches of {size}'}" for size in (sizes[0], sizes[-1])]
-    text = f"With the number of texts written together, this lead goes from {ends[0]} to {ends[1]}" if len(sizes) > 1 else f"The lead is {ends[0]}"
+    text = f"With the number of texts written together, {lead} goes from {ends[0]} to {ends[1]}" if len(sizes) > 1 else f"Where texts are written together, {lead} is {ends[0]}"
     trends = _listed([_named(numbers, "{}", "batch.trend"), _named(numbers, "{} on AKEW", "akew.batch.trend")])
     return f"{text}, changing by {trends} with every doubling." if trends else f"{text}."
 

@@ -96,7 +96,7 @@ def lay_out(block: Mapping[str, Any], compact: bool = False) -> dict:
         rows = [[row[0], {"text": name, "note": "", "best": False}, cell] for row in rows for name, cell in zip(head[1:], row[1:])]
         head, numeric = [head[0], "", "Text"], [False] * 3
     noted = sum(any(row[place]["note"] for row in rows) for place in range(len(head)))
-    first = SIZES[compact or len(head) > 8]
+    first = SIZES[compact or len(head) > 8 or len(rows) > LONG]
     inline = noted <= 2 or sum(_needs(head, rows, (*first, True), numeric)[0]) <= 0.95 * ROOM
     for size, inset in SIZES[SIZES.index(first) :]:
         wanted, least = _needs(head, rows, (size, inset, inline), numeric)
@@ -134,7 +134,7 @@ def _needs(head: list, rows: list, setting: tuple[float, float, bool], numeric: 
     wanted, least = [], []
     for place, name in enumerate(head):
         cells = [_points(row[place], size, inline) for row in rows]
-        words = cells if numeric[place] else [LETTER * size * (min(_long(word), 30) + 1) for row in rows for word in row[place]["text"].split()]
+        words = cells if numeric[place] else [LETTER * size * (min(_long(word), 30) + 1) for row in rows for word in re.split("[ \n]+", row[place]["text"])]
         bold = [1.15 * LETTER * size * len(word) for word in (name.replace("-", " ").split() or [""])]
         wanted.append(max([*cells, 1.15 * LETTER * size * len(name)]) + 2 * inset)
         least.append(max([*words, *bold]) + 2 * inset)

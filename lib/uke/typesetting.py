@@ -47,7 +47,8 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
     warnings = [f"Notebook `{name}` has no section: it has not been run on this profile." for name in absent]
     warnings += [f"The last run of notebook `{name}` failed: what it shows is of an earlier run." for name in failed]
     methods = _methods(sections)
-    verdicts, main, appendix = arrangement.split([*sections, *_recipes(methods)], Path(paths.figures))
+    # Before the widths of columns are found, since what holds together cannot be broken.
+    verdicts, main, appendix = arrangement.split(arrangement.hold_together([*sections, *_recipes(methods)]), Path(paths.figures))
     arranged = {
         "abstract": abstract.write(sections),
         "verdicts": verdicts,
