@@ -12,7 +12,7 @@ paths, rows                  where a run writes; the row schema, resumption, ave
 recipes, peers, methods      every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
 numerals, tables, effects, leads, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
-manifests, typesetting, redrawing, report   what ran, and when; numbers said once; figures and tables from stored data; HTML and PDF
+manifests, abstract, arrangement, typesetting, redrawing, report   what ran, and when; the paragraph on top; main part and appendix; HTML and PDF; figures and tables from stored data; numbers said once
 verdicts                     each claim of the paper beside the numbers that decide it
 world, world_files           the fictional world, and its files in the benchmarks' formats
 streams, dumps, wikitext, documents   Wikipedia and other collections -> Documents, streamed
