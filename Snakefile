@@ -16,6 +16,7 @@ PROFILE = str(config.get("profile", "quick"))
 DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
+EARLY = [name for name, study in STUDIES.items() if study.early]
 TUNING = [name for name in STUDIES if name.split("_")[0] == "tuning"]
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
 COLLECTIONS = {name: params.find_collections(name, [path for path in str(config.get(name, "")).split(",") if path]) for name in params.COLLECTIONS}
@@ -42,10 +43,6 @@ def sources(wildcards):
     return files + [section(other) for other in STUDIES[wildcards.notebook].after if other in REPORTED]
 
 
-wildcard_constraints:
-    notebook="|".join(STUDIES),
-
-
 rule report:
     input:
         [section(name) for name in REPORTED],
@@ -69,6 +66,8 @@ rule locality:
 
 
 rule notebook:
+    wildcard_constraints:
+        notebook="|".join(name for name in STUDIES if name not in EARLY) or "none",
     input:
         sources,
     output:
@@ -80,3 +79,10 @@ rule notebook:
     threads: int(config.get("threads", 1))
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke.run {wildcards.notebook} {RUN} {params.shared}"
+
+
+# What takes longest must not be what is begun last.
+use rule notebook as early_notebook with:
+    wildcard_constraints:
+        notebook="|".join(EARLY) or "none",
+    priority: 1

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from uke import answering, finetune, lane_training, speed, ways
+from uke import answering, finetune, lane_training, padding, speed, ways
 from uke.apart import edited_apart
 from uke.edits import Edit, Probe
 from uke.errors import InputError
@@ -65,7 +65,7 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
         found.append(_training_in_lanes(study, edits, recipe, timings))
         bar.update()
         if recipe is recipes[0]:
-            found += [_answering_in_lanes(study, edits, recipe, timings), _dropped_rows(study, edits, recipe, amount), _dropped_lanes(study, edits, recipe, amount)]
+            found += [_answering_in_lanes(study, edits, recipe, timings), _dropped_rows(study, edits, recipe, amount), _dropped_lanes(study, edits, recipe, amount), _of_like_length(study, edits, recipe, amount)]
             bar.update(2)
         if (gain := _frozen(study, edits, recipe, amount)) is not None:
             found.append(gain)
@@ -173,6 +173,20 @@ def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: 
 
     why = "Predicted as if a step cost as much as it has lanes; lanes leave in eighths, and leaving copies weights and moments."
     return _gain("dropping ended lanes", recipe.name, len(steps) * max(steps) / sum(steps), _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats), why)
+
+
+def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
+    """Predicted by counting: tokens as padded, in one batch and in the groups that are trained one after another."""
+    lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
+    padded = sum(len(places) * max(lengths[place] for place in places) for places in padding.parts(lengths))
+
+    def off() -> float:
+        with replaced(lane_training, "parts", lambda lengths: [list(range(len(lengths)))]):
+            return _trained(study, edits, recipe)
+
+    why = "Predicted by padded tokens alone; groups are trained one after another, so each step has fewer lanes to share what a step costs whatever its size."
+    ratios = _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats)
+    return _gain("training edits of like length together", recipe.name, len(lengths) * max(lengths) / padded, ratios, why)
 
 
 def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict | None:

@@ -8,6 +8,7 @@ from torch import nn
 from uke.edits import Edit
 from uke.finetune import prepare, weights
 from uke.models import IGNORED, blocks, module_names
+from uke.padding import parts
 from uke.recipes import Recipe
 from uke.studies import Study
 
@@ -22,13 +23,16 @@ def trained(model: nn.Module, recipe: Recipe) -> int:
     return sum(recipe.rank * (one.in_features + one.out_features) for one in projections)
 
 
-def held(recipe: Recipe, in_lanes: bool, half: bool) -> int:
-    """Copies of what is trained, in float32, beyond the model: gradient and two moments, and the value or the snapshot.
+def held(recipe: Recipe, groups: Sequence[int] | None, half: bool) -> float:
+    """Copies of what one edit trains, in float32, beyond the model; `groups`: how many lanes are trained at once, group by group.
 
-    In lanes both, since the value of a lane is none of the model's and the weights of all lanes are gathered at the end; in a
-    model in half precision (`half`) one more of direct weights, since they are trained as float32 copies.
+    Gradient, two moments and the snapshot, or an adapter's value; in a model in half precision (`half`) one more of direct
+    weights, since they are trained as float32 copies. Lanes: the value, gradient and two moments of those that are trained, and the
+    weights of all that have ended.
     """
-    return 4 + (in_lanes or (half and not recipe.adapter))
+    if groups is None:
+        return 4 + (half and not recipe.adapter)
+    return (4 * max(groups) + sum(groups)) / sum(groups)
 
 
 def activations(model: nn.Module, examples: Sequence, recipe: Recipe) -> float:
@@ -56,11 +60,12 @@ def memory(study: Study, recipe: Recipe, timings: Sequence[dict], what: str = "e
         # The peak is that of the first group, up to its first answer.
         edits: Sequence[Edit] = study.material.edits[: study.abreast(recipe) if way == "lanes" else 1]
         edits = edits[: int(measured.loc[measured["way"] == way, "edits"].max())]
-        copies = held(recipe, way == "lanes", next(study.model.parameters()).element_size() < 4)
         examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
+        groups = [[examples[place] for place in places] for places in parts([len(one.ids) for one in examples])]
+        copies = held(recipe, [len(group) for group in groups] if way == "lanes" else None, next(study.model.parameters()).element_size() < 4)
         found.append({
             "what": what, "method": recipe.name, "way": way, "lanes": len(edits), "trained": trained(study.model, recipe), "copies": copies,
-            "weights_mib": 4 * copies * len(edits) * trained(study.model, recipe) / MIB, "activations_mib": activations(study.model, examples, recipe),
+            "weights_mib": 4 * copies * len(edits) * trained(study.model, recipe) / MIB, "activations_mib": max(activations(study.model, group, recipe) for group in groups),
             "measured_mib": float(measured.loc[measured["way"] == way, "train_mib"].median()),
         })  # fmt: skip
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES, SENTENCES
 from pydantic import ValidationError
-from uke import baselines, moments
+from uke import baselines, moments, padding
 from uke.answering import answer, target_log_probability
 from uke.baselines import System, ridge
 from uke.editing import METHODS, edited, load, save
@@ -135,6 +135,7 @@ def test_second_moments_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
 
 def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(tiny, tokenizer, monkeypatch):
     model, looked = tiny(), []
+    monkeypatch.setattr(padding, "PADDING", 1.0)  # three texts at a time, whatever their lengths
     whole = moments.second_moments(model, sites(model, (1,))) if moments.measure(model, tokenizer, TEXTS, (1,), every=3) else None
     path = next(moments.folder(model).glob("*1*.safetensors"))
     path.unlink()
@@ -402,10 +403,25 @@ def test_an_edit_beyond_the_context_is_refused_before_anything_changes(ready, to
     assert not moved(model, before)
 
 
+@pytest.mark.parametrize("name", ["memit", "unke"])
+def test_a_peer_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenizer, name):
+    model = ready()
+    before, seen = state(model), []
+
+    def stop(steps, loss):
+        seen.append((steps, loss))
+        if steps == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), edited(model, tokenizer, EDITS, quick(name, steps=4), stop):
+        pytest.fail("a stopped edit was handed out")
+    assert [steps for steps, _ in seen] == [1, 2] and not moved(model, before) and not hooks(model)
+
+
 def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     model = ready()
     before = state(model)
-    with pytest.raises(FloatingPointError, match="UnKE: the block's error is not finite after . steps; expected an unke_rate below 1e"):
+    with pytest.raises(FloatingPointError, match="UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps; expected an unke_rate below 1e"):
         with edited(model, tokenizer, EDITS, quick("unke", unke_rate=1e30)):
             pass
     assert not moved(model, before)

@@ -168,3 +168,16 @@ def test_an_edit_whose_training_ended_keeps_its_last_loss():
     first, second = diagrams.descents(frame).axes
     assert list(first.get_lines()[0].get_ydata()) == [3, 1.5] and list(second.get_lines()[0].get_ydata()) == [0.01]
     assert first.get_yscale() == second.get_yscale() == "log"
+
+
+def test_a_line_that_the_last_panel_of_budgets_lacks_is_still_named():
+    full, short = TRIALS, TRIALS[(TRIALS["batch_size"] == 1) | (TRIALS["method"] == "FT-M")]
+    named = [{text.get_text() for text in (*fig.axes[-1].texts, *(each for legend in fig.legends for each in legend.get_texts()))} for fig in map(diagrams.budget, (full, short))]
+    assert all({"FT-M", "MEMIT"} <= names for names in named)
+
+
+@pytest.mark.parametrize("sizes, scale", [((1, 2, 4, 8, 16, 40), "log"), ((26, 48, 95, 187), "log"), ((1, 10, 20, 40), "linear"), ((1, 2, 8), "linear")])
+def test_numbers_that_double_stand_apart_from_each_other(sizes, scale):
+    frame = pd.DataFrame({"method": "FT-M", "panel": "editing", "batch size": sizes, "score": 0.5})
+    (axes,) = diagrams.trends(frame, "batch size").axes
+    assert axes.get_xscale() == scale and list(axes.get_xticks()) == list(sizes)

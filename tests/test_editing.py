@@ -100,6 +100,23 @@ def test_an_exception_inside_undoes_the_edit_too(tiny, tokenizer, name, error):
 
 
 @pytest.mark.parametrize("name", QUICK)
+def test_an_edit_stopped_half_way_by_its_progress_leaves_no_trace(tiny, tokenizer, name):
+    model = tiny()
+    before, seen = state(model), []
+
+    def stop(steps, loss):
+        seen.append((steps, loss))
+        if steps == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), edited(model, tokenizer, EDITS, QUICK[name], stop):
+        pytest.fail("a stopped edit was handed out")
+    assert [steps for steps, _ in seen] == [1, 2, 3] and all(loss > 0 for _, loss in seen)
+    assert not moved(model, before)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_a_training_that_breaks_names_the_edits_and_restores_the_weights(tiny, tokenizer, name):
     model = tiny()
     before = state(model)

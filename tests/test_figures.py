@@ -168,3 +168,17 @@ def test_a_redraw_gives_the_same_bytes_in_another_process(elsewhere, tmp_path):
 def test_drawing_and_reporting_need_no_torch(elsewhere):
     loaded = json.loads((elsewhere / "modules.json").read_text(encoding="utf-8"))
     assert "uke.report" in loaded and "torch" not in loaded and "transformers" not in loaded
+
+
+def test_ten_kinds_of_five_levels_in_two_methods_fit_on_a_page():
+    """Drawn in three columns they ran off the top of it."""
+    kinds = ("original", "paraphrase", "detail", "multi_hop", "rel_doc", "rand_doc", "struct_trip", "near_triple", "general", "average")
+    rows = [(level, method, kind, 0.5, 0.4, 0.6) for level in "abcde" for method in ("FT-M", "LoRA") for kind in kinds]
+    fig = figures.levels(pd.DataFrame(rows, columns=["level", "method", "kind", "mean", "low", "high"]), by="level", within="method")
+    assert fig.get_figheight() < 9.2 and len(fig.axes) == 12
+
+
+def test_a_loss_that_falls_less_than_a_hundredfold_still_has_ticks_to_read_it_by():
+    fig = figures.curves(pd.DataFrame({"method": "FT-M", "step": range(5), "loss": [5.0, 2.0, 1.0, 0.5, 0.2]}))
+    low, high = fig.axes[0].get_ylim()
+    assert fig.axes[0].get_yscale() == "log" and sum(low <= tick <= high for tick in fig.axes[0].get_yticks()) >= 3

@@ -81,6 +81,23 @@ def test_a_system_that_does_not_tell_ends_the_work(monkeypatch, tmp_path, conten
     assert memory.free_mib(CPU) == float("inf")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("limited", ["job", "job/step"])
+def test_a_job_takes_what_its_cluster_does_not_give_it(monkeypatch, tmp_path, version, limited):
+    """The limit may stand on any group above the process; pages of files that can be dropped count as free."""
+    top, most, taken, free, member = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", 2**63 - 4096, "4:cpu,memory:/job/step") if version == 1 else ("", "memory.max", "memory.current", "max", "0::/job/step")
+    for group in ("job", "job/step"):
+        folder = tmp_path / top / group
+        folder.mkdir(parents=True)
+        (folder / most).write_text(f"{64 * MIB if group == limited else free}\n")
+        (folder / taken).write_text(f"{24 * MIB}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {4 * MIB}\n")
+    (tmp_path / "cgroup").write_text(f"2:devices:/\n{member}\n")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "MEMBER", tmp_path / "cgroup")
+    assert memory.free_mib(CPU) == 44
+
+
 def test_free_memory_of_a_gpu_is_that_of_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * MIB, 80 * MIB))
     assert memory.free_mib(torch.device("cuda", 0)) == 3

@@ -194,3 +194,12 @@ def test_the_committed_figures_tables_and_report_are_what_a_redraw_gives(tmp_pat
     assert [name for name in expected if found[name] != expected[name]] == []
     for path in (here / "sections").iterdir():
         assert path.read_bytes() == (committed / "sections" / path.name).read_bytes()
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex here")
+def test_a_committed_table_does_not_compile_in_a_paper(tmp_path):
+    tables = sorted((ROOT / "figures" / "embedded").glob("*.tex"))
+    inputs = "\n".join(rf"\clearpage{{\tiny\input{{{path}}}}}" for path in tables)
+    (tmp_path / "paper.tex").write_text("\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage{booktabs}\n\\begin{document}\n" + inputs + "\n\\end{document}\n")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert tables and done.returncode == 0, done.stdout[-800:]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uke import figures, report, rows, tables, typesetting
+from uke import abstract, arrangement, figures, report, rows, tables, typesetting
 from uke.errors import InputError
 from uke.peers import PEERS
 
@@ -383,3 +383,131 @@ def test_rows_made_by_another_process_cost_what_they_record(tmp_path, monkeypatc
     shutil.rmtree(paths.results)  # what a clone lacks
     report.compose(paths)
     assert "numpy 2.4.6" in page and page == (paths.figures / "report.html").read_text(encoding="utf-8")
+
+
+def spoken(**said):
+    """Sections as they are stored, with these numbers: key -> (value, low, high); dots of a key are written as double underscores."""
+    numbers = {}
+    for key, (value, *ends) in said.items():
+        text = str(value) + (f" [{ends[0]}, {ends[1]}]" if ends else "") + ", n = 20"
+        numbers[key.replace("__", ".")] = {"value": value, "n": 20, "unit": "", "said": text}
+    return [{"notebook": "07_recipe", "numbers": numbers, "answer": "An answer.", "wiring_only": False}]
+
+
+STUDY = {
+    "embedded__reading": (0.7,), "edits__count": (60,), "edits__words": (74.4,), "effect__loss_scope__ft_m__average": (16.5, 14.0, 19.3),
+    "effect__loss_scope__lora__average": (-1.4, -3.2, 0.8), "effect__layers__ft_m__average": (0.1, -0.3, 0.4), "single__ft_uke__average": (0.69, 0.67, 0.71),
+    "single__lead": (4.7, 2.2, 7.3), "batch__8__lead": (12.9, 10.7, 15.0), "batch__40__lead": (22.0, 18.7, 25.1), "batch__trend": (3.0, 2.2, 3.9),
+    "verdicts__holds": (12,), "verdicts__in_part": (1,), "verdicts__does_not_hold": (0,), "verdicts__worlds": (1,),
+}  # fmt: skip
+
+
+def test_the_abstract_says_the_numbers_that_a_run_has_and_no_others():
+    text = abstract.write(spoken(**STUDY))
+    for phrase in (
+        "Here 60 texts of 74 words on average are written into a small model", "by 16.5 [14.0, 19.3] points with FT-M (trained weights) and -1.4 [-3.2, 0.8] points with LoRA; ",
+        "all blocks instead of the best single one by 0.1 [-0.3, 0.4] with FT-M alone.", "from 12.9 [10.7, 15.0] points in batches of 8 to 22.0 [18.7, 25.1] points in batches of 40",
+        "Of 13 statements of the paper, 12 hold and 1 holds in part, tried in one world.",
+    ):  # fmt: skip
+        assert phrase in text
+    assert "n = 20" not in text and "AKEW" not in text and "one after another" not in text and "few edits" not in text
+    brackets = re.findall(r"\[[^]]+\]", text)
+    assert set(brackets) <= {f"[{low}, {high}]" for _, *ends in STUDY.values() if ends for low, high in [ends]}
+
+
+@pytest.mark.parametrize("lost", STUDY)
+def test_an_abstract_without_one_of_its_numbers_still_reads_as_sentences(lost):
+    text = abstract.write(spoken(**{key: said for key, said in STUDY.items() if key != lost}))
+    assert not re.search(r"  | [.,;]|\(\)|\( |None|and \.|by \.|;\.|\.\.", text) and text.endswith(".")
+    assert all(sentence[0].isupper() or sentence[0].isdigit() for sentence in re.split(r"(?<=[.?]) (?=\S)", text.replace("arXiv 2506.09672", "arXiv")))
+
+
+def test_few_edits_and_a_single_size_are_said_as_such():
+    few = {key: said for key, said in STUDY.items() if key not in ("batch__40__lead", "embedded__reading")} | {"edits__count": (12,)}
+    text = abstract.write(spoken(**few))
+    assert "this lead is 12.9 [10.7, 15.0] points in batches of 8" in text and "With so few edits" in text and "The model is small" not in text
+
+
+def test_the_abstract_of_a_wiring_run_has_no_result_and_one_without_results_has_the_answers():
+    wiring = [section | {"wiring_only": True} for section in spoken(**STUDY)]
+    assert "support no verdict" in abstract.write(wiring) and "16.5" not in abstract.write(wiring) and "12 hold" not in abstract.write(wiring)
+    assert abstract.write(spoken(locality__items=(960,))).endswith("An answer.")
+
+
+def test_bulky_tables_and_whole_sections_of_preparation_stand_in_the_appendix_numbered_and_linked(paths):
+    row = pd.DataFrame({"x": [1]})
+    names = {"08_batch_size": ["batch_lead", "batch_cost", "batch_8", "batch_40", "long"], "tuning": ["tuning"]}
+    for notebook, own in names.items():
+        made = section(paths, notebook, f"key.of_{notebook}")
+        for name in own:
+            made.table(row if name != "long" else pd.DataFrame({"x": range(arrangement.LONG + 1)}), name, f"Caption of {name}.")
+        made.save()
+    report.compose(paths)
+    text = words(paths)
+    for label, name in (("1", "batch_lead"), ("2", "batch_40"), ("A1", "batch_cost"), ("A2", "batch_8"), ("A3", "long"), ("A4", "tuning")):
+        assert text.count(f"Table {label}. Caption of {name}.") == 1
+    assert "In the appendix: Tables A1, A2, A3." in text
+    assert text.index("Caption of batch_40") < text.rindex("Limits") < text.index("Caption of batch_cost") < text.index("Caption of tuning")
+    assert text.count("It works:") == 4  # each section, and the abstract of a run without results
+    targets = set(re.findall(r'href="#([^"]+)"', page(paths)))
+    assert targets <= set(re.findall(r' id="([^"]+)"', page(paths))) and "table-batch_cost" in targets
+
+
+def laid_out(frame, **options):
+    block = tables.cells(frame)
+    return block | arrangement.lay_out(block, **options)
+
+
+def test_columns_of_texts_share_the_width_by_what_they_hold_and_no_word_is_cut():
+    claims = ["Training through the chat template that questions are asked through matters when weights are trained directly."] * 20
+    ours = ["16.5 [14.0, 19.3] points, n = 20"] * 20
+    verdict = ["holds"] * 19 + ["not testable here: the model knows one fictional world and answers at chance"]
+    block = laid_out(pd.DataFrame({"claim": claims, "the paper": "far better", "ours": ours, "verdict": verdict, "worlds": 1}))
+    widths = dict(zip(block["head"], block["columns"]))
+    assert sum(widths.values()) == pytest.approx(arrangement.ROOM, abs=1) and block["wraps"] >= 1
+    assert widths["Claim"] == max(widths.values()) > 2 * widths["The paper"] and widths["Worlds"] < 60
+    many = pd.DataFrame({"level": ["template without, asked without"] * 4} | {f"long heading {place}": [0.5] * 4 for place in range(14)})
+    block = laid_out(many)
+    letters = [max(len(word) for word in head.split()) for head in block["head"]]
+    assert sum(block["columns"]) <= arrangement.ROOM + 1 and all(width > 0.4 * block["size"] * count for width, count in zip(block["columns"], letters))
+
+
+def test_a_table_that_fits_takes_what_it_needs_and_few_intervals_stand_beside_their_numbers():
+    block = laid_out(pd.DataFrame({"effect": ["a", "a", "b"], "difference": [tables.Score(1.0, 0.5, 1.5)] * 3}))
+    assert set(block["columns"]) == {0} and block["inline"] and block["groups"] == [2]
+    wide = laid_out(pd.DataFrame({"method": ["FT-M"]} | {kind: [tables.Score(0.5, 0.4, 0.6)] for kind in tables.KIND_ORDER}))
+    assert not wide["inline"] and not wide["groups"]
+
+
+def test_answers_side_by_side_become_lines_that_can_be_read():
+    text = "A long answer that would be broken into one word a line if eight of it stood beside each other."
+    block = laid_out(pd.DataFrame({"kind": ["original", "detail"]} | {name: [text, text] for name in ("reference", "before", "FT-M", "LoRA")}))
+    assert block["head"] == ["Kind", "", "Text"] and len(block["rows"]) == 8 and [cell["text"] for cell in block["rows"][1]] == ["Original", "Before", text]
+
+
+def test_every_recipe_is_told_once_as_it_differs_and_with_the_sizes_of_its_batches(paths):
+    recipe = {"name": "FT-M", "loss": "target_tokens", "learning_rate": 5e-4, "steps": 25, "seed": 1}
+    made = section(paths, "07_recipe", "key.a")
+    made.method(recipe)
+    made.save()
+    made = section(paths, "08_batch_size", "key.b")
+    for batch, rate in ((40, 5e-4), (8, 5e-4), (40, 1e-3)):
+        made.method(recipe | {"batch": batch, "learning_rate": rate})
+    made.save()
+    report.compose(paths)
+    text = words(paths)
+    assert text.count("every target token, teacher-forced") == 1
+    assert "FT-M as described 8, 40 07_recipe, 08_batch_size" in text.replace("FT-Mas described8, 4007_recipe", "FT-M as described 8, 40 07_recipe")
+    assert "learning rate 1 × 10⁻³" in text
+
+
+def test_an_interval_that_may_not_be_broken_has_room_in_its_column(paths):
+    """Its width was found before it was held together, so it ran into the next column."""
+    text = "papers of these methods, table not known, and further words that need all the room there is"
+    frame = pd.DataFrame({"ours": ["48.6 [38.3, 58.6] %"] * 3} | {name: [text] * 3 for name in ("source", "claim", "reason")})
+    made = section(paths)
+    made.table(frame, "published", "Caption.")
+    made.save()
+    data = typesetting.arrange(paths, [json.loads((paths.figures / "sections" / "03_factor_loss_scope.json").read_text(encoding="utf-8"))])
+    (block,) = [block for each in data["appendix"] for block in each["blocks"]]
+    assert "\u00a0" in block["rows"][0][0]["text"] and block["columns"][0] > 0.4 * block["size"] * len("[38.3, 58.6]")

@@ -100,3 +100,14 @@ def test_the_locality_target_runs_its_notebook_alone_and_names_missing_documents
     check = [sys.executable, "-m", "uke.run", "--check", "--profile", "smoke", "--shared", "documents=/nope.jsonl"]
     refused = subprocess.run(check, cwd=project, env=environment, capture_output=True, text=True, timeout=100)
     assert refused.returncode == 2 and refused.stderr.strip() == "documents: /nope.jsonl: no such file"
+
+
+def test_the_longest_notebook_starts_last(project):
+    for name in ("00_short", "09_long"):
+        (project / f"params/studies/{name}.yaml").write_text(f"notebook: {name}\n" + ("early: true\n" if name == "09_long" else ""))
+        write(project, name, f'(folder / "{name}.json").write_text(str(__import__("time").time_ns()))')
+    command = [sys.executable, "-m", "snakemake", *(str(project / f"figures/smoke/sections/{name}.json") for name in ("00_short", "09_long")), "--cores", "1", "--config", "profile=smoke"]
+    done = subprocess.run(command, cwd=project, env=os.environ | {"UKE_HOME": str(project), "XDG_CACHE_HOME": str(project / "cache")}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    short, long = (int((project / f"figures/smoke/sections/{name}.json").read_text()) for name in ("00_short", "09_long"))
+    assert long < short

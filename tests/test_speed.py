@@ -66,7 +66,7 @@ def test_a_run_measures_every_method_in_every_way_with_the_same_answers(measured
     assert set(counts.index) == {(method, way) for method in ("FT-UKE", "LoRA") for way in speed.WAYS} and counts["FT-UKE"].eq(2).all()
     assert measured.same["share"].ge(speed.ALIKE).all() and (measured.same["average"] - measured.same["average_lanes"]).abs().le(speed.WITHIN).all()
     assert (measured.timings[["train_seconds", "answer_seconds", "tokens"]] > 0).all(axis=None)
-    assert set(measured.gains["optimisation"]) >= {"lanes in training", "lanes in answering", "dropping finished rows", "dropping ended lanes", "frozen blocks read once", "length sorting"}
+    assert set(measured.gains["optimisation"]) >= {"lanes in training", "lanes in answering", "dropping finished rows", "dropping ended lanes", "training edits of like length together", "frozen blocks read once", "length sorting"}
     assert measured.about["command"] == "make bench SIZE=smoke ROWS=cpu" and measured.about["machine"]["threads"] == torch.get_num_threads()
 
 
@@ -109,6 +109,13 @@ def test_the_loop_restores_a_model_whose_answering_failed(toy):
         assert models.fingerprint(toy.model) != before
         raise ZeroDivisionError
     assert models.fingerprint(toy.model) == before
+
+
+def test_an_edit_that_diverges_in_lanes_is_named_and_not_timed(toy):
+    wild = FT_M.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match="Ada"):
+        ways.timed("lanes", toy, toy.material.edits, wild)
+    assert torch.isfinite(toy.model.get_input_embeddings().weight).all()
 
 
 def test_the_loop_refuses_what_it_is_not_written_for(toy):

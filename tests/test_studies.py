@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from uke import answering, asking, editing, memory, methods, models, moments, rows, studies
+from uke import answering, asking, editing, lane_training, memory, methods, models, moments, rows, studies
 from uke.edits import Detail, Edit, Probe
 from uke.errors import InputError
 
@@ -240,7 +240,7 @@ def test_a_diverging_trial_says_why_and_leaves_nothing_to_read(toy):
     assert study.attempt(QUICK, limit=1) is None
     before, units = {name: weight.clone() for name, weight in study.model.state_dict().items()}, list(study.units)
     said = study.attempt(QUICK.model_copy(update={"learning_rate": 1e38, "steps": 3}), limit=2)
-    assert "FT-M: the loss of edit 'Ada', 'Grace' is not finite" in said
+    assert said.count("FT-M: the loss of edit") == 2 and "'Ada' is not finite" in said and "'Grace' is not finite" in said
     assert study.units == units and set(study.read()["learning_rate"]) == {QUICK.learning_rate}
     assert all(torch.equal(weight, before[name]) for name, weight in study.model.state_dict().items())
 
@@ -388,6 +388,38 @@ def test_a_killed_study_writes_again_what_it_wrote_in_lanes(toy):
     first.run(QUICK, limit=3)
     again.run(QUICK)
     assert batches == [["Mary"]] and set(again.read()["edit"]) == set(ANSWERS)
+
+
+def test_an_edit_that_diverges_ends_the_study_before_the_others_are_written(toy, monkeypatch):
+    study, plain = toy(lanes=2), lane_training.loss
+    bad = max(ANSWERS, key=lambda edit: len(ANSWERS[edit]))
+
+    def loss(model, batch, scope):
+        return plain(model, batch, scope) * torch.tensor([float("nan") if edit == bad else 1.0 for edit in model.lanes.ids])
+
+    monkeypatch.setattr(lane_training, "loss", loss)
+    with pytest.raises(FloatingPointError, match=f"the loss of edit '{bad}' is not finite after 0 steps"):
+        study.run(QUICK)
+    left = [unit for unit in study.units if rows.done(study.paths, "toy", unit, {"model": study.mark})]
+    assert len(left) == len(ANSWERS) - 1 and bad not in set(rows.read(study.paths, "toy", units=left)["edit"])
+    monkeypatch.setattr(lane_training, "loss", plain)
+    again = toy(lanes=2)
+    batches = written(again)
+    again.run(QUICK)
+    assert batches == [[bad]] and set(again.read()["edit"]) == set(ANSWERS)
+
+
+def test_the_unedited_model_is_asked_again_for_other_probes(toy, monkeypatch):
+    """The same prompts in a study of fewer edits: its rows are others, its answers known."""
+    seen, decode = [], answering._decode
+    monkeypatch.setattr(answering, "_decode", lambda model, questions, limits, ends: seen.extend(questions) or decode(model, questions, limits, ends))
+    whole = toy().before
+    asked = len(seen)
+    study = toy()
+    study.material = study.material.first(2)
+    assert asked and len(seen) == asked and len(study.before) < len(whole)
+    same = whole[whole["edit"].isin(study.before["edit"])]
+    assert study.before["answer"].tolist() == same["answer"].tolist()
 
 
 def test_too_many_lanes_for_the_memory_end_the_study(toy, caplog):

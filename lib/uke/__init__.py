@@ -5,21 +5,21 @@ params -> notebook -> Edits + documents -> locality Probes -> answer (before) ->
 
 The rooms, from the bottom; nothing imports from a room below it on this list:
 
-errors                       the one error of bad input
+errors                       the error of bad input, and of an edit that diverges
 records, formats, edits      benchmark files -> validated Edits with their Probes
 similarity, intervals, metrics   scores, bootstrap intervals, paired tests
 paths, rows                  where a run writes; the row schema, resumption, averages
 recipes, peers, methods      every choice of one way to fine-tune, or to locate and edit; the factors under study
 params                       strict parameters; where a benchmark's files lie
 numerals, tables, effects, leads, speed, drawing, figures, panels, diagrams   one style; one function per kind of table and of figure
-manifests, typesetting, redrawing, report   what ran, and when; numbers said once; figures and tables from stored data; HTML and PDF
+manifests, abstract, arrangement, typesetting, redrawing, report   what ran, and when; the paragraph on top; main part and appendix; HTML and PDF; figures and tables from stored data; numbers said once
 verdicts                     each claim of the paper beside the numbers that decide it
 world, world_files           the fictional world, and its files in the benchmarks' formats
 streams, dumps, wikitext, documents   Wikipedia and other collections -> Documents, streamed
 phrases, extraction          the facts of a text, and whether two texts share one
 ranking, embedding, dual_encoder, retrieval   documents by relevance: BM25, MiniLM, MiniLM trained
 locality, locality_files, audit, materials   RelDoc, RandDoc, StructTrip, near triple: built, written, audited; edits with their probes
-models, lanes, answering     a model, its prompts and weights; many edits of it side by side; many answers at once
+models, padding, lanes, recall, answering   a model, its prompts and weights; rows of like length; many edits side by side; answers kept; many at once
 pretraining, knowledge       how the embedded model was made, and what it knows
 finetune                     losses and training
 locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors

@@ -11,14 +11,12 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from uke.edits import Probe
 from uke.errors import InputError
 from uke.models import IGNORED, Example, collate, encode, end_of_turn, example, max_context
+from uke.padding import parts
+from uke.recall import Prompt, Recall
 from uke.world import reading
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch can go.
 DROP_SHARE = 1 / 8
-# References read in one forward pass have at least this share of its longest one's tokens: the rest would be padding.
-ALIKE = 3 / 4
-
-Prompt = tuple[int, ...]
 
 
 class Question(NamedTuple):
@@ -30,15 +28,17 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Asking:
-    """How to ask: tokens an answer may have, template or not, tokens of prompts and answers held at once.
+    """How to ask: tokens an answer may have, template or not, tokens of prompts and answers held at once, answers known.
 
     `max_new_tokens` is a number or a function of the probe. `chat` None asks as each probe says; True or False
-    overrules the probes that ask through the template, never those that are cloze prompts.
+    overrules the probes that ask through the template, never those that are cloze prompts. `known` are answers of this
+    very model: what it holds is not decoded again, and what is decoded is added.
     """
 
     max_new_tokens: int | Callable[[Probe], int] = 160
     chat: bool | None = None
     batch_tokens: int = 16384
+    known: Recall | None = None
 
     def through_template(self, probe: Probe) -> bool:
         return probe.chat and self.chat is not False
@@ -65,10 +65,13 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
         _check_room(probe, len(question.prompt) + 1, room)
         limits[question] = max(limits.get(question, 0), min(options.limit(probe), room - len(question.prompt)))
     ends = _ends(model, tokenizer)
-    decoded: dict[Question, list[int]] = {}
-    for batch in _batches(limits, options.batch_tokens):
+    decoded = {question: ids for question, limit in limits.items() if options.known and (ids := options.known.look(question.prompt, limit)) is not None}
+    asked_now = {question: limit for question, limit in limits.items() if question not in decoded}
+    for batch in _batches(asked_now, options.batch_tokens):
         rows = _decode(model, batch, [limits[question] for question in batch], ends)
         decoded.update(zip(batch, rows, strict=True))
+    if options.known:
+        options.known.add({question.prompt: (decoded[question], limit) for question, limit in asked_now.items()})
     # The same prompt may be asked with two limits: greedy answers are prefixes of each other.
     texts = (decoded[question][: options.limit(probe)] for probe, question in zip(probes, questions, strict=True))
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
@@ -201,12 +204,7 @@ def target_log_probability(
             raise InputError(f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text")
         examples.append(one)
     found: dict[int, float] = {}
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids), reverse=True)
-    while order:
-        longest = len(examples[order[0]].ids)
-        alike = sum(len(examples[i].ids) > ALIKE * longest for i in order)
-        rows = max(1, min(alike, options.batch_tokens // longest))
-        batch, order = order[:rows], order[rows:]
+    for batch in parts([len(one.ids) for one in examples], options.batch_tokens):
         read_as(model, [probes[i].edit for i in batch])
         found.update(zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True))
     return [found[i] for i in range(len(examples))]

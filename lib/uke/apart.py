@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uke import baselines
 from uke.editing import METHODS, EditRecord, Solver, change, edited
 from uke.edits import Edit
-from uke.errors import InputError
+from uke.errors import Diverged, InputError
 from uke.finetune import Training, prepare, weights
 from uke.lane_training import adapter, train_apart
 from uke.lanes import Lanes, LowRank
@@ -34,9 +33,10 @@ def edited_apart(
     """The model with every edit written alone, in a lane of its own; `edit_records` has an EditRecord by the edit's id.
 
     What `edited` yields for one edit after another, but for rounding: probes are asked all together, each of the lane of
-    its `edit` (`answering`). Seconds of a record are an equal share. Fine-tuning trains side by side (AdaLoRA, whose ranks
-    are pruned by step, one by one); of peers the target values are found together, the systems solved one by one. On
-    exit the model is as before. Raises as `edited` does, FloatingPointError naming each edit whose loss is not finite.
+    its `edit` (`answering`). An edit that comes to a number that is not finite has no lane: `failed` says why, by its id.
+    Seconds of a record are an equal share. Fine-tuning trains side by side (AdaLoRA, whose ranks are pruned by step, one by
+    one); of peers the target values are found together, blocks trained side by side (UnKE), systems solved one by one.
+    On exit the model is as before. Raises as `edited` does, Diverged where no edit is left.
     """
     method = find(method, METHODS) if isinstance(method, str) else method
     if not isinstance(method, Recipe | Peer):
@@ -44,22 +44,27 @@ def edited_apart(
     prepare(model, tokenizer, edits, method)
     if isinstance(method, Peer) and method.solver == "in_context":
         with edited(model, tokenizer, edits, method) as m:
-            m.edit_records = {edit.id: m.edit_record for edit in edits}
-            try:
+            with _told(m, {edit.id: m.edit_record for edit in edits}, {}):
                 yield m
-            finally:
-                del m.edit_records
         return
     write = _solved if isinstance(method, Peer) else _adapted if method.adapter == "adalora" else train_apart
     with kept(model, {}):
-        lanes, trainings = write(model.eval(), tokenizer, edits, method)
+        lanes, trainings, failed = write(model.eval(), tokenizer, edits, method)
         records = {edit: EditRecord(**vars(training), change_norm=norms) for edit, training, norms in zip(lanes.ids, trainings, _norms(lanes), strict=True)}
-        with lanes.laid():
-            model.edit_records = records
-            try:
-                yield model
-            finally:
-                del model.edit_records
+        with lanes.laid(), _told(model, records, failed):
+            yield model
+
+
+@contextmanager
+def _told(model: nn.Module, records: dict[str, EditRecord], failed: dict[str, str]) -> Iterator[None]:
+    model.edit_records, model.failed = records, failed
+    try:
+        yield
+    finally:
+        del model.edit_records, model.failed
+
+
+Written = tuple[Lanes, list[Training], dict[str, str]]  # the edits that were written, what each training did; why others failed
 
 
 def lane_mib(model: nn.Module, method: Recipe | Peer) -> float:
@@ -86,43 +91,51 @@ def _norms(lanes: Lanes) -> list[dict[str, float]]:
     return found
 
 
-def _adapted(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> tuple[Lanes, list[Training]]:
+def _adapted(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> Written:
     """Adapters trained one by one."""
-    trainings, found = [], []
+    trainings, found, failed = {}, [], {}
     for edit in edits:
-        with edited(model, tokenizer, [edit], recipe) as wrapped:
-            record = wrapped.edit_record
-            trainings.append(Training(**{name: value for name, value in vars(record).items() if name != "change_norm"}))
-            found.append(adapter(wrapped))
+        try:
+            with edited(model, tokenizer, [edit], recipe) as wrapped:
+                record = wrapped.edit_record
+                trainings[edit.id] = Training(**{name: value for name, value in vars(record).items() if name != "change_norm"})
+                found.append(adapter(wrapped))
+        except Diverged as error:
+            failed[edit.id] = str(error)
+    if not found:
+        raise Diverged("; ".join(failed.values()), failed)
     scaled = {name: [one[name] for one in found] for name in found[0]}
     low_rank = {name: LowRank(torch.cat([one.down for one in each]), torch.cat([one.scale * one.up for one in each]), 1.0) for name, each in scaled.items()}
-    return Lanes(model, [edit.id for edit in edits], {}, low_rank), trainings
+    return Lanes(model, list(trainings), {}, low_rank), list(trainings.values()), failed
 
 
-def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> tuple[Lanes, list[Training]]:
-    """Target values of all edits together, which is one edit at a time but for rounding; then a system for each."""
+def _solved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> Written:
+    """As `_solve`; edits that diverge are left out, and the others begun anew."""
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return *_solve(model, tokenizer, [edit for edit in edits if edit.id not in failed], peer), failed
+        except Diverged as error:
+            failed |= dict.fromkeys(error.edits, str(error))
+            if len(failed) == len(edits):
+                raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
+
+
+def _solve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> tuple[Lanes, list[Training]]:
+    """Target values of all edits together, which is one edit at a time but for rounding; then what the solver makes of each."""
     started = time.perf_counter()
     places = sites(model, peer.layers)
     solver = baselines.SOLVERS[peer.solver](model, tokenizer, places, peer)
     located = locate(model, prepare(model, tokenizer, edits, peer), peer)
-    values = target_values(model, located, places[-1], peer)
-    own = baselines.weights(model, peer)
-    before = {name: weight.detach().clone() for name, weight in own.items()}
-    stacks: dict[str, list[Tensor]] = {name: [] for name in own}
-    trainings = []
-    try:
-        for one, found in _one_by_one(located, values):
-            notes = [*one.notes(peer), *_named(solver, one, found)]
-            trainings.append(Training(found.losses, found.steps + solver.steps, stopped=found.stopped, notes=notes))
-            for name, weight in own.items():
-                stacks[name].append(weight.detach().clone())
-                weight.data.copy_(before[name])
-    finally:
-        for name, weight in own.items():
-            weight.data.copy_(before[name])
+    alone = list(_one_by_one(located, target_values(model, located, places[-1], peer)))
+    stacks, notes = solver.apart(alone)
+    trainings = [
+        Training(found.losses, found.steps + solver.steps, stopped=found.stopped, notes=[*one.notes(peer), *own])
+        for (one, found), own in zip(alone, notes, strict=True)
+    ]
     for training in trainings:
         training.seconds = (time.perf_counter() - started) / len(edits)
-    return Lanes(model, located.ids, {name: torch.stack(each) for name, each in stacks.items()}), trainings
+    return Lanes(model, located.ids, stacks), trainings
 
 
 def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Values]]:
@@ -134,11 +147,3 @@ def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Val
         course, ended = values.courses[edit], values.ended[edit]
         found = replace(values, hidden=own, losses=course, steps=len(course) - ended, stopped="loss" if ended == len(windows) else "steps")
         yield replace(located, ids=[edit], examples=[one], windows=[windows]), found
-
-
-def _named(solver: Any, one: Located, found: Values) -> list[str]:
-    """The solver's notes; an error that is not finite says of which edit."""
-    try:
-        return solver.solve(one, found)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"edit '{one.ids[0]}': {error}") from None

@@ -1,13 +1,12 @@
 """Asks a model every probe and scores the answers: against the reference, and against the answers before an edit."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from uke.answering import answer, target_log_probability
+from uke.answering import Asking, answer, target_log_probability
 from uke.edits import Probe
 from uke.metrics import Encoder, score
 
@@ -17,23 +16,16 @@ TEACHER_FORCED = ("original", "paraphrase", "detail")  # the kinds whose target 
 TEXTS = ("original", "paraphrase", "rel_doc", "rand_doc")  # the kinds whose reference is a text
 
 
-class Asked(NamedTuple):
-    """How probes are asked: the tokens an answer may have, and whether through the template (None: as each probe says)."""
-
-    room: int | Callable[[Probe], int]
-    chat: bool | None = None
-
-
-def ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], asked: Asked,
+def ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], asking: Asking,
         encoder: Encoder | None = None) -> pd.DataFrame:  # fmt: skip
     """Answers and scores against the reference: one row per probe, in order."""
-    answers = answer(model, tokenizer, probes, max_new_tokens=asked.room, chat=asked.chat)
+    answers = answer(model, tokenizer, probes, **vars(asking))
     columns = {name: [getattr(probe, name) for probe in probes] for name in ("edit", "kind", "number", "question", "reference")}
     frame = pd.DataFrame(columns | {"answer": answers})
     scores = score(answers, frame["reference"].tolist(), [probe.aliases for probe in probes])
     frame = pd.concat([frame, scores], axis=1)
     told = [place for place, probe in enumerate(probes) if probe.kind in TEACHER_FORCED]
-    frame.loc[told, "log_probability"] = target_log_probability(model, tokenizer, [probes[place] for place in told], chat=asked.chat)
+    frame.loc[told, "log_probability"] = target_log_probability(model, tokenizer, [probes[place] for place in told], **vars(asking))
     alike = frame["kind"].isin(PUBLISHED_SIMILARITY)
     if encoder:
         pairs = frame.loc[alike]

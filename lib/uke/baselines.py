@@ -1,20 +1,24 @@
-"""The solvers of locate-then-edit methods: MEMIT and AlphaEdit in closed form, UnKE by gradient steps on one block."""
+"""The solvers of locate-then-edit methods: MEMIT and AlphaEdit in closed form, UnKE by gradient steps on one block.
 
-import math
+A solver writes the edits into the model (`solve`), or finds the weights (N, ...) of N edits of which each is written alone (`apart`).
+"""
+
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedTokenizerBase
 
 from uke import moments
 from uke.edits import Edit
-from uke.errors import InputError
-from uke.finetune import Training, prepare
+from uke.errors import Diverged, InputError
+from uke.finetune import Progress, Training, prepare
+from uke.lanes import Lanes
 from uke.locate import Located, Site, chunks, locate, look, sites, states, wide
+from uke.padding import TOKENS
 from uke.peers import Peer
 from uke.values import Values, target_values
 
@@ -28,10 +32,13 @@ def weights(model: nn.Module, peer: Peer) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
-def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer) -> Training:
+def write(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer, progress: Progress | None = None
+) -> Training:
     """Write the edits into the model in place: locate, find target values, solve.
 
-    The record holds the losses of the target values (nats per token), and in its notes what else a reader must know.
+    `progress(steps, loss)` follows each step towards the target values. The record holds their losses (nats per token),
+    and in its notes what else a reader must know.
     InputError, before any weight moves, for an edit longer than the context, for missing second moments or texts, and
     for a layer out of range; after some layers may have moved, for a singular system and, as published, a division by
     zero. FloatingPointError names an edit whose target value diverges. Restoring is the caller's (`editing.edited`).
@@ -40,7 +47,7 @@ def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[
     places = sites(model, peer.layers)
     solver = SOLVERS[peer.solver](model, tokenizer, places, peer)
     located = locate(model, prepare(model, tokenizer, edits, peer), peer)
-    values = target_values(model, located, places[-1], peer)
+    values = target_values(model, located, places[-1], peer, progress)
     notes = solver.solve(located, values)
     training = Training(values.losses, values.steps, stopped=values.stopped, notes=[*located.notes(peer), *notes])
     training.steps += solver.steps
@@ -102,6 +109,23 @@ class ClosedForm:
             site.projection.weight.copy_(site.projection.weight.double() + change)
         return []
 
+    def apart(self, alone: Sequence[tuple[Located, Values]]) -> tuple[dict[str, Tensor], list[list[str]]]:
+        """One after another: the systems are a small part of what an edit takes."""
+        own = weights(self.model, self.peer)
+        before = {name: weight.detach().clone() for name, weight in own.items()}
+        stacks: dict[str, list[Tensor]] = {name: [] for name in own}
+        notes = []
+        try:
+            for located, values in alone:
+                notes.append(self.solve(located, values))
+                for name, weight in own.items():
+                    stacks[name].append(weight.detach().clone())
+                    weight.data.copy_(before[name])
+        finally:
+            for name, weight in own.items():
+                weight.data.copy_(before[name])
+        return {name: torch.stack(each) for name, each in stacks.items()}, notes
+
     def _share(self, number: int, edits: int) -> tuple[int, System]:
         """What the residual is divided by at a layer, and the layer's system; as published, both by the wrong counter."""
         if not self.peer.as_published:
@@ -121,20 +145,20 @@ class ClosedForm:
 
 
 class _Part(NamedTuple):
-    """Calls of the block to reproduce: output (B, T, D) wanted where `real` (B, T), each element counting `share`."""
+    """Calls of the block to reproduce: rows of the lanes `of`, output (R, T, D) wanted, `share` (R, T) what a position's error counts in its lane."""
 
+    of: list[int]
     args: tuple
     kwargs: dict
     wanted: Tensor
-    real: Tensor
-    share: float
+    share: Tensor
 
 
 class BlockSteps:
     """UnKE: AdamW on every parameter of one block, whose output is to be the target values and else what it was.
 
     Squared error, mean over positions and width: over the edits up to their last anchor, and over the preservation
-    texts, with equal weight (arXiv 2405.15349).
+    texts, with equal weight (arXiv 2405.15349). Edits apart are trained side by side, each in a lane of its own: AdamW is element-wise.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, places: Sequence[Site], peer: Peer) -> None:
@@ -143,60 +167,103 @@ class BlockSteps:
         self.steps = peer.unke_steps
 
     def solve(self, located: Located, values: Values) -> list[str]:
-        asked = [one.ids[: windows[-1].anchor + 1] for one, windows in zip(located.examples, located.windows, strict=True)]
-        wanted: dict[int, list[tuple[int, Tensor]]] = {}
-        for (row, position), value in zip(located.anchors, values.hidden, strict=True):
-            wanted.setdefault(row, []).append((position, value))
-        parts = [*self._parts(asked, wanted), *self._parts(self.texts, {})]
-        # The block is trained as float32 copies, on float32 inputs, whatever the model's own precision.
-        copies = {name: wide(p.detach()).clone().requires_grad_() for name, p in self.site.block.named_parameters()}
-        losses = self._fit(copies, parts)
+        stacks, courses = self._fit([(located, values)], self._held())
         with torch.no_grad():
-            for name, parameter in self.site.block.named_parameters():
-                parameter.copy_(copies[name])
-        return [f"block: squared error {losses[0]:.3g} at first, {losses[-1]:.3g} before the last of {len(losses)} steps"]
+            for name, weight in weights(self.model, self.peer).items():
+                weight.copy_(stacks[name][0])
+        return self._notes(courses)
 
-    def _parts(self, sequences: Sequence[Sequence[int]], wanted: Mapping[int, Sequence[tuple[int, Tensor]]]) -> Iterator[_Part]:
-        tokens = sum(map(len, sequences))
+    def apart(self, alone: Sequence[tuple[Located, Values]]) -> tuple[dict[str, Tensor], list[list[str]]]:
+        """As many lanes at once as a forward pass holds, with all the preservation texts in each."""
+        held, longest = self._held(), max(len(one.ids) for located, _ in alone for one in located.examples)
+        size = max(1, TOKENS // max([longest, *(part.share.numel() for part in held)]))
+        fitted = [self._fit(alone[start : start + size], held) for start in range(0, len(alone), size)]
+        dtypes = {name: weight.dtype for name, weight in weights(self.model, self.peer).items()}
+        stacks = {name: torch.cat([stacks[name].to(dtype) for stacks, _ in fitted]) for name, dtype in dtypes.items()}
+        return stacks, [[note] for _, courses in fitted for note in self._notes(courses)]
+
+    def _notes(self, courses: Sequence[Sequence[float]]) -> list[str]:
+        return [f"block: squared error {one[0]:.3g} at first, {one[-1]:.3g} before the last of {len(one)} steps" for one in courses]
+
+    def _held(self) -> list[_Part]:
+        """What the block is given and gives on the preservation texts, the same for every edit."""
+        return list(self._parts([0] * len(self.texts), self.texts, {}))
+
+    def _fit(self, edits: Sequence[tuple[Located, Values]], held: Sequence[_Part]) -> tuple[dict[str, Tensor], list[list[float]]]:
+        """The block's weights, one lane for each entry (N, *shape), in float32 or better whatever the model's precision, and the errors of each."""
+        of, asked, wanted = [], [], {}
+        for lane, (located, values) in enumerate(edits):
+            for (row, position), value in zip(located.anchors, values.hidden, strict=True):
+                wanted.setdefault(len(of) + row, []).append((position, value))
+            of += [lane] * len(located.ids)
+            asked += [one.ids[: windows[-1].anchor + 1] for one, windows in zip(located.examples, located.windows, strict=True)]
+        parts = [*self._parts(of, asked, wanted), *(_repeated(part, len(edits)) for part in held)]
+        leaves = {name: nn.Parameter(wide(weight.detach()).expand(len(edits), *weight.shape).clone()) for name, weight in weights(self.model, self.peer).items()}
+        lanes = Lanes(self.model, [str(lane) for lane in range(len(edits))], leaves)
+        errors = self._descend(lanes, parts, [located.ids for located, _ in edits])
+        return {name: leaf.detach() for name, leaf in leaves.items()}, torch.stack(errors).T.tolist()
+
+    def _parts(self, of: Sequence[int], sequences: Sequence[Sequence[int]], wanted: Mapping[int, Sequence[tuple[int, Tensor]]]) -> Iterator[_Part]:
+        """What the block is to give on sequences, of each of which it is said whose lane it is in."""
+        tokens = Counter()
+        for lane, sequence in zip(of, sequences, strict=True):
+            tokens[lane] += len(sequence)
         for rows, ids in chunks(sequences, self.model.device):
             (call,) = look(self.model, ids, (self.site.block,))
             output = wide(call.output).clone()
+            share = torch.zeros(ids.shape, dtype=output.dtype)
             for place, row in enumerate(rows):
+                share[place, : len(sequences[row])] = 1 / (tokens[of[row]] * output.shape[-1])
                 for position, value in wanted.get(row, ()):
                     output[place, position] = value.to(output.dtype)
-            lengths = torch.tensor([len(sequences[row]) for row in rows], device=ids.device)
-            real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-            yield _Part(_widened(call.args), _widened(call.kwargs), output, real, 1 / (tokens * output.shape[-1]))
+            yield _Part([of[row] for row in rows], _widened(call.args), _widened(call.kwargs), output, share.to(ids.device))
 
-    def _fit(self, copies: Mapping[str, Tensor], parts: Sequence[_Part]) -> list[float]:
-        """The error before each step; FloatingPointError where it is not finite."""
-        norms = [value for name, value in copies.items() if "norm" in name]
-        rest = [value for name, value in copies.items() if "norm" not in name]
+    def _descend(self, lanes: Lanes, parts: Sequence[_Part], ids: Sequence[Sequence[str]]) -> list[Tensor]:
+        """The error of each lane (N,) before each step; Diverged names the edits of those that are not finite."""
+        norms = [leaf for name, leaf in lanes.weights.items() if "norm" in name]
+        rest = [leaf for name, leaf in lanes.weights.items() if "norm" not in name]
         groups = [{"params": rest, "weight_decay": self.peer.unke_decay}, {"params": norms, "weight_decay": 0.0}]
         adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.peer.unke_rate, fused=True)
-        losses = []
-        for _ in range(self.peer.unke_steps):
-            adam.zero_grad()
-            losses.append(0.0)
-            for part in parts:
-                output = functional_call(self.site.block, dict(copies), part.args, part.kwargs)
-                output = output[0] if isinstance(output, tuple) else output
-                loss = (output - part.wanted)[part.real].square().sum() * part.share
-                loss.backward()
-                losses[-1] += loss.item()
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"{self.peer.name}: the block's error is not finite after {len(losses) - 1} steps; expected an unke_rate below {self.peer.unke_rate:g}")
-            adam.step()
-        return losses
+        errors: list[Tensor] = []
+        with lanes.laid():
+            for _ in range(self.peer.unke_steps):
+                adam.zero_grad()
+                error = torch.zeros(len(ids))
+                for part in parts:
+                    lanes.read([lanes.ids[lane] for lane in part.of])
+                    output = self.site.block(*part.args, **part.kwargs)
+                    output = output[0] if isinstance(output, tuple) else output
+                    by_row = ((output - part.wanted).square().sum(-1) * part.share).sum(-1)  # (R,)
+                    by_row.sum().backward()
+                    error.index_add_(0, torch.tensor(part.of), by_row.detach().to(error))
+                if not error.isfinite().all():
+                    broken = [edit for own, finite in zip(ids, error.isfinite().tolist(), strict=True) if not finite for edit in own]
+                    raise Diverged(
+                        f"{self.peer.name}: the block's error of edit {', '.join(map(repr, broken))} is not finite after {len(errors)} steps; "
+                        f"expected an unke_rate below {self.peer.unke_rate:g}", broken)  # fmt: skip
+                errors.append(error)
+                adam.step()
+        return errors
 
 
-def _widened(value):
+def _widened(value: Any) -> Any:
     """Tensors of a call in float32 or better, whatever holds them."""
+    return _each(value, lambda one: wide(one) if one.is_floating_point() else one)
+
+
+def _repeated(part: _Part, count: int) -> _Part:
+    """The same rows for each of so many lanes, lane after lane; what the rows of a part share goes on being shared."""
+    rows = len(part.of)
+    args, kwargs, wanted, share = _each(tuple(part[1:]), lambda one: one.repeat(count, *[1] * (one.dim() - 1)) if one.dim() > 1 and len(one) == rows else one)
+    return _Part([lane for lane in range(count) for _ in range(rows)], args, kwargs, wanted, share)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return wide(value) if value.is_floating_point() else value
+        return change(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_widened(one) for one in value)
-    return {name: _widened(one) for name, one in value.items()} if isinstance(value, dict) else value
+        return tuple(_each(one, change) for one in value)
+    return {name: _each(one, change) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 SOLVERS = {"memit": ClosedForm, "alphaedit": ClosedForm, "unke": BlockSteps}

@@ -128,22 +128,25 @@ def budget(frame: pd.DataFrame, by: str = "method", panel: str = "batch_size", w
     `frame` has one row per trial: by, panel and score. The trials are drawn from those made, without replacement.
     """
     require(frame, [by, panel, "score"], "budget")
-    panels = ordered(frame[panel])
+    panels, ends = ordered(frame[panel]), {}
     with matplotlib.rc_context(RC):
         fig = Figure(figsize=(width, 2.9), layout="constrained")
         axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        ends = {}
         for ax, title in zip(axes, panels):
             for name, (colour, mark) in looks(frame[by]).items():
                 curve = best_of(frame.loc[(frame[panel] == title) & (frame[by] == name), "score"])
-                ax.plot(range(1, len(curve) + 1), curve, color=colour, marker=mark, mec="white", mew=0.5, ms=3.6)
+                ax.plot(range(1, len(curve) + 1), curve, color=colour, marker=mark, mec="white", mew=0.5, ms=3.6, label=name)
                 if ax is axes[-1] and curve:
                     ends[name] = (len(curve), curve[-1], colour)
             ax.set(title=f"{LABELS.get(panel, panel).replace('_', ' ')} {title}", xlabel="trials made (k)")
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(axis="y")
         axes[0].set_ylabel("expected best mean score")
-        label_ends(axes[-1], ends)
+        shown = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
+        if set(ends) == set(shown):
+            label_ends(axes[-1], ends)
+        else:  # a line that the last panel lacks has no end there
+            fig.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=5)
     return fig
 
 
@@ -177,8 +180,7 @@ def windows(frame: pd.DataFrame, by: str = "method", width: float = FULL) -> Fig
             ax.grid(axis="y")
         for ax in axes[len(names) :]:
             ax.set_axis_off()
-        fig.supxlabel("window of the answer", fontsize=7.5, color=GREY)
-        fig.supylabel("log-probability (nats per token)", fontsize=7.5, color=GREY)
+        fig.supxlabel("window of the answer", fontsize=7.5, color=GREY), fig.supylabel("log-probability (nats per token)", fontsize=7.5, color=GREY)
     return fig
 
 

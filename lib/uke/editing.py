@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from uke import baselines
 from uke.edits import Edit
 from uke.errors import InputError, nearest
-from uke.finetune import Training, adapt, prepare, train, weights
+from uke.finetune import Progress, Training, adapt, prepare, train, weights
 from uke.methods import PUBLISHED, find
 from uke.models import fingerprint, kept
 from uke.peers import Peer
@@ -55,6 +55,7 @@ def edited(
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
     method: str | Recipe | Peer | Solver,
+    progress: Progress | None = None,
 ) -> Iterator[nn.Module]:
     """The model with the edits written into it; its `edit_record` (EditRecord) says what was done.
 
@@ -62,7 +63,8 @@ def edited(
     adapter recipes peft's wrapper around it. The in-context peer moves no weight: its `passages` say by the id of an
     edit what stands before every question about it (`answering`), that of its locality probes too. On exit, also
     after an exception, every weight is bit for bit as before, as are buffers, `requires_grad` and the training mode;
-    only the weights that change are copied for that.
+    only the weights that change are copied for that. `progress(steps, loss)` follows every pass of a training, or step
+    towards a peer's target values; what it raises ends the edit like any other exception.
     Raises InputError for an unknown method, a method that selects no weight and an edit longer than the context, all
     before training, and as `baselines.write` does; FloatingPointError for a loss that is not finite.
     """
@@ -73,7 +75,7 @@ def edited(
         return
     prepare(model, tokenizer, edits, method)
     way = _in_context if getattr(method, "solver", "") == "in_context" else _adapted if getattr(method, "adapter", "") else _direct
-    with kept(model, {}), way(model.eval(), tokenizer, edits, method) as (changed, training, norms):
+    with kept(model, {}), way(model.eval(), tokenizer, edits, method, progress) as (changed, training, norms):
         changed.edit_record = EditRecord(**vars(training), change_norm=norms)
         try:
             yield changed
@@ -86,13 +88,13 @@ Change = tuple[nn.Module, Training, dict[str, float]]
 
 @contextmanager
 def _direct(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], method: Recipe | Peer
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], method: Recipe | Peer, progress: Progress | None
 ) -> Iterator[Change]:
     choose, write = (weights, train) if isinstance(method, Recipe) else (baselines.weights, baselines.write)
     trained = choose(model, method)
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     try:
-        training = write(model, tokenizer, edits, method)
+        training = write(model, tokenizer, edits, method, progress)
         norms = {name: change(weight.detach() - before[name], before[name]) for name, weight in trained.items()}
         yield model, training, norms
     finally:
@@ -102,11 +104,11 @@ def _direct(
 
 @contextmanager
 def _adapted(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe, progress: Progress | None
 ) -> Iterator[Change]:
     wrapped = adapt(model, recipe, len(edits))
     try:
-        training = train(wrapped, tokenizer, edits, recipe)
+        training = train(wrapped, tokenizer, edits, recipe, progress)
         norms = {
             f"{name}.weight": change(layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach())
             for name, layer in wrapped.get_base_model().named_modules()
@@ -119,7 +121,7 @@ def _adapted(
 
 @contextmanager
 def _in_context(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer, progress: Progress | None
 ) -> Iterator[Change]:
     model.passages = {edit.id: edit.answer for edit in edits}
     try:

@@ -1,4 +1,4 @@
-"""The one error a user's input can cause, and the nearest valid name to a misspelt one."""
+"""The one error a user's input can cause, the one of an edit that diverges, and the nearest valid name to a misspelt one."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,14 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input: one line that names the file, the place in it and what was expected."""
+
+
+class Diverged(FloatingPointError):
+    """Writing these edits (their ids) came to a number that is not finite; one line that says what to change."""
+
+    def __init__(self, message: str, edits: Iterable[str]) -> None:
+        super().__init__(message)
+        self.edits = list(edits)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from uke import tables
 from uke.drawing import COLUMN, FULL, GREY, INK, PALE, RC, label_ends, looks, save, style
@@ -35,7 +35,7 @@ def levels(frame: pd.DataFrame, by: str = "method", within: str | None = None, w
     if shown.empty:
         raise InputError("levels: no rows to show besides the references")
     kinds = ordered(summary["kind"], KIND_ORDER)
-    places, count = _grid(kinds, 3 if width > 5 else 2)
+    places, count = _grid(kinds, 2 if width < 5 else 3 if len(kinds) < 8 else 4)
     lines = _places([(name, one) for name in ordered(shown[by]) for one in ordered(shown.loc[shown[by] == name, within])])
     rows = 1 + max(row for row, _ in places.values())
     with matplotlib.rc_context(RC):
@@ -156,6 +156,8 @@ def curves(frame: pd.DataFrame, y: str = "loss", by: str = "method", width: floa
         values = frame[y].astype(float)
         if values.min() > 0 and values.max() > 20 * values.min():
             ax.set_yscale("log")
+            if values.max() < 300 * values.min():  # so few orders of magnitude that their powers alone would be one or two ticks
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set(xlabel="training step", ylabel=f"{y.replace('_', ' ')} (nats per token)")
@@ -265,7 +267,7 @@ def ahead(frame: pd.DataFrame, x: str = "batch_size", unit: str = "points", widt
             ax.annotate(f"{number(float(mean), 1)}", (place, mean), xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=6.5, color=GREY)
         _powers(ax, sorted(frame[x].unique()))
         ax.set(xlabel=x.replace("_", " "), ylabel=f"lead ({unit})")
-        ax.margins(x=0.08, y=0.15)
+        ax.margins(x=0.13, y=0.15)  # room for the number beside the first mark
     return fig
 
 

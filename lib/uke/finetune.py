@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.edits import Edit
-from uke.errors import InputError
+from uke.errors import Diverged, InputError
 from uke.lanes import Below, constant_below
 from uke.models import IGNORED, Example, collate, example, max_context, module_names, select
+from uke.padding import parts
 from uke.peers import Peer
 from uke.recipes import Recipe
 
-# Tokens of one forward pass; larger batches accumulate their gradient, which changes nothing but memory.
-TOKENS = 8192
 # AdaLoRA starts with half as many ranks again and prunes them to `rank` in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
+
+Progress = Callable[[int, float], None]  # told the passes or steps so far and the loss (nats per token)
 
 
 @dataclass
@@ -115,7 +116,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
     recipe: Recipe,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Training:
     """Write the edits into the model in place; for an adapter recipe the model is what `adapt` made.
 
@@ -164,7 +165,7 @@ def prepare(
 
 
 class Batch(NamedTuple):
-    """The edits of one optimiser step: their ids, and their tensors in parts of at most TOKENS tokens."""
+    """The edits of one optimiser step: their ids, and their tensors in parts, which accumulate their gradient."""
 
     ids: list[str]
     parts: list[dict[str, Tensor]]
@@ -181,14 +182,8 @@ def _passes(examples: Mapping[str, Example], recipe: Recipe, pad_id: int) -> Ite
 
 
 def _batch(ids: Sequence[str], examples: Mapping[str, Example], pad_id: int) -> Batch:
-    """Edits of like length share a part, so that little of it is padding."""
-    ids = sorted(ids, key=lambda edit: len(examples[edit].ids))
-    parts: list[list[Example]] = [[]]
-    for edit in ids:
-        if parts[-1] and (len(parts[-1]) + 1) * len(examples[edit].ids) > TOKENS:
-            parts.append([])
-        parts[-1].append(examples[edit])
-    return Batch(ids, [collate(part, pad_id) for part in parts])
+    each = [[ids[place] for place in part] for part in parts([len(examples[edit].ids) for edit in ids])]
+    return Batch([edit for part in each for edit in part], [collate([examples[edit] for edit in part], pad_id) for part in each])
 
 
 @contextmanager
@@ -256,11 +251,17 @@ def _learn(model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe,
         (each.sum() / len(batch.ids)).backward()
         losses += each.tolist()
     if broken := [edit for edit, value in zip(batch.ids, losses, strict=True) if not math.isfinite(value)]:
-        raise FloatingPointError(
-            f"recipe {recipe.name}: the loss of edit {', '.join(map(repr, broken))} is not finite "
-            f"after {optimiser.steps} steps; expected a learning_rate below {recipe.learning_rate:g}"
-        )
+        raise diverged(recipe, broken, optimiser.steps)
     if sum(losses) / len(losses) >= recipe.stop_loss:
         optimiser.step()
     optimiser.clear()
     return losses
+
+
+def diverged(recipe: Recipe, broken: Sequence[str], steps: int) -> Diverged:
+    """What is said of edits whose loss is not finite after so many steps."""
+    return Diverged(
+        f"recipe {recipe.name}: the loss of edit {', '.join(map(repr, broken))} is not finite "
+        f"after {steps} steps; expected a learning_rate below {recipe.learning_rate:g}",
+        broken,
+    )

@@ -12,93 +12,116 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.edits import Edit
-from uke.finetune import Training, adapt, loss, prepare, weights
+from uke.errors import Diverged
+from uke.finetune import Training, adapt, diverged, loss, prepare, weights
 from uke.lanes import Lanes, LowRank, constant_below
 from uke.models import collate
+from uke.padding import parts
 from uke.recipes import Recipe
 
 DROP_SHARE = 1 / 8  # lanes that have ended leave the batch when they are at least this share of it
 
 
-def train_apart(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> tuple[Lanes, list[Training]]:
+def train_apart(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+) -> tuple[Lanes, list[Training], dict[str, str]]:
     """Lanes that hold each edit as if it had been trained alone, and what each training did; seconds are an equal share.
 
-    Adam is element-wise, so one Adam on stacked weights is one for each lane. Lanes that have ended leave the batch.
-    FloatingPointError names every edit whose loss is not finite. `requires_grad` is the caller's to restore.
+    Adam is element-wise, so one Adam on stacked weights is one for each lane. Edits of like length are trained together;
+    lanes that have ended leave the batch. An edit whose loss is not finite leaves too and gets no lane: the last of the
+    three says why, by its id; Diverged where that is every edit. `requires_grad` is the caller's to restore.
     """
     started = time.perf_counter()
     examples = prepare(model, tokenizer, edits, recipe)
-    course = _Course(recipe, list(examples))
-    lanes = _laid_out(model, recipe, course.ids)
+    ids = list(examples)
+    courses = []
+    for places in parts([len(one.ids) for one in examples.values()]):
+        lanes = _laid_out(model, recipe, [ids[place] for place in places])
+        batch = collate([examples[edit] for edit in lanes.ids], tokenizer.pad_token_id or 0)
+        courses.append(_Course(recipe, lanes.ids))
+        _train(lanes, {name: tensor.to(model.device) for name, tensor in batch.items()}, courses[-1])
+    ended, trainings, failed = ({edit: one for course in courses for edit, one in getattr(course, of).items()} for of in ("ended", "trainings", "failed"))
+    written = [edit for edit in ids if edit not in failed]
+    if not written:
+        raise Diverged("; ".join(failed.values()), ids)
+    lanes.hold(written, [torch.stack([ended[edit][number] for edit in written]) for number in range(len(lanes.stacks))])
+    for training in trainings.values():
+        training.seconds = (time.perf_counter() - started) / len(edits)
+    return lanes, [trainings[edit] for edit in written], failed
+
+
+def _train(lanes: Lanes, batch: Mapping[str, Tensor], course: "_Course") -> None:
+    """All lanes from where they begin to where each ends; the course has what became of them."""
+    recipe, model = course.recipe, lanes.model
     model.requires_grad_(False)
-    batch = {name: tensor.to(model.device) for name, tensor in collate(list(examples.values()), tokenizer.pad_token_id or 0).items()}
-    adam = torch.optim.Adam(_parameters(lanes), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    adam = torch.optim.Adam(lanes.stacks, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     with constant_below(model, (*lanes.weights, *lanes.low_rank)) as below, lanes.laid():
         for _ in range(recipe.steps):
             losses = loss(model, batch, recipe.loss)  # (A,)
-            course.note(losses.tolist(), _parameters(lanes))
-            if len(course.ended) == len(course.ids):
-                break
+            course.note(losses.tolist(), lanes.stacks)
+            if course.left == 0:
+                return
             adam.zero_grad()
             losses.sum().backward()
             adam.step()
-            if places := course.left():
+            if places := course.leave():
                 batch = _shortened(batch, places)
                 below.keep(places)
-                _keep(lanes, adam, torch.tensor(places, device=model.device))
-                lanes.ids = [course.ids[lane] for lane in course.going]
-                lanes.places = {edit: place for place, edit in enumerate(lanes.ids)}
-                lanes.read(lanes.ids)
-    stacks = course.stacked(_parameters(lanes))
-    for training in course.trainings:
-        training.seconds = (time.perf_counter() - started) / len(edits)
-    return _filled(lanes, course.ids, stacks), course.trainings
+                lanes.hold(course.going, _kept(adam, torch.tensor(places, device=model.device)))
+    course.end(lanes.stacks)
 
 
 @dataclass
 class _Course:
-    """Trainings side by side: which lanes are still in the batch, what each has done, the weights of those that ended."""
+    """Trainings side by side: which edits are still in the batch, what each has done, the weights of those that ended."""
 
     recipe: Recipe
-    ids: list[str]
-    going: list[int] = field(init=False)
-    trainings: list[Training] = field(init=False)
-    ended: dict[int, list[Tensor]] = field(default_factory=dict)
+    going: list[str]
+    trainings: dict[str, Training] = field(init=False)
+    ended: dict[str, list[Tensor]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.going = list(range(len(self.ids)))
-        self.trainings = [Training() for _ in self.ids]
+        self.going = list(self.going)
+        self.trainings = {edit: Training() for edit in self.going}
 
-    def note(self, losses: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
-        """The loss of every lane in the batch before its next step; those below `stop_loss` end with the weights they have."""
-        here = [(place, lane, losses[place]) for place, lane in enumerate(self.going) if lane not in self.ended]
-        if broken := [self.ids[lane] for _, lane, value in here if not math.isfinite(value)]:
-            raise FloatingPointError(
-                f"recipe {self.recipe.name}: the loss of edit {', '.join(map(repr, broken))} is not finite "
-                f"after {self.trainings[here[0][1]].steps} steps; expected a learning_rate below {self.recipe.learning_rate:g}"
-            )
-        for place, lane, value in here:
-            training = self.trainings[lane]
+    def _goes_on(self, edit: str) -> bool:
+        return edit not in self.ended and edit not in self.failed
+
+    @property
+    def left(self) -> int:
+        """How many have not ended."""
+        return sum(map(self._goes_on, self.going))
+
+    def note(self, losses: Sequence[float], stacks: Sequence[Tensor]) -> None:
+        """The loss of every edit in the batch before its next step; those below `stop_loss` end with the weights they have."""
+        for place, (edit, value) in enumerate(zip(self.going, losses, strict=True)):
+            training = self.trainings[edit]
+            if not self._goes_on(edit):
+                continue
+            if not math.isfinite(value):
+                self.failed[edit] = str(diverged(self.recipe, [edit], training.steps))
+                continue
             training.losses.append(value)
             if value < self.recipe.stop_loss:
                 training.stopped = "loss"
-                self.ended[lane] = [parameter.detach()[place].clone() for parameter in parameters]
+                self.ended[edit] = [stack.detach()[place].clone() for stack in stacks]
             else:
                 training.steps += 1
 
-    def left(self) -> list[int] | None:
-        """Places in the batch that go on, once enough lanes have ended to make it worth while."""
-        places = [place for place, lane in enumerate(self.going) if lane not in self.ended]
+    def leave(self) -> list[int] | None:
+        """Places in the batch that go on, once enough edits have ended to make it worth while."""
+        places = [place for place, edit in enumerate(self.going) if self._goes_on(edit)]
         if len(self.going) - len(places) < max(1, DROP_SHARE * len(self.going)):
             return None
         self.going = [self.going[place] for place in places]
         return places
 
-    def stacked(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Each parameter of all lanes, in their order."""
-        for place, lane in enumerate(self.going):
-            self.ended.setdefault(lane, [parameter.detach()[place].clone() for parameter in parameters])
-        return [torch.stack([self.ended[lane][number] for lane in range(len(self.ids))]) for number in range(len(parameters))]
+    def end(self, stacks: Sequence[Tensor]) -> None:
+        """Those that have not ended yet end with the weights they have."""
+        for place, edit in enumerate(self.going):
+            if self._goes_on(edit):
+                self.ended[edit] = [stack.detach()[place].clone() for stack in stacks]
 
 
 def _laid_out(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
@@ -132,26 +155,14 @@ def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
     return found
 
 
-def _parameters(lanes: Lanes) -> list[nn.Parameter]:
-    return [*lanes.weights.values(), *(part for added in lanes.low_rank.values() for part in (added.down, added.up))]
-
-
-def _filled(lanes: Lanes, ids: Sequence[str], stacks: Sequence[Tensor]) -> Lanes:
-    """Lanes of all edits that hold these stacks, given in the order of `_parameters`."""
-    following = iter(stacks)
-    whole = {name: next(following) for name in lanes.weights}
-    low_rank = {name: LowRank(next(following), next(following), added.scale) for name, added in lanes.low_rank.items()}
-    return Lanes(lanes.model, ids, whole, low_rank)
-
-
 def _shortened(batch: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
     """The rows that go on, without the columns that are padding in all of them."""
     longest = int(batch["attention_mask"][places].sum(1).max())
     return {name: tensor[places, :longest] for name, tensor in batch.items()}
 
 
-def _keep(lanes: Lanes, adam: torch.optim.Adam, places: Tensor) -> None:
-    """Lanes and moments of the places that go on."""
+def _kept(adam: torch.optim.Adam, places: Tensor) -> list[nn.Parameter]:
+    """The parameters of the places that go on, in their order, with their moments."""
     renewed = []
     for parameter in adam.param_groups[0]["params"]:
         new = nn.Parameter(parameter.detach()[places].clone())
@@ -159,6 +170,4 @@ def _keep(lanes: Lanes, adam: torch.optim.Adam, places: Tensor) -> None:
         adam.state[new] = {name: value[places].clone() if value.shape == parameter.shape else value for name, value in state.items()}
         renewed.append(new)
     adam.param_groups[0]["params"] = renewed
-    following = iter(renewed)
-    lanes.weights = {name: next(following) for name in lanes.weights}
-    lanes.low_rank = {name: LowRank(next(following), next(following), added.scale) for name, added in lanes.low_rank.items()}
+    return renewed

@@ -70,8 +70,20 @@ class Lanes:
     """
 
     def __init__(self, model: nn.Module, ids: Sequence[str], weights: Mapping[str, Tensor], low_rank: Mapping[str, LowRank] | None = None) -> None:
-        self.model, self.ids = model, list(ids)
-        self.weights, self.low_rank = dict(weights), dict(low_rank or {})
+        self.model, self.weights, self.low_rank = model, dict(weights), dict(low_rank or {})
+        self.hold(ids, self.stacks)
+
+    @property
+    def stacks(self) -> list[Tensor]:
+        """Every stack of weights, (N, ...), in one order."""
+        return [*self.weights.values(), *(part for added in self.low_rank.values() for part in (added.down, added.up))]
+
+    def hold(self, ids: Sequence[str], stacks: Sequence[Tensor]) -> None:
+        """From here on these edits, with these `stacks`."""
+        following = iter(stacks)
+        self.weights = {name: next(following) for name in self.weights}
+        self.low_rank = {name: LowRank(next(following), next(following), added.scale) for name, added in self.low_rank.items()}
+        self.ids = list(ids)
         self.places = {edit: place for place, edit in enumerate(self.ids)}
         self.read(self.ids)
 

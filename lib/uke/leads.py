@@ -36,14 +36,6 @@ def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str
     return pd.Series(dtype=float)
 
 
-def best(places: Sequence[Paths], batch_size: int, among: Sequence[str]) -> str:
-    """The one of these methods that is best on development edits; InputError where nothing is known of any."""
-    found = on_development(places, batch_size, among)
-    if found.empty:
-        raise InputError(f"best of {', '.join(among) or 'no method'}: no development rows of it; run `make tune` first")
-    return str(found.index[0])
-
-
 def lead(averages: pd.DataFrame, method: str, peer: str) -> tuple[Interval, Interval]:
     """How far a method is ahead of a peer in points (hundredths) of the average metric, and in percent of the peer's.
 

@@ -1,6 +1,5 @@
 """Where locate-then-edit methods write: sites, anchors with their windows, and the hidden states there."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from uke.answering import read_as
 from uke.models import Example, blocks, module_names
+from uke.padding import parts
 from uke.peers import Peer
-
-TOKENS = 8192  # of one forward pass
 
 
 class Site(NamedTuple):
@@ -145,14 +143,8 @@ def by_window(model: nn.Module, located: Located) -> list[list[float]]:
 
 def chunks(sequences: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
     """Rows of like length with their ids (B, T), padded right: causality alone keeps padding from what is read."""
-    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-    rows: list[int] = []
-    for place, row in enumerate(order):
-        rows.append(row)
-        following = len(sequences[order[place + 1]]) if place + 1 < len(order) else math.inf
-        if following * (len(rows) + 1) > TOKENS:
-            yield rows, padded([sequences[row] for row in rows], device)
-            rows = []
+    for rows in parts([len(sequence) for sequence in sequences]):
+        yield rows, padded([sequences[row] for row in rows], device)
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MEMORY = Path("/proc/meminfo")
+MEMORY, MEMBER, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 MIB = 2**20
+UNLIMITED = 2**60  # bytes; where no limit is set, the older kind of control group says one near 2**63
 
 
 class Peak:
@@ -40,9 +41,30 @@ def free_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / MIB
     try:
-        return int(re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)[1]) / 1024
+        whole = int(re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)[1]) / 1024
     except (OSError, TypeError):
-        return float("inf")
+        whole = float("inf")
+    return min(whole, _left_to_group())
+
+
+def _left_to_group() -> float:
+    """Mebibytes that a container or a cluster's job leaves this process: the least that any of its control groups has left."""
+    left = [float("inf")]
+    try:
+        memberships = [line.split(":", 2)[1:] for line in MEMBER.read_text().splitlines()]
+    except OSError:
+        return left[0]
+    for kinds, path in memberships:
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, most, taken = (GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else (GROUPS, "memory.max", "memory.current")
+        own = top / path.strip("/")
+        for folder in (own, *own.parents):
+            limit = (folder / most).read_text().strip() if folder.is_relative_to(top) and (folder / most).is_file() else "max"
+            if limit != "max" and int(limit) < UNLIMITED:
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                left.append((int(limit) - int((folder / taken).read_text()) + (int(cached[1]) if cached else 0)) / MIB)
+    return max(0.0, min(left))
 
 
 def _forget() -> bool:

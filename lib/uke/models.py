@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from uke.errors import InputError, nearest
 from uke.paths import EMBEDDED
 
-IGNORED = -100
-MARK = "uke0mark"
+logger = logging.getLogger(__name__)
+IGNORED, MARK = -100, "uke0mark"
 
 
 class Example(NamedTuple):
@@ -28,9 +30,7 @@ class Example(NamedTuple):
     prompt_length: int
 
 
-def load(
-    name: str, device: str = "auto", dtype: str | torch.dtype = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, device: str = "auto", dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode and its tokenizer.
 
     `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is
@@ -41,8 +41,9 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        bfloat16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        dtype = torch.float32
+        if torch.device(device).type == "cuda":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else _full_precision()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -55,6 +56,12 @@ def load(
     if report["missing_keys"]:
         raise InputError(f"{name}: the weights lack {sorted(report['missing_keys'])[0]}; expected the whole model")
     return model.to(device).eval(), tokenizer
+
+
+@cache
+def _full_precision() -> torch.dtype:
+    logger.warning("this GPU has no bfloat16: models are held in float32, in twice the memory")
+    return torch.float32
 
 
 def _source(name: str) -> tuple[str, bool]:
@@ -98,9 +105,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> l
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
-def example(
-    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool, end_of_turn: bool
-) -> Example:
+def example(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool, end_of_turn: bool) -> Example:
     """Prompt and answer as one sequence, the answer (and, if asked, the token that ends a turn) to be learnt.
 
     A raw prompt is continued after one space. The prompt's ids are those that `encode` gives.
@@ -114,9 +119,7 @@ def example(
     return Example(prompt + target, [IGNORED] * len(prompt) + target, len(prompt))
 
 
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: tuple[str, list[int]], answer: str, special: bool
-) -> list[int]:
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: tuple[str, list[int]], answer: str, special: bool) -> list[int]:
     text, ids = prompt
     # Tokenising both together spares the answer the word-start mark that some tokenizers put before any text;
     # where the seam would merge, the answer alone is what can follow the prompt.

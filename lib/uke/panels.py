@@ -28,7 +28,8 @@ def lines(frame: pd.DataFrame, x: str, columns: tuple[str, str], width: float) -
         axes = list(fig.subplots(height, min(MOST, len(titles)), squeeze=False).flat)
         for ax, title in zip(axes, titles):
             _lines(ax, frame[frame[panel] == title].groupby([by, x], sort=False)["score"].mean(), look)
-            ax.set(title=LABELS.get(title, title), xticks=sorted(frame[x].unique()))
+            ax.set_title(LABELS.get(title, title), fontsize=7 if len(titles) > 2 else None)
+            _places(ax, sorted(frame[x].unique()))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         for ax in axes[len(titles) :]:
             ax.set_axis_off()
@@ -52,6 +53,15 @@ def _lines(ax: Axes, means: pd.Series, look: dict[str, tuple[str, str, str]]) ->
             ax.plot(own.index, own, color=colour, marker=mark, ls=dashes, mec="white", mew=0.5, ms=7 if star else 4.2, clip_on=False, zorder=5 if star else 3)
     _scale(ax, means)
     ax.grid(axis="y")
+
+
+def _places(ax: Axes, values: list[float]) -> None:
+    """Ticks at these values; an axis of powers where they about double from one to the next, else small ones would lie on each other."""
+    ratios = [after / before for before, after in zip(values, values[1:]) if before > 0]
+    if len(ratios) > 2 and all(1.5 <= ratio <= 2.6 for ratio in ratios):
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(values)
 
 
 def _scale(ax: Axes, values: pd.Series) -> None:

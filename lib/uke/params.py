@@ -51,26 +51,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 @dataclass(frozen=True)
 class Study:
     """What params/studies/<notebook>.yaml says of one notebook.
 
-    `fixed`: parameters every run of it has; `vary`: list parameters it compares; `profiles`: sizes per profile;
-    `after`: notebooks that must have run before; `report`: whether `make report` runs it, or the one profile on which it does.
+    `fixed`: parameters every run of it has; `vary`: list parameters it compares; `profiles`: sizes per profile; `early`: it takes
+    longest, so of those that can it starts first; `report`: whether `make report` runs it, or the one profile on which it does.
     """
 
     notebook: str
     fixed: Mapping[str, Value] = field(default_factory=dict)
     vary: Mapping[str, list] = field(default_factory=dict)
     profiles: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
-    after: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)  # notebooks that must have run before
+    early: bool = False
     report: bool | str = True
 
 
@@ -99,7 +96,7 @@ def study(root: Path, notebook: str) -> Study:
     if not path.exists():
         return Study(notebook=notebook)
     content = read_yaml(path)
-    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "report": (bool, str)}
+    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "early": bool, "report": (bool, str)}
     for key, value in content.items():
         if key not in types:
             raise InputError(f"{path}: unknown key '{key}'{nearest(key, types)}")

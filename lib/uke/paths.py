@@ -14,7 +14,7 @@ from uke.errors import InputError
 
 EMBEDDED = Path(__file__).with_name("embedded")  # the model directory shipped in this package
 # Edits and recipes are fingerprinted by what they hold; these modules decide what is made of them.
-DECIDING = ("models", "lanes", "answering", "finetune", "locate", "values", "moments", "baselines", "editing", "lane_training", "apart", "metrics", "similarity", "asking")
+DECIDING = ("models", "padding", "lanes", "recall", "answering", "finetune", "locate", "values", "moments", "baselines", "editing", "lane_training", "apart", "metrics", "similarity", "asking")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Paths:
     @property
     def results(self) -> Path:
         return self.home / "results" / (self.profile if self.data == "world" else f"{self.profile}-{self.data}")
+
+    def answers(self, mark: str) -> Path:
+        """Folder of the answers of an unedited model, shared by all runs; `mark` says which model."""
+        return self.home / "results" / "answers" / f"{check_name('mark', mark)}-{code_fingerprint(('models', 'padding', 'recall', 'answering'))}"
 
     def rows(self, study: str) -> Path:
         """Folder of the study's unit files."""

@@ -1,6 +1,5 @@
 """Edits written one after another into the same weights, or the first of them at once; asked on the way, undone at the end."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uke import baselines, moments, rows
 from uke.asking import beside
-from uke.editing import change
+from uke.editing import EditRecord, change
 from uke.edits import Edit
+from uke.effects import SIDES
 from uke.errors import InputError
 from uke.finetune import Training, adapt, prepare, train, weights
 from uke.memory import Peak
@@ -22,11 +22,10 @@ from uke.methods import Method
 from uke.metrics import HEADLINE
 from uke.models import kept, module_names
 from uke.peers import Peer
-from uke.studies import Study
+from uke.studies import Study, with_record
 
 FACTOR = "count"  # what the rows vary: how many edits the weights hold
 ASKED = tuple(kind for kind in HEADLINE if kind != "multi_hop")
-LOCALITY = ("rel_doc", "rand_doc", "struct_trip")
 
 
 @dataclass
@@ -168,11 +167,8 @@ def _checkpoint(study: Study, writer: Writer, batches: Iterator[Sequence[Edit]],
     highest, between = memory.mib(), time.perf_counter()
     frame = beside(study.ask(writer.model, probes), before)
     seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-    norms = writer.norms()
-    course = {"stopped": trainings[-1].stopped, "losses": trainings[-1].losses, "norms": norms, "windows": []}
-    frame = frame.assign(phase="after", steps=sum(one.steps for one in trainings), change_norm=sum(norms.values()) / len(norms), peak_mib=highest, **seconds)
-    frame["course"] = [json.dumps(course)] + [None] * (len(frame) - 1)
-    return frame.assign(notes=None)
+    last = EditRecord(trainings[-1].losses, sum(one.steps for one in trainings), seconds["train_seconds"], trainings[-1].stopped, writer.norms())
+    return with_record(frame.assign(phase="after", peak_mib=highest, **seconds), last)
 
 
 def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFrame:
@@ -186,7 +182,7 @@ def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFra
     chosen = {
         "first edits": original & (number < asked),
         "last edits": original & (number >= scores["batch"] - asked),
-        "locality": scores["kind"].isin(LOCALITY),
+        "locality": scores["kind"].isin(SIDES["kept"]),
         "general skill": scores["kind"] == "general",
     }
     parts = [scores[mask].groupby(["method", "batch", "edit"], sort=False)["score"].mean().reset_index().assign(view=name) for name, mask in chosen.items()]

@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from uke import moments, rows
 from uke.apart import edited_apart, lane_mib
-from uke.asking import Asked, ask, beside, room
+from uke.answering import Asking
+from uke.asking import ask, beside, room
 from uke.editing import EditRecord, edited
 from uke.edits import Edit, Probe
-from uke.errors import InputError
+from uke.errors import Diverged, InputError
 from uke.finetune import prepare
 from uke.locate import by_window, locate
 from uke.materials import Material, batched, gather
@@ -33,10 +34,11 @@ from uke.metrics import METRICS, Encoder, load_encoder
 from uke.models import blocks, fingerprint, load
 from uke.peers import PEERS, Peer
 from uke.pretraining import CARD, card
+from uke.recall import Recall
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading"]
+__all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading", "with_record"]
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 
@@ -99,7 +101,10 @@ class Study:
         return knows != self.material.world_seed
 
     def run(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> None:
-        """Write rows for every batch of the first `limit` edits under this method, each written into the unedited weights."""
+        """Write rows for every batch of the first `limit` edits under this method, each written into the unedited weights.
+
+        Single edits that diverge have no rows; Diverged names them when all others are done.
+        """
         choices = self.labels | labels | {"batch_size": batch_size, "learning_rate": method.learning_rate, "seed": method.seed}
         marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": method.fingerprint}
         kept = moments.digest(self.model) if isinstance(method, Peer) else None
@@ -111,20 +116,24 @@ class Study:
             if not rows.done(self.paths, self.name, unit, marks):
                 todo.append(Unit(unit, number, tuple(batch)))
         with tqdm(total=len(todo), desc=f"{self.name}: {method.name}", mininterval=5, disable=not todo or None) as bar:
+            failed: dict[str, str] = {}
             while todo:
                 group = todo[: self.abreast(method)] if batch_size == 1 else todo[:1]
                 try:
-                    frames = self.write_in(method, group)
+                    frames, broken = self.write_in(method, group)
                 except torch.OutOfMemoryError:
                     if len(group) == 1:
                         raise
                     self.lanes = len(group) // 2
                     logger.warning("%s: %s: out of memory with %d edits side by side; going on with %d", self.name, method.name, len(group), self.lanes)
                     continue
-                for unit, frame in zip(group, frames, strict=True):
+                for unit, frame in frames:
                     self.append(unit.key, frame.assign(method=method.name, batch=unit.number, **choices, **marks))
+                failed |= broken
                 bar.update(len(group))
                 del todo[: len(group)]
+        if failed:
+            raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
 
     def abreast(self, method: Method) -> int:
         """How many single edits are written side by side: `lanes`, or as many as half of the free memory holds."""
@@ -140,27 +149,31 @@ class Study:
             return str(error)
         return None
 
-    def write_in(self, method: Method, group: Sequence["Unit"]) -> list[pd.DataFrame]:
-        """Rows after one batch of edits, or after each of several single edits; the model is as before when it returns."""
+    def write_in(self, method: Method, group: Sequence["Unit"]) -> tuple[list[tuple["Unit", pd.DataFrame]], dict[str, str]]:
+        """Rows after one batch of edits, or after each of several single edits, and why others failed, by the edit's id.
+
+        The model is as before when it returns.
+        """
         edits = [edit for unit in group for edit in unit.edits]
         apart = len(group) > 1 or len(edits) == 1
-        probes = [probe for edit in edits for probe in self.material.probes[edit.id]]
-        before, memory = self.by_window(edits), Peak(self.model.device)
+        before, memory = dict(zip([edit.id for edit in edits], self.by_window(edits))), Peak(self.model.device)
         started = time.perf_counter()
         with (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
             highest, between = memory.mib(), time.perf_counter()
-            records = m.edit_records if apart else dict.fromkeys([edit.id for edit in edits], m.edit_record)
-            frame = self.ask(m, probes)
+            records, failed = (m.edit_records, m.failed) if apart else (dict.fromkeys([edit.id for edit in edits], m.edit_record), {})
+            written = [edit for edit in edits if edit.id in records]
+            frame = self.ask(m, [probe for edit in written for probe in self.material.probes[edit.id]])
             seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between, "peak_mib": highest}
-            after = [] if hasattr(m, "passages") else self.by_window(edits)
+            after = {} if hasattr(m, "passages") else dict(zip([edit.id for edit in written], self.by_window(written)))
         shares = {name: value and value / len(group) for name, value in seconds.items()}
         frame = beside(frame, self.before).assign(phase="after", **shares)
-        windows = {edit.id: pair for edit, pair in zip(edits, zip(before, after))}
-        return [
-            _with_record(frame[frame["edit"].isin([edit.id for edit in unit.edits])].reset_index(drop=True), records[unit.edits[0].id],
-                         [windows[edit.id] for edit in unit.edits if edit.id in windows])  # fmt: skip
-            for unit in group
-        ]
+        frames = []
+        for unit in group:
+            ids = [edit.id for edit in unit.edits]
+            if set(ids) <= set(records):
+                own = frame[frame["edit"].isin(ids)].reset_index(drop=True)
+                frames.append((unit, with_record(own, records[ids[0]], [(before[edit], after[edit]) for edit in ids if edit in after])))
+        return frames, failed
 
     def by_window(self, batch: Sequence[Edit]) -> list[list[float]]:
         """Of each edit, the mean log-probability (nats) of a token of each window of its answer; none where none is asked for."""
@@ -176,14 +189,14 @@ class Study:
         unit = rows.unit_key(UNEDITED, edits=len(self.material.edits), **self.conditions, **marks)
         if not rows.done(self.paths, UNEDITED, unit, marks):
             started = time.perf_counter()
-            frame = self.ask(self.model, self.material.every_probe)
+            frame = self.ask(self.model, self.material.every_probe, Recall(self.paths.answers(self.mark)))
             frame = frame.assign(method=UNEDITED, batch=0, phase="before", answer_seconds=time.perf_counter() - started, **self.labels)
             rows.append(self.paths, UNEDITED, unit, frame.assign(**marks))
         return rows.read(self.paths, UNEDITED, marks, units=[unit]).assign(before=lambda frame: frame["answer"])
 
-    def ask(self, model: nn.Module, probes: Sequence[Probe]) -> pd.DataFrame:
+    def ask(self, model: nn.Module, probes: Sequence[Probe], known: Recall | None = None) -> pd.DataFrame:
         """Answers and scores against the reference: one row per probe, in order."""
-        return ask(model, self.tokenizer, probes, Asked(self.room, self.chat), self.encoder)
+        return ask(model, self.tokenizer, probes, Asking(self.room, self.chat, known=known), self.encoder)
 
     def room(self, probe: Probe) -> int:
         """Tokens an answer may have."""
@@ -213,7 +226,7 @@ class Unit(NamedTuple):
     edits: tuple[Edit, ...]
 
 
-def _with_record(frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple]) -> pd.DataFrame:
+def with_record(frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple] = ()) -> pd.DataFrame:
     """The rows of one unit with what its edit record holds, the course of the training in the first of them."""
     norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
     course = {"stopped": record.stopped, "losses": record.losses, "norms": record.change_norm, "windows": windows}

@@ -32,7 +32,15 @@ LABELS = {
     "target_tokens": "all target tokens",
     "first_half": "first half",
     "second_half": "second half",
+    "detail_held_out": "Details, held out",
+    "written": "Written",
+    "kept": "Kept",
+    "loss_scope": "loss scope",
+    "chat_template": "chat template",
+    "end_of_turn": "end of turn",
+    **{f"eighth_{place}": f"eighth {place}" for place in range(1, 9)},
 }
+_WORDED = ("kind", "level", "factor", "loss_scope", "layers", "examination")  # columns whose cells are set in the words of LABELS
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -165,10 +173,14 @@ def cells(frame: pd.DataFrame) -> dict:
     frame = _flat(frame)
     columns = [_cells(frame[column]) for column in frame]
     return {
-        "head": [LABELS.get(column) or str(column)[:1].upper() + str(column)[1:].replace("_", " ") for column in frame],
+        "head": [_head(LABELS.get(column, str(column).replace("_", " "))) for column in frame],
         "numeric": [_numeric(frame[column]) for column in frame],
         "rows": [list(row) for row in zip(*columns)],
     }
+
+
+def _head(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -197,7 +209,7 @@ def _cells(column: pd.Series) -> list[dict]:
     return [
         {"text": value.text, "note": value.note, "best": value.best}
         if isinstance(value, Score)
-        else {"text": LABELS.get(text, text) if column.name in ("kind", "level") else text, "note": "", "best": False}
+        else {"text": LABELS.get(text, text) if column.name in _WORDED else text, "note": "", "best": False}
         for value, text in zip(column, texts(column))
     ]
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ import matplotlib
 import typst
 from markupsafe import Markup, escape
 
-from uke import manifests
+from uke import abstract, arrangement, manifests
 from uke.numerals import number
 
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
@@ -24,33 +23,42 @@ SUBTITLE = (
     "Reassessing Knowledge Editing for Unstructured Data”"
 )
 FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
-VERDICTS = "11_verdicts"  # its first table, the claims beside what was found, stands right after the abstract
 WIRING_ONLY = "This run shows that loading, asking and scoring work on these data. It supports no verdict."
 _TEMPLATES = Path(__file__).parent / "templates"
 # A fixed day, the paper's, so that the same sections give the same bytes.
 _DATED = datetime(2025, 6, 11, tzinfo=timezone.utc)
-_INSEPARABLE = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")
 _SCOPES = {
     "target_tokens": "every target token, teacher-forced",
     "last_prompt_token": "the last prompt token only",
 }
+COMPARISON = "07_recipe"  # the notebook whose recipes are described; the others are told as differences
 _ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA"}
 
 
 def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> dict:
-    """Everything both forms of the report show, as JSON; figures and tables are numbered in the order of sections.
+    """Everything both forms of the report show, as JSON; what stands where is decided by `arrangement`.
 
-    The first table of VERDICTS comes before all sections. Notebooks of `expected` without a section, failed runs and
-    missing figures become warnings.
+    Notebooks of `expected` without a section, failed runs and missing figures become warnings.
     """
     ran = manifests.read(paths)
-    sections, verdicts = _lift_verdicts(sections)
     present = {section["notebook"] for section in sections}
     absent = [name for name in dict.fromkeys(expected) if name not in present]
     failed = sorted(manifest["notebook"] for manifest in ran if manifest.get("status") == "failed")
     warnings = [f"Notebook `{name}` has no section: it has not been run on this profile." for name in absent]
     warnings += [f"The last run of notebook `{name}` failed: what it shows is of an earlier run." for name in failed]
-    return {
+    methods = _methods(sections)
+    # Before the widths of columns are found, since what holds together cannot be broken.
+    verdicts, main, appendix = arrangement.split(arrangement.hold_together([*sections, *_recipes(methods)]), Path(paths.figures))
+    arranged = {
+        "abstract": abstract.write(sections),
+        "verdicts": verdicts,
+        "sections": main,
+        "appendix": appendix,
+        "limits": [[section["title"], section["limits"]] for section in sections if section["limits"]],
+        "numbers": [[key, said["said"]] for section in sections for key, said in section["numbers"].items()],
+        "methods": [[name, describe(variants[0]["own"])] for name, variants in methods],
+    }
+    return arrangement.hold_together(arranged) | {
         "title": TITLE,
         "subtitle": SUBTITLE,
         "profile": str(getattr(paths, "profile", None) or Path(paths.figures).name),
@@ -58,9 +66,6 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
         "fourth_factor": FOURTH_FACTOR,
         "wiring_only": WIRING_ONLY if any(section["wiring_only"] for section in sections) else "",
         "warnings": warnings,
-        "verdicts": _hold_together(verdicts),
-        "sections": _hold_together(_number_blocks(sections, Path(paths.figures), len(verdicts))),
-        "methods": _methods(sections),
         "environment": _environment(sections, ran),
     }
 
@@ -85,7 +90,7 @@ def pdf(data: dict, directory: Path) -> bytes:
     """
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     with tempfile.TemporaryDirectory() as root:
-        for section in data["sections"]:
+        for section in [*data["sections"], *data["appendix"]]:
             for block in section["blocks"]:
                 if block["type"] == "figure":
                     shutil.copy(directory / f"{block['name']}.pdf", root)
@@ -93,41 +98,6 @@ def pdf(data: dict, directory: Path) -> bytes:
         (Path(root) / "report.json").write_text(json.dumps(data), encoding="utf-8")
         compiler = typst.Compiler(str(Path(root) / "report.typ"), root=root, font_paths=[str(fonts)], ignore_system_fonts=True)
         return compiler.compile(format="pdf", timestamp=_DATED)
-
-
-def _lift_verdicts(sections: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The sections without the table of verdicts, and this table, in a list, where there is one."""
-    found = [block for section in sections if section["notebook"] == VERDICTS for block in section["blocks"] if block["type"] == "table"][:1]
-    pointer = {"type": "finding", "text": "The verdicts are Table 1, after the abstract."}
-    rest = [section | {"blocks": [pointer if block in found else block for block in section["blocks"]]} for section in sections]
-    return rest, [block | {"place": 1} for block in found]
-
-
-def _number_blocks(sections: list[dict], directory: Path, tables: int = 0) -> list[dict]:
-    counts = {"figure": 0, "table": tables}
-    numbered = []
-    for section in sections:
-        blocks, warnings = [], list(section["warnings"])
-        for block in section["blocks"]:
-            lost = [ending for ending in ("pdf", "png") if not (directory / f"{block.get('name')}.{ending}").is_file()]
-            if block["type"] == "figure" and lost:
-                warnings.append(f"The figure `{block['name']}` is missing from the directory: {block['caption']}")
-                continue
-            if block["type"] in counts:
-                counts[block["type"]] += 1
-                block = block | {"place": counts[block["type"]]}
-            blocks.append(block)
-        numbered.append(section | {"blocks": blocks, "warnings": warnings})
-    return numbered
-
-
-def _hold_together(value: Any) -> Any:
-    """The same JSON with no line break inside an interval or between n and its number."""
-    if isinstance(value, dict):
-        return {key: _hold_together(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_hold_together(each) for each in value]
-    return _INSEPARABLE.sub(lambda found: found[0].replace(" ", "\u00a0"), value) if isinstance(value, str) else value
 
 
 def _environment(sections: list[dict], ran: list[dict]) -> list[list[str]]:
@@ -159,16 +129,39 @@ def _value(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _methods(sections: list[dict]) -> list[dict]:
-    """Each distinct recipe once, in words, with the notebooks that used it."""
-    found: dict[str, dict] = {}
-    for section in sections:
+def _methods(sections: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Each method with its recipes, the one of single edits (else the first) in front: `own` (fields), `batches` (sizes), `used` (notebooks)."""
+    found: dict[str, dict[str, dict]] = {}
+    for section in sorted(sections, key=lambda section: section["notebook"] != COMPARISON):
         for recipe in section["recipes"]:
-            entry = {"name": str(recipe.get("name", "unnamed")), "text": describe(recipe), "used": []}
-            entry = found.setdefault(json.dumps(recipe, sort_keys=True), entry)
-            if section["notebook"] not in entry["used"]:
-                entry["used"].append(section["notebook"])
-    return list(found.values())
+            own = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
+            variants = found.setdefault(str(recipe.get("name", "unnamed")), {})
+            variant = variants.setdefault(json.dumps(own, sort_keys=True), {"own": own, "batches": set(), "used": set()})
+            variant["batches"] |= {recipe["batch"]} if "batch" in recipe else set()
+            variant["used"].add(section["notebook"])
+    return [(name, list(variants.values())) for name, variants in found.items()]
+
+
+def _recipes(methods: list[tuple[str, list[dict]]]) -> list[dict]:
+    """A section of the appendix with one table: every recipe as it differs from the one that Methods describe; none where none was used."""
+    head = ["Method", "Settings", "Batches of", "Used in"]
+    rows = []
+    for name, variants in methods:
+        for each in variants:
+            batches = ", ".join(str(size) for size in sorted(each["batches"]))
+            texts = (name, _changes(variants[0]["own"], each["own"]), batches, ", ".join(sorted(each["used"])))
+            rows.append([{"text": text, "note": "", "best": False} for text in texts])
+    caption = "Every recipe: how it differs from the one described under Methods, sizes of its batches where edits are written together, and where it was used."
+    block = {"type": "table", "name": "every_recipe", "caption": caption, "head": head, "numeric": [False] * 4, "rows": rows, "unsaved": True}
+    empty = {"question": "", "answer": "", "blocks": [block], "warnings": [], "checks": []}
+    return [{"notebook": arrangement.RECIPES, "title": "Recipes as run"} | empty] if rows else []
+
+
+def _changes(base: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs between two recipes, in a few words; "as described" where nothing does."""
+    keys = [key for key in other if other[key] != base.get(key)]
+    words = {"layers": _say_layers, "loss": lambda loss: _SCOPES.get(loss, loss), "learning_rate": lambda rate: number(float(rate))}
+    return "; ".join(f"{key.replace('_', ' ')} {words.get(key, _value)(other[key])}" for key in keys) or "as described"
 
 
 def describe(recipe: Mapping[str, Any]) -> str:
@@ -247,6 +240,7 @@ _SENTENCES = (
     ({"loss"}, _say_loss),
     ({"chat_template", "end_of_turn"}, _say_prompt),
     ({"learning_rate", "steps"}, _say_training),
+    ({"seed"}, lambda rest: f"Seed {rest.pop('seed')}."),
 )
 
 

@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from uke.errors import Diverged
 from uke.lanes import Below, constant_below
-from uke.locate import TOKENS, Located, Site, padded, states, wide
+from uke.locate import Located, Site, padded, states, wide
 from uke.models import kept
+from uke.padding import parts
 from uke.peers import Peer
 
 
@@ -33,30 +35,44 @@ class Values:
     stopped: str = "loss"
     courses: dict[str, list[float]] = field(default_factory=dict)
     ended: Counter[str] = field(default_factory=Counter)
+    progress: Callable[[int, float], None] | None = None
+
+    def note(self, courses: Mapping[str, Sequence[float]], ended: Collection[str]) -> None:
+        """The losses of each edit in one round, and the edits that ended below the peer's `stop_loss`; they count with their last loss."""
+        for edit, course in courses.items():
+            self.courses.setdefault(edit, []).extend(course)
+        self.ended.update(ended)
+        self.steps += max(len(course) - (edit in ended) for edit, course in courses.items())
+        every = list(courses.values())
+        self.losses += [sum(course[min(step, len(course) - 1)] for course in every) / len(every) for step in range(max(map(len, every)))]
 
 
-def target_values(model: nn.Module, located: Located, site: Site, peer: Peer) -> Values:
+def target_values(
+    model: nn.Module, located: Located, site: Site, peer: Peer, progress: Callable[[int, float], None] | None = None
+) -> Values:
     """Hidden states that the anchors should have after `site`, in the order of `located.anchors`.
 
     Window by window, all edits together: each has its own delta, added to what the site's projection gives at the
     anchor, its own loss, clamp and end, and Adam is element-wise, so this is one edit at a time but for rounding.
     Earlier deltas stay in place, frozen; the text so far is teacher-forced. FloatingPointError names an edit whose
-    loss is not finite.
+    loss is not finite. `progress(steps, loss)` follows each step.
     """
     here = states(model, located, site, site)
     state = wide(here.hidden if site.norm is None else here.outputs)  # what a delta is measured against
-    values = Values(state)
+    values = Values(state, progress=progress)
     deltas = torch.zeros_like(state)  # (n, D)
     first = [0, *itertools.accumulate(map(len, located.windows))]  # number of each edit's first anchor
     with kept(model, {}):
         model.requires_grad_(False)
         for turn in range(max(map(len, located.windows))):
+            chunks: list[_Chunk] = []
             for rows in _rows(located, turn):
-                chunk = _Chunk(model, located, site, rows, turn)
+                chunks.append(chunk := _Chunk(model, located, site, rows, turn))
                 chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
                 places = [first[row] + turn for row in rows]
                 with constant_below(model, [site.name]) as chunk.below:
                     deltas[places] = _optimise(chunk, state[places].norm(dim=-1), peer, values)
+            values.note({edit: one for chunk in chunks for edit, one in chunk.courses.items()}, [edit for chunk in chunks for edit in chunk.ended])
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
     values.hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
@@ -66,9 +82,9 @@ def target_values(model: nn.Module, located: Located, site: Site, peer: Peer) ->
 def _rows(located: Located, turn: int) -> Iterator[list[int]]:
     """Edits that have a window of this number, those of like length together, as many as a forward pass holds."""
     rows = [row for row, windows in enumerate(located.windows) if len(windows) > turn]
-    rows.sort(key=lambda row: len(located.examples[row].ids))
-    size = max(1, TOKENS // max((len(located.examples[row].ids) for row in rows), default=1))
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+    # What an edit's rows end with: the last window in the loss.
+    ends = [located.windows[row][-1 if located.nested else turn].stop for row in rows]
+    return ([rows[place] for place in part] for part in parts(ends))
 
 
 def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Tensor:
@@ -78,17 +94,18 @@ def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Ten
     adam = torch.optim.Adam([delta], lr=peer.learning_rate, fused=True)
     last = torch.full_like(scale, math.inf)  # (B,) the loss each row had when it was last read
     going = torch.arange(len(scale), device=scale.device)
-    for _ in range(peer.steps):
+    for step in range(peer.steps):
         here = delta[going]
         losses = (chunk.losses(here) * weights[going]).sum(-1) + peer.decay * here.norm(dim=-1) / scale[going] ** 2  # (G,)
         _refuse(chunk, losses, peer)
         last[going] = losses.detach()
         for edit, value in zip(chunk.ids, losses.tolist(), strict=True):
-            values.courses.setdefault(edit, []).append(value)
-        values.losses.append(last.mean().item())
+            chunk.courses[edit].append(value)
+        if values.progress:
+            values.progress(len(values.losses) + step + 1, last.mean().item())
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         if (stay := losses.detach() >= peer.stop_loss).logical_not().any():
-            values.ended.update(edit for edit, stays in zip(chunk.ids, stay.tolist(), strict=True) if not stays)
+            chunk.ended += [edit for edit, stays in zip(chunk.ids, stay.tolist(), strict=True) if not stays]
             going = going[stay]
             if not len(going):
                 return delta.detach()
@@ -101,16 +118,16 @@ def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Ten
             short = (peer.clamp * scale[going] / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
             # Whoever has ended stays: what Adam adds by momentum is taken back.
             delta.copy_(before.index_copy(0, going, delta[going] * short[:, None]))
-        values.steps += 1
     values.stopped = "steps"
     return delta.detach()
 
 
 def _refuse(chunk: "_Chunk", values: Tensor, peer: Peer) -> None:
     if broken := [edit for edit, value in zip(chunk.ids, values.tolist(), strict=True) if not math.isfinite(value)]:
-        raise FloatingPointError(
+        raise Diverged(
             f"{peer.name}: the target value of edit {', '.join(map(repr, broken))} diverges: "
-            f"its loss is not finite; expected a learning_rate below {peer.learning_rate:g}"
+            f"its loss is not finite; expected a learning_rate below {peer.learning_rate:g}",
+            broken,
         )
 
 
@@ -134,6 +151,8 @@ class _Chunk:
         self.shares = self._shares()
         self.cache = DynamicCache()
         self.below = Below()
+        self.courses: dict[str, list[float]] = {edit: [] for edit in self.ids}
+        self.ended: list[str] = []
 
     def _shares(self) -> Tensor:
         """What each label counts in the mean of each window, shape (B, M, S)."""
@@ -171,7 +190,8 @@ class _Chunk:
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         with injected(self.site, [(row, 0) for row in range(len(delta))], delta):
             logits = self._forward(self.tokens, positions.clamp(max=int(self.lengths.max()) + self.tokens.shape[1] - 1), cache, 0)
-        nll = F.cross_entropy(wide(logits).transpose(1, 2), self.labels, reduction="none")  # (B, S)
+        # Flat, since along another axis than the last the softmax is three times slower.
+        nll = F.cross_entropy(wide(logits).flatten(0, 1), self.labels.flatten(), reduction="none").view_as(self.labels)  # (B, S)
         return torch.einsum("bms,bs->bm", self.shares.to(nll.dtype), nll)
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, keep: int) -> Tensor:

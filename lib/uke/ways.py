@@ -88,6 +88,8 @@ def lanes(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> 
     for group in (edits[start : start + size] for start in range(0, len(edits), size)):
         with edited_apart(study.model, study.tokenizer, group, method) as m:
             watch.lap("train")
+            if m.failed:  # one by one it would have ended the run too
+                raise FloatingPointError("; ".join(m.failed.values()))
             probes = [probe for edit in group for probe in study.material.probes[edit.id]]
             found = answer(m, study.tokenizer, probes, max_new_tokens=study.room)
             watch.lap("answer")

@@ -1,0 +1,21 @@
+"""Rows of like length share a forward pass, so that little of it is padding."""
+
+from collections.abc import Sequence
+
+# Of one forward pass: tokens at most, with padding, and the share of them that padding may have.
+TOKENS, PADDING = 8192, 0.15
+
+
+def parts(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
+    """Places of rows that are read together, the longest first; each part within `tokens` (TOKENS if None), but never empty."""
+    tokens = TOKENS if tokens is None else tokens
+    found: list[list[int]] = []
+    longest = real = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        rows = len(found[-1]) + 1 if found else 0
+        if not rows or rows * longest > tokens or real + lengths[place] < (1 - PADDING) * rows * longest:
+            found.append([])
+            longest, real = lengths[place], 0
+        found[-1].append(place)
+        real += lengths[place]
+    return found
