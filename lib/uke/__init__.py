@@ -28,6 +28,8 @@ editing, lane_training, apart   `with edited(model, tokenizer, edits, method) as
 memory, asking, studies      ask before, edit, ask after, score, append rows; skip what is done
 sequences                    the same for edits that pile up in the same weights
 ways                         the published loop, one by one, lanes: the same edits timed three ways (`benchmarks/`)
+markup, likelihood, choices, surroundings, workbench, sessions   one edit by hand: shown, read token by token, chosen, asked about, written, repeated
+errands, controls, explore   one thing at a time beside the kernel; the widgets of notebooks/explore.ipynb
 preflight, kernels, run      checks before a start; one notebook, headlessly
 
 Everything up to `materials` imports no torch, so a notebook that only reads rows opens at once.
