@@ -18,14 +18,17 @@ NAMES = {
     "layers": "Blocks",
     "components": "Weights",
     "chat_template": "Trained through",
-    "end_of_turn": "End-of-turn token",
+    "end_of_turn": "End of turn",
 }
 LEVELS = {
     ("loss_scope", "last_prompt_token"): "last prompt token",
     ("loss_scope", "target_tokens"): "all target tokens",
     ("layers", "first_half"): "first half",
     ("layers", "second_half"): "second half",
-    ("components", "both"): "attention and mlp",
+    ("layers", "all"): "all blocks",
+    ("components", "down_proj"): "down projection",
+    ("components", "mlp"): "feed-forward",
+    ("components", "both"): "attention and feed-forward",
     ("components", "query_value"): "query and value",
     ("chat_template", "with"): "chat template",
     ("chat_template", "without"): "raw prompt",
@@ -42,8 +45,11 @@ class Refused(InputError):
         self.field = field
 
 
-def named(factor: str, level: str) -> str:
-    """The level as a person reads it."""
+def named(model: nn.Module, factor: str, level: str) -> str:
+    """The level as a person reads it; a level that trains one block says which of this model's."""
+    depth, layers = model.config.get_text_config(decoder=True).num_hidden_layers, FACTORS[factor].levels[level].get("layers")
+    if isinstance(layers, float):
+        return f"block {min(int(layers * depth), depth - 1)}"
     return LEVELS.get((factor, level), level.replace("_", " "))
 
 

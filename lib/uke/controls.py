@@ -13,9 +13,10 @@ from uke.recipes import FACTORS, Recipe, combined
 from uke.surroundings import detail_lines, own_edit
 from uke.workbench import Bench, Task
 
-WIDE = w.Layout(width="100%", max_width="44rem")
-BESIDE = w.Layout(display="grid", grid_template_columns="repeat(auto-fit, minmax(min(100%, 24rem), 1fr))", grid_gap="0.2rem 2rem", max_width="72rem")
-ROW = w.Layout(flex_flow="row wrap", align_items="center")
+# Mappings, so that every widget has a layout of its own.
+WIDE = {"width": "98%", "max_width": "44rem"}
+BESIDE = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 24rem), 1fr))", "grid_gap": "0.2rem 2rem", "max_width": "72rem"}
+ROW = {"flex_flow": "row wrap", "align_items": "center"}
 LABEL = {"description_width": "7.5rem"}
 
 # Text boxes report when they are left, so that nothing is read half typed.
@@ -57,18 +58,18 @@ class Levels:
         for level, button in self.buttons.items():
             button.observe(partial(self._clicked, level), "value")
         self.why = w.HTML()
-        name = w.HTML(f'<span class="uke-name">{choices.NAMES[factor]}</span>', layout=w.Layout(width="7.5rem"))
-        self.box = w.VBox([w.HBox([name, w.HBox(list(self.buttons.values()), layout=ROW)]), self.why])
+        name = w.HTML(f'<span class="uke-name">{choices.NAMES[factor]}</span>', layout=w.Layout(flex="0 0 7.5rem"))
+        self.box = w.VBox([w.HBox([name, w.HBox([*self.buttons.values(), self.why], layout=w.Layout(flex_flow="row wrap", flex="1 1 0"))])])
 
-    def show(self, reasons: Mapping[str, str], own: str) -> None:
-        """Mark the chosen level ("": the method's own, described by `own` if it has one) and grey out those with a reason."""
+    def show(self, names: Mapping[str, str], reasons: Mapping[str, str]) -> None:
+        """Mark the chosen level ("": the method's own, where it has a name) and grey out those with a reason."""
         for level, button in self.buttons.items():
-            reason, said = reasons.get(level, ""), choices.named(self.factor, level) if level else own
+            reason, said = reasons.get(level, ""), names[level]
             chosen = level == self.value and not reason
             button.disabled, button.value, button.description = bool(reason), chosen, ("✓ " if chosen else "") + said
             button.tooltip = f"{choices.NAMES[self.factor]}: {said}" + (f" (not here: {reason})" if reason else "")
-            button.layout.display = None if level or own else "none"
-        grey = {reason: [choices.named(self.factor, level) for level in reasons if reasons[level] == reason] for reason in reasons.values() if reason}
+            button.layout.display = None if said else "none"
+        grey = {reason: [names[level] for level in reasons if reasons[level] == reason] for reason in reasons.values() if reason}
         said = "; ".join(reason if len(levels) == len(reasons) else f"{', '.join(levels)}: {reason}" for reason, levels in grey.items())
         self.why.value = markup.framed(f'<p class="uke-fine uke-why">{said}</p>') if said else ""
 
@@ -158,7 +159,8 @@ class Form(w.HBox):
         method = self.bench.methods[self.method.value]
         for factor, levels in self.levels.items():
             own = "" if choices.level_of(method, factor) or not isinstance(method, Recipe) else "as the method has it"
-            levels.show(choices.reasons(self.bench.model, self.bench.tokenizer, method, factor), own)
+            names = {level: choices.named(self.bench.frame, factor, level) for level in FACTORS[factor].levels}
+            levels.show(names | {"": own}, choices.reasons(self.bench.frame, self.bench.tokenizer, method, factor))
 
 
 WRITTEN = {"question", "answer", "paraphrase", "details"}  # what the form holds of an edit

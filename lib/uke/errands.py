@@ -5,6 +5,7 @@ import contextvars
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -15,6 +16,10 @@ class Errands:
         self.interrupted = interrupted
         self._free = threading.Lock()
         self._thread: threading.Thread | None = None
+        try:  # made in a cell, that is in the thread that hears signals; JupyterLab may handle clicks in another
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:  # no kernel
+            self._loop = None
 
     @property
     def busy(self) -> bool:
@@ -46,14 +51,12 @@ class Errands:
 
     def _listen(self) -> Callable[[], None]:
         """Hear an interrupt until the returned function is called: an idle kernel would ignore it."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # no kernel
+        if self._loop is None:
             return lambda: None
         earlier: list[Any] = []
 
         def listen() -> None:
-            # A kernel puts its own handler back when the click that began the errand has been handled, so this comes after it.
+            # While it handles a click a kernel has its own handler, so this one is put in its place afterwards.
             if self.busy:
                 earlier.append(signal.signal(signal.SIGINT, lambda *_: self.interrupted()))
 
@@ -61,5 +64,5 @@ class Errands:
             if earlier:
                 signal.signal(signal.SIGINT, earlier.pop())
 
-        loop.call_soon(listen)
-        return lambda: loop.call_soon_threadsafe(restore)
+        self._loop.call_soon_threadsafe(listen)
+        return partial(self._loop.call_soon_threadsafe, restore)

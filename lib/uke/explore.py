@@ -63,7 +63,7 @@ class Panel(w.VBox):
         bench.warm(first)
         self.model = line(description="Model", value=bench.name, placeholder="embedded, a directory or a hub name")
         self.free = line(description="Ask anything", placeholder="a question of your own, answered without and with the edit")
-        self.name = w.Text(description="Keep as", value="edit-1", style={"description_width": "4rem"}, layout=w.Layout(width="14rem"))
+        self.name = w.Text(description="Keep as", value=bench.free_name(), style={"description_width": "4rem"}, layout=w.Layout(width="14rem"))
         self.repeated, self.level = (w.Dropdown(description=text, layout=w.Layout(width="auto"), style={"description_width": "initial"}) for text in ("Repeat edit", "with"))
         self.course, self.kept, self.reply, self.shown, self.compared, self.exported = (w.HTML() for _ in range(6))
         self.buttons = {name: w.Button(description=name, tooltip=said, layout=w.Layout(width="auto", min_width="5rem")) for name, said in ACTIONS.items()}
@@ -72,6 +72,7 @@ class Panel(w.VBox):
             button.on_click(partial(self._clicked, getattr(self, f"_{name.split()[0].lower()}")))
             button.add_class("uke-action")
         self.repeated.observe(lambda change: change["new"] and self._offer(), "value")
+        self.again = w.HBox([self.repeated, self.level, self.buttons["Repeat"], self.buttons["Export session"]], layout=ROW)
         super().__init__([w.HTML(f"<style>{markup.STYLE}</style>"), *self._rows()])
         self.add_class("uke-panel")
         self._refresh()
@@ -82,7 +83,7 @@ class Panel(w.VBox):
             w.HBox([self.model, b["Load"]], layout=ROW), note["model"], self.form, heading("3. Before and after"),
             w.HBox([b["Edit"], b["Stop"], b["Undo"], self.name, b["Keep"]], layout=ROW), note["keep"], self.kept, note["action"], self.course,
             w.HBox([self.free, b["Ask"]], layout=ROW), note["ask"], self.reply, self.shown, heading("4. The edits of this session"),
-            self.compared, w.HBox([self.repeated, self.level, b["Repeat"], b["Export session"]], layout=ROW), note["export"], self.exported,
+            self.compared, self.again, note["export"], self.exported,
         ]  # fmt: skip
 
     def wait(self, seconds: float | None = None) -> None:
@@ -136,18 +137,21 @@ class Panel(w.VBox):
         if tuple(numbers) != self.repeated.options:
             self.repeated.options = numbers
             self.repeated.value = trials[-1].number if trials else None
+        self.again.layout.display = None if trials else "none"
         self._enable(self.errands.busy)
 
     def _offer(self) -> None:
         """What the chosen edit of the session can be repeated with."""
         method = self.bench.trials[self.repeated.value - 1].task.method
-        reasons = {factor: choices.reasons(self.bench.model, self.bench.tokenizer, method, factor) for factor in FACTORS}
-        self.level.options = [
-            (f"{choices.NAMES[factor]}: {choices.named(factor, level)}", (factor, level))
+        reasons = {factor: choices.reasons(self.bench.frame, self.bench.tokenizer, method, factor) for factor in FACTORS}
+        offered = [
+            (f"{choices.NAMES[factor]}: {choices.named(self.bench.frame, factor, level)}", (factor, level))
             for factor in (FACTORS if isinstance(method, Recipe) else ())
             for level in levels(method, factor)
             if level != choices.level_of(method, factor) and not reasons[factor][level]
         ]
+        self.level.options = offered
+        self.level.value = offered[0][1] if offered else None
 
     def _load(self) -> None:
         name = self.model.value.strip()
@@ -183,7 +187,7 @@ class Panel(w.VBox):
             self._show(trial)
             return f"Edit {trial.number} is in the weights, written and asked in {time.perf_counter() - started:.1f} s. Undo takes it out again."
 
-        self._begin("Asking before the edit …", errand)
+        self._begin("At work. Stop ends it and leaves the model as it was.", errand)
 
     def _watch(self, task: Task, phase: str, steps: int, loss: float) -> None:
         """The loss so far as a curve, and how many of the steps are done."""
@@ -201,7 +205,7 @@ class Panel(w.VBox):
     def _show(self, trial: Trial) -> None:
         self.course.value = ""
         self.shown.value = markup.framed(markup.result(trial, f"Edit {trial.number}: {trial.task.method.name}"))
-        self.name.value = f"edit-{trial.number}"
+        self.name.value = self.bench.free_name()
 
     def _stop(self) -> None:
         if self.errands.busy:
@@ -233,7 +237,7 @@ class Panel(w.VBox):
         self._begin("Asking …", errand)
 
     def _export(self) -> None:
-        folder = self.bench.library.paths.home / "results" / "explore"
+        folder = self.bench.folder
         number = 1 + sum(1 for _ in folder.glob("session-*.yaml"))
         path = sessions.export(self.bench, folder / f"session-{number}.yaml")
         command = f"papermill -f {path} notebooks/explore.ipynb {path.with_suffix('.ipynb')}"

@@ -25,6 +25,7 @@ KINDS = LABELS | {
     "detail": "Detail", "rel_doc": "Related document", "rand_doc": "Random document", "struct_trip": "Unrelated triple",
     "near_triple": "Near triple", "question": "Your question",
 }  # fmt: skip
+SHORT = 60  # letters of an answer that stands beside its question
 METRICS = {"rougel_f1": "ROUGE-L F1", "exact": "exact match"}
 STYLE = (Path(__file__).parent / "templates" / "explore.css").read_text(encoding="utf-8")
 
@@ -63,20 +64,24 @@ def meter(label: str, done: float, said: str) -> str:
 
 def marked(before: str, after: str) -> tuple[str, str]:
     """Both texts as HTML: words that only the first has as deleted, words that only the second has as inserted."""
-    old, new = (re.findall(r"\s+|[^\s]+", text) for text in (before, after))
+    old, new = (re.findall(r"\S+\s*", text) for text in (before, after))
     left, right = [], []
-    for what, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        gone, come = (escape("".join(words)) for words in (old[a:b], new[c:d]))
-        left.append(gone if what == "equal" else f"<del>{gone}</del>" if gone.strip() else gone)
-        right.append(come if what == "equal" else f"<ins>{come}</ins>" if come.strip() else come)
+    for what, a, b, c, d in difflib.SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False).get_opcodes():
+        for side, words, tag in ((left, old[a:b], "del"), (right, new[c:d], "ins")):
+            text = "".join(words)
+            side.append(escape(text) if what == "equal" or not text else f"<{tag}>{escape(text.rstrip())}</{tag}>{escape(text[len(text.rstrip()) :])}")
     return "".join(left), "".join(right)
 
 
 def heat(tokens: Sequence[tuple[str, float]]) -> str:
     """The tokens of a text, each the stronger coloured the more probable it is; its probability on pointing at it."""
     spans = (f'<span style="--p:{probability:.2f}" title="{escape(text.strip() or "space")}: {probability:.2f}">{escape(text)}</span>' for text, probability in tokens)
-    mean = math.exp(sum(math.log(max(probability, 1e-9)) for _, probability in tokens) / max(1, len(tokens)))
-    return f'<p class="uke-heat">{"".join(spans)}</p><p class="uke-fine">probability of a token, geometric mean: {mean:.2f}</p>'
+    return f'<span class="uke-heat">{"".join(spans)}</span>'
+
+
+def mean(tokens: Sequence[tuple[str, float]]) -> str:
+    """Geometric mean of the probabilities of the tokens, in print."""
+    return f"{math.exp(sum(math.log(max(probability, 1e-9)) for _, probability in tokens) / max(1, len(tokens))):.2g}"
 
 
 def curve(losses: Sequence[float], stop: float = 0.0, width: int = 300, height: int = 90) -> str:
@@ -162,31 +167,37 @@ def _question(row: Any, tokens: tuple[Sequence, Sequence] | None) -> str:
     left, right = marked(row.before, row.after)
     head = f'<span class="uke-kind">{KINDS.get(row.kind, row.kind)}</span> <strong>{escape(row.question)}</strong>'
     told = f"{METRICS.get(row.metric, row.metric)} {row.score_before:.2f} → {row.score_after:.2f} {_direction(row.score_before, row.score_after)}"
-    wanted = f' · wanted: {escape(row.reference)}' if row.kind in ("detail", "multi_hop") else ""
+    wanted = f' · wanted: {escape(row.reference)}' if row.kind == "multi_hop" else ""
     pair = "".join(
         f'<div class="uke-answer"><span class="uke-when">{when}</span><p>{text or "<em>(nothing)</em>"}</p>{_heated(row.kind, heated)}</div>'
         for when, text, heated in (("Before", left, tokens and tokens[0]), ("After", right, tokens and tokens[1]))
     )
-    return f'<article class="uke-probe" data-kind="{row.kind}"><header>{head}<span class="uke-told">{told}{wanted}</span></header><div class="uke-pair">{pair}</div></article>'
+    short = " uke-short" if max(map(len, (row.before, row.after))) < SHORT else ""
+    return f'<article class="uke-probe{short}" data-kind="{row.kind}"><header>{head}<span class="uke-told">{told}{wanted}</span></header><div class="uke-pair">{pair}</div></article>'
 
 
 def _heated(kind: str, tokens: Sequence | None) -> str:
     if not tokens:
         return ""
-    return f'<details{" open" if kind == "original" else ""}><summary>how probable the wanted text is, token by token</summary>{heat(tokens)}</details>'
+    if kind == "detail":
+        return f'<p class="uke-fine">wanted: {heat(tokens)}, probability {mean(tokens)}</p>'
+    return (
+        f'<details{" open" if kind == "original" else ""}><summary>how probable the wanted text is, token by token</summary><p>{heat(tokens)}</p>'
+        f'<p class="uke-fine">probability of a token: {mean(tokens)} (geometric mean)</p></details>'
+    )
 
 
 def table(frame: pd.DataFrame, caption: str) -> str:
     """Any frame as a table: floats with two decimals, a dash where there is nothing."""
     head = "".join(f'<th scope="col">{escape(KINDS.get(name, str(name).replace("_", " ")))}</th>' for name in frame)
-    rows = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in frame.itertuples(index=False))
+    rows = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in frame.itertuples(index=False))
     return f'<div class="uke-scroll"><table class="uke-scores"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.2f}"
-    return escape(str(value))
+        return "<td>–</td>" if math.isnan(value) else f"<td>{value:.2f}</td>"
+    return f'<td{" class=uke-long" if len(str(value)) > 24 else ""}>{escape(str(value))}</td>'
 
 
 def code(text: str) -> str:
@@ -219,7 +230,7 @@ def reply(question: str, before: str, after: str | None) -> str:
 
 
 LEGEND = (
-    '<p class="uke-fine"><del>only before</del> <ins>only after</ins> · token probability: <span class="uke-heat">'
+    '<p class="uke-fine"><del>only before</del> <ins>only after</ins> · token probability: <span class="uke-heat uke-scale">'
     + "".join(f'<span style="--p:{step / 4}">{step / 4:g}</span>' for step in range(5))
     + "</span></p>"
 )

@@ -3,6 +3,7 @@
 Every edit is written alone into the untouched weights: one that is still there is taken back first.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -87,6 +88,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.model, self.tokenizer = load(self.name)
+        with torch.device("meta"):
+            self.frame = type(self.model)(self.model.config)  # its modules without weights, which no edit wraps
         self.methods = configured(self.library.paths.home / "params", self.name)
         self._stop, self._in_place, self._spare = threading.Event(), ExitStack(), {}
         self.edited: nn.Module | None = None
@@ -107,11 +110,11 @@ class Bench:
 
     def check(self, task: Task) -> None:
         """Refused, naming the field, where the task cannot be done on this model."""
-        check_place(self.model, task.method)
+        check_place(self.frame, task.method)
         if task.chat is None and not self.tokenizer.chat_template:
             raise Refused("chat", "The tokenizer has no chat template: ask through raw prompts.")
         try:
-            prepare(self.model, self.tokenizer, [task.edit], task.method)
+            prepare(self.frame, self.tokenizer, [task.edit], task.method)
         except InputError as error:
             raise Refused("chat_template" if "template" in str(error) else "answer", str(error)) from None
 
@@ -154,13 +157,22 @@ class Bench:
         if self.edited is None:
             raise Refused("keep", "There is no edit in the weights to keep; write one first.")
         try:
-            folder = self.library.paths.home / "results" / "explore" / check_name("Keep as", name.strip())
+            folder = self.folder / check_name("Keep as", name.strip())
             if folder.exists():
                 raise Refused("keep", f"{name} is there already; choose another name.")
             save(self.edited, folder)
         except InputError as error:
             raise Refused("keep", "This method writes nothing into the weights, so there is nothing to keep." if "nothing to save" in str(error) else str(error)) from None
         return f'from uke import editing, models\nmodel = editing.load(models.load("{self.name}")[0], "{folder}")'
+
+    @property
+    def folder(self) -> Path:
+        """Where edits are kept and sessions exported to."""
+        return self.library.paths.home / "results" / "explore"
+
+    def free_name(self) -> str:
+        """A name that no edit is kept under yet."""
+        return next(name for number in itertools.count(1) if not (self.folder / (name := f"edit-{number}")).exists())
 
     def ask(self, question: str, chat: bool | None = None) -> tuple[str, str | None]:
         """The answers to a free question without and with the edit that is in the weights (None where there is none)."""
