@@ -155,6 +155,8 @@ class Panel(w.VBox):
 
     def _load(self) -> None:
         name = self.model.value.strip()
+        if not name:
+            raise Refused("model", "No model is named; expected embedded, a model directory or a hub name.")
 
         def errand() -> str:
             try:

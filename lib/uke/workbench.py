@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from uke import baselines, moments, tables
-from uke.answering import answer
-from uke.asking import TEACHER_FORCED, Asked, ask, beside, room
+from uke.answering import Asking, answer
+from uke.asking import TEACHER_FORCED, ask, beside, room
 from uke.choices import Refused, check_place
 from uke.editing import EditRecord, edited, save
 from uke.edits import Edit, Probe
@@ -243,7 +243,7 @@ class Bench:
         return self._before[probes, task.chat]
 
     def _asked(self, model: nn.Module, task: Task, probes: Sequence[Probe]) -> tuple[pd.DataFrame, list[list[Token]]]:
-        frame = ask(model, self.tokenizer, probes, Asked(self._room, task.chat))
+        frame = ask(model, self.tokenizer, probes, Asking(self._room, task.chat))
         return frame, token_probabilities(model, self.tokenizer, [probe for probe in probes if probe.kind in TEACHER_FORCED], task.chat)
 
     def _room(self, probe: Probe) -> int:
