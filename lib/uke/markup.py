@@ -116,7 +116,7 @@ def weight_map(norms: Mapping[str, float]) -> str:
     if not cells:
         return '<p class="uke-fine">No weight moved.</p>'
     depth = 1 + max(layer for row in cells.values() for layer in row)
-    highest = max(norms.values()) or 1.0
+    highest = max(filter(math.isfinite, norms.values()), default=0.0) or 1.0
     head = "".join(f'<th scope="col">{layer}</th>' for layer in range(depth))
     rows = "".join(
         f'<tr><th scope="row">{escape(component)}</th>{"".join(_moved(row.get(layer), highest) for layer in range(depth))}</tr>' for component, row in cells.items()
@@ -131,7 +131,7 @@ def _moved(norms: list[float] | None, highest: float) -> str:
     if norms is None:
         return '<td class="uke-none">·</td>'
     norm = max(norms)
-    return f'<td style="--p:{norm / highest:.2f}">{100 * norm:.2g}</td>'
+    return f'<td style="--p:{min(1.0, norm / highest):.2f}">{100 * norm:.2g}</td>'
 
 
 def scores(frame: pd.DataFrame) -> str:
@@ -219,7 +219,7 @@ def result(trial: Any, heading: str = "") -> str:
 
 def taken_back(question: str, answer: str) -> str:
     """What stands in place of a result when the edit is out of the weights again."""
-    return f'<h3>The edit is undone</h3><article class="uke-probe"><header><strong>{escape(question)}</strong></header><div class="uke-answer"><span class="uke-when">Now</span><p>{escape(answer)}</p></div></article>'
+    return f'<h3>The edit is undone</h3><article class="uke-probe" data-kind="undone"><header><strong>{escape(question)}</strong></header><div class="uke-answer"><span class="uke-when">Now</span><p>{escape(answer)}</p></div></article>'
 
 
 def reply(question: str, before: str, after: str | None) -> str:
