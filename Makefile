@@ -83,7 +83,7 @@ explore: $(STAMP)
 
 clean:
 	rm -rf results .snakemake .pytest_cache
-	find figures -mindepth 1 -maxdepth 1 ! -name 'embedded*' ! -name benchmarks -exec rm -rf {} +
+	find figures -mindepth 1 -maxdepth 1 ! -name 'embedded*' ! -name benchmarks ! -name explore.png -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'

@@ -218,6 +218,8 @@ def test_levels_that_cannot_be_are_grey_and_say_why(bench, tiny, tokenizer, pane
     assert choices.reasons(bench.frame, plain, RECIPES["FT-M"], "chat_template") == {"with": "the tokenizer has no chat template", "without": ""}
     buttons = panel.form.levels["components"].buttons
     assert buttons["query_value"].disabled and "adapters" in buttons["query_value"].tooltip and "adapters" in panel.form.levels["components"].why.value
+    panel.form.method.value = "MEMIT"
+    assert "finds its place" in panel.form.why.value and all(button.disabled for button in buttons.values() if button.description)
     panel.form.method.value = "LoRA"
     assert not buttons["query_value"].disabled and buttons["query_value"].description == "✓ query and value"
 
@@ -429,6 +431,16 @@ def test_the_curve_falls_where_the_loss_falls():
     heights = [float(point.split(",")[1]) for point in points.split()]
     assert heights == sorted(heights) and len(set(heights)) == 3 and markup.curve([]) == ""
     assert "points" in markup.curve([0.0])
+
+
+def test_writing_ones_own_empties_the_form_and_asks_nothing_of_the_edit_that_stood_there(panel):
+    panel.form.picked.value = panel.bench.library.edits[4].id
+    assert panel.form.task().edit == panel.bench.library.edits[4]
+    panel.form.own.click()
+    panel.form.question.value, panel.form.answer.value = OWN.question, OWN.answer
+    panel.form.asking.value = "raw prompt"
+    task = panel.form.task("What else?")
+    assert task.edit == own_edit(OWN.question, OWN.answer) and task.chat is False and task.questions == ("What else?",) and not task.paraphrases
 
 
 def test_details_are_read_one_on_a_line():

@@ -247,6 +247,7 @@ def test_it_is_readable_in_both_themes_and_in_a_narrow_window(folder, chromium, 
         person = Person(page, pictures).open(address)
         if width < 800:
             page.keyboard.press("Control+b")  # the side bar, which takes most of a narrow window
+        person.button("Write your own").click()
         person.fill(Question=QUESTION, New_answer=ANSWER)
         person.press("Edit", "is in the weights")
         person.picture(f"7-{theme.split()[1].lower()}-{width}")

@@ -60,11 +60,16 @@ def level_of(method: Method, factor: str) -> str | None:
     return next((level for level in FACTORS[factor].levels if vary(method, factor, level) == method), None)
 
 
+def without_factors(peer: Peer) -> str:
+    """Why a locate-then-edit method has no factor to choose."""
+    why = "puts the text into the prompt and trains nothing" if peer.solver == "in_context" else "finds its place in the weights itself"
+    return f"{peer.name} {why}"
+
+
 def reasons(model: nn.Module, tokenizer: PreTrainedTokenizerBase, method: Method, factor: str) -> dict[str, str]:
     """Why each level of a factor cannot be chosen for a method on this model, by level; empty where it can."""
     if isinstance(method, Peer):
-        why = "puts the text into the prompt and trains nothing" if method.solver == "in_context" else "finds its place in the weights itself"
-        return dict.fromkeys(FACTORS[factor].levels, f"{method.name} {why}")
+        return dict.fromkeys(FACTORS[factor].levels, without_factors(method))
     return {level: _reason(model, tokenizer, method, (factor, level)) for level in FACTORS[factor].levels}
 
 

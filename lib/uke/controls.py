@@ -18,6 +18,7 @@ WIDE = {"width": "98%", "max_width": "44rem"}
 BESIDE = {"display": "grid", "grid_template_columns": "repeat(auto-fit, minmax(min(100%, 24rem), 1fr))", "grid_gap": "0.2rem 2rem", "max_width": "72rem"}
 ROW = {"flex_flow": "row wrap", "align_items": "center"}
 LABEL = {"description_width": "7.5rem"}
+ASKED = {"chat template": None, "raw prompt": False}  # as `Asking.chat` has it
 
 # Text boxes report when they are left, so that nothing is read half typed.
 line = partial(w.Text, layout=WIDE, style=LABEL, continuous_update=False)
@@ -66,11 +67,11 @@ class Levels:
         for level, button in self.buttons.items():
             reason, said = reasons.get(level, ""), names[level]
             chosen = level == self.value and not reason
-            button.disabled, button.value, button.description = bool(reason), chosen, ("✓ " if chosen else "") + said
+            button.disabled, button.value, button.description = bool(reason), chosen, ("✓ " if chosen and said else "") + said
             button.tooltip = f"{choices.NAMES[self.factor]}: {said}" + (f" (not here: {reason})" if reason else "")
             button.layout.display = None if said else "none"
         grey = {reason: [names[level] for level in reasons if reasons[level] == reason] for reason in reasons.values() if reason}
-        said = "; ".join(reason if len(levels) == len(reasons) else f"{', '.join(levels)}: {reason}" for reason, levels in grey.items())
+        said = "; ".join(f"{', '.join(levels)}: {reason}" for reason, levels in grey.items() if len(levels) < len(reasons))
         self.why.value = markup.framed(f'<p class="uke-fine uke-why">{said}</p>') if said else ""
 
     def _clicked(self, level: str, change: Any) -> None:
@@ -86,7 +87,9 @@ class Form(w.HBox):
         self.notes = notes
         self.search = w.Text(description="Search edits", layout=WIDE, style=LABEL, placeholder="words of a question or answer")
         self.picked = w.Select(description="Edit", rows=4, layout=WIDE, style=LABEL)
-        self.found = w.HTML()
+        self.found, self.own = w.HTML(), w.Button(description="Write your own", tooltip="Empty the form below", layout=w.Layout(width="auto"))
+        self.why = w.HTML()
+        self.own.on_click(lambda _: self.clear())
         self.question, self.answer = line(description="Question"), area(description="New answer", rows=5)
         self.paraphrases = area(description="Paraphrases", rows=2, placeholder="optional, one on a line")
         self.details = area(description="Details", rows=4, placeholder="optional, one on a line: When was he born? | 1802")
@@ -94,14 +97,14 @@ class Form(w.HBox):
         self.levels = {factor: Levels(factor, self._show) for factor in FACTORS}
         self.blocks = line(description="Own blocks", placeholder="optional, in place of the above: 2, 5 or 0.5")
         self.rate, self.steps = line(description="Learning rate"), line(description="Steps, at most")
-        self.asking = choice(description="Asked through", options=[("chat template", None), ("raw prompt", False)])
+        self.asking = choice(description="Asked through", options=list(ASKED))
         self.search.observe(lambda _: self._list(), "value")
         self.picked.observe(lambda change: change["new"] and self.fill(self.bench.library.find(change["new"])), "value")
         self.method.observe(lambda change: change["new"] and self._reset(), "value")
         note = notes.lines.get
-        text = [heading("1. What to write"), self.search, self.picked, self.found, self.question, note("question"), self.answer, note("answer"),
+        text = [heading("1. What to write"), self.search, self.picked, w.HBox([self.own, self.found], layout=ROW), self.question, note("question"), self.answer, note("answer"),
                 self.paraphrases, self.details, note("details")]  # fmt: skip
-        how = [heading("2. How to write it"), self.method, note("method"), *(levels.box for levels in self.levels.values()), note("layers"),
+        how = [heading("2. How to write it"), self.method, note("method"), self.why, *(levels.box for levels in self.levels.values()), note("layers"),
                self.blocks, self.rate, note("learning_rate"), self.steps, note("steps"), self.asking, note("chat")]  # fmt: skip
         super().__init__([w.VBox(text), w.VBox(how)], layout=BESIDE)
         self.take(bench)
@@ -114,6 +117,16 @@ class Form(w.HBox):
         self._reset()
         self._list()
 
+    @property
+    def chat(self) -> bool | None:
+        return ASKED[self.asking.value]
+
+    def clear(self) -> None:
+        """Empty what is to be written, for an edit of one's own."""
+        self.picked.value = ""
+        for box in (self.question, self.answer, self.paraphrases, self.details):
+            box.value = ""
+
     def fill(self, edit: Edit) -> None:
         """Write an edit into the form, where it can be changed."""
         self.question.value, self.answer.value, self.paraphrases.value = edit.question, edit.answer, edit.paraphrase or ""
@@ -125,7 +138,7 @@ class Form(w.HBox):
         own = own_edit(self.question.value, self.answer.value, first, detail_lines(self.details.value))
         same = [edit for edit in self.bench.library.edits if edit.model_dump(include=WRITTEN) == own.model_dump(include=WRITTEN)]
         asked = (question.strip(),) if question.strip() else ()
-        task = Task((*same, own)[0], self._method(), tuple(filter(None, more)), asked, self.asking.value)
+        task = Task((*same, own)[0], self._method(), tuple(filter(None, more)), asked, self.chat)
         self.bench.check(task)
         return task
 
@@ -143,7 +156,7 @@ class Form(w.HBox):
 
     def _list(self) -> None:
         found = self.bench.library.search(self.search.value)
-        self.picked.options = [("– choose one, or write your own below –", ""), *((edit.question, edit.id) for edit in found)]
+        self.picked.options = [("– choose one, or write your own –", ""), *((edit.question, edit.id) for edit in found)]
         self.found.value = markup.framed(f'<p class="uke-fine" role="status">{len(found)} of {len(self.bench.library.edits)} edits</p>')
 
     def _reset(self) -> None:
@@ -157,6 +170,9 @@ class Form(w.HBox):
 
     def _show(self) -> None:
         method = self.bench.methods[self.method.value]
+        # Where no factor can be chosen the reason is the same for all, and said once.
+        said = "" if isinstance(method, Recipe) else choices.without_factors(method)
+        self.why.value = markup.framed(f'<p class="uke-fine">{said}</p>') if said else ""
         for factor, levels in self.levels.items():
             own = "" if choices.level_of(method, factor) or not isinstance(method, Recipe) else "as the method has it"
             names = {level: choices.named(self.bench.frame, factor, level) for level in FACTORS[factor].levels}

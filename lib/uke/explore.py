@@ -228,7 +228,7 @@ class Panel(w.VBox):
         self.kept.value = markup.framed(f"<p>Kept. These two lines load it elsewhere:</p>{markup.code(lines)}")
 
     def _ask(self) -> None:
-        question, chat = self.free.value, self.form.asking.value
+        question, chat = self.free.value, self.form.chat
         if not question.strip():
             raise Refused("ask", "The question is empty; expected something to ask.")
 

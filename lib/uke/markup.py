@@ -137,13 +137,13 @@ def _moved(norms: list[float] | None, highest: float) -> str:
 def scores(frame: pd.DataFrame) -> str:
     """A table of the mean score of each kind before and after, with direction; columns kind, metric, against, before, after."""
     rows = "".join(
-        f'<tr><th scope="row">{KINDS.get(row.kind, row.kind)}{f" ({row.probes})" if row.probes > 1 else ""}</th><td>{METRICS.get(row.metric, row.metric)} with '
-        f'{"the wanted answer" if row.against == "reference" else "the answer before"}</td><td>{row.before:.2f}</td><td>{row.after:.2f}</td><td>{_direction(row.before, row.after)}</td></tr>'
+        f'<tr><th scope="row">{KINDS.get(row.kind, row.kind)}{f" ({row.probes})" if row.probes > 1 else ""}</th><td>{row.before:.2f}</td><td>{row.after:.2f}</td><td>{_direction(row.before, row.after)}</td>'
+        f'<td class="uke-fine">{METRICS.get(row.metric, row.metric)}, {"wanted answer" if row.against == "reference" else "answer before"}</td></tr>'
         for row in frame.itertuples()
     )
     return (
         '<div class="uke-scroll"><table class="uke-scores"><caption>Scores, from 0 to 1; higher is better in every row.</caption><thead><tr><th scope="col">kind</th>'
-        f'<th scope="col">score</th><th scope="col">before</th><th scope="col">after</th><th scope="col"></th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<th scope="col">before</th><th scope="col">after</th><th scope="col">change</th><th scope="col">score, against</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
@@ -191,7 +191,7 @@ def table(frame: pd.DataFrame, caption: str) -> str:
     """Any frame as a table: floats with two decimals, a dash where there is nothing."""
     head = "".join(f'<th scope="col">{escape(KINDS.get(name, str(name).replace("_", " ")))}</th>' for name in frame)
     rows = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in frame.itertuples(index=False))
-    return f'<div class="uke-scroll"><table class="uke-scores"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="uke-scroll"><table class="uke-scores uke-compared"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:
