@@ -139,7 +139,7 @@ def test_the_next_edit_begins_from_the_untouched_weights(bench):
 def test_an_edit_of_the_embedded_model_is_answered_within_three_seconds(bench):
     bench.warm(bench.library.edits[3])
     seconds = []
-    for edit in bench.library.edits[3:5]:
+    for edit in bench.library.edits[3:6]:
         started = time.perf_counter()
         bench.write(Task(edit, bench.methods["FT-UKE"]))
         seconds.append(time.perf_counter() - started)
@@ -198,6 +198,30 @@ def test_questions_around_an_edit_of_ones_own_share_no_fact_with_it(library):
         text = f"{one.question} {one.reference}"
         assert not shared(stated, facts(text, extract(text)))
     assert library.probes(OWN) == library.probes(OWN)
+
+
+def test_a_benchmarks_file_brings_its_own_edits_and_the_world_lends_what_must_not_change(library):
+    file = library.order.edit_file
+    of_file = Library(Paths("quick", "unkebench"), "development", str(file))
+    assert 0 < len(of_file.edits) < len(library.edits) and set(of_file.edits) < set(library.edits)
+    kinds = {one.kind for one in of_file.probes(of_file.edits[0])}
+    assert set(AROUND) < kinds
+    with pytest.raises(InputError, match="split: unknown split 'tset'; did you mean 'test'"):
+        Library(Paths("quick"), "tset")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_any_model_directory_is_edited_and_put_back(tiny, tokenizer, library, tmp_path, family):
+    tiny(family, max_position_embeddings=1024).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    bench = Bench(str(tmp_path), library)
+    untouched = models.fingerprint(bench.model)
+    for method in (RECIPES["FT-M"], RECIPES["LoRA"]):
+        assert not any(choices.reasons(bench.frame, bench.tokenizer, method, "layers").values())
+        trial = bench.write(Task(OWN, method.model_copy(update={"steps": 3, "learning_rate": 1e-2})))
+        assert trial.record.losses[-1] < trial.record.losses[0] and markup.result(trial)
+    bench.undo()
+    assert models.fingerprint(bench.model) == untouched
 
 
 def test_the_search_finds_by_all_words(library):
@@ -276,6 +300,7 @@ def test_bad_input_is_said_beside_its_control_and_the_widgets_go_on(panel, name)
     spoil(panel.form)
     press(panel, "Edit")
     assert message in said(panel, field) and 'role="alert"' in panel.notes[field].value and panel.bench.edited is None
+    assert field == "action" or not said(panel)
     panel.form.blocks.value = ""
     panel.form.rate.value, panel.form.steps.value = "0.005", "25"
     panel.form.fill(OWN)

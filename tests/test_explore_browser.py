@@ -209,6 +209,7 @@ def test_two_clicks_at_once_are_one_edit(person):
     person.panel.get_by_label("Method", exact=True).select_option("LoRA")
     rows = person.panel.locator("table", has_text="Mean score of each kind").locator("tbody tr")
     earlier = rows.count()
+    playwright.expect(person.button("Edit")).to_be_enabled(timeout=WAIT)
     person.button("Edit").evaluate("button => { button.click(); button.click(); }")
     person.hears("is in the weights")
     assert rows.count() == earlier + 1
@@ -236,7 +237,8 @@ def test_it_works_from_the_keyboard_alone(person):
 def test_a_method_that_finds_its_place_greys_the_factors_with_the_reason(person):
     person.panel.get_by_label("Method", exact=True).select_option("MEMIT")
     person.panel.get_by_text("MEMIT finds its place in the weights itself").first.wait_for(timeout=WAIT)
-    assert person.button("all blocks").is_disabled() and "finds its place" in person.button("all blocks").get_attribute("title")
+    playwright.expect(person.button("all blocks")).to_be_disabled(timeout=WAIT)
+    assert "finds its place" in person.button("all blocks").get_attribute("title")
     person.picture("6-grey")
 
 

@@ -20,9 +20,8 @@ ROW = {"flex_flow": "row wrap", "align_items": "center"}
 LABEL = {"description_width": "7.5rem"}
 ASKED = {"chat template": None, "raw prompt": False}  # as `Asking.chat` has it
 
-# Text boxes report when they are left, so that nothing is read half typed.
-line = partial(w.Text, layout=WIDE, style=LABEL, continuous_update=False)
-area = partial(w.Textarea, layout=WIDE, style=LABEL, continuous_update=False)
+line = partial(w.Text, layout=WIDE, style=LABEL)
+area = partial(w.Textarea, layout=WIDE, style=LABEL)
 choice = partial(w.Dropdown, layout=WIDE, style=LABEL)
 
 

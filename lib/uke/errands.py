@@ -25,10 +25,14 @@ class Errands:
     def busy(self) -> bool:
         return self._free.locked()
 
-    def start(self, errand: Callable[[], None], ended: Callable[[], None] = lambda: None) -> bool:
-        """Begin the errand and return; False, and nothing is begun, while another one runs. `ended` is called when the next may begin."""
+    def start(self, errand: Callable[[], None], ended: Callable[[], None] = lambda: None, begin: Callable[[], None] = lambda: None) -> bool:
+        """Call `begin`, let the errand run and return; False, and nothing is called, while another one runs.
+
+        `ended` is called when the next may begin.
+        """
         if not self._free.acquire(blocking=False):
             return False
+        begin()
         restore = self._listen()
 
         def run() -> None:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,9 +30,11 @@ ACTIONS = {
     "Repeat": "Repeat an edit of this session with one factor at another level",
     "Export session": "Write the edits of this session as a parameter file for papermill",
 }
+AT_WORK = "At work. Stop ends it and leaves the model as it was."
 BUSY = "Still at work on what was asked before: press Stop to end it."
 STOPPED = "Stopped: the model is as it was before the edit."
 EVERY = 0.1  # seconds between two drawings of the loss
+SETTLE = 0.15  # seconds in which what was typed last comes in: a click may overtake it on its way to the kernel
 
 
 def attended(choice: str = "auto") -> bool:
@@ -69,7 +71,7 @@ class Panel(w.VBox):
         self.buttons = {name: w.Button(description=name, tooltip=said, layout=w.Layout(width="auto", min_width="5rem")) for name, said in ACTIONS.items()}
         self.buttons["Edit"].button_style = "primary"
         for name, button in self.buttons.items():
-            button.on_click(partial(self._clicked, getattr(self, f"_{name.split()[0].lower()}")))
+            button.on_click(partial(self._clicked, name))
             button.add_class("uke-action")
         self.repeated.observe(lambda change: change["new"] and self._offer(), "value")
         self.again = w.HBox([self.repeated, self.level, self.buttons["Repeat"], self.buttons["Export session"]], layout=ROW)
@@ -89,39 +91,42 @@ class Panel(w.VBox):
     def wait(self, seconds: float | None = None) -> None:
         self.errands.wait(seconds)
 
-    def _clicked(self, act: Callable[[], None], _: Any) -> None:
-        """Do it, or say beside the control what is wrong with what was asked."""
-        if act == self._stop:
-            return act()
-        if self.errands.busy:
-            return self.notes.say("action", BUSY, "alert")
+    def _clicked(self, name: str, _: Any) -> None:
+        """Begin what a button stands for beside the kernel, the others grey meanwhile; it returns what to say when it is done."""
+        if name == "Stop":
+            return self._stop()
+        act, outcome = getattr(self, f"_{name.split()[0].lower()}"), []
+
+        def run() -> None:
+            try:
+                time.sleep(SETTLE)
+                outcome.append(act())
+            except BaseException as error:  # whatever it is, the widgets go on
+                outcome.append(error)
+
+        def ended() -> None:
+            # Said last, so that who hears it can go on at once.
+            self._refresh()
+            said = outcome[0]
+            self._explain(said) if isinstance(said, BaseException) else self.notes.say("action", said)
+
+        if not self.errands.start(run, ended, begin=self._starting):
+            self.notes.say("action", BUSY, "alert")
+
+    def _starting(self) -> None:
+        self.bench.resume()
         self.notes.clear()
-        try:
-            act()
-        except Exception as error:  # whatever it is, the widgets go on
-            self._explain(error)
+        self.notes.say("action", AT_WORK)
+        self._enable(busy=True)
 
     def _explain(self, error: BaseException) -> None:
         field = ELSEWHERE.get(getattr(error, "field", ""), getattr(error, "field", "action"))
+        self.notes.say("action", "")
         if isinstance(error, Stopped):
             return self.notes.say("action", STOPPED)
         text = str(error) if isinstance(error, (InputError, FloatingPointError)) else f"{type(error).__name__}: {error}"
         text = "Out of memory; choose fewer weights." if isinstance(error, torch.OutOfMemoryError) else text
         self.notes.say(field, text, "alert")
-
-    def _begin(self, saying: str, errand: Callable[[], str]) -> None:
-        """Run an errand beside the kernel, the buttons grey meanwhile; it returns what to say when it is done."""
-
-        def run() -> None:
-            try:
-                self.notes.say("action", errand())
-            except BaseException as error:
-                self._explain(error)
-
-        self.notes.say("action", saying)
-        self._enable(busy=True)
-        if not self.errands.start(run, self._refresh):
-            self.notes.say("action", BUSY, "alert")
 
     def _enable(self, busy: bool = False) -> None:
         there, some = self.bench.edited is not None, bool(self.bench.trials)
@@ -153,43 +158,36 @@ class Panel(w.VBox):
         self.level.options = offered
         self.level.value = offered[0][1] if offered else None
 
-    def _load(self) -> None:
+    def _load(self) -> str:
         name = self.model.value.strip()
         if not name:
             raise Refused("model", "No model is named; expected embedded, a model directory or a hub name.")
+        try:
+            bench = Bench(name, self.bench.library)
+        except InputError as error:
+            raise Refused("model", str(error)) from None
+        self.bench.undo()
+        self.bench = bench
+        self.form.take(bench)
+        for html in (self.shown, self.course, self.reply, self.kept, self.exported):
+            html.value = ""
+        return f"{name} is loaded; a new session begins."
 
-        def errand() -> str:
-            try:
-                bench = Bench(name, self.bench.library)
-            except InputError as error:
-                raise Refused("model", str(error)) from None
-            self.bench.undo()
-            self.bench = bench
-            self.form.take(bench)
-            self.shown.value = self.course.value = self.reply.value = self.kept.value = ""
-            return f"{name} is loaded; a new session begins."
+    def _edit(self) -> str:
+        return self._write(self.form.task(self.free.value))
 
-        self._begin(f"Loading {name} …", errand)
-
-    def _edit(self) -> None:
-        self._write(self.form.task(self.free.value))
-
-    def _repeat(self) -> None:
+    def _repeat(self) -> str:
         if not self.level.value:
             raise Refused("export", "A method that finds its place itself has no factors to change.")
         task = self.bench.trials[self.repeated.value - 1].task
-        self._write(replace(task, method=vary(task.method, *self.level.value)))
+        return self._write(replace(task, method=vary(task.method, *self.level.value)))
 
-    def _write(self, task: Task) -> None:
+    def _write(self, task: Task) -> str:
         self._course, self.kept.value, self.reply.value = (0.0, []), "", ""
-
-        def errand() -> str:
-            started = time.perf_counter()
-            trial = self.bench.write(task, partial(self._watch, task))
-            self._show(trial)
-            return f"Edit {trial.number} is in the weights, written and asked in {time.perf_counter() - started:.1f} s. Undo takes it out again."
-
-        self._begin("At work. Stop ends it and leaves the model as it was.", errand)
+        started = time.perf_counter()
+        trial = self.bench.write(task, partial(self._watch, task))
+        self._show(trial)
+        return f"Edit {trial.number} is in the weights, written and asked in {time.perf_counter() - started:.1f} s. Undo takes it out again."
 
     def _watch(self, task: Task, phase: str, steps: int, loss: float) -> None:
         """The loss so far as a curve, and how many of the steps are done."""
@@ -207,40 +205,32 @@ class Panel(w.VBox):
     def _show(self, trial: Trial) -> None:
         self.course.value = ""
         self.shown.value = markup.framed(markup.result(trial, f"Edit {trial.number}: {trial.task.method.name}"))
-        self.name.value = self.bench.free_name()
 
     def _stop(self) -> None:
         if self.errands.busy:
             self.bench.stop()
             self.notes.say("action", "Stopping …")
 
-    def _undo(self) -> None:
-        def errand() -> str:
-            self.bench.undo()
-            asked = self.bench.trials[-1].task
-            self.shown.value = markup.framed(markup.taken_back(asked.edit.question, self.bench.ask(asked.edit.question, asked.chat)[0]))
-            return "The edit is out of the weights: the model is as it was, bit for bit."
+    def _undo(self) -> str:
+        self.bench.undo()
+        asked = self.bench.trials[-1].task
+        self.shown.value = markup.framed(markup.taken_back(asked.edit.question, self.bench.ask(asked.edit.question, asked.chat)[0]))
+        return "The edit is out of the weights: the model is as it was, bit for bit."
 
-        self._begin("Taking the edit out …", errand)
-
-    def _keep(self) -> None:
+    def _keep(self) -> str:
         lines = self.bench.keep(self.name.value)
         self.kept.value = markup.framed(f"<p>Kept. These two lines load it elsewhere:</p>{markup.code(lines)}")
+        self.name.value = self.bench.free_name()
+        return ""
 
-    def _ask(self) -> None:
-        question, chat = self.free.value, self.form.chat
-        if not question.strip():
-            raise Refused("ask", "The question is empty; expected something to ask.")
+    def _ask(self) -> str:
+        question = self.free.value.strip()
+        self.reply.value = markup.framed(markup.reply(question, *self.bench.ask(question, self.form.chat)))
+        return ""
 
-        def errand() -> str:
-            self.reply.value = markup.framed(markup.reply(question.strip(), *self.bench.ask(question, chat)))
-            return ""
-
-        self._begin("Asking …", errand)
-
-    def _export(self) -> None:
-        folder = self.bench.folder
-        number = 1 + sum(1 for _ in folder.glob("session-*.yaml"))
-        path = sessions.export(self.bench, folder / f"session-{number}.yaml")
+    def _export(self) -> str:
+        number = 1 + sum(1 for _ in self.bench.folder.glob("session-*.yaml"))
+        path = sessions.export(self.bench, self.bench.folder / f"session-{number}.yaml")
         command = f"papermill -f {path} notebooks/explore.ipynb {path.with_suffix('.ipynb')}"
         self.exported.value = markup.framed(f"<p>Written to {path}. In the project's folder this repeats it:</p>{markup.code(command)}")
+        return ""

@@ -105,8 +105,12 @@ class Bench:
         self.library.probes(edit)
 
     def stop(self) -> None:
-        """Let what runs raise Stopped at its next step."""
+        """Let what runs, or what comes next, raise Stopped at its next step."""
         self._stop.set()
+
+    def resume(self) -> None:
+        """Forget an earlier `stop`."""
+        self._stop.clear()
 
     def check(self, task: Task) -> None:
         """Refused, naming the field, where the task cannot be done on this model."""
@@ -191,12 +195,12 @@ class Bench:
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
         """Every forward pass inside looks whether it shall go on."""
-        self._stop.clear()
         handle = self.model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._check())
         try:
             yield
         finally:
             handle.remove()
+            self.resume()
 
     def _check(self) -> None:
         if self._stop.is_set():
