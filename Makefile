@@ -79,7 +79,7 @@ test: $(STAMP)
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(VENV)/bin/python -m pytest
 
 explore: $(STAMP)
-	$(VENV)/bin/jupyter lab $(or $(wildcard notebooks/explore.ipynb),notebooks)
+	$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(or $(wildcard notebooks/explore.ipynb),notebooks)
 
 clean:
 	rm -rf results .snakemake .pytest_cache
