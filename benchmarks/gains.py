@@ -29,7 +29,7 @@ NEVER = float("inf")  # no share of a batch is so large that its finished rows w
 class Amount:
     """Edits of one measurement, how often it is repeated, and the rows of a batch in which length sorting is tried."""
 
-    edits: int = 16
+    edits: int = 8
     repeats: int = 3
     rows: int = 32
 
