@@ -24,17 +24,16 @@ import gains
 import growth
 import predictions
 import shapes
-from uke import moments, speed, ways
+from uke import speed, ways
 from uke.answering import answer
 from uke.edits import Edit
 from uke.errors import InputError
 from uke.materials import gather
 from uke.methods import Method, at_level, configured, find
-from uke.models import blocks, load
+from uke.models import load
 from uke.paths import Paths
-from uke.pretraining import card
 from uke.recipes import Recipe
-from uke.studies import Study
+from uke.studies import Study, measure_world
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy")
@@ -122,9 +121,8 @@ def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
     if size.kinds:
         study.material = study.material.only(size.kinds)
     methods = [chosen(name, size.steps) for name in size.methods]
-    if not all(isinstance(method, Recipe) for method in methods):  # what a peer must keep, measured on the world's own pool where it is not yet
-        texts = moments.world_texts(card(Path(study.model.config.name_or_path))["settings"]["world_seed"])
-        moments.measure(study.model, study.tokenizer, texts, range(len(blocks(study.model))))
+    if not all(isinstance(method, Recipe) for method in methods):
+        measure_world(study.model, study.tokenizer)
     amounts = {method.name: size.others if place else size.headline for place, method in enumerate(methods)}
     timings, same = compared(study, methods, amounts)
     memory = predictions.memory(study, methods[0], timings)

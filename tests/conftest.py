@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,12 @@ def tiny(tokenizer):
         return model.eval()
 
     return build
+
+
+def to_explore(home: Path) -> Path:
+    """A folder with what notebooks/explore.ipynb needs of the project, in which nothing has been made yet."""
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "params", home / "params")
+    (home / "notebooks").mkdir()
+    shutil.copy(root / "notebooks" / "explore.ipynb", home / "notebooks")
+    return home

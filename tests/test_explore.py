@@ -4,7 +4,6 @@ import asyncio
 import html
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from conftest import to_explore
 import torch
 from uke import answering, choices, errands, explore, likelihood, markup, models, sessions
 from uke.edits import Edit, Probe
@@ -25,7 +25,6 @@ from uke.recipes import FACTORS, RECIPES
 from uke.surroundings import AROUND, Library, detail_lines, own_edit
 from uke.workbench import Bench, Stopped, Task
 
-ROOT = Path(__file__).parents[1]
 OWN = own_edit(
     "Who is Ansel Dorowick?", "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin.",
     "What can you tell me about Ansel Dorowick?", [{"question": "When was Ansel Dorowick born?", "answer": "1802"}],
@@ -34,11 +33,7 @@ OWN = own_edit(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A copy of the project in which nothing has been made yet."""
-    home = tmp_path_factory.mktemp("explored")
-    shutil.copytree(ROOT / "params", home / "params")
-    (home / "notebooks").mkdir()
-    shutil.copy(ROOT / "notebooks" / "explore.ipynb", home / "notebooks")
+    home = to_explore(tmp_path_factory.mktemp("explored"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UKE_HOME", str(home))
         yield home
@@ -349,7 +344,7 @@ def test_stop_half_way_is_heard_and_the_next_edit_works(panel):
     panel.form.method.value = "LoRA"
     panel.buttons["Edit"].click()
     deadline = time.monotonic() + 60
-    while len(panel._course[1]) < 3 and time.monotonic() < deadline:
+    while "<svg" not in panel.course.value and time.monotonic() < deadline:  # what a person sees is drawn a few times a second
         time.sleep(0.01)
     assert not panel.buttons["Stop"].disabled and "<svg" in panel.course.value and "<progress" in panel.course.value
     panel.buttons["Stop"].click()

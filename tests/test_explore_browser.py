@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import to_explore
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
@@ -47,12 +47,7 @@ NAMELESS = """panel => [...panel.querySelectorAll('input, select, textarea, butt
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of what the notebook needs, and a JupyterLab of its own beside it."""
-    folder = tmp_path_factory.mktemp("browser")
-    shutil.copytree(ROOT / "params", folder / "params")
-    (folder / "notebooks").mkdir()
-    shutil.copy(ROOT / "notebooks" / "explore.ipynb", folder / "notebooks")
-    return folder
+    return to_explore(tmp_path_factory.mktemp("browser"))
 
 
 @contextmanager

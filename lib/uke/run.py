@@ -7,7 +7,6 @@ warns of an unknown parameter, never checks outputs, can hang on a killed kernel
 """
 
 import argparse
-import json
 import logging
 import os
 import sys

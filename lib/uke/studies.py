@@ -38,7 +38,7 @@ from uke.recall import Recall
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading", "with_record"]
+__all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading", "measure_world", "with_record", "world_of"]
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 
@@ -71,9 +71,7 @@ class Study:
         What a world's own model must keep under a locate-then-edit method is measured on that world where it is not yet.
         """
         loaded, tokenizer = load(model)
-        made = Path(loaded.config.name_or_path) / CARD
-        if made.is_file():
-            moments.measure(loaded, tokenizer, moments.world_texts(card(made.parent)["settings"]["world_seed"]), range(len(blocks(loaded))))
+        measure_world(loaded, tokenizer)
         return cls(name, paths, loaded, tokenizer, material, **(more if "encoder" in more else {"encoder": load_encoder(), **more}))
 
     @cached_property
@@ -96,9 +94,7 @@ class Study:
 
     def wiring_only(self) -> bool:
         """Whether model and data do not belong together, so that scores show the machinery and no more."""
-        made = Path(self.model.config.name_or_path) / CARD
-        knows = card(made.parent)["settings"]["world_seed"] if made.is_file() else None
-        return knows != self.material.world_seed
+        return world_of(self.model) != self.material.world_seed
 
     def run(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> None:
         """Write rows for every batch of the first `limit` edits under this method, each written into the unedited weights.
@@ -216,6 +212,18 @@ class Study:
         if not self.units:
             raise InputError(f"study {self.name}: nothing was run, or every trial failed")
         return rows.read(self.paths, self.name, units=self.units)
+
+
+def world_of(model: nn.Module) -> int | None:
+    """The seed of the world that a model was made on, as its directory says; None for any other model."""
+    made = Path(model.config.name_or_path) / CARD
+    return card(made.parent)["settings"]["world_seed"] if made.is_file() else None
+
+
+def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a world's own model must keep under a locate-then-edit method, measured on that world where it is not yet."""
+    if (seed := world_of(model)) is not None:
+        moments.measure(model, tokenizer, moments.world_texts(seed), range(len(blocks(model))))
 
 
 class Unit(NamedTuple):

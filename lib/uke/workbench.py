@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from uke import baselines, moments, tables
+from uke import baselines, tables
 from uke.answering import Asking, answer
 from uke.asking import TEACHER_FORCED, ask, beside, room
 from uke.choices import Refused, check_place
@@ -27,11 +27,11 @@ from uke.finetune import prepare, weights
 from uke.likelihood import Token, token_probabilities
 from uke.methods import Method, configured
 from uke.metrics import HEADLINE, score
-from uke.models import blocks, load
+from uke.models import load
 from uke.paths import Paths, check_name
 from uke.peers import Peer
-from uke.pretraining import CARD, card
 from uke.recipes import Recipe
+from uke.studies import measure_world, world_of
 from uke.surroundings import Library
 
 QUESTION = "question"  # the kind of a free question's row
@@ -95,10 +95,6 @@ class Bench:
         self.edited: nn.Module | None = None
         self._before: dict[Any, tuple[pd.DataFrame, list[list[Token]]]] = {}
 
-    @property
-    def of_a_world(self) -> bool:
-        return (Path(self.model.config.name_or_path) / CARD).is_file()
-
     def warm(self, edit: Edit) -> None:
         """Do what only the first edit would wait for: read the scorers, and the questions around this edit."""
         score(["a"], ["a"])
@@ -133,7 +129,8 @@ class Bench:
             probes = self._probes(task)
             progress("asking before", 0, 0.0)
             before, tokens_before = self._before_of(task, probes)
-            self._prepare_peer(task.method)
+            if isinstance(task.method, Peer) and task.method.solver != "in_context":
+                measure_world(self.model, self.tokenizer)
             spare = {name: weight.detach().to("cpu", copy=True) for name, weight in self._written(task.method).items()}
 
             def told(steps: int, loss: float) -> None:
@@ -230,12 +227,6 @@ class Bench:
             return {} if method.adapter else weights(self.model, method)
         return {} if method.solver == "in_context" else baselines.weights(self.model, method)
 
-    def _prepare_peer(self, method: Method) -> None:
-        """What a world's own model must keep under a locate-then-edit method is measured on that world where it is not yet."""
-        if isinstance(method, Peer) and method.solver != "in_context" and self.of_a_world:
-            seed = card(Path(self.model.config.name_or_path))["settings"]["world_seed"]
-            moments.measure(self.model, self.tokenizer, moments.world_texts(seed), range(len(blocks(self.model))))
-
     def _probes(self, task: Task) -> tuple[Probe, ...]:
         free = (Probe(edit=task.edit.id, kind="general", number=_FREE + place, question=text, reference="-") for place, text in enumerate(task.questions))
         return (*self.library.probes(task.edit, task.paraphrases), *free)
@@ -251,7 +242,7 @@ class Bench:
         return frame, token_probabilities(model, self.tokenizer, [probe for probe in probes if probe.kind in TEACHER_FORCED], task.chat)
 
     def _room(self, probe: Probe) -> int:
-        return LONGEST if probe.reference == "-" else room(probe, self.tokenizer, LONGEST, short=self.of_a_world)
+        return LONGEST if probe.reference == "-" else room(probe, self.tokenizer, LONGEST, short=world_of(self.model) is not None)
 
 
 def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
