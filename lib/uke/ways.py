@@ -13,6 +13,7 @@ from uke.answering import answer
 from uke.apart import edited_apart
 from uke.editing import edited
 from uke.edits import Edit, Probe
+from uke.effects import SIDES
 from uke.errors import InputError
 from uke.finetune import adapt, prepare, weights
 from uke.memory import Peak
@@ -22,7 +23,7 @@ from uke.recipes import Recipe
 from uke.speed import ALIKE, WITHIN, average
 from uke.studies import Study
 
-OWN = ("original", "paraphrase", "detail")  # the published loop asks these in one call, all other kinds in another
+OWN = SIDES["written"]  # the published loop asks these in one call, all other kinds in another
 
 
 class Timed(NamedTuple):
