@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache
 
 from uke import answering
 from uke.answering import answer, target_log_probability
@@ -69,6 +70,18 @@ def test_dropping_finished_rows_changes_no_answer(family, tiny, tokenizer, probe
     assert together == one_by_one
     assert sum(short != long for short, long in zip(together, full, strict=True)) >= 2
     assert all(long.startswith(short) for short, long in zip(together, full, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("room", [0, 2])
+def test_a_cache_that_outgrows_its_room_loses_no_token_and_mixes_no_rows(family, room, tiny, tokenizer, probes, monkeypatch):
+    model = tiny(family)
+    model.generation_config.eos_token_id = enders(model, tokenizer, probes)
+    with monkeypatch.context() as plain:
+        plain.setattr(answering, "_cache", lambda model: DynamicCache(config=model.config))
+        expected = answer(model, tokenizer, probes, max_new_tokens=NEW)
+    monkeypatch.setattr(answering, "ROOM", room)
+    assert answer(model, tokenizer, probes, max_new_tokens=NEW) == expected
 
 
 def test_batch_size_order_and_padding_side_change_no_answer(tiny, tokenizer, probes):

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from uke.edits import Probe
 from uke.errors import InputError
 from uke.models import IGNORED, Example, collate, encode, end_of_turn, example, max_context
-from uke.padding import parts
+from uke.padding import TOKENS, parts
 from uke.recall import Prompt, Recall
 from uke.world import reading
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch can go.
 DROP_SHARE = 1 / 8
+ROOM = 32  # tokens that a cache can take before it is copied to a larger place
 
 
 class Question(NamedTuple):
@@ -37,7 +39,7 @@ class Asking:
 
     max_new_tokens: int | Callable[[Probe], int] = 160
     chat: bool | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int = 65536
     known: Recall | None = None
 
     def through_template(self, probe: Probe) -> bool:
@@ -64,7 +66,7 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
     for probe, question in zip(probes, questions, strict=True):
         _check_room(probe, len(question.prompt) + 1, room)
         limits[question] = max(limits.get(question, 0), min(options.limit(probe), room - len(question.prompt)))
-    ends = _ends(model, tokenizer)
+    ends = endings(model, tokenizer)
     decoded = {question: ids for question, limit in limits.items() if options.known and (ids := options.known.look(question.prompt, limit)) is not None}
     asked_now = {question: limit for question, limit in limits.items() if question not in decoded}
     for batch in _batches(asked_now, options.batch_tokens):
@@ -95,7 +97,8 @@ def _check_room(probe: Probe, needed: int, room: int) -> None:
         raise InputError(f"{place}: {needed} tokens; expected at most {room}, the model's context")
 
 
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def endings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that end an answer: of a turn or of the text."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return {end_of_turn(tokenizer), tokenizer.eos_token_id, *own} - {None}
@@ -156,11 +159,11 @@ class _Step:
         self.model, self.lanes = model, [question.lane for question in questions]
         read_as(model, self.lanes)
         self.mask = batch["attention_mask"].to(device)  # (B, T)
-        self.cache = DynamicCache(config=model.config)
+        self.cache = _cache(model)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
         self._read(batch["input_ids"].to(device), positions)
 
-    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    def _read(self, ids: Tensor, positions: Tensor) -> None:
         logits = self.model(
             input_ids=ids,
             attention_mask=self.mask,
@@ -186,6 +189,40 @@ class _Step:
         self.mask, self.tokens, self.positions = self.mask[kept], self.tokens[kept], self.positions[kept]
 
 
+class _Roomy(DynamicLayer):
+    """Keys and values of one layer with free room behind them: one token more copies that token, not all before it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self.held = {"keys": self.keys, "values": self.values}
+        self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
+        return self.keys, self.values
+
+    def _longer(self, name: str, new: Tensor) -> Tensor:
+        old = getattr(self, name)  # (B, H, T, D)
+        end = old.shape[-2] + new.shape[-2]
+        if self.held[name].shape[-2] < end:
+            self.held[name] = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
+            self.held[name][..., : old.shape[-2], :] = old
+        self.held[name][..., old.shape[-2] : end, :] = new
+        return self.held[name][..., :end, :]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for name, held in self.held.items():
+            end = getattr(self, name).shape[-2]
+            self.held[name] = held[indices]
+            setattr(self, name, self.held[name][..., :end, :])
+
+
+def _cache(model: nn.Module) -> DynamicCache:
+    """The model's own kind of cache; layers that keep every token have room."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.no_grad()
 def target_log_probability(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking
@@ -204,7 +241,7 @@ def target_log_probability(
             raise InputError(f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text")
         examples.append(one)
     found: dict[int, float] = {}
-    for batch in parts([len(one.ids) for one in examples], options.batch_tokens):
+    for batch in parts([len(one.ids) for one in examples], min(options.batch_tokens, TOKENS)):
         read_as(model, [probes[i].edit for i in batch])
         found.update(zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True))
     return [found[i] for i in range(len(examples))]

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uke.errors import InputError
 from uke.methods import Method
-from uke.models import module_names
+from uke.models import index, module_names
 from uke.peers import Peer
 from uke.recipes import FACTORS, Recipe, vary
 
@@ -49,7 +49,7 @@ def named(model: nn.Module, factor: str, level: str) -> str:
     """The level as a person reads it; a level that trains one block says which of this model's."""
     depth, layers = model.config.get_text_config(decoder=True).num_hidden_layers, FACTORS[factor].levels[level].get("layers")
     if isinstance(layers, float):
-        return f"block {min(int(layers * depth), depth - 1)}"
+        return f"block {index(layers, depth)}"
     return LEVELS.get((factor, level), level.replace("_", " "))
 
 

@@ -82,12 +82,8 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
     if not tokenizer.chat_template:
         raise InputError(f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; expected one, or chat: false")
     # Templates of reasoning models read `enable_thinking`; an answer to score begins at once. Others ignore it.
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
+    turn = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
@@ -201,10 +197,11 @@ def _indices(layers, depth: int) -> list[int]:
             raise InputError(f"layers: unknown '{layers}'{nearest(layers, named)}")
         return list(named[layers])
     chosen = layers if isinstance(layers, Iterable) else [layers]
-    return sorted({_index(layer, depth) for layer in chosen})
+    return sorted({index(layer, depth) for layer in chosen})
 
 
-def _index(layer: int | float, depth: int) -> int:
+def index(layer: int | float, depth: int) -> int:
+    """Number of the block that a number or a fraction of the depth (0.0 the first, 1.0 the last) names; InputError out of range."""
     if isinstance(layer, float) and 0 <= layer <= 1:
         return min(int(layer * depth), depth - 1)
     if type(layer) is int and 0 <= layer < depth:

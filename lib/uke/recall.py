@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 from uke.errors import InputError
+from uke.tables import write
 
 Prompt = tuple[int, ...]
 Found = tuple[list[int], int]  # token ids of an answer, and how many it could have had
@@ -32,13 +31,8 @@ class Recall:
                 found = {tuple(map(int, prompt.split())): (list(map(int, ids)), int(limit)) for prompt, ids, limit in json.loads(path.read_text("utf-8"))}
             except (ValueError, TypeError, AttributeError) as error:
                 raise InputError(f"{path}: no file of answers ({error}); expected [prompt, ids, limit] each; delete it and they are asked again") from None
-            self._learn(known, found)
+            _learn(known, found)
         return known
-
-    def _learn(self, known: dict[Prompt, Found], found: Mapping[Prompt, Found]) -> None:
-        for prompt, (ids, limit) in found.items():
-            if prompt not in known or known[prompt][1] < limit:
-                known[prompt] = ids, limit
 
     def look(self, prompt: Prompt, limit: int) -> list[int] | None:
         """The answer of at most `limit` tokens, None where none is known that is as long: greedy answers begin alike."""
@@ -49,10 +43,12 @@ class Recall:
         """Keep these answers."""
         if not found:
             return
-        self._learn(self._known, found)
-        content = json.dumps([[" ".join(map(str, prompt)), ids, limit] for prompt, (ids, limit) in found.items()])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-        part = path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-        part.write_text(content, encoding="utf-8")
-        part.replace(path)
+        _learn(self._known, found)
+        content = json.dumps([[" ".join(map(str, prompt)), ids, limit] for prompt, (ids, limit) in found.items()]).encode()
+        write(self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)
+
+
+def _learn(known: dict[Prompt, Found], found: Mapping[Prompt, Found]) -> None:
+    for prompt, (ids, limit) in found.items():
+        if prompt not in known or known[prompt][1] < limit:
+            known[prompt] = ids, limit

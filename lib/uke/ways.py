@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from uke.answering import answer
+from uke.answering import answer, endings
 from uke.apart import edited_apart
 from uke.editing import edited
 from uke.edits import Edit, Probe
@@ -18,7 +18,7 @@ from uke.errors import InputError
 from uke.finetune import adapt, prepare, weights
 from uke.memory import Peak
 from uke.methods import Method
-from uke.models import Example, collate, encode, end_of_turn, kept, max_context
+from uke.models import Example, collate, encode, kept, max_context
 from uke.recipes import Recipe
 from uke.speed import ALIKE, WITHIN, average
 from uke.studies import Study
@@ -179,8 +179,7 @@ def generated(model: nn.Module, study: Study, probes: Sequence[Probe]) -> list[s
     batch = collate([Example(prompt, prompt, len(prompt)) for prompt in prompts], 0, side="left")
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))  # (B, T)
     rooms = _Rooms(ids.shape[1], torch.tensor(limits, device=ids.device))
-    own = model.generation_config.eos_token_id
-    ends = sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    ends = sorted(endings(model, tokenizer))
     out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits), eos_token_id=ends,
                          pad_token_id=0, stopping_criteria=StoppingCriteriaList([rooms]))  # fmt: skip
     rows = [row[:limit] for row, limit in zip(out[:, ids.shape[1] :].tolist(), limits, strict=True)]
