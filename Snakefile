@@ -36,6 +36,7 @@ def sources(wildcards):
     names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
     names += ["params/claims.yaml", "params/paper.yaml", f"figures/{PATHS.figures.name}-world-*/numbers.json"] if wildcards.notebook == "11_verdicts" else []
+    names += ["benchmarks/results/*.json"] if wildcards.notebook == "10_cost" else []
     files = sorted(str(path) for name in names for path in ROOT.glob(name))
     own = PROFILE == STUDIES[wildcards.notebook].report  # reads every file of UKE_DATA
     files += FILE + [str(path) for path in ROOT.glob("params/audit/*.yaml") if own]

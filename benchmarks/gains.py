@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from uke import answering, finetune, lane_training, padding, speed, ways
 from uke.apart import edited_apart
@@ -65,7 +66,8 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
         found.append(_training_in_lanes(study, edits, recipe, timings))
         bar.update()
         if recipe is recipes[0]:
-            found += [_answering_in_lanes(study, edits, recipe, timings), _dropped_rows(study, edits, recipe, amount), _dropped_lanes(study, edits, recipe, amount), _of_like_length(study, edits, recipe, amount)]
+            found += [_answering_in_lanes(study, edits, recipe, timings)]
+            found += [one(study, edits, recipe, amount) for one in (_dropped_rows, _in_place, _many_at_once, _dropped_lanes, _of_like_length)]
             bar.update(2)
         if (gain := _frozen(study, edits, recipe, amount)) is not None:
             found.append(gain)
@@ -101,9 +103,10 @@ def _trained(study: Study, edits: Sequence[Edit], method: Method) -> float:
     return watch.seconds["train"]
 
 
-def _asked(study: Study, model: nn.Module, probes: Sequence[Probe]) -> float:
-    """Seconds of answering these probes at once."""
-    return _seconds(lambda: answering.answer(model, study.tokenizer, probes, max_new_tokens=study.room), study.model.device)
+def _asked(study: Study, model: nn.Module, probes: Sequence[Probe], tokens: int | None = None) -> float:
+    """Seconds of answering these probes, with so many tokens of prompts and answers at once or as many as the default says."""
+    held = {} if tokens is None else {"batch_tokens": tokens}
+    return _seconds(lambda: answering.answer(model, study.tokenizer, probes, max_new_tokens=study.room, **held), study.model.device)
 
 
 def _training_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict]) -> dict:
@@ -146,6 +149,49 @@ def _ratios(timings: Sequence[dict], recipe: Recipe, part: str) -> list[float]:
     return [found.low, found.mean, found.high]
 
 
+def _lengths(study: Study, texts: Sequence[str]) -> list[int]:
+    """Decoding steps of each answer, that of its end among them."""
+    return [len(ids) + 1 for ids in study.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
+    """Predicted by counting: bytes of the cache before each token, read and written again at the speed of a plain copy."""
+    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    config, block = study.model.config.get_text_config(decoder=True), torch.zeros(2**24)
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * study.model.dtype.itemsize  # bytes of a token
+    speed_of_copy = block.nbytes / min(_seconds(block.clone, study.model.device) for _ in range(5))
+    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        prompts = [len(encode(study.tokenizer, probe.question, probe.chat)) for probe in probes]
+        copied = width * sum(length * (prompt + length / 2) for prompt, length in zip(prompts, _lengths(study, texts), strict=True))
+        predicted = 1 + copied / speed_of_copy / _asked(study, m, probes)
+
+        def off() -> float:
+            with replaced(answering, "_cache", lambda model: DynamicCache(config=model.config)):
+                return _asked(study, m, probes)
+
+        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount.repeats)
+    why = "Predicted without the padding of prompts; rows that have finished are copied too until they leave, and a cache with room is read in strides."
+    return _gain("a cache with room for the next tokens", recipe.name, predicted, ratios, why)
+
+
+def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
+    """As many edits as a study puts side by side. Predicted by counting: decoding steps in batches of a quarter of the tokens over those as it is, as if a step cost whatever its rows."""
+    edits = study.material.edits[: study.lanes]
+    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    whole = answering.Asking().batch_tokens
+    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        questions = [answering.Question(probe.edit, tuple(encode(study.tokenizer, probe.question, probe.chat))) for probe in probes]
+        longest = dict(zip(questions, _lengths(study, texts), strict=True))
+        limits = {question: study.room(probe) for question, probe in zip(questions, probes, strict=True)}
+        off, on = (sum(max(longest[question] for question in batch) for batch in answering._batches(limits, tokens)) for tokens in (whole // 4, whole))
+        asked = [lambda tokens=tokens: _asked(study, m, probes, tokens) for tokens in (whole // 4, whole)]
+        ratios = _in_turns(*asked, amount.repeats)
+    why = "Predicted as if a step of many rows cost what one of few does; products grow with the rows, only lanes' own weights and what a call costs are read once for all."
+    return _gain("four times as many tokens at once", recipe.name, off / on, ratios, why)
+
+
 def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: rows times the longest answer over the sum of all, as if a step cost as many rows as it has."""
     probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
@@ -157,7 +203,7 @@ def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: A
                 return _asked(study, m, probes)
 
         ratios = _in_turns(off, lambda: _asked(study, m, probes), amount.repeats)
-    lengths = [len(ids) + 1 for ids in study.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = _lengths(study, texts)
     why = "Predicted as if a step cost as much as it has rows; a step of few rows costs nearly as much as one of many, rows leave in eighths, and leaving copies the cache."
     return _gain("dropping finished rows", recipe.name, len(lengths) * max(lengths) / sum(lengths), ratios, why)
 

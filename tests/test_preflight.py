@@ -2,11 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from uke import preflight
+from uke import preflight, run
 from uke.errors import InputError
 from uke.methods import key
 
@@ -143,6 +144,18 @@ def test_every_record_of_a_file_is_checked_whatever_the_limit(root, tmp_path):
 )
 def test_levels_that_there_are_not_are_refused(root, parameters, match):
     refuse(root, match, **parameters)
+
+
+def test_methods_named_for_a_whole_run_leave_each_factor_those_that_have_levels(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+    def planned(notebook, named):
+        return run.plan(run._parser().parse_args([notebook, "--profile", "quick", "--shared", f"methods={named}"])).parameters["methods"]
+
+    assert planned("04_factor_layers", "FT-UKE,MEMIT,LoRA") == ["FT-UKE", "LoRA"]
+    assert planned("07_recipe", "FT-UKE,MEMIT,LoRA") == ["FT-UKE", "MEMIT", "LoRA"]
+    with pytest.raises(InputError, match="MEMIT: it has no levels of factors"):
+        planned("04_factor_layers", "MEMIT,UnKE")
 
 
 def test_a_bad_levels_file_is_refused_before_a_model_is_loaded(root):

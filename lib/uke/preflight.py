@@ -55,10 +55,16 @@ def check_levels(root: Path, model: str, parameters: Mapping[str, Any], chosen: 
         if 0 != parameters.get(name, 0) < least:
             raise InputError(f"{name} is {parameters[name]}; expected 0 for all, or at least {least}")
     if peers := [method.name for method in chosen if not isinstance(method, Recipe)]:
-        raise InputError(f"methods: {peers[0]}: it has no levels of factors; expected ways to fine-tune")
+        raise InputError(f"methods: {peers[0]}: it has no levels of factors; expected a way to fine-tune")
     levels_at(root / "params", model)
     if "rates" in parameters:
         rates_by_level(root / "params", model, {method.name: method for method in chosen}.values())
+
+
+def with_levels(root: Path, parameters: Mapping[str, Any]) -> list[str]:
+    """Of methods named for every notebook of a run those that have levels of factors; all of them where none has."""
+    known = configured(root / "params", parameters.get("model", "embedded"))
+    return [name for name in parameters["methods"] if isinstance(find(name, known, "methods: "), Recipe)] or parameters["methods"]
 
 
 def methods(root: Path, model: str, names: list[str] | None, batch_size: int) -> list[Method]:

@@ -107,6 +107,8 @@ def plan(options: argparse.Namespace) -> Plan:
     for given in params.COLLECTIONS:
         if given in parameters and data != "world":
             parameters[given] = [str(path) for path in params.find_collections(given, parameters[given])]
+    if {"levels", "methods"} <= own and any(pair.startswith("methods=") for pair in options.shared):
+        parameters["methods"] = preflight.with_levels(root, parameters)
     preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
     declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
