@@ -16,6 +16,7 @@ PROFILE = str(config.get("profile", "quick"))
 DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
+FIRST = ["00_embedded_model", params.LOCALITY]
 EARLY = [name for name, study in STUDIES.items() if study.early]
 TUNING = [name for name in STUDIES if name.split("_")[0] == "tuning"]
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
@@ -41,7 +42,9 @@ def sources(wildcards):
     own = PROFILE == STUDIES[wildcards.notebook].report  # reads every file of UKE_DATA
     files += FILE + [str(path) for path in ROOT.glob("params/audit/*.yaml") if own]
     files += [str(path) for kind in COLLECTIONS.values() for path in kind if own or wildcards.notebook == params.LOCALITY and DATA != "world"]
-    return files + [section(other) for other in STUDIES[wildcards.notebook].after if other in REPORTED]
+    # Whoever comes first builds the world's locality set, the others wait for that alone and not for its audit.
+    waited = [other for other in STUDIES[wildcards.notebook].after if other in REPORTED and (other != params.LOCALITY or DATA != "world")]
+    return files + [section(other) for other in waited]
 
 
 rule report:
@@ -68,7 +71,7 @@ rule locality:
 
 rule notebook:
     wildcard_constraints:
-        notebook="|".join(name for name in STUDIES if name not in EARLY) or "none",
+        notebook="|".join(name for name in STUDIES if name not in FIRST + EARLY) or "none",
     input:
         sources,
     output:
@@ -87,3 +90,10 @@ use rule notebook as early_notebook with:
     wildcard_constraints:
         notebook="|".join(EARLY) or "none",
     priority: 1
+
+
+# While one builds the set that all others need, the other needs none.
+use rule notebook as first_notebook with:
+    wildcard_constraints:
+        notebook="|".join(FIRST),
+    priority: 2

@@ -102,6 +102,16 @@ def test_the_locality_target_runs_its_notebook_alone_and_names_missing_documents
     assert refused.returncode == 2 and refused.stderr.strip() == "documents: /nope.jsonl: no such file"
 
 
+def test_notebooks_on_the_world_wait_for_the_audit_of_its_locality_set_or_others_do_not_wait_for_theirs(project):
+    (project / "params/studies/02_locality.yaml").write_text("notebook: 02_locality\n")
+    (project / "params/studies/01_small.yaml").write_text("notebook: 01_small\nafter: [02_locality]\n")
+    (project / "made.jsonl").write_text("{}\n")
+    write(project, "02_locality", "pass")
+    given = ("data=unkebench", f"data_file={project / 'made.jsonl'}", f"documents={project / 'made.jsonl'}", f"structured={project / 'made.jsonl'}")
+    assert "uke.run 02_locality " not in plan(project) and "uke.run 01_small " in plan(project)
+    assert "uke.run 02_locality " in plan(project, *given)
+
+
 def test_the_longest_notebook_starts_last(project):
     for name in ("00_short", "09_long"):
         (project / f"params/studies/{name}.yaml").write_text(f"notebook: {name}\n" + ("early: true\n" if name == "09_long" else ""))

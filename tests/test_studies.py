@@ -68,7 +68,7 @@ def toy(tiny, tokenizer, tmp_path, monkeypatch):
 def written(study) -> list[list[str]]:
     """The batches that the study writes from now on."""
     write_in, batches = study.write_in, []
-    study.write_in = lambda method, group: batches.extend([edit.id for edit in unit.edits] for unit in group) or write_in(method, group)
+    study.write_in = lambda method, group, also: batches.extend([edit.id for edit in unit.edits] for unit, *_ in group) or write_in(method, group, also)
     return batches
 
 
@@ -102,14 +102,14 @@ def test_a_unit_with_rows_is_not_run_again(study, monkeypatch):
 
 
 def test_a_killed_study_resumes_where_it_stopped(study):
-    study.name, study.lanes = "killed", 1
+    study.name, study.lanes, study.max_new_tokens = "killed", 1, 120
     write_in, done = study.write_in, []
 
-    def stop_at_the_second(recipe, group):
+    def stop_at_the_second(recipe, group, also):
         if done:
             raise KeyboardInterrupt
-        done.append(group[0].edits[0].id)
-        return write_in(recipe, group)
+        done.append(group[0][0].edits[0].id)
+        return write_in(recipe, group, also)
 
     study.write_in = stop_at_the_second
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +117,7 @@ def test_a_killed_study_resumes_where_it_stopped(study):
     study.units = study.units[:1]
     assert set(study.read()["edit"]) == set(done)
     study.units.clear()
-    study.write_in = lambda recipe, group: done.append(group[0].edits[0].id) or write_in(recipe, group)
+    study.write_in = lambda recipe, group, also: done.append(group[0][0].edits[0].id) or write_in(recipe, group, also)
     study.run(FT_M)
     assert done == [edit.id for edit in study.material.edits] and set(study.read()["edit"]) == set(done)
 
@@ -130,7 +130,7 @@ def test_rows_made_otherwise_are_neither_skipped_nor_mixed_in(study, monkeypatch
     recipe = FT_M.model_copy(update={"steps": 3}) if change == "recipe" else FT_M
     other.max_new_tokens = 50 if change == "tokens" else 130
     write_in = other.write_in
-    other.write_in = lambda method, group: again.extend(group) or write_in(method, group)
+    other.write_in = lambda method, group, also: again.extend(group) or write_in(method, group, also)
     with monkeypatch.context() as patch:
         if change == "template":
             patch.setattr(study.tokenizer, "chat_template", study.tokenizer.chat_template + " ")
@@ -139,6 +139,50 @@ def test_rows_made_otherwise_are_neither_skipped_nor_mixed_in(study, monkeypatch
     study.units.clear()
     study.run(FT_M)
     pd.testing.assert_frame_equal(study.read(), first)
+
+
+def test_an_edit_is_trained_again_to_be_asked_otherwise(toy, monkeypatch):
+    plain, raw = toy(), toy(chat=False)
+    raw.name = "raw"
+    alone = toy(chat=False)
+    alone.name = "alone"
+    alone.run(QUICK)
+    trained, write = [], studies.edited_apart
+    monkeypatch.setattr(studies, "edited_apart", lambda model, tokenizer, edits, method: trained.extend(edits) or write(model, tokenizer, edits, method))
+    plain.run(QUICK, also=[raw], level="some")
+    assert [edit.id for edit in trained] == list(ANSWERS) and raw.read()["answer"].tolist() != plain.read()["answer"].tolist()
+    timed = [name for name in raw.read() if name.endswith("seconds")]
+    assert raw.read()[timed].gt(0).all(axis=None) and set(raw.read()["level"]) == {"some"}
+    pd.testing.assert_frame_equal(*(study.read().drop(columns=["study", "level", *timed, "peak_mib"]) for study in (raw, alone)))
+    again = toy()
+    again.run(QUICK, also=[raw], level="some")
+    assert len(trained) == len(ANSWERS)
+    shutil.rmtree(raw.paths.rows("raw"))
+    shutil.rmtree(raw.paths.rows("alone"))
+    again.run(QUICK, also=[raw], level="some")
+    assert len(trained) == 2 * len(ANSWERS)
+
+
+def test_a_trial_that_fails_leaves_rows_of_another_way_of_asking(toy, monkeypatch):
+    plain, raw = toy(), toy(chat=False)
+    monkeypatch.setattr(studies, "edited_apart", lambda *_: (_ for _ in ()).throw(FloatingPointError("too fast")))
+    assert plain.attempt(QUICK, also=[raw]) == "too fast" and plain.units == raw.units == []
+
+
+@pytest.mark.parametrize("change", [None, "steps", "windows", "tokens", "chat"])
+def test_the_same_work_is_done_twice_or_other_work_is_taken_for_it(toy, change):
+    first = toy()
+    first.run(QUICK, factor="one", level="with")
+    other = toy(**{"windows": {"windows": 5}, "tokens": {"max_new_tokens": 3}, "chat": {"chat": False}}.get(change, {}))
+    other.name = "other"
+    batches = written(other)
+    other.run(FT_M if change == "steps" else QUICK.model_copy(update={"name": "another name"}), factor="two")
+    assert batches == ([[name] for name in ANSWERS] if change else [])
+    if not change:
+        found = other.read()
+        assert set(found["method"]) == {"another name"} and set(found["factor"]) == {"two"} and found["level"].isna().all()
+        told = ["study", "method", "factor", "level"]
+        pd.testing.assert_frame_equal(found.drop(columns=told), first.read().drop(columns=told))
 
 
 def test_batches_are_written_together_and_a_rest_is_left_out(study):
@@ -249,11 +293,11 @@ def test_a_trial_that_fails_late_leaves_not_even_its_first_rows(toy):
     study = toy(lanes=1)
     write_in, batches = study.write_in, []
 
-    def fail_at_the_second(method, group):
+    def fail_at_the_second(method, group, also):
         if batches:
             raise FloatingPointError("too fast")
         batches.append(group)
-        return write_in(method, group)
+        return write_in(method, group, also)
 
     study.write_in = fail_at_the_second
     assert study.attempt(QUICK, limit=2) == "too fast" and len(batches) == 1
@@ -340,7 +384,7 @@ COURSED = ("course", "steps", "change_norm", "log_probability")  # compared with
 def groups(study) -> list[int]:
     """How many edits the study writes side by side from now on."""
     write_in, sizes = study.write_in, []
-    study.write_in = lambda method, group: sizes.append(len(group)) or write_in(method, group)
+    study.write_in = lambda method, group, also: sizes.append(len(group)) or write_in(method, group, also)
     return sizes
 
 
@@ -426,11 +470,11 @@ def test_too_many_lanes_for_the_memory_end_the_study(toy, caplog):
     study = toy(lanes=16)
     write_in, tried = study.write_in, []
 
-    def full(method, group):
-        tried.append([unit.edits[0].id for unit in group])
+    def full(method, group, also):
+        tried.append([unit.edits[0].id for [unit] in group])
         if len(group) > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return write_in(method, group)
+        return write_in(method, group, also)
 
     study.write_in = full
     study.run(QUICK, limit=3)
@@ -443,11 +487,11 @@ def test_after_an_end_of_memory_as_many_lanes_are_tried_again(toy, caplog):
     study = toy(lanes=16)
     write_in, sizes = study.write_in, []
 
-    def full(method, group):
+    def full(method, group, also):
         sizes.append(len(group))
         if len(group) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return write_in(method, group)
+        return write_in(method, group, also)
 
     study.write_in = full
     study.run(QUICK)
@@ -461,7 +505,7 @@ def test_an_edit_or_batch_too_large_alone_is_tried_for_ever(toy, size):
     study = toy(lanes=2)
     tried = []
 
-    def full(method, group):
+    def full(method, group, also):
         tried.append(group)
         raise torch.OutOfMemoryError("out of memory")
 

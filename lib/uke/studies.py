@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,16 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading", "measure_world", "with_record", "world_of"]
 
+class Unit(NamedTuple):
+    """A batch of edits under a method in a study: the name of its rows' file, the edits, what every row says, whether there are rows."""
+
+    key: str
+    edits: tuple[Edit, ...]
+    said: dict[str, Any]
+    done: bool = False
+
+
+Written = tuple[tuple[Unit, ...], list[pd.DataFrame]]  # a batch's unit in each study that asks, and the rows of each
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 
 
@@ -96,80 +106,101 @@ class Study:
         """Whether model and data do not belong together, so that scores show the machinery and no more."""
         return world_of(self.model) != self.material.world_seed
 
-    def run(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> None:
+    def run(self, method: Method, batch_size: int = 1, limit: int | None = None, also: Sequence["Study"] = (), **labels: Any) -> None:
         """Write rows for every batch of the first `limit` edits under this method, each written into the unedited weights.
 
-        Single edits that diverge have no rows; Diverged names them when all others are done.
+        The studies `also` ask what is written here in another way and keep rows of their own. Rows that this run has of the
+        same work, under whatever labels, are taken over. Single edits that diverge have no rows; Diverged names them when all
+        others are done.
         """
-        choices = self.labels | labels | {"batch_size": batch_size, "learning_rate": method.learning_rate, "seed": method.seed}
-        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": method.fingerprint}
-        kept = moments.digest(self.model) if isinstance(method, Peer) else None
+        studies = (self, *also)
         prepare(self.model, self.tokenizer, self.material.edits, method)  # an edit too long is said before any is written
-        todo = []
-        for number, batch in enumerate(batched(self.material.edits[:limit], batch_size)):
-            unit = rows.unit_key(method.name, batch=number, size=batch_size, texts=kept, **self.conditions, **labels, **marks)
-            self.units.append(unit)
-            if not rows.done(self.paths, self.name, unit, marks):
-                todo.append(Unit(unit, number, tuple(batch)))
+        batches = zip(*[study.plan(method, batch_size, limit, labels) for study in studies], strict=True)
+        todo = [units for units in batches if not all(unit.done for unit in units)]
         with tqdm(total=len(todo), desc=f"{self.name}: {method.name}", mininterval=5, disable=not todo or None) as bar:
             failed: dict[str, str] = {}
             while todo:
                 group = todo[: self.abreast(method)] if batch_size == 1 else todo[:1]
                 try:
-                    frames, broken = self.write_in(method, group)
+                    frames, broken = self.write_in(method, group, also)
                 except torch.OutOfMemoryError:
                     if len(group) == 1:
                         raise
                     self.lanes = len(group) // 2
                     logger.warning("%s: %s: out of memory with %d edits side by side; going on with %d", self.name, method.name, len(group), self.lanes)
                     continue
-                for unit, frame in frames:
-                    self.append(unit.key, frame.assign(method=method.name, batch=unit.number, **choices, **marks))
+                for units, found in frames:
+                    for study, unit, frame in zip(studies, units, found, strict=True):
+                        study.append(unit.key, frame.assign(**unit.said))
                 failed |= broken
                 bar.update(len(group))
                 del todo[: len(group)]
         if failed:
             raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
 
+    def plan(self, method: Method, batch_size: int, limit: int | None, labels: Mapping[str, Any]) -> list["Unit"]:
+        """The units of every batch of the first `limit` edits, those taken over among them; `read` reads them from now on."""
+        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": method.fingerprint}
+        said = {"method": method.name, "batch_size": batch_size, "learning_rate": method.learning_rate, "seed": method.seed}
+        texts = moments.digest(self.model) if isinstance(method, Peer) else None
+        known, planned = rows.by_work(self.paths), []
+        for number, batch in enumerate(batched(self.material.edits[:limit], batch_size)):
+            choices = self.conditions | {"batch": number, "size": batch_size, "texts": texts} | marks
+            work = rows.digest("work", windows=self.windows, **choices)
+            unit = Unit(f"{rows.unit_key(method.name, **choices, **labels)}-{work}", tuple(batch), self.labels | labels | said | {"batch": number} | marks)
+            done = rows.done(self.paths, self.name, unit.key, marks)
+            if not done and (place := known.get(work)) and rows.done(self.paths, *place, marks):
+                found = rows.read(self.paths, place[0], units=[place[1]])
+                self.append(unit.key, found.drop(columns=["study", "factor", "level"]).assign(**unit.said))
+                done = True
+            self.units.append(unit.key)
+            planned.append(unit._replace(done=done))
+        return planned
+
     def abreast(self, method: Method) -> int:
         """How many single edits are written side by side: `lanes`, or as many as half of the free memory holds."""
         return max(1, int(min(self.lanes, free_mib(self.model.device) / 2 / lane_mib(self.model, method))))
 
-    def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any) -> str | None:
+    def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, also: Sequence["Study"] = (), **labels: Any) -> str | None:
         """`run`, for a trial that may come to nothing: what went wrong, or None; a failed trial has no rows to read."""
-        asked = len(self.units)
+        asked = {study.name: len(study.units) for study in (self, *also)}
         try:
-            self.run(method, batch_size, limit, **labels)
+            self.run(method, batch_size, limit, also, **labels)
         except (FloatingPointError, InputError) as error:
-            del self.units[asked:]
+            for study in (self, *also):
+                del study.units[asked[study.name] :]
             return str(error)
         return None
 
-    def write_in(self, method: Method, group: Sequence["Unit"]) -> tuple[list[tuple["Unit", pd.DataFrame]], dict[str, str]]:
+    def write_in(self, method: Method, group: Sequence[tuple["Unit", ...]], also: Sequence["Study"] = ()) -> tuple[list[Written], dict[str, str]]:
         """Rows after one batch of edits, or after each of several single edits, and why others failed, by the edit's id.
 
-        The model is as before when it returns.
+        `group` has for each batch its unit in this study and in each of `also`. The model is as before when it returns.
         """
-        edits = [edit for unit in group for edit in unit.edits]
+        edits = [edit for units in group for edit in units[0].edits]
         apart = len(group) > 1 or len(edits) == 1
         before, memory = dict(zip([edit.id for edit in edits], self.by_window(edits))), Peak(self.model.device)
         started = time.perf_counter()
         with (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
-            highest, between = memory.mib(), time.perf_counter()
+            cost = {"train_seconds": (time.perf_counter() - started) / len(group), "peak_mib": (highest := memory.mib()) and highest / len(group)}
             records, failed = (m.edit_records, m.failed) if apart else (dict.fromkeys([edit.id for edit in edits], m.edit_record), {})
             written = [edit for edit in edits if edit.id in records]
-            frame = self.ask(m, [probe for edit in written for probe in self.material.probes[edit.id]])
-            seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between, "peak_mib": highest}
+            asked = [study.ask_after(m, written, len(group)).assign(**cost) for study in (self, *also)]
             after = {} if hasattr(m, "passages") else dict(zip([edit.id for edit in written], self.by_window(written)))
-        shares = {name: value and value / len(group) for name, value in seconds.items()}
-        frame = beside(frame, self.before).assign(phase="after", **shares)
-        frames = []
-        for unit in group:
-            ids = [edit.id for edit in unit.edits]
+        answered = [beside(frame, study.before) for study, frame in zip((self, *also), asked, strict=True)]
+        found = []
+        for units in group:
+            ids = [edit.id for edit in units[0].edits]
             if set(ids) <= set(records):
-                own = frame[frame["edit"].isin(ids)].reset_index(drop=True)
-                frames.append((unit, with_record(own, records[ids[0]], [(before[edit], after[edit]) for edit in ids if edit in after])))
-        return frames, failed
+                course = (records[ids[0]], [(before[edit], after[edit]) for edit in ids if edit in after])
+                found.append((units, [with_record(frame[frame["edit"].isin(ids)].reset_index(drop=True), *course) for frame in answered]))
+        return found, failed
+
+    def ask_after(self, model: nn.Module, edits: Sequence[Edit], shares: int) -> pd.DataFrame:
+        """Answers and scores while these edits are in the weights; the seconds are an equal share for each of so many units."""
+        started = time.perf_counter()
+        frame = self.ask(model, [probe for edit in edits for probe in self.material.probes[edit.id]])
+        return frame.assign(phase="after", answer_seconds=(time.perf_counter() - started) / shares)
 
     def by_window(self, batch: Sequence[Edit]) -> list[list[float]]:
         """Of each edit, the mean log-probability (nats) of a token of each window of its answer; none where none is asked for."""
@@ -225,13 +256,6 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     if (seed := world_of(model)) is not None:
         moments.measure(model, tokenizer, moments.world_texts(seed), range(len(blocks(model))))
 
-
-class Unit(NamedTuple):
-    """A batch of edits still to be written: the name of its rows' file, its number, the edits."""
-
-    key: str
-    number: int
-    edits: tuple[Edit, ...]
 
 
 def with_record(frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple] = ()) -> pd.DataFrame:
