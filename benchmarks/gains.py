@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-import allocation
 from uke import answering, finetune, lane_training, padding, speed, ways
 from uke.apart import edited_apart
 from uke.edits import Edit, Probe
@@ -61,7 +60,7 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
     """A row for each optimisation; `methods` as they were timed, the first of them is taken where one is enough."""
     recipes = [method for method in methods if isinstance(method, Recipe)]
     edits = study.material.edits[: amount.edits]
-    bar = tqdm(total=4 + 2 * len(recipes), desc="gains")
+    bar = tqdm(total=3 + 2 * len(recipes), desc="gains")
     found = []
     for recipe in recipes:
         found.append(_training_in_lanes(study, edits, recipe, timings))
@@ -73,8 +72,8 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
         if (gain := _frozen(study, edits, recipe, amount)) is not None:
             found.append(gain)
         bar.update()
-    found += [_sorted_by_length(study, edits, amount), *(_kept_memory(study, edits, recipe, amount) for recipe in recipes[-1:])]
-    bar.update(2)
+    found.append(_sorted_by_length(study, edits, amount))
+    bar.update()
     bar.close()
     return found
 
@@ -89,14 +88,6 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     work()
     started.lap("train")
     return started.seconds["train"]
-
-
-def _kept_memory(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
-    """Predicted by counting: pages cleared for the process without the settings, times what clearing one takes."""
-    kinds = tuple(dict.fromkeys(probe.kind for edit in edits for probe in study.material.probes[edit.id]))
-    predicted, ratios = allocation.without_and_with(recipe, len(edits), kinds, amount.repeats)
-    why = "Predicted by cleared pages alone; with huge pages fewer addresses are looked up too, and the settings hold for notebooks, not for the other rows here."
-    return _gain("memory kept, in huge pages", recipe.name, predicted, ratios, why)
 
 
 def _in_turns(off: Callable[[], float], on: Callable[[], float], repeats: int) -> list[float]:

@@ -62,20 +62,6 @@ def executed(project: Path) -> list:
     return nbformat.read(project / "results/quick/notebooks/01_small.ipynb", as_version=4).cells
 
 
-@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="a setting of glibc")
-@pytest.mark.parametrize("given", [None, "glibc.malloc.hugetlb=0"])
-def test_the_kernel_gives_large_tensors_back_or_a_choice_of_the_user_is_overruled(project, monkeypatch, given):
-    """Told by the pages that the system has to clear for 64 MiB taken a second time: 16,384 of 4 KiB each."""
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    if given:
-        monkeypatch.setenv("GLIBC_TUNABLES", given)
-    take = 'taken = b"x" * 2**26\ndel taken\n'
-    write(project, take, f"import resource\nfaults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nbefore = faults()\n{take}print(faults() - before)", WRITE)
-    assert small() == 0
-    [printed] = [out.text for cell in executed(project) for out in cell.get("outputs", []) if out.output_type == "stream"]
-    assert (int(printed) < 2000) == (given is None)
-
-
 @pytest.mark.parametrize(
     "arguments, expected",
     [

@@ -15,10 +15,6 @@ from filelock import FileLock, Timeout
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 
-# For glibc: large tensors from memory that the process keeps, in huge pages. By default each is returned to the system after use and
-# cleared page by page at the next step. Of the embedded model's time on two cores this saves 9 % of LoRA in lanes and of answering,
-# 10 % of MEMIT by windows, 5 % of UnKE.
-ALLOCATION = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**34}"}
 START_SECONDS = 1.5  # within this time a starting kernel has bound its ports
 
 

@@ -22,7 +22,7 @@ import papermill
 
 from uke import manifests, params, preflight
 from uke.errors import InputError
-from uke.kernels import ALLOCATION, Expired, Kernel, leased_device, start_in_turn, time_limit
+from uke.kernels import Expired, Kernel, leased_device, start_in_turn, time_limit
 from uke.paths import Paths
 
 logger = logging.getLogger("uke.run")
@@ -124,7 +124,6 @@ def run(plan: Plan) -> None:
     with leased_device() as device:
         try:
             _go_offline(plan.parameters.get("model", "embedded"))
-            os.environ |= ALLOCATION | os.environ
             _execute(plan)
             _check_outputs(plan, stamps)
             status = "done"
