@@ -32,6 +32,8 @@ TUNED = {name: ("llama", recipe) for name, recipe in RECIPES.items() if name not
 TUNED |= {"every weight of two blocks": ("llama", NORMS), "norms of heads": ("qwen3", NORMS), "biases": ("qwen2", NORMS), "behind norms": ("gemma3_text", NORMS)}
 TUNED |= {"raw prompts": ("mistral", Recipe(name="raw", chat_template=False, end_of_turn=False, weight_decay=0.1)), "LoRA everywhere": ("qwen2", Recipe(name="LoRA", adapter="lora", rank=3, components=("mlp", "attention")))}
 QUICK = {name: (family, recipe.model_copy(update={"steps": 5, "learning_rate": 1e-2, "stop_loss": 0.0})) for name, (family, recipe) in TUNED.items()}
+# Adam takes a whole step along a gradient that is zero but for rounding, whose sign is the processor's: with seed 0 LoRA has one such number.
+QUICK["LoRA"] = ("llama", QUICK["LoRA"][1].model_copy(update={"seed": 1}))
 SMALL = {"window": 6, "steps": 6, "learning_rate": 0.2, "memit_lambda": 1e-2, "alphaedit_l2": 1e-3, "null_threshold": 0.5}
 SMALL |= {"unke_steps": 8, "unke_rate": 5e-3, "preservation": 3, "stop_loss": 0.0}
 
@@ -129,22 +131,16 @@ def test_an_edit_among_others_is_not_what_it_is_alone(ready, tokenizer, name):
         assert m is model and list(m.edit_records) == [edit.id for edit in EDITS]
         answers, likely = said(m, tokenizer, probes(EDITS))
         assert answers != plain or name == "FT-L"
-        rounded = 0
+        assert answers == [text for edit in EDITS for text in expected[edit.id][0]]
+        assert likely == pytest.approx([value for edit in EDITS for value in expected[edit.id][1]], rel=1e-2)
         for lane, edit in enumerate(EDITS):
-            own = slice(len(answers) // len(EDITS) * lane, len(answers) // len(EDITS) * (lane + 1))
-            apart_by = far({own: change for own, change in of_lane(m.lanes, lane, before).items() if change.any()}, changed[edit.id]) if hasattr(m, "lanes") else 0.0
-            assert apart_by < 1e-2
-            # Adam takes a whole step along a gradient that is zero but for rounding, whose sign differs between processors; an
-            # untrained model may then say something else. This happens to one of the edits here at most.
-            rounded += (decided := apart_by > 1e-3)
-            assert decided or answers[own] == expected[edit.id][0]
-            assert decided or likely[own] == pytest.approx(expected[edit.id][1], rel=1e-2)
+            if hasattr(m, "lanes"):
+                assert far({own: change for own, change in of_lane(m.lanes, lane, before).items() if change.any()}, changed[edit.id]) < 1e-2
             record, alone = m.edit_records[edit.id], records[edit.id]
             assert record.change_norm == pytest.approx(alone.change_norm, rel=1e-2) and record.stopped == alone.stopped
             assert len(record.notes) == len(alone.notes)
             if isinstance(method, Recipe):
                 assert record.steps == alone.steps and record.losses == pytest.approx(alone.losses, rel=1e-2, abs=1e-4)
-        assert rounded <= 1
     assert is_as_before(model, before)
 
 

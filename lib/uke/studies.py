@@ -40,17 +40,19 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["UNEDITED", "Material", "Study", "Unit", "batched", "compared", "gather", "leading", "measure_world", "with_record", "world_of"]
 
+UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
+
+
 class Unit(NamedTuple):
     """A batch of edits under a method in a study: the name of its rows' file, the edits, what every row says, whether there are rows."""
 
     key: str
     edits: tuple[Edit, ...]
     said: dict[str, Any]
-    done: bool = False
+    done: bool
 
 
 Written = tuple[tuple[Unit, ...], list[pd.DataFrame]]  # a batch's unit in each study that asks, and the rows of each
-UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 
 
 @dataclass
@@ -138,7 +140,7 @@ class Study:
         if failed:
             raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
 
-    def plan(self, method: Method, batch_size: int, limit: int | None, labels: Mapping[str, Any]) -> list["Unit"]:
+    def plan(self, method: Method, batch_size: int, limit: int | None, labels: Mapping[str, Any]) -> list[Unit]:
         """The units of every batch of the first `limit` edits, those taken over among them; `read` reads them from now on."""
         marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": method.fingerprint}
         said = {"method": method.name, "batch_size": batch_size, "learning_rate": method.learning_rate, "seed": method.seed}
@@ -147,15 +149,19 @@ class Study:
         for number, batch in enumerate(batched(self.material.edits[:limit], batch_size)):
             choices = self.conditions | {"batch": number, "size": batch_size, "texts": texts} | marks
             work = rows.digest("work", windows=self.windows, **choices)
-            unit = Unit(f"{rows.unit_key(method.name, **choices, **labels)}-{work}", tuple(batch), self.labels | labels | said | {"batch": number} | marks)
-            done = rows.done(self.paths, self.name, unit.key, marks)
-            if not done and (place := known.get(work)) and rows.done(self.paths, *place, marks):
-                found = rows.read(self.paths, place[0], units=[place[1]])
-                self.append(unit.key, found.drop(columns=["study", "factor", "level"]).assign(**unit.said))
-                done = True
-            self.units.append(unit.key)
-            planned.append(unit._replace(done=done))
+            key, columns = f"{rows.unit_key(method.name, **choices, **labels)}-{work}", self.labels | labels | said | {"batch": number} | marks
+            done = rows.done(self.paths, self.name, key, marks) or self.take_over(key, columns, known.get(work), marks)
+            self.units.append(key)
+            planned.append(Unit(key, tuple(batch), columns, done))
         return planned
+
+    def take_over(self, unit: str, said: Mapping[str, Any], place: tuple[str, str] | None, marks: Mapping[str, str]) -> bool:
+        """Whether the study and unit at `place` have fresh rows, which are then written as this unit's."""
+        if place is None or not rows.done(self.paths, *place, marks):
+            return False
+        found = rows.read(self.paths, place[0], units=[place[1]])
+        self.append(unit, found.drop(columns=["study", "factor", "level"]).assign(**said))
+        return True
 
     def abreast(self, method: Method) -> int:
         """How many single edits are written side by side: `lanes`, or as many as half of the free memory holds."""
@@ -163,16 +169,16 @@ class Study:
 
     def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, also: Sequence["Study"] = (), **labels: Any) -> str | None:
         """`run`, for a trial that may come to nothing: what went wrong, or None; a failed trial has no rows to read."""
-        asked = {study.name: len(study.units) for study in (self, *also)}
+        asked = [(study, len(study.units)) for study in (self, *also)]
         try:
             self.run(method, batch_size, limit, also, **labels)
         except (FloatingPointError, InputError) as error:
-            for study in (self, *also):
-                del study.units[asked[study.name] :]
+            for study, count in asked:
+                del study.units[count:]
             return str(error)
         return None
 
-    def write_in(self, method: Method, group: Sequence[tuple["Unit", ...]], also: Sequence["Study"] = ()) -> tuple[list[Written], dict[str, str]]:
+    def write_in(self, method: Method, group: Sequence[tuple[Unit, ...]], also: Sequence["Study"] = ()) -> tuple[list[Written], dict[str, str]]:
         """Rows after one batch of edits, or after each of several single edits, and why others failed, by the edit's id.
 
         `group` has for each batch its unit in this study and in each of `also`. The model is as before when it returns.
