@@ -16,8 +16,6 @@ PROFILE = str(config.get("profile", "quick"))
 DATA = params.dataset(ROOT, PROFILE, config.get("data"))
 PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
-FIRST = ["00_embedded_model", params.LOCALITY]
-EARLY = [name for name, study in STUDIES.items() if study.early]
 TUNING = [name for name in STUDIES if name.split("_")[0] == "tuning"]
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
 COLLECTIONS = {name: params.find_collections(name, [path for path in str(config.get(name, "")).split(",") if path]) for name in params.COLLECTIONS}
@@ -69,31 +67,23 @@ rule locality:
         section(params.LOCALITY),
 
 
-rule notebook:
-    wildcard_constraints:
-        notebook="|".join(name for name in STUDIES if name not in FIRST + EARLY) or "none",
-    input:
-        sources,
-    output:
-        section("{notebook}"),
-    log:
-        str(PATHS.results / "notebooks" / "{notebook}.ipynb"),
-    params:
-        shared=" ".join(f"--shared {shlex.quote(f'{key}={value}')}" for key, value in sorted(SHARED.items())),
-    threads: int(config.get("threads", 1))
-    shell:
-        "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke.run {wildcards.notebook} {RUN} {params.shared}"
+# A rule for each priority, since Snakemake knows none of a single job: what takes longest must not be begun last.
+for rank in sorted({study.priority for study in STUDIES.values()}):
 
-
-# What takes longest must not be what is begun last.
-use rule notebook as early_notebook with:
-    wildcard_constraints:
-        notebook="|".join(EARLY) or "none",
-    priority: 1
-
-
-# While one builds the set that all others need, the other needs none.
-use rule notebook as first_notebook with:
-    wildcard_constraints:
-        notebook="|".join(FIRST),
-    priority: 2
+    rule:
+        name:
+            f"notebook_{rank}"
+        wildcard_constraints:
+            notebook="|".join(name for name, study in STUDIES.items() if study.priority == rank),
+        input:
+            sources,
+        output:
+            section("{notebook}"),
+        log:
+            str(PATHS.results / "notebooks" / "{notebook}.ipynb"),
+        params:
+            shared=" ".join(f"--shared {shlex.quote(f'{key}={value}')}" for key, value in sorted(SHARED.items())),
+        threads: int(config.get("threads", 1))
+        priority: rank
+        shell:
+            "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke.run {wildcards.notebook} {RUN} {params.shared}"

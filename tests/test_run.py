@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,7 +36,6 @@ def project(tmp_path, monkeypatch):
     """A project with two profiles and, by `write`, one notebook."""
     monkeypatch.setenv("UKE_HOME", str(tmp_path))
     monkeypatch.delenv("UKE_DATA", raising=False)
-    monkeypatch.setattr(kernels, "START_SECONDS", 0.1)
     for folder in ("notebooks", "params/profiles", "params/studies", "params/methods"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "params/profiles/quick.yaml").write_text("limit: 5\n")
@@ -272,6 +273,19 @@ def test_a_kernel_that_fails_to_start_is_started_once_more(project, monkeypatch,
     at_start(project, monkeypatch, once)
     assert small() == 0
     assert any("failed to start" in message and "once more" in message for message in caplog.messages)
+
+
+def test_a_kernel_listens_in_a_folder_of_its_own_that_goes_with_it(project, monkeypatch):
+    """Over TCP, kernels that start together take each other's ports, and other users of the machine can listen."""
+    folder = tempfile.mkdtemp()  # short: the path of a socket has a hundred characters at most
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    where = "from ipykernel.kernelapp import IPKernelApp\nfrom pathlib import Path\nown = IPKernelApp.instance()"
+    write(project, where, 'Path("listening").write_text(f"{own.transport} {Path(own.ip).parent.stat().st_mode & 0o777:o} {own.ip}")', WRITE)
+    assert small() == 0
+    transport, mode, place = (project / "listening").read_text().split()
+    assert (transport, mode) == ("ipc", "700") and place.startswith(folder)
+    assert not list(Path(folder).glob("uke-*/kernel*"))
+    shutil.rmtree(folder)
 
 
 def test_parallel_runs_lease_different_gpus(monkeypatch):

@@ -114,7 +114,7 @@ def test_notebooks_on_the_world_wait_for_the_audit_of_its_locality_set_or_others
 
 def test_the_longest_notebook_starts_last(project):
     for name in ("00_short", "09_long"):
-        (project / f"params/studies/{name}.yaml").write_text(f"notebook: {name}\n" + ("early: true\n" if name == "09_long" else ""))
+        (project / f"params/studies/{name}.yaml").write_text(f"notebook: {name}\n" + ("priority: 1\n" if name == "09_long" else ""))
         write(project, name, f'(folder / "{name}.json").write_text(str(__import__("time").time_ns()))')
     command = [sys.executable, "-m", "snakemake", *(str(project / f"figures/smoke/sections/{name}.json") for name in ("00_short", "09_long")), "--cores", "1", "--config", "profile=smoke"]
     done = subprocess.run(command, cwd=project, env=os.environ | {"UKE_HOME": str(project), "XDG_CACHE_HOME": str(project / "cache")}, capture_output=True, text=True, timeout=400)

@@ -1,11 +1,10 @@
-"""What a notebook run without a person needs of the machine: its own kernel, a start in turn, a time limit, a GPU."""
+"""What a notebook run without a person needs of the machine: its own kernel, a time limit, a GPU."""
 
 import asyncio
 import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +14,22 @@ from filelock import FileLock, Timeout
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 
-START_SECONDS = 1.5  # within this time a starting kernel has bound its ports
-
 
 class Expired(KeyboardInterrupt):
     """A time limit is over; a KeyboardInterrupt, because asyncio swallows other exceptions of a signal handler."""
 
 
 class Kernel(AsyncKernelManager):
-    """The kernel of the interpreter that runs this, whatever kernelspecs are installed on the machine."""
+    """The kernel of the interpreter that runs this, whatever kernelspecs are installed on the machine.
+
+    It is spoken to through sockets in a folder of its own: parallel starts over TCP collide on ports, and anyone on the machine could listen.
+    """
 
     connected = None
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="uke-")
+        super().__init__(transport="ipc", ip=str(Path(self.folder.name) / "kernel"))
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -42,19 +46,7 @@ class Kernel(AsyncKernelManager):
             self.connected.stop_channels()
         if self.has_kernel:
             asyncio.run(self.shutdown_kernel(now=True))
-
-
-@contextmanager
-def start_in_turn() -> Iterator[None]:
-    """Keep other runs of this user from starting a kernel for a moment: parallel starts collide on ports."""
-    lock = FileLock(_locks() / "start.lock", thread_local=False)
-    lock.acquire()
-    release = threading.Timer(START_SECONDS, lock.release)
-    release.start()
-    try:
-        yield
-    finally:
-        release.join()
+        self.folder.cleanup()
 
 
 @contextmanager

@@ -58,8 +58,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]
 class Study:
     """What params/studies/<notebook>.yaml says of one notebook.
 
-    `fixed`: parameters every run of it has; `vary`: list parameters it compares; `profiles`: sizes per profile; `early`: it takes
-    longest, so of those that can it starts first; `report`: whether `make report` runs it, or the one profile on which it does.
+    `fixed`: parameters every run of it has; `vary`: list parameters it compares; `profiles`: sizes per profile; `priority`: of
+    those that can start, the highest does: what all others wait for (2), then what takes longest (1); `report`: whether `make report` runs it, or the one profile on which it does.
     """
 
     notebook: str
@@ -67,7 +67,7 @@ class Study:
     vary: Mapping[str, list] = field(default_factory=dict)
     profiles: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     after: list[str] = field(default_factory=list)  # notebooks that must have run before
-    early: bool = False
+    priority: int = 0
     report: bool | str = True
 
 
@@ -96,7 +96,7 @@ def study(root: Path, notebook: str) -> Study:
     if not path.exists():
         return Study(notebook=notebook)
     content = read_yaml(path)
-    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "early": bool, "report": (bool, str)}
+    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "priority": int, "report": (bool, str)}
     for key, value in content.items():
         if key not in types:
             raise InputError(f"{path}: unknown key '{key}'{nearest(key, types)}")

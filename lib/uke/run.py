@@ -3,7 +3,7 @@
 `python -m uke.run 01_edits --profile quick --set limit=4`; `python -m uke.run --compose --profile quick` makes the report,
 `--redraw` draws its figures and tables again first, from what the sections stored.
 Exit status: 0 done, 1 the notebook failed, 2 bad input (nothing was started). Papermill's own gaps are closed here: it only
-warns of an unknown parameter, never checks outputs, can hang on a killed kernel, and parallel starts collide on ports.
+warns of an unknown parameter, never checks outputs, and can hang on a killed kernel.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import papermill
 
 from uke import manifests, params, preflight
 from uke.errors import InputError
-from uke.kernels import Expired, Kernel, leased_device, start_in_turn, time_limit
+from uke.kernels import Expired, Kernel, leased_device, time_limit
 from uke.paths import Paths
 
 logger = logging.getLogger("uke.run")
@@ -142,7 +142,7 @@ def _execute(plan: Plan) -> None:
             raise Failure(_explain(plan, error)) from None
         except Expired:
             raise Failure(f"{plan.source}: not finished after {plan.timeout:.0f} s (--timeout)") from None
-        except Exception as error:  # a kernel that does not come up fails in many ways: ports, time, memory
+        except Exception as error:  # a kernel that does not come up fails in many ways: time, memory, sockets
             line = f"{plan.source}: kernel failed{' in ' + repr(progress.shown) if progress.started else ' to start'}: {_first(error)}"
             if last or progress.started:
                 raise Failure(line) from None
@@ -152,7 +152,7 @@ def _execute(plan: Plan) -> None:
 def _execute_once(plan: Plan, progress: _Progress) -> None:
     kernel = Kernel()
     try:
-        with start_in_turn(), time_limit(plan.timeout):
+        with time_limit(plan.timeout):
             papermill.execute_notebook(
                 plan.source,
                 plan.executed,
