@@ -67,7 +67,7 @@ rule locality:
         section(params.LOCALITY),
 
 
-# A rule for each priority, since Snakemake knows none of a single job: what takes longest must not be begun last.
+# A rule for each priority, since a rule of Snakemake has one for all its jobs.
 for rank in sorted({study.priority for study in STUDIES.values()}):
 
     rule:

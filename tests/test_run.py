@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -277,15 +276,14 @@ def test_a_kernel_that_fails_to_start_is_started_once_more(project, monkeypatch,
 
 def test_a_kernel_listens_in_a_folder_of_its_own_that_goes_with_it(project, monkeypatch):
     """Over TCP, kernels that start together take each other's ports, and other users of the machine can listen."""
-    folder = tempfile.mkdtemp()  # short: the path of a socket has a hundred characters at most
-    monkeypatch.setattr(tempfile, "tempdir", folder)
     where = "from ipykernel.kernelapp import IPKernelApp\nfrom pathlib import Path\nown = IPKernelApp.instance()"
     write(project, where, 'Path("listening").write_text(f"{own.transport} {Path(own.ip).parent.stat().st_mode & 0o777:o} {own.ip}")', WRITE)
-    assert small() == 0
-    transport, mode, place = (project / "listening").read_text().split()
-    assert (transport, mode) == ("ipc", "700") and place.startswith(folder)
-    assert not list(Path(folder).glob("uke-*/kernel*"))
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:  # short: the path of a socket has a hundred characters at most
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        assert small() == 0
+        transport, mode, place = (project / "listening").read_text().split()
+        assert (transport, mode) == ("ipc", "700") and place.startswith(folder)
+        assert not list(Path(folder).glob("uke-*/kernel*"))
 
 
 def test_parallel_runs_lease_different_gpus(monkeypatch):

@@ -59,7 +59,8 @@ class Study:
     """What params/studies/<notebook>.yaml says of one notebook.
 
     `fixed`: parameters every run of it has; `vary`: list parameters it compares; `profiles`: sizes per profile; `priority`: of
-    those that can start, the highest does: what all others wait for (2), then what takes longest (1); `report`: whether `make report` runs it, or the one profile on which it does.
+    those that can start, the highest starts: the set that others wait for and what needs no set (2), then what takes longest (1);
+    `report`: whether `make report` runs it, or the one profile on which it does.
     """
 
     notebook: str
