@@ -8,7 +8,6 @@ import argparse
 import logging
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ import gains
 import growth
 import predictions
 import shapes
-from uke import speed, ways
+from uke import manifests, speed, ways
 from uke.answering import answer
 from uke.edits import Edit
 from uke.errors import InputError
@@ -107,7 +106,7 @@ def described(measure, size, said: str, name: str, device: str) -> dict:
         print(f"this machine is busy (load {busy:g}): the seconds of this run are not to be trusted", file=sys.stderr)
     measured = measure(size, device)
     machine = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "processor": _processor(), "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "processor": manifests.processor(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "platform": platform.platform(), "load_before": busy, "load_after": round(os.getloadavg()[0], 2),
     }  # fmt: skip
@@ -171,13 +170,6 @@ def row(method: Method, way: str, edits: Sequence[Edit], found: ways.Timed) -> d
     return {"method": method.name, "way": way, "edits": len(edits), "probes": len(found.answers)} | {
         name: value for name, value in found._asdict().items() if name != "answers"
     }
-
-
-def _processor() -> str:
-    try:
-        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

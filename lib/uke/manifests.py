@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ def write(root: Path, results: Path, outcome: dict) -> Path:
         "executable": sys.executable,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
         "commit": commit,
         "versions": {each.name: each.version for each in sorted(metadata.distributions(), key=lambda each: each.name)},
     }
@@ -41,10 +43,18 @@ def write(root: Path, results: Path, outcome: dict) -> Path:
 
 
 def machine(manifest: dict) -> dict:
-    """Device, Python, platform and the libraries that decide numbers, as a report states them."""
+    """Device, processor, Python, platform and the libraries that decide numbers, as a report states them."""
     versions = manifest.get("versions", {})
-    known = {key: manifest[key] for key in ("device", "python", "platform") if manifest.get(key)}
+    known = {key: manifest[key] for key in ("device", "processor", "python", "platform") if manifest.get(key)}
     return known | ({"libraries": {key: versions[key] for key in _LIBRARIES if key in versions}} if versions else {})
+
+
+def processor() -> str:
+    """Name of this machine's processor: seconds hang on it, and by rounding the scores of long trainings."""
+    try:
+        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
 
 
 def _work_seconds(results: Path, seconds: float, earlier: Path) -> float:
