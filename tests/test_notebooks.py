@@ -184,7 +184,7 @@ def executed(home, environment) -> list[Path]:
 
 def run_smoke(name: str, environment: dict) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "uke.run", name, "--profile", "smoke"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.CompletedProcess:
@@ -193,7 +193,7 @@ def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.
     (folder / "sanitise.cfg").write_text(SANITISE)
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
     command += ["--rootdir", str(folder), "--nbval-sanitize-with", str(folder / "sanitise.cfg"), *map(str, notebooks)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_every_notebook_runs_and_its_rerun_says_the_same(executed, home, environment):
