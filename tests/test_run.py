@@ -205,7 +205,7 @@ def test_a_run_uses_this_interpreter_and_writes_outputs_and_manifest(project, mo
     assert sys.executable in executed(project)[-1].outputs[0].data["text/plain"]
     manifest = json.loads((project / "results/quick/manifests/01_small.json").read_text())
     assert manifest["status"] == "done" and manifest["parameters"]["limit"] == 3
-    assert manifest["executable"] == sys.executable and manifest["seconds"] > 0 and manifest["processor"] and manifest["gflops"] > 0 and manifest["versions"]["papermill"]
+    assert manifest["executable"] == sys.executable and manifest["seconds"] > 0 and manifest["processor"] and manifest["versions"]["papermill"]
 
 
 def test_a_failing_cell_is_one_line_on_stderr(project):

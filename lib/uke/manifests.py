@@ -3,15 +3,12 @@
 import json
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "typst")
 
@@ -37,7 +34,6 @@ def write(root: Path, results: Path, outcome: dict) -> Path:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
-        "gflops": round(speed(), 1),
         "commit": commit,
         "versions": {each.name: each.version for each in sorted(metadata.distributions(), key=lambda each: each.name)},
     }
@@ -59,21 +55,6 @@ def processor() -> str:
         return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
-
-
-def speed() -> float:
-    """GFLOP in a CPU second (median of 5) of a float32 product of 2000 x 256 and 256 x 1024, as in a forward pass of the embedded model.
-
-    A shared or throttled machine differs from itself by a factor of two within an hour: seconds compare only beside this.
-    """
-    left, right = np.ones((2000, 256), np.float32), np.ones((256, 1024), np.float32)
-    rates = []
-    for _ in range(5):
-        start = time.process_time()
-        for _ in range(5):
-            left @ right
-        rates.append(5 * 2 * 2000 * 256 * 1024 / 1e9 / (time.process_time() - start))
-    return statistics.median(rates)
 
 
 def _work_seconds(results: Path, seconds: float, earlier: Path) -> float:

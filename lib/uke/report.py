@@ -239,13 +239,8 @@ def account(paths: Any, notebooks: Iterable[str]) -> None:
     # Kept with the figures, since a report that is composed again elsewhere has no manifests.
     section.environment = {"cores": os.cpu_count()} | {key: value for manifest in reversed(found) for key, value in manifests.machine(manifest).items()}
     seconds = [max(float(each["work_seconds"]), _row_seconds(paths.exported(each["notebook"]))) for each in found]
-    frame = pd.DataFrame({"notebook": [each["notebook"] for each in found], "seconds": seconds, "GFLOP/s": [each.get("gflops") for each in found]})
-    section.table(
-        frame,
-        "run",
-        "Seconds of each notebook, its kernel's start included, or what its rows say they took where another process made them; two notebooks run at once. "
-        "GFLOP/s: a core's speed in a float32 matrix product when the notebook ended; machines differ in it by a factor of two, and a shared one does from hour to hour.",
-    )
+    frame = pd.DataFrame({"notebook": [each["notebook"] for each in found], "seconds": seconds})
+    section.table(frame, "run", "Seconds of each notebook, its kernel's start included, or what its rows say they took where another process made them; two notebooks run at once.")
     said = section.say("cost.study_seconds", frame["seconds"].sum(), n=len(frame), unit="s")
     section.answer(f"All notebooks together took {said}, added up over notebooks, of which two run at once.")
     section.save()
