@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from uke import kernels, params, run
+from uke import kernels, manifests, params, run
 from uke.errors import InputError
 
 PARAMETERS = """profile = "quick"  # sizes
@@ -206,6 +206,16 @@ def test_a_run_uses_this_interpreter_and_writes_outputs_and_manifest(project, mo
     manifest = json.loads((project / "results/quick/manifests/01_small.json").read_text())
     assert manifest["status"] == "done" and manifest["parameters"]["limit"] == 3
     assert manifest["executable"] == sys.executable and manifest["seconds"] > 0 and manifest["processor"] and manifest["versions"]["papermill"]
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    said = []
+    for number, (model, flags) in enumerate((("1", "fma avx avx2"), ("17", "fma avx avx2 avx512f avx512bw"))):
+        told = tmp_path / f"cpuinfo{number}"
+        told.write_text(f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n" * 2)
+        said.append(manifests.processor(told))
+    assert said == ["AMD EPYC (family 25, model 1, AVX2)", "AMD EPYC (family 25, model 17, AVX-512)"]
+    assert manifests.processor(tmp_path / "none")
 
 
 def test_a_failing_cell_is_one_line_on_stderr(project):

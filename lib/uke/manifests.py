@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "typst")
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def read(paths: Any) -> list[dict]:
@@ -49,12 +50,18 @@ def machine(manifest: dict) -> dict:
     return known | ({"libraries": {key: versions[key] for key in _LIBRARIES if key in versions}} if versions else {})
 
 
-def processor() -> str:
-    """Name of this machine's processor: seconds hang on it, and by rounding the scores of long trainings."""
+def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+    """This machine's processor: name, generation, widest vectors. Seconds hang on it, and by rounding the scores of long trainings.
+
+    In a virtual machine generations of different speed share a name ("AMD EPYC").
+    """
     try:
-        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    except (OSError, TypeError):
+        text = told.read_text(encoding="utf-8")
+        name, family, model, flags = (re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)[1] for field in ("model name", "cpu family", "model", "flags"))
+    except (OSError, TypeError):  # not Linux, or not x86
         return platform.processor() or platform.machine()
+    vectors = next((said for flag, said in _VECTORS.items() if flag in flags.split()), "no AVX2")
+    return f"{name} (family {family}, model {model}, {vectors})"
 
 
 def _work_seconds(results: Path, seconds: float, earlier: Path) -> float:
