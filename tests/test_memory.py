@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from uke import memory
+from uke import finetune, memory
 from uke.memory import MIB, Peak
 
 CPU = torch.device("cpu")
@@ -101,3 +101,49 @@ def test_a_job_takes_what_its_cluster_does_not_give_it(monkeypatch, tmp_path, ve
 def test_free_memory_of_a_gpu_is_that_of_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * MIB, 80 * MIB))
     assert memory.free_mib(torch.device("cuda", 0)) == 3
+
+
+def learned(model, tokens) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients of a training's loss, and how many bytes autograd keeps for them."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = finetune.loss(model, batch, "target_tokens").sum()
+    loss.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    return gradients, sum(kept.values())
+
+
+def test_activations_that_are_computed_again_change_a_gradient_or_are_kept(tiny):
+    model, tokens = tiny("llama"), torch.randint(0, 60, (4, 64), generator=torch.Generator().manual_seed(0))
+    before, whole = learned(model, tokens)
+    with memory.recomputed(model):
+        after, less = learned(model, tokens)
+    assert less < whole / 2
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert learned(model, tokens)[1] == whole  # and it is over on exit
+
+
+def test_what_reads_with_a_cache_reads_twice(tiny):
+    """Target values: a second reading would lengthen the cache that the first has filled."""
+    model, tokens = tiny("llama"), torch.arange(12)[None]
+    read = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda *_: read.append(1))
+    with memory.recomputed(model):
+        out = model(input_ids=tokens, use_cache=True)
+        out.logits.sum().backward()
+    assert out.past_key_values.get_seq_length() == 12 and len(read) == len(model.model.layers)
+
+
+def test_a_model_stays_wrapped_after_an_error(tiny):
+    model = tiny("llama")
+    with pytest.raises(RuntimeError), memory.recomputed(model):
+        raise RuntimeError
+    assert not any("forward" in vars(block) for block in model.model.layers)

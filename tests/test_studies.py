@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -512,7 +513,29 @@ def test_an_edit_or_batch_too_large_alone_is_tried_for_ever(toy, size):
     study.write_in = full
     with pytest.raises(torch.OutOfMemoryError):
         study.run(QUICK, batch_size=size)
-    assert len(tried) == (2 if size == 1 else 1) and not list(study.paths.rows("toy").glob("*"))
+    assert len(tried) == (3 if size == 1 else 2) and not list(study.paths.rows("toy").glob("*"))
+
+
+@pytest.mark.parametrize(("method", "size"), [(QUICK, 2), (LORA, 1), (MEMIT, 2)])
+def test_what_fits_only_with_activations_computed_again_ends_the_study_or_scores_otherwise(toy, caplog, monkeypatch, method, size):
+    plain, study = toy(lanes=1), toy(lanes=1)
+    moments.measure(plain.model, plain.tokenizer, SENTENCES * 3, (1, 2))
+    plain.run(method, batch_size=size, limit=2)
+    study.name, write_in, recomputed, inside = "short", study.write_in, studies.recomputed, []
+
+    def full(*args):
+        if not study.recomputing:
+            raise torch.OutOfMemoryError("out of memory")
+        return write_in(*args)
+
+    study.write_in = full
+    monkeypatch.setattr(study, "take_over", lambda *_: False)
+    monkeypatch.setattr(studies, "recomputed", lambda model: inside.append(model) or recomputed(model))
+    study.run(method, batch_size=size, limit=2)
+    mine, others = study.read(), plain.read()
+    assert mine["answer"].tolist() == others["answer"].tolist() and np.allclose(mine["change_norm"], others["change_norm"], rtol=1e-6)
+    assert mine["notes"].str.contains("computed again").all() and not others["notes"].fillna("").str.contains("computed again").any()
+    assert len(inside) == 2 // size and len(caplog.records) == 1 and "computed again" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize(("lanes_free", "abreast"), [(0, 1), (0.4, 1), (1.9, 1), (4, 2), (6.1, 3), (6.9, 3), (1000, 5)])

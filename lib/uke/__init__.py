@@ -25,7 +25,7 @@ finetune                     losses and training
 locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors
 baselines                    the solvers: MEMIT, AlphaEdit, UnKE
 editing, lane_training, apart   `with edited(model, tokenizer, edits, method) as m:`; every edit alone, side by side in lanes
-memory, asking, studies      ask before, edit, ask after, score, append rows; skip what is done, here or by another study of the run
+memory, asking, studies      what a training takes and how it takes less; ask before, edit, ask after, score, append rows; skip what is done, here or by another study of the run
 sequences                    the same for edits that pile up in the same weights
 ways                         the published loop, one by one, lanes: the same edits timed three ways (`benchmarks/`)
 markup, likelihood, choices, surroundings, workbench, sessions   one edit by hand: shown, read token by token, chosen, asked about, written, repeated

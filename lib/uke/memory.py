@@ -1,15 +1,25 @@
-"""How much memory a piece of work takes beyond what is held when it starts."""
+"""How much memory a piece of work takes beyond what is held when it starts, and how a training takes less."""
 
+import copy
 import ctypes
 import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from uke.models import blocks
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMORY, MEMBER, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 MIB = 2**20
+RECOMPUTED = "memory was short: activations were computed again"  # a note of an edit made inside `recomputed`
 UNLIMITED = 2**60  # bytes; where no limit is set, the older kind of control group says one near 2**63
 
 
@@ -80,3 +90,23 @@ def _forget() -> bool:
 def _resident(field: str) -> float:
     """A field of the process's status in mebibytes."""
     return int(re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)[1]) / 1024
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Trainings inside keep what goes into a block and compute the rest again in the backward pass: the same numbers, later."""
+    every = [block for _, block in blocks(model)]
+    try:
+        for block in every:
+            block.forward = partial(_again, copy.copy(block))  # a shallow copy, made before: it has the block's own `forward`
+        yield
+    finally:
+        for block in every:
+            vars(block).pop("forward", None)
+
+
+def _again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # With a cache, to which a block adds what it reads, a second reading would be another one; without a gradient nothing is kept.
+    if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+        return block.forward(*args, **kwargs)
+    return checkpoint(block.forward, *args, use_reentrant=False, **kwargs)

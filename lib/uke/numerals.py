@@ -1,6 +1,7 @@
 """Numbers as a reader sees them: decimals, intervals, powers of ten, and the score with its interval that fills a cell."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -68,3 +69,12 @@ def bracket(low: float, high: float, decimals: int | None = None) -> str:
     """An interval in print: [low, high]."""
     decimals = places(low, high) if decimals is None else decimals
     return f"[{number(float(low), decimals)}, {number(float(high), decimals)}]"
+
+
+def shortened(value: Any, digits: int) -> Any:
+    """The same value with numbers of so many digits, however deep they lie: what is stored of a measurement."""
+    if isinstance(value, Mapping):
+        return {name: shortened(one, digits) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shortened(one, digits) for one in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -12,7 +12,7 @@ from uke.edits import Probe
 from uke.errors import InputError
 from uke.methods import key
 from uke.metrics import AVERAGE, HEADLINE, score
-from uke.numerals import Score
+from uke.numerals import Score, shortened
 from uke.tables import ordered, write
 
 RESULTS = ("benchmarks", "results")
@@ -25,6 +25,7 @@ HOW = "No benchmark is stored here, so the speed of lanes is not shown; `make be
 ALIKE, WITHIN = 0.95, 0.01
 BUSY = 0.5  # processes that others had running when a benchmark started; with more its seconds are not to be trusted
 TEXT = ("size", "command", "machine", "versions", "seconds")
+DIGITS = 5  # as many as a measurement knows
 ROWS = ("timings", "same", "growth", "memory", "gains")
 
 
@@ -91,17 +92,10 @@ def save(content: Mapping[str, Any], path: Path) -> Path:
         raise InputError(f"{path}: no '{lacking[0]}' to write")
     parts = []
     for part in (*TEXT, *ROWS):
-        lines = ",\n  ".join(json.dumps(_short(row), ensure_ascii=False) for row in content[part]) if part in ROWS else ""
-        whole = f"[\n  {lines}\n ]" if lines else json.dumps(_short(content[part]), ensure_ascii=False)
+        lines = ",\n  ".join(json.dumps(shortened(row, DIGITS), ensure_ascii=False) for row in content[part]) if part in ROWS else ""
+        whole = f"[\n  {lines}\n ]" if lines else json.dumps(shortened(content[part], DIGITS), ensure_ascii=False)
         parts.append(f' "{part}": {whole}')
     return write(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
-
-
-def _short(value: Any) -> Any:
-    """Five digits say all that a measurement knows."""
-    if isinstance(value, Mapping):
-        return {name: _short(one) for name, one in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def average(probes: Sequence[Probe], answers: Sequence[str], before: Sequence[str]) -> float:

@@ -5,7 +5,8 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,11 @@ from uke.errors import Diverged, InputError
 from uke.finetune import prepare
 from uke.locate import by_window, locate
 from uke.materials import Material, batched, gather
-from uke.memory import Peak, free_mib
+from uke.memory import RECOMPUTED, Peak, free_mib, recomputed
 from uke.methods import Method
 from uke.metrics import METRICS, Encoder, load_encoder
 from uke.models import blocks, fingerprint, load
+from uke.numerals import shortened
 from uke.peers import PEERS, Peer
 from uke.pretraining import CARD, card
 from uke.recall import Recall
@@ -75,6 +77,7 @@ class Study:
     lanes: int = 16
     labels: dict[str, Any] = field(default_factory=dict)
     units: list[str] = field(default_factory=list, init=False)
+    recomputing: bool = field(default=False, init=False)  # activations, since memory did not hold them
 
     @classmethod
     def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
@@ -126,10 +129,8 @@ class Study:
                 try:
                     frames, broken = self.write_in(method, group, also)
                 except torch.OutOfMemoryError:
-                    if len(group) == 1:
+                    if not self.spare(method, len(group)):
                         raise
-                    self.lanes = len(group) // 2
-                    logger.warning("%s: %s: out of memory with %d edits side by side; going on with %d", self.name, method.name, len(group), self.lanes)
                     continue
                 for units, found in frames:
                     for study, unit, frame in zip(studies, units, found, strict=True):
@@ -167,6 +168,15 @@ class Study:
         """How many single edits are written side by side: `lanes`, or as many as half of the free memory holds."""
         return max(1, int(min(self.lanes, free_mib(self.model.device) / 2 / lane_mib(self.model, method))))
 
+    def spare(self, method: Method, abreast: int) -> bool:
+        """After an end of memory: from here on half as many side by side; one alone with activations computed again; False if it was."""
+        if abreast == 1 and self.recomputing:
+            return False
+        said = f"{abreast} edits side by side; going on with {abreast // 2}" if abreast > 1 else "activations kept; from here on they are computed again"
+        logger.warning("%s: %s: out of memory with %s", self.name, method.name, said)
+        self.lanes, self.recomputing = max(1, abreast // 2), abreast == 1
+        return True
+
     def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, also: Sequence["Study"] = (), **labels: Any) -> str | None:
         """`run`, for a trial that may come to nothing: what went wrong, or None; a failed trial has no rows to read."""
         asked = [(study, len(study.units)) for study in (self, *also)]
@@ -187,9 +197,11 @@ class Study:
         apart = len(group) > 1 or len(edits) == 1
         before, memory = dict(zip([edit.id for edit in edits], self.by_window(edits))), Peak(self.model.device)
         started = time.perf_counter()
-        with (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
+        with recomputed(self.model) if self.recomputing else nullcontext(), (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
             cost = {"train_seconds": (time.perf_counter() - started) / len(group), "peak_mib": (highest := memory.mib()) and highest / len(group)}
             records, failed = (m.edit_records, m.failed) if apart else (dict.fromkeys([edit.id for edit in edits], m.edit_record), {})
+            if self.recomputing:
+                records = {edit: replace(one, notes=[*one.notes, RECOMPUTED]) for edit, one in records.items()}
             written = [edit for edit in edits if edit.id in records]
             asked = [study.ask_after(m, written, len(group)).assign(**cost) for study in (self, *also)]
             after = {} if hasattr(m, "passages") else dict(zip([edit.id for edit in written], self.by_window(written)))
@@ -263,23 +275,13 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         moments.measure(model, tokenizer, moments.world_texts(seed), range(len(blocks(model))))
 
 
-
 def with_record(frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple] = ()) -> pd.DataFrame:
     """The rows of one unit with what its edit record holds, the course of the training in the first of them."""
     norm = sum(record.change_norm.values()) / max(1, len(record.change_norm))  # in context nothing changes
     course = {"stopped": record.stopped, "losses": record.losses, "norms": record.change_norm, "windows": windows}
     frame = frame.assign(steps=record.steps, change_norm=norm, notes="; ".join(record.notes) or None)
-    frame["course"] = [json.dumps(_short(course))] + [None] * (len(frame) - 1)
+    frame["course"] = [json.dumps(shortened(course, 6))] + [None] * (len(frame) - 1)
     return frame
-
-
-def _short(value: Any) -> Any:
-    """Numbers with six digits, however deep they lie."""
-    if isinstance(value, dict):
-        return {name: _short(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_short(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
