@@ -146,11 +146,9 @@ def test_an_edit_of_the_embedded_model_costs_as_much_as_forty_training_steps_at_
 
     bench.warm(bench.library.edits[3])
     ids = torch.arange(256)[None]
-    required = [parameter.requires_grad for parameter in bench.model.parameters()]
-    bench.model.requires_grad_(True)
-    one = min(spent(step) for _ in range(6))
-    for parameter, before in zip(bench.model.parameters(), required, strict=True):
-        parameter.requires_grad_(before)
+    with models.kept(bench.model, {}):
+        bench.model.requires_grad_(True)
+        one = min(spent(step) for _ in range(6))
     edits = [spent(bench.write, Task(edit, bench.methods["FT-UKE"])) for edit in bench.library.edits[3:6]]
     assert min(edits) < 40 * one
 

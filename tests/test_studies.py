@@ -516,6 +516,14 @@ def test_an_edit_or_batch_too_large_alone_is_tried_for_ever(toy, size):
     assert len(tried) == (3 if size == 1 else 2) and not list(study.paths.rows("toy").glob("*"))
 
 
+def test_a_batch_too_large_costs_single_edits_their_lanes_or_a_lane_too_many_the_memory_that_was_spared(toy):
+    """Each step of thrift is taken by itself: the second must not undo the first, nor the first cost what it need not."""
+    study = toy(lanes=16)
+    assert study.spare(QUICK, 1) and study.recomputing and study.lanes == 16
+    assert study.spare(QUICK, 4) and study.recomputing and study.lanes == 2
+    assert not study.spare(QUICK, 1)
+
+
 @pytest.mark.parametrize(("method", "size"), [(QUICK, 2), (LORA, 1), (MEMIT, 2)])
 def test_what_fits_only_with_activations_computed_again_ends_the_study_or_scores_otherwise(toy, caplog, monkeypatch, method, size):
     plain, study = toy(lanes=1), toy(lanes=1)

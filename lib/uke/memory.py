@@ -19,7 +19,7 @@ from uke.models import blocks
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMORY, MEMBER, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 MIB = 2**20
-RECOMPUTED = "memory was short: activations were computed again"  # a note of an edit made inside `recomputed`
+RECOMPUTED = "memory was short: activations were computed again where no cache is read"  # a note of an edit made inside `recomputed`
 UNLIMITED = 2**60  # bytes; where no limit is set, the older kind of control group says one near 2**63
 
 

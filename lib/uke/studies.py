@@ -81,10 +81,7 @@ class Study:
 
     @classmethod
     def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
-        """A study on the model of this name or directory, scored with the sentence encoder where there is one.
-
-        What a world's own model must keep under a locate-then-edit method is measured on that world where it is not yet.
-        """
+        """A study on the model of this name or directory (see `measure_world`), scored with the sentence encoder where there is one."""
         loaded, tokenizer = load(model)
         measure_world(loaded, tokenizer)
         return cls(name, paths, loaded, tokenizer, material, **(more if "encoder" in more else {"encoder": load_encoder(), **more}))
@@ -170,11 +167,13 @@ class Study:
 
     def spare(self, method: Method, abreast: int) -> bool:
         """After an end of memory: from here on half as many side by side; one alone with activations computed again; False if it was."""
-        if abreast == 1 and self.recomputing:
+        if abreast > 1:
+            self.lanes, said = abreast // 2, f"{abreast} edits side by side; going on with {abreast // 2}"
+        elif not self.recomputing:
+            self.recomputing, said = True, "activations kept; from here on they are computed again"
+        else:
             return False
-        said = f"{abreast} edits side by side; going on with {abreast // 2}" if abreast > 1 else "activations kept; from here on they are computed again"
         logger.warning("%s: %s: out of memory with %s", self.name, method.name, said)
-        self.lanes, self.recomputing = max(1, abreast // 2), abreast == 1
         return True
 
     def attempt(self, method: Method, batch_size: int = 1, limit: int | None = None, also: Sequence["Study"] = (), **labels: Any) -> str | None:
