@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_free_memory_of_a_gpu_is_that_of_the_machine(monkeypatch):
     assert memory.free_mib(torch.device("cuda", 0)) == 3
 
 
+def trained_once(model, tokens) -> dict[str, torch.Tensor]:
+    """Gradients of a training's loss."""
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    finetune.loss(model, batch, "target_tokens").sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    return gradients
+
+
 def learned(model, tokens) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients of a training's loss, and how many bytes autograd keeps for them."""
     kept = {}
@@ -111,13 +121,8 @@ def learned(model, tokens) -> tuple[dict[str, torch.Tensor], int]:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = finetune.loss(model, batch, "target_tokens").sum()
-    loss.backward()
-    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
-    return gradients, sum(kept.values())
+        return trained_once(model, tokens), sum(kept.values())
 
 
 def test_activations_that_are_computed_again_change_a_gradient_or_are_kept(tiny):
@@ -147,3 +152,39 @@ def test_a_model_stays_wrapped_after_an_error(tiny):
     with pytest.raises(RuntimeError), memory.recomputed(model):
         raise RuntimeError
     assert not any("forward" in vars(block) for block in model.model.layers)
+
+
+@pytest.mark.parametrize(("device", "ways"), [("cpu", [memory.recomputed]), ("cuda", [memory.recomputed, memory.offloaded])])
+def test_a_way_is_taken_twice_or_moves_to_the_host_what_is_there_already(device, ways):
+    thrift = memory.Thrift(SimpleNamespace(device=torch.device(device)))
+    assert thrift.notes == [] and [memory.WAYS[thrift.more()] for _ in ways] == ways
+    assert thrift.more() is None and len(thrift.notes) == len(set(thrift.notes)) == len(ways)
+
+
+def test_all_ways_together_change_a_gradient_or_offload_what_is_computed_again(tiny, monkeypatch):
+    """The host is to hold what goes into a block and not what is inside, and nothing may stay wrapped."""
+    model, tokens, moved = tiny("llama"), torch.randint(0, 60, (4, 64), generator=torch.Generator().manual_seed(0)), {}
+
+    def to_host(tensor):
+        moved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.clone()
+
+    hooks = lambda pin_memory: torch.autograd.graph.saved_tensors_hooks(to_host, lambda tensor: tensor)
+    monkeypatch.setattr(memory, "save_on_cpu", hooks)
+    before = trained_once(model, tokens)
+    with memory.Thrift(model, list(memory.WAYS)).used():
+        after = trained_once(model, tokens)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with memory.recomputed(model):
+        assert 0 < sum(moved.values()) <= learned(model, tokens)[1]
+    moved.clear()
+    trained_once(model, tokens)
+    assert not moved
+
+
+def test_torch_holds_on_the_host_other_numbers_than_it_was_given(tiny):
+    model, tokens = tiny("llama"), torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = trained_once(model, tokens)
+    with memory.offloaded(model):
+        after = trained_once(model, tokens)
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -223,6 +223,25 @@ def test_a_method_that_breaks_down_keeps_the_counts_it_reached_and_says_why(toy,
         sequences.run(toy(), METHODS["FT-M"], [3, 4], 1)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_sequence_too_large_for_memory_ends_the_study_or_scores_otherwise(toy, monkeypatch, caplog, together):
+    plain, study, write = toy(), toy(), sequences.Writer.write
+    sequences.run(plain, METHODS["FT-M"], [1, 3], 1, together)
+
+    def full(writer, edits):
+        if not study.thrift.taken and edits[-1].id == "Alan":
+            raise torch.OutOfMemoryError("out of memory")
+        return write(writer, edits)
+
+    monkeypatch.setattr(sequences.Writer, "write", full)
+    study.name, before = "short", state(study.model)
+    sequences.run(study, METHODS["FT-M"], [1, 3], 1, together)
+    mine, others = study.read(), plain.read()
+    assert mine["answer"].tolist() == others["answer"].tolist() and mine["batch"].tolist() == others["batch"].tolist()
+    assert mine["notes"].dropna().str.contains("computed again").all() and len(mine["notes"].dropna()) and others["notes"].isna().all()
+    assert len(caplog.records) == 1 and "computed again" in caplog.records[0].getMessage() and not moved(study.model, before)
+
+
 @pytest.mark.parametrize("given", [{"counts": [0, 2]}, {"counts": [6]}, {"counts": []}, {"asked": 0}])
 def test_counts_beyond_the_edits_are_refused(toy, given):
     with pytest.raises(InputError, match="counts"):

@@ -519,8 +519,8 @@ def test_an_edit_or_batch_too_large_alone_is_tried_for_ever(toy, size):
 def test_a_batch_too_large_costs_single_edits_their_lanes_or_a_lane_too_many_the_memory_that_was_spared(toy):
     """Each step of thrift is taken by itself: the second must not undo the first, nor the first cost what it need not."""
     study = toy(lanes=16)
-    assert study.spare(QUICK, 1) and study.recomputing and study.lanes == 16
-    assert study.spare(QUICK, 4) and study.recomputing and study.lanes == 2
+    assert study.spare(QUICK, 1) and len(study.thrift.taken) == 1 and study.lanes == 16
+    assert study.spare(QUICK, 4) and len(study.thrift.taken) == 1 and study.lanes == 2
     assert not study.spare(QUICK, 1)
 
 
@@ -529,16 +529,17 @@ def test_what_fits_only_with_activations_computed_again_ends_the_study_or_scores
     plain, study = toy(lanes=1), toy(lanes=1)
     moments.measure(plain.model, plain.tokenizer, SENTENCES * 3, (1, 2))
     plain.run(method, batch_size=size, limit=2)
-    study.name, write_in, recomputed, inside = "short", study.write_in, studies.recomputed, []
+    study.name, write_in, inside = "short", study.write_in, []
 
     def full(*args):
-        if not study.recomputing:
+        if not study.thrift.taken:
             raise torch.OutOfMemoryError("out of memory")
         return write_in(*args)
 
     study.write_in = full
     monkeypatch.setattr(study, "take_over", lambda *_: False)
-    monkeypatch.setattr(studies, "recomputed", lambda model: inside.append(model) or recomputed(model))
+    for way, made in memory.WAYS.items():
+        monkeypatch.setitem(memory.WAYS, way, lambda model, made=made: inside.append(model) or made(model))
     study.run(method, batch_size=size, limit=2)
     mine, others = study.read(), plain.read()
     assert mine["answer"].tolist() == others["answer"].tolist() and np.allclose(mine["change_norm"], others["change_norm"], rtol=1e-6)

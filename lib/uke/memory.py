@@ -4,14 +4,16 @@ import copy
 import ctypes
 import gc
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from uke.models import blocks
@@ -19,7 +21,6 @@ from uke.models import blocks
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMORY, MEMBER, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 MIB = 2**20
-RECOMPUTED = "memory was short: activations were computed again where no cache is read"  # a note of an edit made inside `recomputed`
 UNLIMITED = 2**60  # bytes; where no limit is set, the older kind of control group says one near 2**63
 
 
@@ -110,3 +111,42 @@ def _again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
         return block.forward(*args, **kwargs)
     return checkpoint(block.forward, *args, use_reentrant=False, **kwargs)
+
+
+def offloaded(model: nn.Module) -> AbstractContextManager[None]:
+    """Trainings inside hold in the host's memory what they keep for the backward pass: the same numbers, over the bus and back."""
+    return save_on_cpu(pin_memory=model.device.type == "cuda")
+
+
+# In the order in which they are taken, with what is said of each. Inside both, what goes into a block is all that is kept, and that on the host.
+WAYS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+    "activations are computed again where no cache is read": recomputed,
+    "what a training keeps is held in the host's memory": offloaded,
+}
+
+
+@dataclass
+class Thrift:
+    """How the trainings of a model take less memory: no way at first, and one more each time that memory runs out."""
+
+    model: nn.Module
+    taken: list[str] = field(default_factory=list)
+
+    def more(self) -> str | None:
+        """Take one more way from here on; what is said of it, or None where there is no other on this device."""
+        left = [way for way in WAYS if way not in self.taken and (self.model.device.type == "cuda" or WAYS[way] is not offloaded)]
+        self.taken += left[:1]
+        return left[0] if left else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What the record of an edit says of them."""
+        return [f"memory was short: {way}" for way in self.taken]
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Trainings inside are made in the ways that were taken."""
+        with ExitStack() as stack:
+            for way in self.taken:
+                stack.enter_context(WAYS[way](self.model))
+            yield

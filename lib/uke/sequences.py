@@ -1,11 +1,12 @@
 """Edits written one after another into the same weights, or the first of them at once; asked on the way, undone at the end."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,9 +117,20 @@ def run(study: Study, method: Method, counts: Sequence[int], asked: int, togethe
     said = {"counts": " ".join(map(str, counts)), "asked": asked, "together": together, "texts": texts, "code": rows.code_fingerprint(("sequences",))}
     unit = rows.unit_key(method.name, **said, **study.conditions, **marks)
     if not rows.done(study.paths, study.name, unit, marks):
-        frame = _reached((_at_once if together else _one_by_one)(study, method, counts, asked))
+        frame = _spared(study, method, lambda: _reached((_at_once if together else _one_by_one)(study, method, counts, asked)))
         study.append(unit, frame.assign(method=method.name, **choices, **marks))
     study.units.append(unit)
+
+
+def _spared(study: Study, method: Method, written: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The rows of a whole sequence, begun anew in a way that takes less where memory runs out."""
+    while True:
+        try:
+            with study.thrift.used():
+                return written()
+        except torch.OutOfMemoryError:
+            if not study.spare(method, 1):
+                raise
 
 
 def _reached(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
@@ -167,7 +179,7 @@ def _checkpoint(study: Study, writer: Writer, batches: Iterator[Sequence[Edit]],
     highest, between = memory.mib(), time.perf_counter()
     frame = beside(study.ask(writer.model, probes), before)
     seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-    last = EditRecord(trainings[-1].losses, sum(one.steps for one in trainings), seconds["train_seconds"], trainings[-1].stopped, writer.norms())
+    last = EditRecord(trainings[-1].losses, sum(one.steps for one in trainings), seconds["train_seconds"], trainings[-1].stopped, writer.norms(), study.thrift.notes)
     return with_record(frame.assign(phase="after", peak_mib=highest, **seconds), last)
 
 

@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,7 @@ from uke.errors import Diverged, InputError
 from uke.finetune import prepare
 from uke.locate import by_window, locate
 from uke.materials import Material, batched, gather
-from uke.memory import RECOMPUTED, Peak, free_mib, recomputed
+from uke.memory import Peak, Thrift, free_mib
 from uke.methods import Method
 from uke.metrics import METRICS, Encoder, load_encoder
 from uke.models import blocks, fingerprint, load
@@ -77,7 +76,6 @@ class Study:
     lanes: int = 16
     labels: dict[str, Any] = field(default_factory=dict)
     units: list[str] = field(default_factory=list, init=False)
-    recomputing: bool = field(default=False, init=False)  # activations, since memory did not hold them
 
     @classmethod
     def start(cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any) -> "Study":
@@ -85,6 +83,11 @@ class Study:
         loaded, tokenizer = load(model)
         measure_world(loaded, tokenizer)
         return cls(name, paths, loaded, tokenizer, material, **(more if "encoder" in more else {"encoder": load_encoder(), **more}))
+
+    @cached_property
+    def thrift(self) -> Thrift:
+        """How its trainings take less memory, since it ran out."""
+        return Thrift(self.model)
 
     @cached_property
     def mark(self) -> str:
@@ -166,11 +169,11 @@ class Study:
         return max(1, int(min(self.lanes, free_mib(self.model.device) / 2 / lane_mib(self.model, method))))
 
     def spare(self, method: Method, abreast: int) -> bool:
-        """After an end of memory: from here on half as many side by side; one alone with activations computed again; False if it was."""
+        """After an end of memory: from here on half as many side by side; one alone in a way that takes less; False where none is left."""
         if abreast > 1:
             self.lanes, said = abreast // 2, f"{abreast} edits side by side; going on with {abreast // 2}"
-        elif not self.recomputing:
-            self.recomputing, said = True, "activations kept; from here on they are computed again"
+        elif way := self.thrift.more():
+            said = f"activations kept; from here on {way}"
         else:
             return False
         logger.warning("%s: %s: out of memory with %s", self.name, method.name, said)
@@ -196,11 +199,10 @@ class Study:
         apart = len(group) > 1 or len(edits) == 1
         before, memory = dict(zip([edit.id for edit in edits], self.by_window(edits))), Peak(self.model.device)
         started = time.perf_counter()
-        with recomputed(self.model) if self.recomputing else nullcontext(), (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
+        with self.thrift.used(), (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m:
             cost = {"train_seconds": (time.perf_counter() - started) / len(group), "peak_mib": (highest := memory.mib()) and highest / len(group)}
             records, failed = (m.edit_records, m.failed) if apart else (dict.fromkeys([edit.id for edit in edits], m.edit_record), {})
-            if self.recomputing:
-                records = {edit: replace(one, notes=[*one.notes, RECOMPUTED]) for edit, one in records.items()}
+            records = {edit: replace(one, notes=[*one.notes, *self.thrift.notes]) for edit, one in records.items()}
             written = [edit for edit in edits if edit.id in records]
             asked = [study.ask_after(m, written, len(group)).assign(**cost) for study in (self, *also)]
             after = {} if hasattr(m, "passages") else dict(zip([edit.id for edit in written], self.by_window(written)))
