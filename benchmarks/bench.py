@@ -131,9 +131,12 @@ def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
 
 
 def embedded(count: int, device: str) -> Study:
-    """The embedded model with so many test edits of its world; where there are fewer, they come again under other ids."""
+    """The embedded model with so many test edits of its world; where there are fewer, they come again under other ids.
+
+    In float32 wherever it is: in less, the published loop would round every step into its weights, which the others do not.
+    """
     paths = Paths("bench")
-    model, tokenizer = load("embedded", device)
+    model, tokenizer = load("embedded", device, torch.float32)
     return Study("bench", paths, model, tokenizer, shapes.repeated(gather(paths, "test", count), count))
 
 

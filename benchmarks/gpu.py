@@ -51,7 +51,7 @@ def rows(size: Size, device: str) -> dict[str, list[dict]]:
 
 def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]]:
     """LoRA on all layers in three ways, timed; FT-M on all down projections, its memory."""
-    half = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    half = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     model, tokenizer = shapes.qwen(size.shape, device, half)
     material = shapes.worded(size.shaped.lanes, size.shape["vocab_size"], size.edit_tokens, (size.probes, size.probe_tokens))
     study = Study("bench", Paths("bench"), model, tokenizer, material, max_new_tokens=size.probe_tokens, lanes=size.lanes)

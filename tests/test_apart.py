@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from uke import apart, lane_training, moments, padding
+from uke import apart, lane_training, memory, moments, padding
 from uke.answering import answer, target_log_probability
 from uke.apart import edited_apart, lane_mib
 from uke.editing import METHODS, edited
@@ -296,6 +296,18 @@ def test_an_edit_depends_on_how_many_blocks_are_trained_at_once(ready, tokenizer
     with edited_apart(model, tokenizer, EDITS, method) as m:
         for lane, edit in enumerate(EDITS):
             assert far(of_lane(m.lanes, lane, before), alone[edit.id]) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["unke", "anyedit_unke"])
+def test_lanes_of_which_some_are_read_cannot_be_computed_again(ready, tokenizer, name):
+    """Edits of unlike length are in parts of their own, each with some of the lanes; a block computed again must take them again."""
+    model, method = ready(), quick(name)
+    before = state(model)
+    with edited_apart(model, tokenizer, EDITS, method) as m:
+        kept = [of_lane(m.lanes, lane, before) for lane in range(len(EDITS))]
+    with memory.recomputed(model), edited_apart(model, tokenizer, EDITS, method) as m:
+        for lane, update in enumerate(kept):
+            assert far(of_lane(m.lanes, lane, before), update) < 1e-5
 
 
 def test_what_becomes_of_a_lane_after_its_end_breaks_the_others(ready, tokenizer, monkeypatch):

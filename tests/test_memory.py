@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+
 from uke import finetune, memory
+from uke.forwards import replaced
 from uke.memory import MIB, Peak
 
 CPU = torch.device("cpu")
@@ -104,6 +107,13 @@ def test_free_memory_of_a_gpu_is_that_of_the_machine(monkeypatch):
     assert memory.free_mib(torch.device("cuda", 0)) == 3
 
 
+def test_what_torch_holds_in_reserve_after_a_training_costs_the_next_one_its_lanes(monkeypatch):
+    for name, mib in (("mem_get_info", (3, 80)), ("memory_reserved", 70), ("memory_allocated", 12)):
+        held = tuple(one * MIB for one in mib) if isinstance(mib, tuple) else mib * MIB
+        monkeypatch.setattr(torch.cuda, name, lambda device, held=held: held)
+    assert memory.free_mib(torch.device("cuda", 0)) == 3 + 70 - 12
+
+
 def trained_once(model, tokens) -> dict[str, torch.Tensor]:
     """Gradients of a training's loss."""
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
@@ -121,7 +131,7 @@ def learned(model, tokens) -> tuple[dict[str, torch.Tensor], int]:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         return trained_once(model, tokens), sum(kept.values())
 
 
@@ -169,8 +179,7 @@ def test_all_ways_together_change_a_gradient_or_offload_what_is_computed_again(t
         moved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.clone()
 
-    hooks = lambda pin_memory: torch.autograd.graph.saved_tensors_hooks(to_host, lambda tensor: tensor)
-    monkeypatch.setattr(memory, "save_on_cpu", hooks)
+    monkeypatch.setattr(memory, "save_on_cpu", lambda pin_memory: saved_tensors_hooks(lambda tensor: (to_host(tensor),), lambda packed: packed[0]))
     before = trained_once(model, tokens)
     with memory.Thrift(model, list(memory.WAYS)).used():
         after = trained_once(model, tokens)
@@ -182,9 +191,39 @@ def test_all_ways_together_change_a_gradient_or_offload_what_is_computed_again(t
     assert not moved
 
 
-def test_torch_holds_on_the_host_other_numbers_than_it_was_given(tiny):
-    model, tokens = tiny("llama"), torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+def test_the_host_gets_weights_or_gives_back_other_numbers(tiny, monkeypatch):
+    """A linear layer keeps its weight beside its input: sent to the host, the whole model would travel at every step."""
+    model, tokens, sent = tiny("llama"), torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0)), set()
     before = trained_once(model, tokens)
+    host = memory.save_on_cpu
+
+    class Watched(host):
+        def __init__(self, **given):
+            super().__init__(**given)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: sent.add(tensor.untyped_storage().data_ptr()) or pack(tensor)
+
+    monkeypatch.setattr(memory, "save_on_cpu", Watched)
     with memory.offloaded(model):
         after = trained_once(model, tokens)
+    assert sent and not sent & {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_reading_replaced_inside_another_takes_the_outer_one_off(tiny):
+    """Blocks read once inside blocks computed again: the first to end must leave what was there."""
+    model, read = tiny("llama"), []
+    block = model.model.layers[0]
+
+    def told(name):
+        return lambda inner, *args, **kwargs: read.append(name) or inner(*args, **kwargs)
+
+    with replaced({block: told("outer")}):
+        with pytest.raises(RuntimeError), replaced({block: told("inner")}):
+            model(torch.arange(4)[None])
+            raise RuntimeError
+        assert read == ["inner", "outer"]
+        model(torch.arange(4)[None])
+        assert read == ["inner", "outer", "outer"]
+    model(torch.arange(4)[None])
+    assert len(read) == 3

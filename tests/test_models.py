@@ -42,7 +42,7 @@ def test_a_directory_loads_without_the_network_and_bit_for_bit(directory, tiny, 
 
 def test_a_gpu_without_bfloat16_is_given_it_or_told_of_at_every_model(directory, monkeypatch, caplog):
     """No GPU is at hand: what one would say is put in its place, and the model stays where it is."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
     models._full_precision.cache_clear()
     assert [models.load(str(directory), device="cuda")[0].dtype for _ in range(2)] == [torch.float32] * 2

@@ -19,7 +19,7 @@ streams, dumps, wikitext, documents   Wikipedia and other collections -> Documen
 phrases, extraction          the facts of a text, and whether two texts share one
 ranking, embedding, dual_encoder, retrieval   documents by relevance: BM25, MiniLM, MiniLM trained
 locality, locality_files, audit, materials   RelDoc, RandDoc, StructTrip, near triple: built, written, audited; edits with their probes
-models, padding, lanes, recall, answering   a model, its prompts and weights; rows of like length; many edits side by side; answers kept; many at once
+models, padding, forwards, lanes, recall, answering   a model, its prompts and weights; rows of like length; how a module reads, replaced for a while; many edits side by side; answers kept; many at once
 pretraining, knowledge       how the embedded model was made, and what it knows
 finetune                     losses and training
 locate, values, moments      where to write; hidden states wanted there; what must stay: second moments, projectors

@@ -1,6 +1,5 @@
 """Lanes: many edits of one model side by side; each row of a batch is read with the weights of its own edit."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from uke.forwards import replaced
 from uke.models import blocks
 
 
@@ -107,22 +107,21 @@ class Lanes:
         taken = [name for name, module in modules.items() if "forward" in vars(module)]
         if taken or "lanes" in vars(self.model):
             raise RuntimeError(f"{''.join(taken[:1]) or 'the model'}: another call has replaced how it reads")
-        try:
-            for name, module in modules.items():
-                read = self._linear if isinstance(module, nn.Linear) else self._each
-                # A shallow copy, made before: it shares everything but the replaced `forward`.
-                module.forward = partial(read, name, copy.copy(module))
+        reads = {module: partial(self._linear if isinstance(module, nn.Linear) else self._each, name) for name, module in modules.items()}
+        with replaced(reads):
             self.model.lanes = self
-            yield self.model
-        finally:
-            for module in modules.values():
-                vars(module).pop("forward", None)
-            vars(self.model).pop("lanes", None)
+            try:
+                yield self.model
+            finally:
+                del self.model.lanes
 
     def _of(self, name: str, stack: Tensor) -> Tensor:
         """The part of a stack that the lanes in use hold."""
         if self.grouping.active is None:
             return stack
+        if torch.is_grad_enabled():
+            # Used once in a forward pass; held, it would not be taken again where a block is computed again.
+            return stack[self.grouping.active]
         if name not in self._chosen:
             self._chosen[name] = stack[self.grouping.active]
         return self._chosen[name]
@@ -197,11 +196,5 @@ def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
     """
     below, every = Below(), blocks(model)
     lowest = min(number for number, (prefix, _) in enumerate(every) if any(name.startswith(f"{prefix}.") for name in names))
-    try:
-        for number, (_, block) in enumerate(every[:lowest]):
-            read = below.highest if number == lowest - 1 else below.lower
-            block.forward = partial(read, copy.copy(block))
+    with replaced({block: below.highest if number == lowest - 1 else below.lower for number, (_, block) in enumerate(every[:lowest])}):
         yield below
-    finally:
-        for _, block in every[:lowest]:
-            vars(block).pop("forward", None)

@@ -1,21 +1,20 @@
 """How much memory a piece of work takes beyond what is held when it starts, and how a training takes less."""
 
-import copy
 import ctypes
 import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.graph import save_on_cpu
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from uke.forwards import replaced
 from uke.models import blocks
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -50,7 +49,8 @@ class Peak:
 def free_mib(device: torch.device) -> float:
     """Mebibytes that can still be taken on the device; without end where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / MIB
+        # What torch's allocator holds in reserve is taken for the driver, and free for us.
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
     try:
         whole = int(re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)[1]) / 1024
     except (OSError, TypeError):
@@ -96,14 +96,8 @@ def _resident(field: str) -> float:
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Trainings inside keep what goes into a block and compute the rest again in the backward pass: the same numbers, later."""
-    every = [block for _, block in blocks(model)]
-    try:
-        for block in every:
-            block.forward = partial(_again, copy.copy(block))  # a shallow copy, made before: it has the block's own `forward`
+    with replaced({block: _again for _, block in blocks(model)}):
         yield
-    finally:
-        for block in every:
-            vars(block).pop("forward", None)
 
 
 def _again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -114,8 +108,15 @@ def _again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def offloaded(model: nn.Module) -> AbstractContextManager[None]:
-    """Trainings inside hold in the host's memory what they keep for the backward pass: the same numbers, over the bus and back."""
-    return save_on_cpu(pin_memory=model.device.type == "cuda")
+    """Trainings inside hold in the host's memory what they keep for the backward pass, weights aside: the same numbers, over the bus and back."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    host = save_on_cpu(pin_memory=model.device.type == "cuda")
+
+    def pack(tensor: Tensor) -> Any:
+        # A weight that is kept beside its input is on the device in any case.
+        return tensor if tensor.untyped_storage().data_ptr() in weights else host.pack_hook(tensor)
+
+    return saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else host.unpack_hook(packed))
 
 
 # In the order in which they are taken, with what is said of each. Inside both, what goes into a block is all that is kept, and that on the host.

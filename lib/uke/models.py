@@ -43,7 +43,7 @@ def load(name: str, device: str = "auto", dtype: str | torch.dtype = "auto") -> 
     if dtype == "auto":
         dtype = torch.float32
         if torch.device(device).type == "cuda":
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else _full_precision()
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else _full_precision()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model, report = AutoModelForCausalLM.from_pretrained(

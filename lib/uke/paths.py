@@ -14,7 +14,7 @@ from uke.errors import InputError
 
 EMBEDDED = Path(__file__).with_name("embedded")  # the model directory shipped in this package
 # Edits and recipes are fingerprinted by what they hold; these modules decide what is made of them.
-DECIDING = ("models", "padding", "lanes", "recall", "answering", "finetune", "locate", "values", "moments", "baselines", "editing", "lane_training", "apart", "metrics", "similarity", "asking")
+DECIDING = ("models", "padding", "forwards", "lanes", "recall", "answering", "finetune", "locate", "values", "moments", "baselines", "editing", "lane_training", "apart", "metrics", "similarity", "asking")
 
 
 @dataclass(frozen=True)
