@@ -119,6 +119,25 @@ def test_an_edit_that_diverges_in_lanes_is_named_and_not_timed(toy):
         ways.timed("lanes", toy, toy.material.edits, FT_M)
 
 
+def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypatch, caplog):
+    """On a GPU that is lent for half an hour, an end of memory must cost lanes and not the run."""
+    apart, sizes = ways.edited_apart, []
+
+    def full(model, tokenizer, edits, method):
+        sizes.append(len(edits))
+        if len(edits) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return apart(model, tokenizer, edits, method)
+
+    plain = ways.timed("lanes", toy, toy.material.edits, FT_M).answers
+    monkeypatch.setattr(ways, "edited_apart", full)
+    assert ways.timed("lanes", toy, toy.material.edits, FT_M).answers == plain and sizes == [2, 1, 1]
+    assert len(caplog.records) == 1 and toy.lanes == 1
+    monkeypatch.setattr(ways, "edited_apart", lambda *_: full(None, None, (1, 2), None))
+    with pytest.raises(torch.OutOfMemoryError):
+        ways.timed("lanes", toy, toy.material.edits, FT_M)
+
+
 def test_the_loop_refuses_what_it_is_not_written_for(toy):
     for recipe, edits in ((methods.find("FT-L"), toy.material.edits[:1]), (methods.find("AdaLoRA"), toy.material.edits[:1]), (FT_M, toy.material.edits)):
         with pytest.raises(InputError, match="the published loop is written for"), ways.rewritten(toy.model, toy.tokenizer, edits, recipe):

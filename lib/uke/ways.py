@@ -84,18 +84,31 @@ def single(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) ->
 
 
 def lanes(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> Iterator[list[str]]:
-    """The same side by side in lanes, as many as a study puts side by side."""
-    size = study.abreast(method)
-    for group in (edits[start : start + size] for start in range(0, len(edits), size)):
-        with edited_apart(study.model, study.tokenizer, group, method) as m:
-            watch.lap("train")
-            if m.failed:  # one by one it would have ended the run too
-                raise FloatingPointError("; ".join(m.failed.values()))
-            probes = [probe for edit in group for probe in study.material.probes[edit.id]]
-            found = answer(m, study.tokenizer, probes, max_new_tokens=study.room)
-            watch.lap("answer")
-        watch.lap("train")
+    """The same in lanes, as many as a study puts side by side: half as many after an end of memory, which is part of the time."""
+    left = list(edits)
+    while left:
+        group = left[: study.abreast(method)]
+        try:
+            found = _side_by_side(study, group, method, watch)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            study.spare(method, len(group))
+            continue
+        del left[: len(group)]
         yield found
+
+
+def _side_by_side(study: Study, group: Sequence[Edit], method: Method, watch: Watch) -> list[str]:
+    with edited_apart(study.model, study.tokenizer, group, method) as m:
+        watch.lap("train")
+        if m.failed:  # one by one it would have ended the run too
+            raise FloatingPointError("; ".join(m.failed.values()))
+        probes = [probe for edit in group for probe in study.material.probes[edit.id]]
+        found = answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        watch.lap("answer")
+    watch.lap("train")
+    return found
 
 
 WAYS = {"loop": loop, "single": single, "lanes": lanes}
