@@ -5,13 +5,12 @@ With `make bench SIZE=smoke ROWS=gpu` the same code runs on a tiny shape, on a p
 
 from dataclasses import dataclass, replace
 
-import torch
-
 import bench
 import predictions
 import shapes
 from uke import speed, ways
 from uke.methods import PUBLISHED
+from uke.models import precision
 from uke.paths import Paths
 from uke.studies import Study
 
@@ -51,8 +50,7 @@ def rows(size: Size, device: str) -> dict[str, list[dict]]:
 
 def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]]:
     """LoRA on all layers in three ways, timed; FT-M on all down projections, its memory."""
-    half = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    model, tokenizer = shapes.qwen(size.shape, device, half)
+    model, tokenizer = shapes.qwen(size.shape, device, precision(device))
     material = shapes.worded(size.shaped.lanes, size.shape["vocab_size"], size.edit_tokens, (size.probes, size.probe_tokens))
     study = Study("bench", Paths("bench"), model, tokenizer, material, max_new_tokens=size.probe_tokens, lanes=size.lanes)
     changed = {"steps": size.steps} if size.steps else {}

@@ -102,16 +102,11 @@ def test_a_job_takes_what_its_cluster_does_not_give_it(monkeypatch, tmp_path, ve
     assert memory.free_mib(CPU) == 44
 
 
-def test_free_memory_of_a_gpu_is_that_of_the_machine(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * MIB, 80 * MIB))
-    assert memory.free_mib(torch.device("cuda", 0)) == 3
-
-
-def test_what_torch_holds_in_reserve_after_a_training_costs_the_next_one_its_lanes(monkeypatch):
-    for name, mib in (("mem_get_info", (3, 80)), ("memory_reserved", 70), ("memory_allocated", 12)):
-        held = tuple(one * MIB for one in mib) if isinstance(mib, tuple) else mib * MIB
-        monkeypatch.setattr(torch.cuda, name, lambda device, held=held: held)
-    assert memory.free_mib(torch.device("cuda", 0)) == 3 + 70 - 12
+@pytest.mark.parametrize(("reserved", "allocated", "free"), [(0, 0, 3), (70, 12, 3 + 70 - 12)], ids=["untouched", "after a training"])
+def test_free_memory_of_a_gpu_is_that_of_the_machine_or_lacks_what_torch_holds_in_reserve(monkeypatch, reserved, allocated, free):
+    for name, told in (("mem_get_info", (3 * MIB, 80 * MIB)), ("memory_reserved", reserved * MIB), ("memory_allocated", allocated * MIB)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
+    assert memory.free_mib(torch.device("cuda", 0)) == free
 
 
 def trained_once(model, tokens) -> dict[str, torch.Tensor]:

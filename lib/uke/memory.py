@@ -93,11 +93,9 @@ def _resident(field: str) -> float:
     return int(re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)[1]) / 1024
 
 
-@contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
+def recomputed(model: nn.Module) -> AbstractContextManager[None]:
     """Trainings inside keep what goes into a block and compute the rest again in the backward pass: the same numbers, later."""
-    with replaced({block: _again for _, block in blocks(model)}):
-        yield
+    return replaced({block: _again for _, block in blocks(model)})
 
 
 def _again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -33,17 +33,13 @@ class Example(NamedTuple):
 def load(name: str, device: str = "auto", dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode and its tokenizer.
 
-    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is
-    read without touching the network. `device` "auto" is CUDA if there is any; `dtype` "auto" is bfloat16 on a
-    CUDA device that has it, otherwise float32. Raises InputError where `name` is no complete causal model.
+    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is read without touching
+    the network. Left "auto", `device` is CUDA if there is any, `dtype` its `precision`. InputError where `name` is no complete causal model.
     """
     source, local = _source(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = torch.float32
-        if torch.device(device).type == "cuda":
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else _full_precision()
+    dtype = precision(device) if dtype == "auto" else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -56,6 +52,13 @@ def load(name: str, device: str = "auto", dtype: str | torch.dtype = "auto") -> 
     if report["missing_keys"]:
         raise InputError(f"{name}: the weights lack {sorted(report['missing_keys'])[0]}; expected the whole model")
     return model.to(device).eval(), tokenizer
+
+
+def precision(device: str) -> torch.dtype:
+    """What a model is held in: bfloat16 on a CUDA device that has it and does not emulate it, otherwise float32."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else _full_precision()
 
 
 @cache
