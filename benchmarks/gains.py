@@ -224,10 +224,10 @@ def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: 
 def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: tokens as padded, in one batch and in the groups that are trained one after another."""
     lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
-    padded = sum(len(places) * max(lengths[place] for place in places) for places in padding.parts(lengths))
+    padded = sum(len(places) * max(lengths[place] for place in places) for places in padding.parts(lengths, padding.training_tokens(study.model.device)))
 
     def off() -> float:
-        with replaced(lane_training, "parts", lambda lengths: [list(range(len(lengths)))]):
+        with replaced(lane_training, "parts", lambda lengths, tokens: [list(range(len(lengths)))]):
             return _trained(study, edits, recipe)
 
     why = "Predicted by padded tokens alone; groups are trained one after another, so each step has fewer lanes to share what a step costs whatever its size."

@@ -8,7 +8,7 @@ from torch import nn
 from uke.edits import Edit
 from uke.finetune import prepare, weights
 from uke.models import IGNORED, blocks, module_names
-from uke.padding import parts
+from uke.padding import parts, training_tokens
 from uke.recipes import Recipe
 from uke.studies import Study
 
@@ -61,7 +61,7 @@ def memory(study: Study, recipe: Recipe, timings: Sequence[dict], what: str = "e
         edits: Sequence[Edit] = study.material.edits[: study.abreast(recipe) if way == "lanes" else 1]
         edits = edits[: int(measured.loc[measured["way"] == way, "edits"].max())]
         examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
-        groups = [[examples[place] for place in places] for places in parts([len(one.ids) for one in examples])]
+        groups = [[examples[place] for place in places] for places in parts([len(one.ids) for one in examples], training_tokens(study.model.device))]
         copies = held(recipe, [len(group) for group in groups] if way == "lanes" else None, next(study.model.parameters()).element_size() < 4)
         found.append({
             "what": what, "method": recipe.name, "way": way, "lanes": len(edits), "trained": trained(study.model, recipe), "copies": copies,

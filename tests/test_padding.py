@@ -1,8 +1,9 @@
 """Padding: a row read twice or never, a part that is mostly padding, more tokens at once than memory was meant for."""
 
 import pytest
+import torch
 from uke import padding
-from uke.padding import parts
+from uke.padding import parts, training_tokens
 
 LENGTHS = [[130, 131, 90, 187, 26, 90, 130], [5], [], [7] * 50, list(range(1, 200)), [9000, 10, 9000, 3]]
 
@@ -28,3 +29,10 @@ def test_the_default_is_what_the_module_says_now(monkeypatch):
     assert len(parts([10] * 4)) == 1
     monkeypatch.setattr(padding, "TOKENS", 20)
     assert len(parts([10] * 4)) == 2
+
+
+def test_a_cpu_trains_on_as_much_at_once_as_memory_holds_or_a_gpu_on_little(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert training_tokens(cpu) == padding.TRAINING_TOKENS < padding.TOKENS == training_tokens(gpu)
+    monkeypatch.setattr(padding, "TOKENS", 20)
+    assert training_tokens(cpu) == training_tokens(gpu) == 20

@@ -17,7 +17,7 @@ from uke.edits import Edit
 from uke.errors import Diverged, InputError
 from uke.lanes import Below, constant_below
 from uke.models import IGNORED, Example, collate, example, max_context, module_names, select
-from uke.padding import parts
+from uke.padding import parts, training_tokens
 from uke.peers import Peer
 from uke.recipes import Recipe
 
@@ -126,7 +126,7 @@ def train(
     edits whose loss is not finite. To restore the weights is the caller's part (`editing.edited`).
     """
     started = time.perf_counter()
-    passes = _passes(prepare(model, tokenizer, edits, recipe), recipe, tokenizer.pad_token_id or 0)
+    passes = _passes(prepare(model, tokenizer, edits, recipe), recipe, tokenizer.pad_token_id or 0, training_tokens(model.device))
     training, trained = Training(), weights(model, recipe)
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
@@ -171,18 +171,18 @@ class Batch(NamedTuple):
     parts: list[dict[str, Tensor]]
 
 
-def _passes(examples: Mapping[str, Example], recipe: Recipe, pad_id: int) -> Iterator[list[Batch]]:
+def _passes(examples: Mapping[str, Example], recipe: Recipe, pad_id: int, tokens: int) -> Iterator[list[Batch]]:
     ids = list(examples)
     size = recipe.batch_size or len(ids)
     order = torch.Generator().manual_seed(recipe.seed)
-    whole = [_batch(ids, examples, pad_id)] if size >= len(ids) else None
+    whole = [_batch(ids, examples, pad_id, tokens)] if size >= len(ids) else None
     for _ in range(recipe.steps):
         shuffled = [ids[i] for i in torch.randperm(len(ids), generator=order).tolist()]
-        yield whole or [_batch(shuffled[i : i + size], examples, pad_id) for i in range(0, len(ids), size)]
+        yield whole or [_batch(shuffled[i : i + size], examples, pad_id, tokens) for i in range(0, len(ids), size)]
 
 
-def _batch(ids: Sequence[str], examples: Mapping[str, Example], pad_id: int) -> Batch:
-    each = [[ids[place] for place in part] for part in parts([len(examples[edit].ids) for edit in ids])]
+def _batch(ids: Sequence[str], examples: Mapping[str, Example], pad_id: int, tokens: int) -> Batch:
+    each = [[ids[place] for place in part] for part in parts([len(examples[edit].ids) for edit in ids], tokens)]
     return Batch([edit for part in each for edit in part], [collate([examples[edit] for edit in part], pad_id) for part in each])
 
 

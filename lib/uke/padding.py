@@ -2,8 +2,17 @@
 
 from collections.abc import Sequence
 
+import torch
+
 # Of one forward pass: tokens at most, with padding, and the share of them that padding may have.
 TOKENS, PADDING = 8192, 0.15
+# Of one that is trained by a CPU, which keeps all its states: beyond its caches more rows cost time and save nothing.
+TRAINING_TOKENS = 1024
+
+
+def training_tokens(device: torch.device) -> int:
+    """Tokens of one forward pass that a backward pass follows, at most."""
+    return min(TOKENS, TRAINING_TOKENS) if device.type == "cpu" else TOKENS
 
 
 def parts(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
