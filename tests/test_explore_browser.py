@@ -108,6 +108,11 @@ class Person:
             self.panel.get_by_label(label.replace("_", " "), exact=True).fill(text)
         return self
 
+    def choose(self, method: str, reasons: int) -> None:
+        """Select a method and wait for as many lines of reasons as it has: they come and go, and a button that they move under a click is not clicked."""
+        self.panel.get_by_label("Method", exact=True).select_option(method)
+        playwright.expect(self.panel.locator(".uke-why")).to_have_count(reasons, timeout=WAIT)
+
     def press(self, name: str, says: str) -> None:
         self.button(name).click()
         self.hears(says)
@@ -184,7 +189,7 @@ def test_bad_input_is_said_beside_its_control(person):
 
 @pytest.mark.parametrize("how", ["Stop", "interrupt"])
 def test_stop_and_an_interrupt_half_way_leave_the_widgets_usable(person, how):
-    person.panel.get_by_label("Method", exact=True).select_option("LoRA")
+    person.choose("LoRA", reasons=0)
     person.button("Edit").click()
     person.panel.locator(".uke-curve polyline").first.wait_for(timeout=WAIT)
     person.picture(f"5-{how.lower()}")
@@ -194,7 +199,7 @@ def test_stop_and_an_interrupt_half_way_leave_the_widgets_usable(person, how):
         person.page.get_by_role("menuitem", name="Kernel", exact=True).click()
         person.page.get_by_text("Interrupt Kernel", exact=True).click()
     person.hears("Stopped: the model is as it was")
-    person.panel.get_by_label("Method", exact=True).select_option("FT-M")
+    person.choose("FT-M", reasons=1)
     person.press("Edit", "is in the weights")
     assert person.answers("original")[1] == ANSWER
     person.press("Undo", "bit for bit")
