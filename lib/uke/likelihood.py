@@ -11,8 +11,7 @@ from uke.answering import asked, read_as
 from uke.edits import Probe
 from uke.errors import InputError
 from uke.models import Example, collate, example, max_context
-
-TOKENS = 8192  # of one forward pass
+from uke.padding import TOKENS
 
 
 class Token(NamedTuple):

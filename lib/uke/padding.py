@@ -6,7 +6,7 @@ import torch
 
 # Of one forward pass: tokens at most, with padding, and the share of them that padding may have.
 TOKENS, PADDING = 8192, 0.15
-# Of one that is trained by a CPU, which keeps all its states: beyond its caches more rows cost time and save nothing.
+# Of one that is trained by a CPU: all its states are kept, and more rows at once were measured to cost time, not to save it.
 TRAINING_TOKENS = 1024
 
 
