@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 
 from uke import answering, finetune, lane_training, padding, speed, ways
 from uke.apart import edited_apart
+from uke.editing import edited
 from uke.edits import Edit, Probe
 from uke.errors import InputError
 from uke.finetune import prepare, weights
@@ -28,11 +30,12 @@ NEVER = float("inf")  # no share of a batch is so large that its finished rows w
 
 @dataclass(frozen=True)
 class Amount:
-    """Edits of one measurement, how often it is repeated, and the rows of a batch in which length sorting is tried."""
+    """Edits of one measurement, how often it is repeated, the rows of a batch in which length sorting is tried, and the edits of one that is trained."""
 
     edits: int = 8
     repeats: int = 3
     rows: int = 32
+    batch: int = 40
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
     """A row for each optimisation; `methods` as they were timed, the first of them is taken where one is enough."""
     recipes = [method for method in methods if isinstance(method, Recipe)]
     edits = study.material.edits[: amount.edits]
-    bar = tqdm(total=3 + 2 * len(recipes), desc="gains")
+    bar = tqdm(total=3 + 3 * len(recipes), desc="gains")
     found = []
     for recipe in recipes:
         found.append(_training_in_lanes(study, edits, recipe, timings))
@@ -69,6 +72,8 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
             found += [_answering_in_lanes(study, edits, recipe, timings)]
             found += [one(study, edits, recipe, amount) for one in (_dropped_rows, _in_place, _many_at_once, _dropped_lanes, _of_like_length)]
             bar.update(2)
+        found += _few_tokens(study, recipe, amount)
+        bar.update()
         if (gain := _frozen(study, edits, recipe, amount)) is not None:
             found.append(gain)
         bar.update()
@@ -95,10 +100,10 @@ def _in_turns(off: Callable[[], float], on: Callable[[], float], repeats: int) -
     return [off() / on() for _ in range(repeats)]
 
 
-def _trained(study: Study, edits: Sequence[Edit], method: Method) -> float:
-    """Seconds of writing these edits in lanes."""
+def _trained(study: Study, edits: Sequence[Edit], method: Method, write: Callable = edited_apart) -> float:
+    """Seconds of writing these edits, in lanes if nothing else is said."""
     watch = ways.Watch(study.model.device)
-    with edited_apart(study.model, study.tokenizer, edits, method):
+    with write(study.model, study.tokenizer, edits, method):
         watch.lap("train")
     return watch.seconds["train"]
 
@@ -224,7 +229,7 @@ def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: 
 def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: tokens as padded, in one batch and in the groups that are trained one after another."""
     lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
-    padded = sum(len(places) * max(lengths[place] for place in places) for places in padding.parts(lengths, padding.training_tokens(study.model.device)))
+    padded = _padded(lengths, padding.training_tokens(study.model.device))
 
     def off() -> float:
         with replaced(lane_training, "parts", lambda lengths, tokens: [list(range(len(lengths)))]):
@@ -233,6 +238,25 @@ def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount:
     why = "Predicted by padded tokens alone; groups are trained one after another, so each step has fewer lanes to share what a step costs whatever its size."
     ratios = _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats)
     return _gain("training edits of like length together", recipe.name, len(lengths) * max(lengths) / padded, ratios, why)
+
+
+def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
+    """In lanes, as many edits as a study puts side by side, and in one batch, four steps of all. Predicted by counting: tokens as padded."""
+    every, briefly = study.material.edits, recipe.model_copy(update={"steps": 4, "stop_loss": 0.0})
+    found = []
+    for name, edits, given, write in (("lanes", every[: study.abreast(recipe)], recipe, edited_apart), ("a batch", every[: amount.batch], briefly, edited)):
+        lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
+        whole, few = (_padded(lengths, tokens) for tokens in (padding.TOKENS, padding.training_tokens(study.model.device)))
+        work = partial(_trained, study, edits, given, write)
+        off = replaced(padding, "TRAINING_TOKENS", padding.TOKENS)(work)
+        why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
+        found.append(_gain(f"few tokens of {name} at once", recipe.name, whole / few, _in_turns(off, work, amount.repeats), why))
+    return found
+
+
+def _padded(lengths: Sequence[int], tokens: int) -> int:
+    """Tokens of rows of these lengths, with their padding, in parts of so many."""
+    return sum(len(places) * max(lengths[place] for place in places) for places in padding.parts(lengths, tokens))
 
 
 def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict | None:
