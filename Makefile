@@ -14,7 +14,7 @@ MODEL       ?=
 SEED        ?= 2
 DOCUMENTS   ?=
 STRUCTURED  ?=
-# Of `make bench`: full (a quarter to three quarters of an hour) or smoke; rows of the processor (cpu), of a CUDA device (gpu), or all that can be measured here
+# Of `make bench`: full (15 to 45 minutes) or smoke; rows of the processor (cpu), of a CUDA device (gpu), or all that can be measured here
 SIZE        ?= full
 ROWS        ?= all
 # One more wheel index for pip, for example one that has the CPU build of torch

@@ -1,6 +1,7 @@
 """What each optimisation brings: predicted from counts or from a plain batch, measured with it switched off and on in turns."""
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ NEVER = float("inf")  # no share of a batch is so large that its finished rows w
 
 @dataclass(frozen=True)
 class Amount:
-    """Edits of one measurement, how often it is repeated, the rows of a batch in which length sorting is tried, and the edits of one that is trained."""
+    """Edits of one measurement, its least number of pairs and of seconds, rows of a batch that is sorted by length, edits of one that is trained."""
 
     edits: int = 8
     repeats: int = 3
+    seconds: float = 30
     rows: int = 32
     batch: int = 40
 
@@ -69,7 +71,7 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
         found.append(_training_in_lanes(study, edits, recipe, timings))
         bar.update()
         if recipe is recipes[0]:
-            found += [_answering_in_lanes(study, edits, recipe, timings)]
+            found += [_answering_in_lanes(study, edits, recipe, timings, amount)]
             found += [one(study, edits, recipe, amount) for one in (_dropped_rows, _in_place, _many_at_once, _dropped_lanes, _of_like_length)]
             bar.update(2)
         found += _few_tokens(study, recipe, amount)
@@ -95,9 +97,12 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return started.seconds["train"]
 
 
-def _in_turns(off: Callable[[], float], on: Callable[[], float], repeats: int) -> list[float]:
-    """Seconds without over seconds with, each pair right after each other."""
-    return [off() / on() for _ in range(repeats)]
+def _in_turns(off: Callable[[], float], on: Callable[[], float], amount: Amount) -> list[float]:
+    """Seconds without over seconds with, each pair right after each other; short work more often, since a busy moment weighs more in it."""
+    started, found = time.perf_counter(), []
+    while len(found) < amount.repeats or time.perf_counter() - started < amount.seconds:
+        found.append(off() / on())
+    return found
 
 
 def _trained(study: Study, edits: Sequence[Edit], method: Method, write: Callable = edited_apart) -> float:
@@ -139,12 +144,12 @@ def _training_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timi
     return _gain("lanes in training", recipe.name, statistics.median(ratios), _ratios(timings, recipe, "train_each"), why)
 
 
-def _answering_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict]) -> dict:
+def _answering_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict], amount: Amount) -> dict:
     """Predicted by the unedited model, asked edit by edit and all at once."""
     groups = [study.material.probes[edit.id] for edit in edits]
     every = [probe for group in groups for probe in group]
 
-    ratios = _in_turns(lambda: sum(_asked(study, study.model, group) for group in groups), lambda: _asked(study, study.model, every), 3)
+    ratios = _in_turns(lambda: sum(_asked(study, study.model, group) for group in groups), lambda: _asked(study, study.model, every), amount)
     why = "Predicted on the unedited model; lanes read their own weights for every token, rows of a lane are regrouped, and edited answers have other lengths."
     return _gain("lanes in answering", recipe.name, statistics.median(ratios), _ratios(timings, recipe, "answer_each"), why)
 
@@ -175,7 +180,7 @@ def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amoun
             with replaced(answering, "_cache", lambda model: DynamicCache(config=model.config)):
                 return _asked(study, m, probes)
 
-        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount.repeats)
+        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount)
     why = "Predicted without the padding of prompts; rows that have finished are copied too until they leave, and a cache with room is read in strides."
     return _gain("a cache with room for the next tokens", recipe.name, predicted, ratios, why)
 
@@ -192,7 +197,7 @@ def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amoun
         limits = {question: study.room(probe) for question, probe in zip(questions, probes, strict=True)}
         off, on = (sum(max(longest[question] for question in batch) for batch in answering._batches(limits, tokens)) for tokens in (whole // 4, whole))
         asked = [lambda tokens=tokens: _asked(study, m, probes, tokens) for tokens in (whole // 4, whole)]
-        ratios = _in_turns(*asked, amount.repeats)
+        ratios = _in_turns(*asked, amount)
     why = "Predicted as if a step of many rows cost what one of few does; products grow with the rows, only lanes' own weights and what a call costs are read once for all."
     return _gain("four times as many tokens at once", recipe.name, off / on, ratios, why)
 
@@ -207,7 +212,7 @@ def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: A
             with replaced(answering, "DROP_SHARE", NEVER):
                 return _asked(study, m, probes)
 
-        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount.repeats)
+        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount)
     lengths = _lengths(study, texts)
     why = "Predicted as if a step cost as much as it has rows; a step of few rows costs nearly as much as one of many, rows leave in eighths, and leaving copies the cache."
     return _gain("dropping finished rows", recipe.name, len(lengths) * max(lengths) / sum(lengths), ratios, why)
@@ -218,25 +223,19 @@ def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: 
     with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
         steps = [record.steps + (record.stopped == "loss") for record in m.edit_records.values()]
 
-    def off() -> float:
-        with replaced(lane_training, "DROP_SHARE", NEVER):
-            return _trained(study, edits, recipe)
-
+    on = partial(_trained, study, edits, recipe)
+    ratios = _in_turns(replaced(lane_training, "DROP_SHARE", NEVER)(on), on, amount)
     why = "Predicted as if a step cost as much as it has lanes; lanes leave in eighths, and leaving copies weights and moments."
-    return _gain("dropping ended lanes", recipe.name, len(steps) * max(steps) / sum(steps), _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats), why)
+    return _gain("dropping ended lanes", recipe.name, len(steps) * max(steps) / sum(steps), ratios, why)
 
 
 def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: tokens as padded, in one batch and in the groups that are trained one after another."""
     lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
     padded = _padded(lengths, padding.training_tokens(study.model.device))
-
-    def off() -> float:
-        with replaced(lane_training, "parts", lambda lengths, tokens: [list(range(len(lengths)))]):
-            return _trained(study, edits, recipe)
-
+    on = partial(_trained, study, edits, recipe)
+    ratios = _in_turns(replaced(lane_training, "parts", lambda lengths, tokens: [list(range(len(lengths)))])(on), on, amount)
     why = "Predicted by padded tokens alone; groups are trained one after another, so each step has fewer lanes to share what a step costs whatever its size."
-    ratios = _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats)
     return _gain("training edits of like length together", recipe.name, len(lengths) * max(lengths) / padded, ratios, why)
 
 
@@ -247,10 +246,10 @@ def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
     for name, edits, given, write in (("lanes", every[: study.abreast(recipe)], recipe, edited_apart), ("a batch", every[: amount.batch], briefly, edited)):
         lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
         whole, few = (_padded(lengths, tokens) for tokens in (padding.TOKENS, padding.training_tokens(study.model.device)))
-        work = partial(_trained, study, edits, given, write)
-        off = replaced(padding, "TRAINING_TOKENS", padding.TOKENS)(work)
+        on = partial(_trained, study, edits, given, write)
+        ratios = _in_turns(replaced(padding, "TRAINING_TOKENS", padding.TOKENS)(on), on, amount)
         why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
-        found.append(_gain(f"few tokens of {name} at once", recipe.name, whole / few, _in_turns(off, work, amount.repeats), why))
+        found.append(_gain(f"few tokens of {name} at once", recipe.name, whole / few, ratios, why))
     return found
 
 
@@ -270,13 +269,10 @@ def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount)
     head = study.model.get_input_embeddings().weight.numel()
     changed = sum(study.model.get_submodule(name).weight.numel() for name in names) if not recipe.adapter else 0
     above = 2 * (sum(sizes[lowest:]) + head) + changed  # forward, the gradient of the states, that of what is trained
-
-    def off() -> float:
-        with reread():
-            return _trained(study, edits, recipe)
-
+    on = partial(_trained, study, edits, recipe)
+    ratios = _in_turns(reread()(on), on, amount)
     why = "Predicted by counting products of matrices; attention, norms, the optimiser and the first step are there with and without."
-    return _gain("frozen blocks read once", recipe.name, (above + sum(sizes[:lowest])) / above, _in_turns(off, lambda: _trained(study, edits, recipe), amount.repeats), why)
+    return _gain("frozen blocks read once", recipe.name, (above + sum(sizes[:lowest])) / above, ratios, why)
 
 
 def _sorted_by_length(study: Study, edits: Sequence[Edit], amount: Amount) -> dict:
@@ -297,4 +293,4 @@ def _sorted_by_length(study: Study, edits: Sequence[Edit], amount: Amount) -> di
 
     off, on = (lambda order=order: _seconds(lambda: answers(order), study.model.device) for order in (probes, by_length))
     why = "Predicted by padded tokens of prompts and answers; finished rows leave anyway, and the limit tells little of how long an answer becomes."
-    return _gain("length sorting", "unedited", steps(probes) / steps(by_length), _in_turns(off, on, amount.repeats), why)
+    return _gain("length sorting", "unedited", steps(probes) / steps(by_length), _in_turns(off, on, amount), why)

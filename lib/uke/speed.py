@@ -19,7 +19,7 @@ RESULTS = ("benchmarks", "results")
 CPU, GPU = "cpu", "gpu"  # the names of the two files
 SHAPE = "Qwen2.5-7B shape"  # in the name of a method that was run on random weights of that shape
 WAYS = {"loop": "published loop", "single": "one by one", "lanes": "lanes"}
-HOW = "No benchmark is stored here, so the speed of lanes is not shown; `make bench` measures it in about a quarter of an hour on an idle machine."
+HOW = "No benchmark is stored here, so the speed of lanes is not shown; `make bench` measures it in 15 to 45 minutes on an idle machine."
 # Greedy answers of the same edit made in another way differ where rounding tips a token. At least so many are the same, and
 # the average metric of all is at most so far apart.
 ALIKE, WITHIN = 0.95, 0.01
