@@ -1,11 +1,13 @@
 """Every notebook keeps the one skeleton, runs on profile smoke, and says the same when nbval runs it again."""
 
 import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -201,6 +203,19 @@ def test_every_notebook_runs_and_its_rerun_says_the_same(executed, home, environ
     done = rerun(executed, home, environment)
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{cells} passed" in done.stdout and cells >= 2 * len(REQUIRED)
+
+
+def test_a_notebook_shows_every_figure_table_and_finding_of_its_section(executed, home):
+    """Also those placed within an `if` or a loop, which a cell shows no value of."""
+    for path in executed:
+        section = json.loads((home / "figures" / "smoke" / "sections" / path.with_suffix(".json").name).read_text())
+        outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+        data = [output["data"] for output in outputs if "data" in output]
+        printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+        kinds = Counter(block["type"] for block in section["blocks"])
+        assert sum("image/png" in each for each in data) >= kinds["figure"], path.name
+        assert sum("text/html" in each for each in data) >= kinds["table"], path.name
+        assert all(block["text"] in printed for block in section["blocks"] if block["type"] == "finding"), path.name
 
 
 def test_a_changed_number_in_an_output_fails_the_rerun(tmp_path, environment):

@@ -168,11 +168,13 @@ def test_the_notebooks_tables_and_figure_come_from_the_file(measured, tmp_path):
     found = speed.numbers(measured)
     place = {1: "one_core", 2: "two_cores"}[measured.about["machine"]["threads"]]
     assert set(found) == {f"{place}.{own}lanes_over_{way}" for own in ("", "lora.") for way in ("loop", "single")}
-    told = section.table(speed.targets({"two_cores.lanes_over_loop": found[f"{place}.lanes_over_loop"]}), "targets", "Targets.")
+    told = speed.targets({"two_cores.lanes_over_loop": found[f"{place}.lanes_over_loop"]})
+    section.table(told, "targets", "Targets.")
     assert told["measured"].notna().sum() == 1 and "–" in (tmp_path / "targets.md").read_text()
     for name, frame in (("ways", speed.compared(measured)), ("resources", speed.resources(measured)), ("sizes", speed.growth(measured)),
                         ("memory", speed.remembered(measured)), ("gains", speed.gained(measured))):  # fmt: skip
-        assert len(section.table(frame, name, "Caption."))
+        section.table(frame, name, "Caption.")
+        assert len(frame)
     section.figure(diagrams.trends, speed.grown(measured, "edits"), "growth", "Caption.", "Alt.", x="edits", by="way")
     assert "smoke" in speed.about(measured)
 

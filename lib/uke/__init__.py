@@ -34,3 +34,8 @@ preflight, kernels, run      checks before a start; one notebook, headlessly
 
 Everything up to `materials` imports no torch, so a notebook that only reads rows opens at once.
 """
+
+import warnings
+
+# peft asks transformers for this under its old name; the reader of a notebook can do nothing about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

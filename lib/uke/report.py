@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -45,7 +46,8 @@ class Section:
     """What one notebook contributes to the report; `paths.figures` is the directory everything is written to.
 
     `environment` (a dict) and `wiring_only` (a flag) may be set; the rest is collected by the methods. Texts are plain,
-    words between backticks are code. Raises InputError for a bad key or name, a repeated one, or a number that is none.
+    words between backticks are code. A notebook shows figures, tables, findings and warnings where they are placed, also
+    within an `if` or a loop. Raises InputError for a bad key or name, a repeated one, or a number that is none.
     """
 
     def __init__(self, notebook: str, paths: Any, title: str, question: str):
@@ -74,7 +76,7 @@ class Section:
         self._numbers[key] = {"value": value, "low": low, "high": high, "n": n, "unit": unit, "said": said}
         return said
 
-    def figure(self, draw: Callable[..., Figure], frame: pd.DataFrame, name: str, caption: str, alt: str, **options: Any) -> Picture:
+    def figure(self, draw: Callable[..., Figure], frame: pd.DataFrame, name: str, caption: str, alt: str, **options: Any) -> None:
         """Draw a figure (PDF, PNG) with a function of `uke.figures` or `uke.diagrams` and place it here in the section.
 
         Its data (`data/<name>.parquet`) and the options are stored, so that `redraw` gives the same bytes. `alt` says what
@@ -85,26 +87,26 @@ class Section:
             raise InputError(f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)")
         drawn = {"draw": redrawing.named(draw), "options": redrawing.plain(options)}
         self._place({"type": "figure", "name": name, "caption": caption, "alt": alt} | drawn, frame)
-        return Picture(name, (self.directory / f"{name}.png").read_bytes())
+        _show(Picture(name, (self.directory / f"{name}.png").read_bytes()))
 
-    def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
-        """Save a table (CSV, LaTeX, Markdown) and place it here in the section; the frame, for the notebook to show.
+    def table(self, frame: pd.DataFrame, name: str, caption: str) -> None:
+        """Save a table (CSV, LaTeX, Markdown) and place it here in the section.
 
         Its cells are stored (`data/<name>.table.parquet`), so that `redraw` gives the same bytes.
         """
         self._check_name("table", name, caption)
         self._place({"type": "table", "name": name, "caption": caption}, frame)
-        return frame
+        _show(frame)
 
     def answer(self, text: str) -> str:
         """The answer to the section's question, in a sentence or two; it also goes into the abstract."""
         self._parts["answer"] = text
         return text
 
-    def finding(self, text: str) -> str:
+    def finding(self, text: str) -> None:
         """A paragraph of what is seen, placed here in the section."""
         self._parts["blocks"].append({"type": "finding", "text": text})
-        return text
+        _show(text)
 
     def check(self, ok: bool, text: str) -> str:
         """Record that a condition holds; raise InputError where it does not, since then the conclusion is void."""
@@ -118,10 +120,10 @@ class Section:
         self._parts["limits"].append(text)
         return text
 
-    def warn(self, text: str) -> str:
+    def warn(self, text: str) -> None:
         """Something the reader must know before believing the section, in a box."""
         self._parts["warnings"].append(text)
-        return text
+        _show(f"Warning: {text}")
 
     def method(self, recipe: Mapping[str, Any]) -> None:
         """A recipe (its fields) that the section used, for the report's methods."""
@@ -144,6 +146,16 @@ class Section:
             raise InputError(f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, and a caption")
         if any((block["type"], block.get("name")) == (what, name) for block in self._parts["blocks"]):
             raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
+
+
+def _show(what: Any) -> None:
+    """What the notebook that runs this shows here; nothing outside of one."""
+    if "IPython" not in sys.modules or not sys.modules["IPython"].get_ipython():
+        return
+    if isinstance(what, str):
+        print(what)
+    else:
+        sys.modules["IPython"].display.display(what)
 
 
 def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
