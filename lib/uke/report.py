@@ -150,12 +150,9 @@ class Section:
 
 def _show(what: Any) -> None:
     """What the notebook that runs this shows here; nothing outside of one."""
-    if "IPython" not in sys.modules or not sys.modules["IPython"].get_ipython():
-        return
-    if isinstance(what, str):
-        print(what)
-    else:
-        sys.modules["IPython"].display.display(what)
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+        text = isinstance(what, str)
+        sys.modules["IPython"].display.display({"text/plain": what} if text else what, raw=text)
 
 
 def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
