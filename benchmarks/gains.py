@@ -243,13 +243,13 @@ def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
     """In lanes, as many edits as a study puts side by side, and in one batch, four steps of all. Predicted by counting: tokens as padded."""
     every, briefly = study.material.edits, recipe.model_copy(update={"steps": 4, "stop_loss": 0.0})
     found = []
-    for name, edits, given, write in (("lanes", every[: study.abreast(recipe)], recipe, edited_apart), ("a batch", every[: amount.batch], briefly, edited)):
+    for name, edits, given, write in (("in lanes", every[: study.abreast(recipe)], recipe, edited_apart), ("in a batch", every[: amount.batch], briefly, edited)):
         lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
         whole, few = (_padded(lengths, tokens) for tokens in (padding.TOKENS, padding.training_tokens(study.model.device)))
         on = partial(_trained, study, edits, given, write)
         ratios = _in_turns(replaced(padding, "TRAINING_TOKENS", padding.TOKENS)(on), on, amount)
         why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
-        found.append(_gain(f"few tokens of {name} at once", recipe.name, whole / few, ratios, why))
+        found.append(_gain(f"training {padding.TRAINING_TOKENS:,} tokens at a time, {name}", recipe.name, whole / few, ratios, why))
     return found
 
 
