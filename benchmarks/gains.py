@@ -68,7 +68,7 @@ def measured(study: Study, methods: Sequence[Method], timings: Sequence[dict], a
     bar = tqdm(total=3 + 3 * len(recipes), desc="gains")
     found = []
     for recipe in recipes:
-        found.append(_training_in_lanes(study, edits, recipe, timings))
+        found.append(_training_in_lanes(study, edits, recipe, timings, amount))
         bar.update()
         if recipe is recipes[0]:
             found += [_answering_in_lanes(study, edits, recipe, timings, amount)]
@@ -119,7 +119,7 @@ def _asked(study: Study, model: nn.Module, probes: Sequence[Probe], tokens: int 
     return _seconds(lambda: answering.answer(model, study.tokenizer, probes, max_new_tokens=study.room, **held), study.model.device)
 
 
-def _training_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict]) -> dict:
+def _training_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict], amount: Amount) -> dict:
     """Predicted by a batch of as many edits on shared weights: what the machine gains if a lane costs no more than a row."""
     examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
     wrapped = finetune.adapt(study.model, recipe, 1) if recipe.adapter else study.model
@@ -134,7 +134,7 @@ def _training_in_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, timi
 
     try:
         step(examples[:1])
-        ratios = [sum(step([one]) for one in examples) / step(examples) for _ in range(3)]
+        ratios = _in_turns(lambda: sum(step([one]) for one in examples), lambda: step(examples), amount)
     finally:
         for parameter, value in required:
             parameter.requires_grad_(value).grad = None
@@ -173,14 +173,10 @@ def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amoun
     with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         prompts = [len(encode(study.tokenizer, probe.question, probe.chat)) for probe in probes]
+        on = partial(_asked, study, m, probes)
         copied = width * sum(length * (prompt + length / 2) for prompt, length in zip(prompts, _lengths(study, texts), strict=True))
-        predicted = 1 + copied / speed_of_copy / _asked(study, m, probes)
-
-        def off() -> float:
-            with replaced(answering, "_cache", lambda model: DynamicCache(config=model.config)):
-                return _asked(study, m, probes)
-
-        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount)
+        predicted = 1 + copied / speed_of_copy / on()
+        ratios = _in_turns(replaced(answering, "_cache", lambda model: DynamicCache(config=model.config))(on), on, amount)
     why = "Predicted without the padding of prompts; rows that have finished are copied too until they leave, and a cache with room is read in strides."
     return _gain("a cache with room for the next tokens", recipe.name, predicted, ratios, why)
 
@@ -207,12 +203,8 @@ def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: A
     probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
     with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
-
-        def off() -> float:
-            with replaced(answering, "DROP_SHARE", NEVER):
-                return _asked(study, m, probes)
-
-        ratios = _in_turns(off, lambda: _asked(study, m, probes), amount)
+        on = partial(_asked, study, m, probes)
+        ratios = _in_turns(replaced(answering, "DROP_SHARE", NEVER)(on), on, amount)
     lengths = _lengths(study, texts)
     why = "Predicted as if a step cost as much as it has rows; a step of few rows costs nearly as much as one of many, rows leave in eighths, and leaving copies the cache."
     return _gain("dropping finished rows", recipe.name, len(lengths) * max(lengths) / sum(lengths), ratios, why)
@@ -242,13 +234,13 @@ def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount:
 def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
     """In lanes, as many edits as a study puts side by side, and in one batch, four steps of all. Predicted by counting: tokens as padded."""
     every, briefly = study.material.edits, recipe.model_copy(update={"steps": 4, "stop_loss": 0.0})
+    why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
     found = []
     for name, edits, given, write in (("in lanes", every[: study.abreast(recipe)], recipe, edited_apart), ("in a batch", every[: amount.batch], briefly, edited)):
         lengths = [len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()]
         whole, few = (_padded(lengths, tokens) for tokens in (padding.TOKENS, padding.training_tokens(study.model.device)))
         on = partial(_trained, study, edits, given, write)
         ratios = _in_turns(replaced(padding, "TRAINING_TOKENS", padding.TOKENS)(on), on, amount)
-        why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
         found.append(_gain(f"training {padding.TRAINING_TOKENS:,} tokens at a time, {name}", recipe.name, whole / few, ratios, why))
     return found
 

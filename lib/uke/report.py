@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -27,19 +27,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _BLANK = {"question": "", "answer": "", "wiring_only": False, "environment": {}} | {
     part: [] for part in ("blocks", "checks", "limits", "warnings", "recipes")
 }
-
-
-class Picture(NamedTuple):
-    """A saved figure, shown by a notebook as the picture that the report holds."""
-
-    name: str
-    png: bytes
-
-    def _repr_png_(self) -> bytes:
-        return self.png
-
-    def __repr__(self) -> str:
-        return f"Picture({self.name!r})"
 
 
 class Section:
@@ -87,7 +74,7 @@ class Section:
             raise InputError(f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)")
         drawn = {"draw": redrawing.named(draw), "options": redrawing.plain(options)}
         self._place({"type": "figure", "name": name, "caption": caption, "alt": alt} | drawn, frame)
-        _show(Picture(name, (self.directory / f"{name}.png").read_bytes()))
+        _show(self.directory / f"{name}.png")
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> None:
         """Save a table (CSV, LaTeX, Markdown) and place it here in the section.
@@ -148,11 +135,12 @@ class Section:
             raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
 
 
-def _show(what: Any) -> None:
-    """What the notebook that runs this shows here; nothing outside of one."""
+def _show(what: pd.DataFrame | Path | str) -> None:
+    """A table, a picture's file or a text, shown by the notebook that runs this; nothing outside of one."""
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-        text = isinstance(what, str)
-        sys.modules["IPython"].display.display({"text/plain": what} if text else what, raw=text)
+        from IPython.display import Image, display  # loaded by the notebook; a report that is composed needs none of it
+
+        display({"text/plain": what} if isinstance(what, str) else Image(filename=what) if isinstance(what, Path) else what, raw=isinstance(what, str))
 
 
 def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
