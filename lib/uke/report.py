@@ -138,9 +138,9 @@ class Section:
 def _show(what: pd.DataFrame | Path | str) -> None:
     """A table, a picture's file or a text, shown by the notebook that runs this; nothing outside of one."""
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-        from IPython.display import Image, display  # loaded by the notebook; a report that is composed needs none of it
-
-        display({"text/plain": what} if isinstance(what, str) else Image(filename=what) if isinstance(what, Path) else what, raw=isinstance(what, str))
+        shown = sys.modules["IPython"].display  # of the notebook, not a package that a report needs
+        text, picture = isinstance(what, str), isinstance(what, Path)
+        shown.display({"text/plain": what} if text else shown.Image(filename=what) if picture else what, raw=text)
 
 
 def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
