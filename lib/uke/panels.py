@@ -56,9 +56,9 @@ def _lines(ax: Axes, means: pd.Series, look: dict[str, tuple[str, str, str]]) ->
 
 
 def _places(ax: Axes, values: list[float]) -> None:
-    """Ticks at these values; an axis of powers where they about double from one to the next, else small ones would lie on each other."""
+    """Ticks at these values; an axis of powers where each is about the same multiple of the one before, else small ones would lie on each other."""
     ratios = [after / before for before, after in zip(values, values[1:]) if before > 0]
-    if len(ratios) > 2 and all(1.5 <= ratio <= 2.6 for ratio in ratios):
+    if len(ratios) > 2 and 1.5 <= min(ratios) and max(ratios) <= 1.75 * min(ratios):
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xticks(values)
