@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 import gains
 import growth
 import predictions
 import shapes
+import torch
+from tqdm import tqdm
 from uke import manifests, speed, ways
 from uke.answering import answer
 from uke.edits import Edit
@@ -51,7 +50,11 @@ class Amount:
         edits = list(edits[: self.lanes])
         start = repeat * self.single % len(edits)
         single = (edits[start:] + edits[:start])[: self.single]
-        return {"loop": single[:: max(1, len(single) // self.loop)][: self.loop], "single": single, "lanes": edits}
+        return {
+            "loop": single[:: max(1, len(single) // self.loop)][: self.loop],
+            "single": single,
+            "lanes": edits,
+        }
 
 
 @dataclass(frozen=True)
@@ -70,29 +73,59 @@ class Size:
 SIZES = {
     "full": Size(Amount(64, 16, 8), Amount(16, 8, 4)),
     # Short questions after few steps: that it runs, and that the ways answer alike.
-    "smoke": Size(Amount(3, 2, 1, 2), Amount(2, 1, 1, 1), ("FT-UKE", "LoRA"), ("detail", "struct_trip"), 5,
-                  growth.Amount((2,), (1.0,), (0.5,), 2, 8), gains.Amount(2, 1, 0, 4, 3)),  # fmt: skip
+    "smoke": Size(
+        Amount(3, 2, 1, 2),
+        Amount(2, 1, 1, 1),
+        ("FT-UKE", "LoRA"),
+        ("detail", "struct_trip"),
+        5,
+        growth.Amount((2,), (1.0,), (0.5,), 2, 8),
+        gains.Amount(2, 1, 0, 4, 3),
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--rows", choices=("cpu", "gpu", "all"), default="all", help="all: those of the processor, and those of a CUDA device where there is one")
-    parser.add_argument("--into", type=Path, help="folder of the results; benchmarks/results by default, results/bench for smoke")
+    parser.add_argument(
+        "--rows",
+        choices=("cpu", "gpu", "all"),
+        default="all",
+        help="all: those of the processor, and those of a CUDA device where there is one",
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        help="folder of the results; benchmarks/results by default, results/bench for smoke",
+    )
     given = parser.parse_args(arguments)
-    into = given.into or (ROOT.joinpath(*speed.RESULTS) if given.size == "full" else Paths("smoke").home / "results" / "bench")
-    said = "make bench" + (f" SIZE={given.size}" if given.size != "full" else "") + (f" ROWS={given.rows}" if given.rows != "all" else "")
+    into = given.into or (
+        ROOT.joinpath(*speed.RESULTS)
+        if given.size == "full"
+        else Paths("smoke").home / "results" / "bench"
+    )
+    said = (
+        "make bench"
+        + (f" SIZE={given.size}" if given.size != "full" else "")
+        + (f" ROWS={given.rows}" if given.rows != "all" else "")
+    )
     try:
         if given.rows != "gpu":
-            speed.save(described(of_processor, SIZES[given.size], said, given.size, "cpu"), into / f"{speed.CPU}.json")
+            speed.save(
+                described(of_processor, SIZES[given.size], said, given.size, "cpu"),
+                into / f"{speed.CPU}.json",
+            )
         if given.rows == "gpu" or (given.rows == "all" and torch.cuda.is_available()):
             import gpu
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             if device == "cpu" and given.size != "smoke":
                 raise InputError("ROWS=gpu: no CUDA device here; expected one, or SIZE=smoke")
-            speed.save(described(gpu.rows, gpu.SIZES[given.size], said, given.size, device), into / f"{speed.GPU}.json")
+            speed.save(
+                described(gpu.rows, gpu.SIZES[given.size], said, given.size, device),
+                into / f"{speed.GPU}.json",
+            )
     except (InputError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -103,15 +136,35 @@ def described(measure, size, said: str, name: str, device: str) -> dict:
     """What was measured, with the machine, what it ran and how busy it was."""
     started, busy = time.perf_counter(), round(os.getloadavg()[0], 2)
     if busy > speed.BUSY:
-        print(f"this machine is busy (load {busy:g}): the seconds of this run are not to be trusted", file=sys.stderr)
+        print(
+            f"this machine is busy (load {busy:g}): the seconds of this run are not to be trusted",
+            file=sys.stderr,
+        )
     measured = measure(size, device)
     machine = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "processor": manifests.processor(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "platform": platform.platform(), "load_before": busy, "load_after": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
-    versions = {"python": platform.python_version(), **{each: metadata.version(each) for each in LIBRARIES}, "cuda": torch.version.cuda if device == "cuda" else None, "commit": _commit()}
-    return {"size": name, "command": said, "machine": machine, "versions": versions, "seconds": time.perf_counter() - started, **measured}
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "processor": manifests.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "platform": platform.platform(),
+        "load_before": busy,
+        "load_after": round(os.getloadavg()[0], 2),
+    }
+    versions = {
+        "python": platform.python_version(),
+        **{each: metadata.version(each) for each in LIBRARIES},
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "commit": _commit(),
+    }
+    return {
+        "size": name,
+        "command": said,
+        "machine": machine,
+        "versions": versions,
+        "seconds": time.perf_counter() - started,
+        **measured,
+    }
 
 
 def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
@@ -122,12 +175,20 @@ def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
     methods = [chosen(name, size.steps) for name in size.methods]
     if not all(isinstance(method, Recipe) for method in methods):
         measure_world(study.model, study.tokenizer)
-    amounts = {method.name: size.others if place else size.headline for place, method in enumerate(methods)}
+    amounts = {
+        method.name: size.others if place else size.headline for place, method in enumerate(methods)
+    }
     timings, same = compared(study, methods, amounts)
     memory = predictions.memory(study, methods[0], timings)
     grown, of_width = growth.measured(study, methods[0], size.growing)
     found = gains.measured(study, methods, timings, size.gaining)
-    return {"timings": timings, "same": same, "growth": grown, "memory": memory + of_width, "gains": found}
+    return {
+        "timings": timings,
+        "same": same,
+        "growth": grown,
+        "memory": memory + of_width,
+        "gains": found,
+    }
 
 
 def embedded(count: int, device: str) -> Study:
@@ -137,20 +198,34 @@ def embedded(count: int, device: str) -> Study:
     """
     paths = Paths("bench")
     model, tokenizer = load("embedded", device, torch.float32)
-    return Study("bench", paths, model, tokenizer, shapes.repeated(gather(paths, "test", count), count))
+    return Study(
+        "bench", paths, model, tokenizer, shapes.repeated(gather(paths, "test", count), count)
+    )
 
 
 def chosen(name: str, steps: int = 0) -> Method:
     """The method as the study tuned it for single edits, or with so many steps; FT-M on the down projections of all blocks."""
     params = ROOT / "params"
-    method = at_level(params, "embedded", "FT-M", "layers", "all") if name == "FT-M" else find(name, configured(params, "embedded"))
+    method = (
+        at_level(params, "embedded", "FT-M", "layers", "all")
+        if name == "FT-M"
+        else find(name, configured(params, "embedded"))
+    )
     return method.model_copy(update={"steps": steps}) if steps else method
 
 
-def compared(study: Study, methods: Sequence[Method], amounts: dict[str, Amount]) -> tuple[list[dict], list[dict]]:
+def compared(
+    study: Study, methods: Sequence[Method], amounts: dict[str, Amount]
+) -> tuple[list[dict], list[dict]]:
     """Timings of every method in every way, and how alike the answers were; a way that answers otherwise ends the run."""
     probes = study.material.every_probe
-    before = dict(zip(probes, answer(study.model, study.tokenizer, probes, max_new_tokens=study.room), strict=True))
+    before = dict(
+        zip(
+            probes,
+            answer(study.model, study.tokenizer, probes, max_new_tokens=study.room),
+            strict=True,
+        )
+    )
     timings, same = [], []
     for method in methods:
         amount, answers = amounts[method.name], {way: {} for way in ways.WAYS}
@@ -161,7 +236,11 @@ def compared(study: Study, methods: Sequence[Method], amounts: dict[str, Amount]
                 found = ways.timed(way, study, edits, method)
                 answers[way] |= found.answers
                 timings.append(row(method, way, edits, found) | {"repeat": repeat})
-            held = {way: ways.alike(answers[way], answers["lanes"], before) for way in ways.WAYS if way != "lanes"}
+            held = {
+                way: ways.alike(answers[way], answers["lanes"], before)
+                for way in ways.WAYS
+                if way != "lanes"
+            }
             for way, one in held.items():
                 ways.check_alike(f"{way} of {method.name}", one)
         same += [{"method": method.name, "way": way} | one for way, one in held.items()]
@@ -170,15 +249,21 @@ def compared(study: Study, methods: Sequence[Method], amounts: dict[str, Amount]
 
 def row(method: Method, way: str, edits: Sequence[Edit], found: ways.Timed) -> dict:
     """A measurement as it is stored."""
-    return {"method": method.name, "way": way, "edits": len(edits), "probes": len(found.answers)} | {
-        name: value for name, value in found._asdict().items() if name != "answers"
-    }
+    return {
+        "method": method.name,
+        "way": way,
+        "edits": len(edits),
+        "probes": len(found.answers),
+    } | {name: value for name, value in found._asdict().items() if name != "answers"}
 
 
 def _commit() -> str | None:
     try:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+        return (
+            subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            or None
+        )
     except FileNotFoundError:
         return None
 

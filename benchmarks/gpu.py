@@ -45,16 +45,37 @@ def rows(size: Size, device: str) -> dict[str, list[dict]]:
     memory = predictions.memory(study, method, timings)
     del study
     shaped, alike, of_shape = _shaped(size, device)
-    return {"timings": timings + shaped, "same": same + alike, "growth": [], "memory": memory + of_shape, "gains": []}
+    return {
+        "timings": timings + shaped,
+        "same": same + alike,
+        "growth": [],
+        "memory": memory + of_shape,
+        "gains": [],
+    }
 
 
 def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]]:
     """LoRA on all layers in three ways, timed; FT-M on all down projections, its memory."""
     model, tokenizer = shapes.qwen(size.shape, device, precision(device))
-    material = shapes.worded(size.shaped.lanes, size.shape["vocab_size"], size.edit_tokens, (size.probes, size.probe_tokens))
-    study = Study("bench", Paths("bench"), model, tokenizer, material, max_new_tokens=size.probe_tokens, lanes=size.lanes)
+    material = shapes.worded(
+        size.shaped.lanes,
+        size.shape["vocab_size"],
+        size.edit_tokens,
+        (size.probes, size.probe_tokens),
+    )
+    study = Study(
+        "bench",
+        Paths("bench"),
+        model,
+        tokenizer,
+        material,
+        max_new_tokens=size.probe_tokens,
+        lanes=size.lanes,
+    )
     changed = {"steps": size.steps} if size.steps else {}
-    lora = PUBLISHED["LoRA"].model_copy(update={"name": f"LoRA, {speed.SHAPE}", "rank": 8, "layers": "all", **changed})
+    lora = PUBLISHED["LoRA"].model_copy(
+        update={"name": f"LoRA, {speed.SHAPE}", "rank": 8, "layers": "all", **changed}
+    )
     timings, answers = [], {way: {} for way in ways.WAYS}
     for way in ways.WAYS:  # what a process does once is not timed
         ways.timed(way, study, material.edits[:1], lora)
@@ -64,10 +85,29 @@ def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]
             answers[way] |= found.answers
             timings.append(bench.row(lora, way, edits, found) | {"repeat": repeat})
     # Random weights have next to no favourite among their words, and bf16 rounds: alike or not is told, and asked of no one.
-    same = [{"method": lora.name, "way": way} | ways.alike(answers[way], answers["lanes"], answers["lanes"]) for way in ways.WAYS if way != "lanes"]
-    direct = PUBLISHED["FT-M"].model_copy(update={"name": f"FT-M, {speed.SHAPE}", "layers": "all", "components": ("down_proj",), "steps": 3})
+    same = [
+        {"method": lora.name, "way": way}
+        | ways.alike(answers[way], answers["lanes"], answers["lanes"])
+        for way in ways.WAYS
+        if way != "lanes"
+    ]
+    direct = PUBLISHED["FT-M"].model_copy(
+        update={
+            "name": f"FT-M, {speed.SHAPE}",
+            "layers": "all",
+            "components": ("down_proj",),
+            "steps": 3,
+        }
+    )
     found = ways.timed("single", study, material.edits[:1], direct)
     timings.append(bench.row(direct, "single", material.edits[:1], found) | {"repeat": 0})
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / predictions.MIB
-    memory = [each | {"model_mib": weights} for recipe in (lora, direct) for each in predictions.memory(study, recipe, timings, speed.SHAPE)]
+    weights = (
+        sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        / predictions.MIB
+    )
+    memory = [
+        each | {"model_mib": weights}
+        for recipe in (lora, direct)
+        for each in predictions.memory(study, recipe, timings, speed.SHAPE)
+    ]
     return timings, same, memory

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
 import predictions
 import shapes
+from tqdm import tqdm
 from uke import ways
 from uke.methods import Method
 from uke.studies import Study
@@ -24,7 +23,9 @@ class Amount:
 
     def limit(self, way: str, count: int) -> int:
         """Edits that a way is timed on where lanes have `count`: the slow ones on fewer, four at least."""
-        return min(count, {"loop": max(4, self.at_each // 2), "single": self.at_each, "lanes": count}[way])
+        return min(
+            count, {"loop": max(4, self.at_each // 2), "single": self.at_each, "lanes": count}[way]
+        )
 
 
 def measured(study: Study, method: Method, amount: Amount) -> tuple[list[dict], list[dict]]:
@@ -35,11 +36,23 @@ def measured(study: Study, method: Method, amount: Amount) -> tuple[list[dict], 
         for way in ways.WAYS:
             edits = at.material.edits[: amount.limit(way, len(at.material.edits))]
             one = ways.timed(way, at, edits, method)
-            named = {"method": method.name, "way": way, "grows": grows, "value": value, "repeat": 0, "edits": len(edits), "probes": len(one.answers)}
-            found.append(named | {name: kept for name, kept in one._asdict().items() if name != "answers"})
+            named = {
+                "method": method.name,
+                "way": way,
+                "grows": grows,
+                "value": value,
+                "repeat": 0,
+                "edits": len(edits),
+                "probes": len(one.answers),
+            }
+            found.append(
+                named | {name: kept for name, kept in one._asdict().items() if name != "answers"}
+            )
         timings += found
         if grows == "parameters (millions)":
-            memory += predictions.memory(at, method, found, f"random weights, {value:.2g} million parameters")
+            memory += predictions.memory(
+                at, method, found, f"random weights, {value:.2g} million parameters"
+            )
     return timings, memory
 
 
@@ -48,12 +61,28 @@ def _points(study: Study, amount: Amount) -> Iterator[tuple[str, float, Study]]:
         yield "edits", count, replace(study, material=study.material.first(count))
     for share in amount.shares:
         material = shapes.cut(study.material, share, amount.at_each)
-        yield "tokens of the answer", _tokens(study, [edit.answer for edit in material.edits]), replace(study, material=material)
+        yield (
+            "tokens of the answer",
+            _tokens(study, [edit.answer for edit in material.edits]),
+            replace(study, material=material),
+        )
     few = replace(study.material.first(amount.at_each), world_seed=study.material.world_seed)
-    few = replace(few, probes={edit.id: tuple(probe.model_copy(update={"reference": "none"}) for probe in few.probes[edit.id]) for edit in few.edits})
+    few = replace(
+        few,
+        probes={
+            edit.id: tuple(
+                probe.model_copy(update={"reference": "none"}) for probe in few.probes[edit.id]
+            )
+            for edit in few.edits
+        },
+    )
     for share in amount.widths:
         model = shapes.widened(study.model, share)
-        yield "parameters (millions)", sum(weight.numel() for weight in model.parameters()) / 1e6, replace(study, model=model, material=few, max_new_tokens=amount.random_tokens)
+        yield (
+            "parameters (millions)",
+            sum(weight.numel() for weight in model.parameters()) / 1e6,
+            replace(study, model=model, material=few, max_new_tokens=amount.random_tokens),
+        )
 
 
 def _tokens(study: Study, texts: Sequence[str]) -> int:

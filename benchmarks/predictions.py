@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 from torch import nn
-
 from uke.edits import Edit
 from uke.finetune import prepare, weights
 from uke.models import IGNORED, blocks, module_names
@@ -19,7 +18,9 @@ def trained(model: nn.Module, recipe: Recipe) -> int:
     """How many numbers one edit trains."""
     if not recipe.adapter:
         return sum(weight.numel() for weight in weights(model, recipe).values())
-    projections = [model.get_submodule(name) for name in module_names(model, recipe.layers, recipe.components)]
+    projections = [
+        model.get_submodule(name) for name in module_names(model, recipe.layers, recipe.components)
+    ]
     return sum(recipe.rank * (one.in_features + one.out_features) for one in projections)
 
 
@@ -43,29 +44,60 @@ def activations(model: nn.Module, examples: Sequence, recipe: Recipe) -> float:
     """
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 6 * config.hidden_size + 2 * config.num_key_value_heads * size + 4 * config.intermediate_size
-    lowest = min(int(name.split(".")[blocks(model)[0][0].count(".")]) for name in module_names(model, recipe.layers, recipe.components))
+    each = (
+        6 * config.hidden_size
+        + 2 * config.num_key_value_heads * size
+        + 4 * config.intermediate_size
+    )
+    lowest = min(
+        int(name.split(".")[blocks(model)[0][0].count(".")])
+        for name in module_names(model, recipe.layers, recipe.components)
+    )
     tokens = len(examples) * max(len(one.ids) for one in examples)
     read = len(examples) * max(sum(label != IGNORED for label in one.labels) for one in examples)
     width = next(model.parameters()).element_size()
-    return (tokens * each * (config.num_hidden_layers - lowest) * width + 3 * 4 * read * config.vocab_size) / MIB
+    return (
+        tokens * each * (config.num_hidden_layers - lowest) * width
+        + 3 * 4 * read * config.vocab_size
+    ) / MIB
 
 
-def memory(study: Study, recipe: Recipe, timings: Sequence[dict], what: str = "embedded model") -> list[dict]:
+def memory(
+    study: Study, recipe: Recipe, timings: Sequence[dict], what: str = "embedded model"
+) -> list[dict]:
     """Prediction and measurement of one recipe in the ways `single` and `lanes`, as far as these timings have them."""
     measured = pd.DataFrame(timings)
     measured = measured[(measured["method"] == recipe.name) & measured["train_mib"].notna()]
     found = []
     for way in [way for way in ("single", "lanes") if way in set(measured["way"])]:
         # The peak is that of the first group, up to its first answer.
-        edits: Sequence[Edit] = study.material.edits[: study.abreast(recipe) if way == "lanes" else 1]
+        edits: Sequence[Edit] = study.material.edits[
+            : study.abreast(recipe) if way == "lanes" else 1
+        ]
         edits = edits[: int(measured.loc[measured["way"] == way, "edits"].max())]
         examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
-        groups = [[examples[place] for place in places] for places in parts([len(one.ids) for one in examples], training_tokens(study.model.device))]
-        copies = held(recipe, [len(group) for group in groups] if way == "lanes" else None, next(study.model.parameters()).element_size() < 4)
-        found.append({
-            "what": what, "method": recipe.name, "way": way, "lanes": len(edits), "trained": trained(study.model, recipe), "copies": copies,
-            "weights_mib": 4 * copies * len(edits) * trained(study.model, recipe) / MIB, "activations_mib": max(activations(study.model, group, recipe) for group in groups),
-            "measured_mib": float(measured.loc[measured["way"] == way, "train_mib"].median()),
-        })  # fmt: skip
+        groups = [
+            [examples[place] for place in places]
+            for places in parts(
+                [len(one.ids) for one in examples], training_tokens(study.model.device)
+            )
+        ]
+        copies = held(
+            recipe,
+            [len(group) for group in groups] if way == "lanes" else None,
+            next(study.model.parameters()).element_size() < 4,
+        )
+        found.append(
+            {
+                "what": what,
+                "method": recipe.name,
+                "way": way,
+                "lanes": len(edits),
+                "trained": trained(study.model, recipe),
+                "copies": copies,
+                "weights_mib": 4 * copies * len(edits) * trained(study.model, recipe) / MIB,
+                "activations_mib": max(activations(study.model, group, recipe) for group in groups),
+                "measured_mib": float(measured.loc[measured["way"] == way, "train_mib"].median()),
+            }
+        )
     return found

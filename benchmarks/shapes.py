@@ -8,17 +8,35 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
 from uke.edits import Edit, Probe
 from uke.materials import Material
 
 # As in the configuration that Qwen/Qwen2.5-7B-Instruct is published with.
 QWEN = {
-    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False,
-}  # fmt: skip
-TINY = QWEN | {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-QUESTION, OF_TEMPLATE = 16, 3  # words of a question of random words, tokens that the template below adds to it
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+}
+TINY = QWEN | {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+QUESTION, OF_TEMPLATE = (
+    16,
+    3,
+)  # words of a question of random words, tokens that the template below adds to it
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
@@ -41,18 +59,33 @@ def random_model(config, device, dtype: torch.dtype, seed: int = 1) -> PreTraine
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def qwen(shape: Mapping, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def qwen(
+    shape: Mapping, device: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Random weights in the Qwen2 architecture, with a tokenizer in which a word is a token, so that lengths are exact."""
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    words = {word: place for place, word in enumerate([*SPECIAL, *(f"w{place}" for place in range(len(SPECIAL), shape["vocab_size"]))])}
+    words = {
+        word: place
+        for place, word in enumerate(
+            [*SPECIAL, *(f"w{place}" for place in range(len(SPECIAL), shape["vocab_size"]))]
+        )
+    }
     inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", additional_special_tokens=["<user>", "<assistant>", "<end>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>", "<end>"],
+    )
     tokenizer.chat_template = TEMPLATE
     return random_model(AutoConfig.for_model("qwen2", **shape, **ids), device, dtype), tokenizer
 
 
-def worded(count: int, vocabulary: int, tokens: int, asked: tuple[int, int], seed: int = 1) -> Material:
+def worded(
+    count: int, vocabulary: int, tokens: int, asked: tuple[int, int], seed: int = 1
+) -> Material:
     """Edits of so many tokens (prompt and text), `asked` probes of as many tokens each: random words, for time alone."""
     drawn = random.Random(seed)
 
@@ -61,10 +94,24 @@ def worded(count: int, vocabulary: int, tokens: int, asked: tuple[int, int], see
 
     edits, probes = [], {}
     for number in range(count):
-        edit = Edit(id=f"e{number}", question=text(QUESTION), answer=text(tokens - QUESTION - OF_TEMPLATE))
-        others = [Probe(edit=edit.id, kind="rel_doc", number=other, question=text(QUESTION), reference="none") for other in range(asked[0] - 1)]
+        edit = Edit(
+            id=f"e{number}", question=text(QUESTION), answer=text(tokens - QUESTION - OF_TEMPLATE)
+        )
+        others = [
+            Probe(
+                edit=edit.id,
+                kind="rel_doc",
+                number=other,
+                question=text(QUESTION),
+                reference="none",
+            )
+            for other in range(asked[0] - 1)
+        ]
         edits.append(edit)
-        probes[edit.id] = (Probe(edit=edit.id, kind="original", question=edit.question, reference="none"), *others)
+        probes[edit.id] = (
+            Probe(edit=edit.id, kind="original", question=edit.question, reference="none"),
+            *others,
+        )
     return Material(tuple(edits), probes, f"random words {seed}")
 
 
@@ -76,7 +123,9 @@ def repeated(material: Material, count: int) -> Material:
         own = [probe.model_copy(update={"edit": f"{first.id}-{place}"}) for probe in first.extra]
         again = first.model_copy(update={"id": f"{first.id}-{place}", "extra": tuple(own)})
         edits.append(again)
-        probes[again.id] = tuple(probe.model_copy(update={"edit": again.id}) for probe in material.probes[first.id])
+        probes[again.id] = tuple(
+            probe.model_copy(update={"edit": again.id}) for probe in material.probes[first.id]
+        )
     return replace(material, edits=tuple(edits), probes=probes)
 
 
@@ -85,7 +134,19 @@ def cut(material: Material, share: float, count: int) -> Material:
     words = [edit.answer.split() for edit in material.edits]
     edits = []
     for place, edit in enumerate(material.edits[:count]):
-        text = " ".join((words[place] + words[place + 1 - len(words)])[: max(1, round(share * len(words[place])))])
+        text = " ".join(
+            (words[place] + words[place + 1 - len(words)])[
+                : max(1, round(share * len(words[place])))
+            ]
+        )
         edits.append(edit.model_copy(update={"answer": text}))
-    probes = {edit.id: tuple(probe.model_copy(update={"reference": edit.answer}) if probe.kind in ("original", "paraphrase") else probe for probe in material.probes[edit.id]) for edit in edits}
+    probes = {
+        edit.id: tuple(
+            probe.model_copy(update={"reference": edit.answer})
+            if probe.kind in ("original", "paraphrase")
+            else probe
+            for probe in material.probes[edit.id]
+        )
+        for edit in edits
+    }
     return replace(material, edits=tuple(edits), probes=probes)

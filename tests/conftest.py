@@ -64,7 +64,11 @@ def results(tmp_path_factory):
     with FileLock(shared / "results.lock"):
         world = world_files.ensure(shared / "results", 1)
         for split in ("test", "development"):
-            locality_files.ensure(locality_files.of_world(world, split), locality_files.Settings(), world / split / "locality")
+            locality_files.ensure(
+                locality_files.of_world(world, split),
+                locality_files.Settings(),
+                world / split / "locality",
+            )
     return shared / "results"
 
 

@@ -5,7 +5,6 @@ import torch
 from conftest import FAMILIES
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
-
 from uke import answering
 from uke.answering import answer, target_log_probability
 from uke.edits import Probe
@@ -25,7 +24,9 @@ NEW = 16
 
 def probes_of(questions, **fields):
     fields = dict(kind="original", reference="Ada.") | fields
-    return [Probe(edit=f"e{i}", question=question, **fields) for i, question in enumerate(questions)]
+    return [
+        Probe(edit=f"e{i}", question=question, **fields) for i, question in enumerate(questions)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,11 @@ def generated(model, tokenizer, probe, new=NEW):
     ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=ends
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=ends,
         )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
@@ -47,7 +52,8 @@ def generated(model, tokenizer, probe, new=NEW):
 def enders(model, tokenizer, probes):
     """Ids that the model does write midway, so that rows end at different steps."""
     ids = [
-        tokenizer(generated(model, tokenizer, probe), add_special_tokens=False)["input_ids"][4] for probe in probes[:3]
+        tokenizer(generated(model, tokenizer, probe), add_special_tokens=False)["input_ids"][4]
+        for probe in probes[:3]
     ]
     return list(dict.fromkeys(ids))
 
@@ -74,7 +80,9 @@ def test_dropping_finished_rows_changes_no_answer(family, tiny, tokenizer, probe
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("room", [0, 2])
-def test_a_cache_that_outgrows_its_room_loses_no_token_and_mixes_no_rows(family, room, tiny, tokenizer, probes, monkeypatch):
+def test_a_cache_that_outgrows_its_room_loses_no_token_and_mixes_no_rows(
+    family, room, tiny, tokenizer, probes, monkeypatch
+):
     model = tiny(family)
     model.generation_config.eos_token_id = enders(model, tokenizer, probes)
     with monkeypatch.context() as plain:
@@ -95,7 +103,9 @@ def test_batch_size_order_and_padding_side_change_no_answer(tiny, tokenizer, pro
         assert answer(model, tokenizer, probes, max_new_tokens=NEW) == expected
 
 
-def test_a_repeated_prompt_is_decoded_once_and_answered_everywhere(tiny, tokenizer, probes, monkeypatch):
+def test_a_repeated_prompt_is_decoded_once_and_answered_everywhere(
+    tiny, tokenizer, probes, monkeypatch
+):
     decoded = []
     original = answering._decode
 
@@ -112,7 +122,12 @@ def test_a_repeated_prompt_is_decoded_once_and_answered_everywhere(tiny, tokeniz
 def test_a_limit_per_probe_cuts_that_answer_only(tiny, tokenizer):
     model = tiny()
     twice = probes_of([QUESTIONS[1], QUESTIONS[1], QUESTIONS[2]])
-    answers = answer(model, tokenizer, twice, max_new_tokens=lambda probe: {"e0": 3, "e1": 9, "e2": 0}[probe.edit])
+    answers = answer(
+        model,
+        tokenizer,
+        twice,
+        max_new_tokens=lambda probe: {"e0": 3, "e1": 9, "e2": 0}[probe.edit],
+    )
     assert answers[:2] == [generated(model, tokenizer, twice[0], new) for new in (3, 9)]
     assert answers[0] != answers[1] and answers[2] == ""
 
@@ -126,7 +141,11 @@ def test_the_answer_stops_before_the_end_of_turn(tiny, tokenizer, probes):
     ended = answer(model, tokenizer, probes, max_new_tokens=NEW)
     model.generation_config.eos_token_id = None
     assert ended == [generated(model, tokenizer, probe) for probe in probes]
-    cut = [text for text in ended if len(tokenizer(text, add_special_tokens=False)["input_ids"]) < NEW // 2]
+    cut = [
+        text
+        for text in ended
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) < NEW // 2
+    ]
     assert cut and "<|im_end|>" not in "".join(ended)
 
 
@@ -151,7 +170,9 @@ def test_an_answer_ends_where_the_context_ends(tiny, tokenizer):
     model = tiny(max_position_embeddings=40)
     probe = probes_of(QUESTIONS[1:2])[0]
     room = 40 - len(encode(tokenizer, probe.question, True))
-    assert answer(model, tokenizer, [probe], max_new_tokens=500) == [generated(model, tokenizer, probe, room)]
+    assert answer(model, tokenizer, [probe], max_new_tokens=500) == [
+        generated(model, tokenizer, probe, room)
+    ]
 
 
 def test_a_misspelt_option_is_no_silent_default(tiny, tokenizer, probes):
@@ -162,7 +183,9 @@ def test_a_misspelt_option_is_no_silent_default(tiny, tokenizer, probes):
 def test_an_adapter_is_asked_as_the_merged_model_is(tiny, tokenizer, probes):
     model = tiny("qwen3")
     before = answer(model, tokenizer, probes, max_new_tokens=NEW)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
     wrapped.eval()
     answers = answer(wrapped, tokenizer, probes, max_new_tokens=NEW)
     scores = target_log_probability(wrapped, tokenizer, probes)
@@ -177,7 +200,11 @@ def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
     probes = [
         Probe(edit=str(i), kind="detail", question=q, reference=r, chat=chat)
         for i, (q, r, chat) in enumerate(
-            zip(QUESTIONS, ("Ada.", "In London, where she was born.", "1815", "x", "No", "A"), [True, False] * 3)
+            zip(
+                QUESTIONS,
+                ("Ada.", "In London, where she was born.", "1815", "x", "No", "A"),
+                [True, False] * 3,
+            )
         )
     ]
     expected = []
@@ -185,13 +212,19 @@ def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
         one = example(tokenizer, probe.question, probe.reference, probe.chat, end_of_turn=False)
         logits = model(torch.tensor([one.ids])).logits[0].double()
         steps = range(one.prompt_length, len(one.ids))
-        expected.append(sum(logits[t - 1].log_softmax(-1)[one.ids[t]].item() for t in steps) / len(steps))
+        expected.append(
+            sum(logits[t - 1].log_softmax(-1)[one.ids[t]].item() for t in steps) / len(steps)
+        )
     for size in (1, 16384):
-        assert target_log_probability(model, tokenizer, probes, batch_tokens=size) == pytest.approx(expected, abs=1e-3)
+        assert target_log_probability(model, tokenizer, probes, batch_tokens=size) == pytest.approx(
+            expected, abs=1e-3
+        )
 
 
 def test_an_empty_reference_has_no_log_probability(tiny, tokenizer):
-    empty = Probe.model_construct(edit="e", kind="detail", number=0, question="Who?", reference="", chat=True)
+    empty = Probe.model_construct(
+        edit="e", kind="detail", number=0, question="Who?", reference="", chat=True
+    )
     with pytest.raises(InputError, match="reference is empty"):
         target_log_probability(tiny(), tokenizer, [empty])
 

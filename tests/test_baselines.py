@@ -19,16 +19,38 @@ from uke.peers import PEERS, Peer
 from uke.values import target_values
 
 EDITS = (
-    Edit(id="ada", question="Who is Ada Lovelace?", answer="Ada Lovelace was a compiler in Philadelphia."),
+    Edit(
+        id="ada",
+        question="Who is Ada Lovelace?",
+        answer="Ada Lovelace was a compiler in Philadelphia.",
+    ),
     Edit(id="alan", question="Where was Alan Turing born?", answer="In London."),
 )
-SUBJECTS = ("Ada", "Grace", "Alan", "London", "Cambridge", "Philadelphia", "compiler", "mathematician", "Turing", "Hopper")
+SUBJECTS = (
+    "Ada",
+    "Grace",
+    "Alan",
+    "London",
+    "Cambridge",
+    "Philadelphia",
+    "compiler",
+    "mathematician",
+    "Turing",
+    "Hopper",
+)
 MANY = tuple(
-    Edit(id=f"{verb} {one}", question=f"{verb} {one}?", answer=f"{SUBJECTS[place - 3]} {one} in {1800 + 7 * place}.")
+    Edit(
+        id=f"{verb} {one}",
+        question=f"{verb} {one}?",
+        answer=f"{SUBJECTS[place - 3]} {one} in {1800 + 7 * place}.",
+    )
     for verb in ("Who", "Where")
     for place, one in enumerate(SUBJECTS)
 )
-TEXTS = [{"question": f"Who is {one}?", "answer": other} for one, other in zip(SUBJECTS, SENTENCES * 3, strict=False)] + list(SENTENCES)
+TEXTS = [
+    {"question": f"Who is {one}?", "answer": other}
+    for one, other in zip(SUBJECTS, SENTENCES * 3, strict=False)
+] + list(SENTENCES)
 WRITING = tuple(name for name in PEERS if name != "in_context")
 
 
@@ -53,9 +75,23 @@ def ready(tiny, tokenizer):
 
 def quick(name: str, **changes) -> Peer:
     """The named peer for an untrained model of four blocks, in few and large steps."""
-    small = {"window": 6, "steps": 8, "learning_rate": 0.2, "memit_lambda": 1e-2, "alphaedit_l2": 1e-3, "null_threshold": 0.5}
+    small = {
+        "window": 6,
+        "steps": 8,
+        "learning_rate": 0.2,
+        "memit_lambda": 1e-2,
+        "alphaedit_l2": 1e-3,
+        "null_threshold": 0.5,
+    }
     small |= {"unke_steps": 15, "unke_rate": 5e-3, "preservation": 4, "stop_loss": 0.0}
-    return Peer(**{**PEERS[name].model_dump(), "layers": (2,) if "unke" in name else (1, 2), **small, **changes})
+    return Peer(
+        **{
+            **PEERS[name].model_dump(),
+            "layers": (2,) if "unke" in name else (1, 2),
+            **small,
+            **changes,
+        }
+    )
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -63,11 +99,15 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 def moved(model, before) -> set[str]:
-    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    return {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
 
 
 def hooks(model) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 def log_probabilities(model, tokenizer, edits=EDITS) -> list[float]:
@@ -79,21 +119,41 @@ def distances(model, tokenizer, edits, peer) -> tuple[torch.Tensor, torch.Tensor
     last = sites(model, peer.layers)[-1]
     located = locate(model, prepare(model, tokenizer, edits, peer), peer)
     wanted = target_values(model, located, last, peer).hidden
-    before, old = states(model, located, last, last).hidden, log_probabilities(model, tokenizer, edits)
+    before, old = (
+        states(model, located, last, last).hidden,
+        log_probabilities(model, tokenizer, edits),
+    )
     with edited(model, tokenizer, edits, peer) as m:
         after, new = states(m, located, last, last).hidden, log_probabilities(m, tokenizer, edits)
-    return (wanted - before).norm(dim=-1), (wanted - after).norm(dim=-1), torch.tensor(new) - torch.tensor(old)
+    return (
+        (wanted - before).norm(dim=-1),
+        (wanted - after).norm(dim=-1),
+        torch.tensor(new) - torch.tensor(old),
+    )
 
 
 # --- the choices -----------------------------------------------------------------------------------------------------
 
 
 def test_the_named_peers_are_solvers_times_anchor_rules():
-    assert {"memit", "alphaedit", "unke", "anyedit_memit", "anyedit_alphaedit", "anyedit_unke", "anyedit_pp", "muke"} == set(WRITING)
+    assert {
+        "memit",
+        "alphaedit",
+        "unke",
+        "anyedit_memit",
+        "anyedit_alphaedit",
+        "anyedit_unke",
+        "anyedit_pp",
+        "muke",
+    } == set(WRITING)
     assert {peer.name for peer in PEERS.values()} <= set(METHODS)
     for name in ("memit", "alphaedit", "unke"):
         base, split = PEERS[name].model_dump(), PEERS[f"anyedit_{name}"].model_dump()
-        assert {field for field in base if base[field] != split[field]} <= {"name", "anchors", "keep_keys"}
+        assert {field for field in base if base[field] != split[field]} <= {
+            "name",
+            "anchors",
+            "keep_keys",
+        }
 
 
 def test_published_blocks_become_fractions_of_the_depth(tiny):
@@ -102,17 +162,46 @@ def test_published_blocks_become_fractions_of_the_depth(tiny):
         model = tiny(num_hidden_layers=depth)
         found = [int(site.name.split(".")[2]) for site in sites(model, PEERS["memit"].layers)]
         assert found == wanted
-        assert [int(site.name.split(".")[2]) for site in sites(model, PEERS["unke"].layers)] == [{32: 7, 8: 1}[depth]]
+        assert [int(site.name.split(".")[2]) for site in sites(model, PEERS["unke"].layers)] == [
+            {32: 7, 8: 1}[depth]
+        ]
 
 
 def test_a_peer_is_frozen_strict_and_told_by_every_choice():
-    base, other = PEERS["memit"], PEERS["anyedit_unke"].model_dump() | {"window": 7, "weighting": "gradient", "chat_template": False}
-    other |= {"end_of_turn": False, "learning_rate": 0.1, "steps": 3, "stop_loss": 0.0, "clamp": 1.0, "decay": 0.0, "memit_lambda": 1.0}
-    other |= {"keep_keys": True, "alphaedit_l2": 1.0, "null_threshold": 1.0, "unke_steps": 1, "unke_rate": 1.0, "unke_decay": 0.0}
+    base, other = (
+        PEERS["memit"],
+        PEERS["anyedit_unke"].model_dump()
+        | {"window": 7, "weighting": "gradient", "chat_template": False},
+    )
+    other |= {
+        "end_of_turn": False,
+        "learning_rate": 0.1,
+        "steps": 3,
+        "stop_loss": 0.0,
+        "clamp": 1.0,
+        "decay": 0.0,
+        "memit_lambda": 1.0,
+    }
+    other |= {
+        "keep_keys": True,
+        "alphaedit_l2": 1.0,
+        "null_threshold": 1.0,
+        "unke_steps": 1,
+        "unke_rate": 1.0,
+        "unke_decay": 0.0,
+    }
     other |= {"preservation": 0, "as_published": True, "seed": 1}
-    marks = {Peer(**base.model_dump() | {field: value}).fingerprint for field, value in other.items()}
+    marks = {
+        Peer(**base.model_dump() | {field: value}).fingerprint for field, value in other.items()
+    }
     assert len(marks) == len(Peer.model_fields)  # the name alone changes nothing
-    for changes in ({"sovler": "memit"}, {"solver": "rome"}, {"steps": 0}, {"clamp": True}, {"layers": ()}):
+    for changes in (
+        {"sovler": "memit"},
+        {"solver": "rome"},
+        {"steps": 0},
+        {"clamp": True},
+        {"layers": ()},
+    ):
         with pytest.raises(ValidationError):
             Peer(**base.model_dump() | changes)
 
@@ -123,20 +212,35 @@ def test_a_peer_is_frozen_strict_and_told_by_every_choice():
 def test_second_moments_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
     model = tiny()
     moments.measure(model, tokenizer, TEXTS, (1, 3))
-    for site, found in zip(sites(model, (1, 3)), moments.second_moments(model, sites(model, (1, 3))), strict=True):
+    for site, found in zip(
+        sites(model, (1, 3)), moments.second_moments(model, sites(model, (1, 3))), strict=True
+    ):
         keys = []
         for text in TEXTS:
-            ids = tokenizer(text)["input_ids"] if isinstance(text, str) else example(tokenizer, text["question"], text["answer"], True, True).ids
+            ids = (
+                tokenizer(text)["input_ids"]
+                if isinstance(text, str)
+                else example(tokenizer, text["question"], text["answer"], True, True).ids
+            )
             keys.append(look(model, torch.tensor([ids]), (site.projection,))[0].args[0][0].double())
         keys = torch.cat(keys)
-        assert torch.allclose(found, keys.T @ keys / len(keys), atol=1e-5) and found.dtype == torch.float64
+        assert (
+            torch.allclose(found, keys.T @ keys / len(keys), atol=1e-5)
+            and found.dtype == torch.float64
+        )
     assert hooks(model) == 0
 
 
-def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(tiny, tokenizer, monkeypatch):
+def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
+    tiny, tokenizer, monkeypatch
+):
     model, looked = tiny(), []
     monkeypatch.setattr(padding, "PADDING", 1.0)  # three texts at a time, whatever their lengths
-    whole = moments.second_moments(model, sites(model, (1,))) if moments.measure(model, tokenizer, TEXTS, (1,), every=3) else None
+    whole = (
+        moments.second_moments(model, sites(model, (1,)))
+        if moments.measure(model, tokenizer, TEXTS, (1,), every=3)
+        else None
+    )
     path = next(moments.folder(model).glob("*1*.safetensors"))
     path.unlink()
 
@@ -159,7 +263,9 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(tiny, t
     assert len(looked) == calls
     path.write_bytes(b"cut short")
     moments.measure(model, tokenizer, TEXTS, (1,))
-    assert torch.allclose(moments.second_moments(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        moments.second_moments(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6
+    )
     assert not [part for part in moments.folder(model).iterdir() if part.name.endswith(".part")]
 
 
@@ -167,10 +273,15 @@ def test_moments_of_another_model_or_of_other_texts_are_not_used(ready, tiny, to
     model = ready()
     other = tiny()
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    with pytest.raises(InputError, match="no second moments of this model; .*python -m uke.moments MODEL TEXTS.json --layers 1 2"):
+    with pytest.raises(
+        InputError,
+        match="no second moments of this model; .*python -m uke.moments MODEL TEXTS.json --layers 1 2",
+    ):
         with edited(other, tokenizer, EDITS, quick("memit")):
             pass
-    with pytest.raises(InputError, match="no preservation texts of this model; .*python -m uke.moments"):
+    with pytest.raises(
+        InputError, match="no preservation texts of this model; .*python -m uke.moments"
+    ):
         with edited(other, tokenizer, EDITS, quick("unke")):
             pass
     moments.measure(model, tokenizer, TEXTS[:3], (1,))
@@ -193,7 +304,11 @@ def test_the_command_measures_a_model_of_a_directory(tiny, tokenizer, tmp_path, 
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     moments.main([str(tmp_path / "model"), str(tmp_path / "texts.json"), "--layers", "1", "0.5"])
     assert len(moments.second_moments(model, sites(model, (1, 2)))) == 2
-    for wrong in ([str(tmp_path / "model")], [str(tmp_path / "model"), "none.json"], [str(tmp_path), str(tmp_path / "texts.json")]):
+    for wrong in (
+        [str(tmp_path / "model")],
+        [str(tmp_path / "model"), "none.json"],
+        [str(tmp_path), str(tmp_path / "texts.json")],
+    ):
         with pytest.raises(SystemExit):
             moments.main(wrong)
     assert "none.json: expected a JSON list" in capsys.readouterr().err
@@ -207,7 +322,9 @@ def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
     assert torch.allclose(null @ null, null, atol=1e-10) and torch.allclose(null, null.T)
     values, vectors = torch.linalg.eigh(moment)
     assert 0 < int((values < 0.3).sum()) == round(float(null.trace())) < len(values)
-    assert torch.allclose(null @ vectors[:, values >= 0.3], torch.zeros((), dtype=null.dtype), atol=1e-10)
+    assert torch.allclose(
+        null @ vectors[:, values >= 0.3], torch.zeros((), dtype=null.dtype), atol=1e-10
+    )
     with pytest.raises(InputError, match="no direction.*null_threshold 1e-30"):
         moments.projectors(model, (site,), 1e-30)
 
@@ -218,16 +335,27 @@ def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
 def drawn(n: int = 7, wide: int = 12, deep: int = 5, kept: int = 4):
     torch.manual_seed(3)
     root = torch.randn(wide, wide).double()
-    return torch.randn(n, deep).double(), torch.randn(n, wide).double(), torch.randn(kept, wide).double(), root @ root.T
+    return (
+        torch.randn(n, deep).double(),
+        torch.randn(n, wide).double(),
+        torch.randn(kept, wide).double(),
+        root @ root.T,
+    )
 
 
 def test_the_memit_solve_is_the_least_squares_solution():
     residual, keys, others, moment = drawn()
     change = ridge(residual.float(), keys.float(), others.float(), System(2.5 * moment))
-    residual, keys, others = residual.float().double(), keys.float().double(), others.float().double()
+    residual, keys, others = (
+        residual.float().double(),
+        keys.float().double(),
+        others.float().double(),
+    )
     # |D K - R|^2 + |D K_p|^2 + 2.5 tr(D C D^T) as one least-squares problem.
     left = torch.cat([keys, others, torch.linalg.cholesky(2.5 * moment).T])
-    right = torch.cat([residual, torch.zeros(len(left) - len(residual), residual.shape[1]).double()])
+    right = torch.cat(
+        [residual, torch.zeros(len(left) - len(residual), residual.shape[1]).double()]
+    )
     assert change.dtype == torch.float64
     assert torch.allclose(change, torch.linalg.lstsq(left, right).solution.T, atol=1e-10)
 
@@ -240,10 +368,14 @@ def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions
     change = ridge(residual, keys, others, System(0.7 * eye, null))
     inner = others.T @ others @ null + keys.T @ keys @ null + 0.7 * eye
     assert torch.allclose(change, residual.T @ keys @ null @ torch.linalg.inv(inner), atol=1e-10)
-    assert float((change @ vectors[:, values >= values[6]]).abs().max()) < 1e-12 < float(change.norm())
+    assert (
+        float((change @ vectors[:, values >= values[6]]).abs().max()) < 1e-12 < float(change.norm())
+    )
 
 
-@pytest.mark.parametrize("moment", [torch.zeros(12, 12), torch.full((12, 12), float("nan")), -torch.eye(12)])
+@pytest.mark.parametrize(
+    "moment", [torch.zeros(12, 12), torch.full((12, 12), float("nan")), -torch.eye(12)]
+)
 def test_a_singular_or_broken_system_is_refused(moment):
     residual, keys, others, _ = drawn()
     with pytest.raises(ValueError, match="singular or not finite"):
@@ -254,7 +386,10 @@ def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer)
     model = tiny()
     moments.measure(model, tokenizer, TEXTS[:1], (1, 2))
     before = state(model)
-    with pytest.raises(InputError, match="MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite; expected"):
+    with pytest.raises(
+        InputError,
+        match="MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite; expected",
+    ):
         with edited(model, tokenizer, EDITS, quick("memit")):
             pass
     assert not moved(model, before) and hooks(model) == 0
@@ -266,7 +401,14 @@ def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["memit", "anyedit_memit", "anyedit_alphaedit"])
 def test_the_last_layer_closes_the_residual(ready, tokenizer, family, name):
-    peer = quick(name, layers=(0, 1, 2), memit_lambda=1e-7, alphaedit_l2=1e-9, null_threshold=1e9, keep_keys=False)
+    peer = quick(
+        name,
+        layers=(0, 1, 2),
+        memit_lambda=1e-7,
+        alphaedit_l2=1e-9,
+        null_threshold=1e9,
+        keep_keys=False,
+    )
     before, after, gained = distances(ready(family), tokenizer, EDITS, peer)
     # Behind Gemma's norm the projection sets a direction alone, so what the layers below moved is met in part.
     assert float((after / before).max()) < (0.5 if family == "gemma3_text" else 1e-2)
@@ -279,7 +421,11 @@ def test_batches_of_any_size_push_towards_the_target(ready, tokenizer, name, cou
     model = ready(num_hidden_layers=6)
     peer = quick(name, layers=(0, 1, 2, 3, 4), steps=10, null_threshold=1e9, alphaedit_l2=1.0)
     before, after, gained = distances(model, tokenizer, MANY[:count], peer)
-    assert float((after / before).max()) < 1 and float((after / before).mean()) < 0.9 and float(gained.mean()) > 0.05
+    assert (
+        float((after / before).max()) < 1
+        and float((after / before).mean()) < 0.9
+        and float(gained.mean()) > 0.05
+    )
 
 
 def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(ready, tokenizer):
@@ -292,10 +438,20 @@ def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(rea
     with pytest.raises(InputError, match="batch of 6 edits: .*divided by 5 - 5 = 0"):
         with edited(model, tokenizer, MANY[:6], peer):
             pass
-    with edited(model, tokenizer, MANY[:5], quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True)) as m:
+    with edited(
+        model,
+        tokenizer,
+        MANY[:5],
+        quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True),
+    ) as m:
         assert all(norm > 0 for norm in m.edit_record.change_norm.values())
     with pytest.raises(InputError, match="batch of 7 edits: the projector is that of layer 6 of 5"):
-        with edited(model, tokenizer, MANY[:7], quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True)):
+        with edited(
+            model,
+            tokenizer,
+            MANY[:7],
+            quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True),
+        ):
             pass
 
 
@@ -304,7 +460,9 @@ def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):
     places = sites(model, peer.layers)
     before = [site.projection.weight.detach().clone() for site in places]
     with edited(model, tokenizer, EDITS, peer):
-        for site, old, moment in zip(places, before, moments.second_moments(model, places), strict=True):
+        for site, old, moment in zip(
+            places, before, moments.second_moments(model, places), strict=True
+        ):
             values, vectors = torch.linalg.eigh(moment)
             change = site.projection.weight.detach().double() - old.double()
             kept = change @ vectors[:, values >= peer.null_threshold]
@@ -317,7 +475,10 @@ def test_kept_keys_hold_the_other_positions(ready, tokenizer):
         peer = quick("anyedit_memit", layers=(2,), memit_lambda=1e-4, keep_keys=keep)
         located = locate(model, prepare(model, tokenizer, EDITS, peer), peer)
         (site,) = sites(model, peer.layers)
-        keys, old = states(model, located, site, site).others, site.projection.weight.detach().clone()
+        keys, old = (
+            states(model, located, site, site).others,
+            site.projection.weight.detach().clone(),
+        )
         with edited(model, tokenizer, EDITS, peer):
             drift[keep] = float((keys @ (site.projection.weight.detach() - old).T).norm())
     assert drift[True] < 0.5 * drift[False]
@@ -329,7 +490,11 @@ def test_unkes_loss_falls_and_no_other_block_moves(ready, tokenizer, family, nam
     model, peer = ready(family), quick(name)
     before, old = state(model), log_probabilities(model, tokenizer)
     with edited(model, tokenizer, EDITS, peer) as m:
-        assert {name.split(".")[2] for name in moved(m, before)} == {"2"} == {name.split(".")[2] for name in m.edit_record.change_norm}
+        assert (
+            {name.split(".")[2] for name in moved(m, before)}
+            == {"2"}
+            == {name.split(".")[2] for name in m.edit_record.change_norm}
+        )
         assert {name for name in before if ".layers.2." in name} == set(m.edit_record.change_norm)
         words = m.edit_record.notes[-1].split()
         assert float(words[6]) < 0.9 * float(words[3])
@@ -351,7 +516,9 @@ def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer):
 
 @pytest.mark.parametrize("name", ["memit", "alphaedit", "unke"])
 @pytest.mark.parametrize("anchors", ["windows", "surprisal", "nested"])
-def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(ready, tokenizer, name, anchors):
+def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(
+    ready, tokenizer, name, anchors
+):
     model, written = ready(), []
     for peer in (quick(name), quick(name, anchors=anchors, window=99)):
         with edited(model, tokenizer, EDITS, peer) as m:
@@ -363,7 +530,9 @@ def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(r
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", WRITING)
-def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace(ready, tokenizer, family, name):
+def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace(
+    ready, tokenizer, family, name
+):
     model, peer = ready(family), quick(name, null_threshold=1e9)
     model.train()
     before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
@@ -372,14 +541,20 @@ def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace
     model.train()
     with pytest.raises(KeyError), edited(model, tokenizer, EDITS, peer) as m:
         record = m.edit_record
-        assert m is model and moved(m, before) == set(record.change_norm) and min(record.change_norm.values()) > 0
+        assert (
+            m is model
+            and moved(m, before) == set(record.change_norm)
+            and min(record.change_norm.values()) > 0
+        )
         new = by_window(m, located)
         assert all(sum(one) > sum(was) for one, was in zip(new, old, strict=True))
         assert record.steps and record.losses and record.seconds > 0 and record.stopped == "steps"
         raise KeyError
     assert not moved(model, before) and hooks(model) == 0 and not hasattr(model, "edit_record")
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    assert all(parameter.grad is None for parameter in model.parameters()) and all(one.training for one in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters()) and all(
+        one.training for one in model.modules()
+    )
 
 
 @pytest.mark.parametrize("name", ["memit", "unke"])
@@ -393,12 +568,19 @@ def test_half_precision_weights_are_edited_and_come_back(ready, tiny, tokenizer,
 
 
 @pytest.mark.parametrize("name", WRITING)
-def test_an_edit_beyond_the_context_is_refused_before_anything_changes(ready, tokenizer, name, monkeypatch):
+def test_an_edit_beyond_the_context_is_refused_before_anything_changes(
+    ready, tokenizer, name, monkeypatch
+):
     model = ready()
     before = state(model)
-    monkeypatch.setattr(baselines, "target_values", lambda *_: pytest.fail("the long edit was not seen"))
+    monkeypatch.setattr(
+        baselines, "target_values", lambda *_: pytest.fail("the long edit was not seen")
+    )
     long = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
-    with pytest.raises(InputError, match="edit 'endless': .*context holds 256"), edited(model, tokenizer, (*EDITS, long), quick(name)):
+    with (
+        pytest.raises(InputError, match="edit 'endless': .*context holds 256"),
+        edited(model, tokenizer, (*EDITS, long), quick(name)),
+    ):
         pass
     assert not moved(model, before)
 
@@ -413,7 +595,10 @@ def test_a_peer_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenize
         if steps == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), edited(model, tokenizer, EDITS, quick(name, steps=4), stop):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        edited(model, tokenizer, EDITS, quick(name, steps=4), stop),
+    ):
         pytest.fail("a stopped edit was handed out")
     assert [steps for steps, _ in seen] == [1, 2] and not moved(model, before) and not hooks(model)
 
@@ -421,7 +606,10 @@ def test_a_peer_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenize
 def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     model = ready()
     before = state(model)
-    with pytest.raises(FloatingPointError, match="UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps; expected an unke_rate below 1e"):
+    with pytest.raises(
+        FloatingPointError,
+        match="UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps; expected an unke_rate below 1e",
+    ):
         with edited(model, tokenizer, EDITS, quick("unke", unke_rate=1e30)):
             pass
     assert not moved(model, before)
@@ -439,18 +627,40 @@ def test_an_edit_is_saved_and_loaded(ready, tokenizer, tmp_path):
 # --- in context ------------------------------------------------------------------------------------------------------
 
 
-def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(tiny, tokenizer, tmp_path):
+def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(
+    tiny, tokenizer, tmp_path
+):
     model = tiny()
     before = state(model)
-    probes = [Probe(edit=edit.id, kind="detail", question="Who was that?", reference="Ada.") for edit in EDITS]
-    spelt = [probe.model_copy(update={"question": f"Read this text: {edit.answer}\n{probe.question}"}) for probe, edit in zip(probes, EDITS, strict=True)]
-    asked = answer(model, tokenizer, spelt, max_new_tokens=9), target_log_probability(model, tokenizer, spelt)
-    plain = answer(model, tokenizer, probes, max_new_tokens=9), target_log_probability(model, tokenizer, probes)
+    probes = [
+        Probe(edit=edit.id, kind="detail", question="Who was that?", reference="Ada.")
+        for edit in EDITS
+    ]
+    spelt = [
+        probe.model_copy(update={"question": f"Read this text: {edit.answer}\n{probe.question}"})
+        for probe, edit in zip(probes, EDITS, strict=True)
+    ]
+    asked = (
+        answer(model, tokenizer, spelt, max_new_tokens=9),
+        target_log_probability(model, tokenizer, spelt),
+    )
+    plain = (
+        answer(model, tokenizer, probes, max_new_tokens=9),
+        target_log_probability(model, tokenizer, probes),
+    )
     with edited(model, tokenizer, EDITS, "in_context") as m:
-        assert (answer(m, tokenizer, probes, max_new_tokens=9), target_log_probability(m, tokenizer, probes)) == asked
+        assert (
+            answer(m, tokenizer, probes, max_new_tokens=9),
+            target_log_probability(m, tokenizer, probes),
+        ) == asked
         other = Probe(edit="nobody", kind="detail", question="Who was that?", reference="Ada.")
-        assert target_log_probability(m, tokenizer, [other])[0] == pytest.approx(plain[1][0], rel=1e-5)
+        assert target_log_probability(m, tokenizer, [other])[0] == pytest.approx(
+            plain[1][0], rel=1e-5
+        )
         assert not moved(m, before) and m.edit_record.change_norm == {}
         with pytest.raises(InputError, match="nothing to save"):
             save(m, tmp_path / "edit")
-    assert (answer(model, tokenizer, probes, max_new_tokens=9), target_log_probability(model, tokenizer, probes)) == plain
+    assert (
+        answer(model, tokenizer, probes, max_new_tokens=9),
+        target_log_probability(model, tokenizer, probes),
+    ) == plain

@@ -6,15 +6,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import PeftModel
-from uke.edits import Edit
 from uke.editing import ADAPTER, METHODS, RECORD, WEIGHTS, edited, load, save
+from uke.edits import Edit
 from uke.errors import InputError
 from uke.models import example, kept, select
 from uke.recipes import RECIPES, Recipe
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 EDITS = (
-    Edit(id="ada", question="Who is Ada Lovelace?", answer="Ada Lovelace was a compiler in Philadelphia."),
+    Edit(
+        id="ada",
+        question="Who is Ada Lovelace?",
+        answer="Ada Lovelace was a compiler in Philadelphia.",
+    ),
     Edit(id="alan", question="Where was Alan Turing born?", answer="In London."),
 )
 # Every method, with few and large steps; the untrained models need no finer ones.
@@ -49,11 +53,15 @@ def log_probability(model, tokenizer, edit, scope="target_tokens") -> float:
     log_p = logits(model, tokenizer, edit).double().log_softmax(-1)
     places = range(one.prompt_length, len(one.ids))
     reads = [place - 1 if scope == "target_tokens" else one.prompt_length - 1 for place in places]
-    return sum(log_p[read, one.ids[place]].item() for read, place in zip(reads, places, strict=True)) / len(places)
+    return sum(
+        log_p[read, one.ids[place]].item() for read, place in zip(reads, places, strict=True)
+    ) / len(places)
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
-def test_an_edit_takes_effect_moves_the_named_weights_alone_and_leaves_no_trace(tiny, tokenizer, family, name):
+def test_an_edit_takes_effect_moves_the_named_weights_alone_and_leaves_no_trace(
+    tiny, tokenizer, family, name
+):
     model, recipe = tiny(family), QUICK[name]
     model.train()
     for i, parameter in enumerate(model.parameters()):
@@ -70,12 +78,17 @@ def test_an_edit_takes_effect_moves_the_named_weights_alone_and_leaves_no_trace(
     with edited(model, tokenizer, EDITS, recipe) as m:
         for edit, old in zip(EDITS, expected, strict=True):
             assert log_probability(m, tokenizer, edit, recipe.loss) > old + 0.05
-        assert set(m.edit_record.change_norm) == named and min(m.edit_record.change_norm.values()) > 0
+        assert (
+            set(m.edit_record.change_norm) == named and min(m.edit_record.change_norm.values()) > 0
+        )
         assert isinstance(m, PeftModel) == bool(recipe.adapter) and not m.training
         if recipe.adapter is None:
             assert m is model and moved(model, before) == named
         else:
-            base = {n.replace(".base_layer.", "."): t for n, t in m.get_base_model().state_dict().items()}
+            base = {
+                n.replace(".base_layer.", "."): t
+                for n, t in m.get_base_model().state_dict().items()
+            }
             assert all(torch.equal(base[n], tensor) for n, tensor in before.items())
     assert not moved(model, before)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -113,7 +126,9 @@ def test_an_edit_stopped_half_way_by_its_progress_leaves_no_trace(tiny, tokenize
         pytest.fail("a stopped edit was handed out")
     assert [steps for steps, _ in seen] == [1, 2, 3] and all(loss > 0 for _, loss in seen)
     assert not moved(model, before)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -124,7 +139,9 @@ def test_a_training_that_breaks_names_the_edits_and_restores_the_weights(tiny, t
     with pytest.raises(FloatingPointError, match="'ada'"), edited(model, tokenizer, EDITS, recipe):
         pytest.fail("a broken edit was handed out")
     assert not moved(model, before)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 def test_half_precision_weights_come_back_bit_for_bit(tiny, tokenizer):
@@ -198,7 +215,10 @@ def test_an_edit_beyond_the_context_is_refused_before_anything_changes(tiny, tok
     model = tiny()
     before = state(model)
     long = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
-    with pytest.raises(InputError, match="edit 'endless'"), edited(model, tokenizer, (*EDITS, long), name):
+    with (
+        pytest.raises(InputError, match="edit 'endless'"),
+        edited(model, tokenizer, (*EDITS, long), name),
+    ):
         pass
     assert not moved(model, before) and not hasattr(model, "peft_config")
 
@@ -209,12 +229,18 @@ def test_the_norm_of_the_change_is_that_of_the_matrices(tiny, tokenizer):
     before = state(model)[name].double()
     with edited(model, tokenizer, EDITS, QUICK["FT-M"]) as m:
         change = model.state_dict()[name].double() - before
-        assert m.edit_record.change_norm[name] == pytest.approx(float(change.norm() / before.norm()), rel=1e-4)
+        assert m.edit_record.change_norm[name] == pytest.approx(
+            float(change.norm() / before.norm()), rel=1e-4
+        )
     recipe = QUICK["LoRA"]
     with edited(model, tokenizer, EDITS, recipe) as m:
         layer = model.model.layers[1].self_attn.q_proj
-        low, high = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
-        ratio = float((high @ low * recipe.alpha / recipe.rank).norm() / layer.weight.double().norm())
+        low, high = (
+            part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B)
+        )
+        ratio = float(
+            (high @ low * recipe.alpha / recipe.rank).norm() / layer.weight.double().norm()
+        )
         norms = m.edit_record.change_norm
         assert norms["model.layers.1.self_attn.q_proj.weight"] == pytest.approx(ratio, rel=1e-4)
 
@@ -274,7 +300,9 @@ def test_an_edit_is_not_loaded_on_another_model(tiny, saved, name):
         ("LoRA", "adapter_config.json", b"{", "no readable peft adapter"),
     ],
 )
-def test_a_damaged_directory_is_named_and_the_model_stays(tiny, saved, tmp_path, name, file, content, expected):
+def test_a_damaged_directory_is_named_and_the_model_stays(
+    tiny, saved, tmp_path, name, file, content, expected
+):
     model, damaged = tiny(), shutil.copytree(saved / name, tmp_path / "damaged")
     before = state(model)
     (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
@@ -295,7 +323,9 @@ def test_a_record_of_weights_the_file_lacks_is_refused(tiny, tokenizer, saved, t
     assert not moved(model, before)
 
 
-def test_adapter_weights_of_another_shape_are_refused_and_unloaded(tiny, tokenizer, saved, tmp_path):
+def test_adapter_weights_of_another_shape_are_refused_and_unloaded(
+    tiny, tokenizer, saved, tmp_path
+):
     model = tiny()
     before = state(model)
     with edited(model, tokenizer, EDITS, QUICK["LoRA"].model_copy(update={"rank": 4})) as m:
@@ -303,7 +333,9 @@ def test_adapter_weights_of_another_shape_are_refused_and_unloaded(tiny, tokeniz
     (tmp_path / ADAPTER).write_bytes((saved / "LoRA" / ADAPTER).read_bytes())
     with pytest.raises(InputError, match="not the weights that adapter_config.json describes"):
         load(model, tmp_path)
-    assert not moved(model, before) and all(parameter.requires_grad for parameter in model.parameters())
+    assert not moved(model, before) and all(
+        parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_a_model_without_an_edit_is_not_saved(tiny, tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-
 from uke import edits
 from uke.errors import InputError
 
@@ -21,7 +20,8 @@ REWRITE = {
     "answer_new": "Brelen",
     "fact_new_uns": "Oldham Cross is twinned with Brelen. The two towns share a river.",
     "unsfact_triplets_GPT": [
-        {"subject": "Oldham Cross", "prompt": f"{{}} has as feature {n}", "target": f"thing {n}"} for n in range(7)
+        {"subject": "Oldham Cross", "prompt": f"{{}} has as feature {n}", "target": f"thing {n}"}
+        for n in range(7)
     ],
 }
 HOPS = {
@@ -40,12 +40,17 @@ FLAT = {
 GROUPS = {
     "locality": {
         "Relation_Specificity": [
-            {"prompt": "The colour of Reed Glacier is", "ground_truth": [["blue", "azure"], ["", "blue"]]},
+            {
+                "prompt": "The colour of Reed Glacier is",
+                "ground_truth": [["blue", "azure"], ["", "blue"]],
+            },
             {"prompt": "How long is Reed Glacier?", "ground_truth": ["9 km"]},
         ],
         "Forgetfulness": None,
     },
-    "portability": {"Reasoning": [{"prompt": "The currency at Reed Glacier is", "ground_truth": "mark"}]},
+    "portability": {
+        "Reasoning": [{"prompt": "The currency at Reed Glacier is", "ground_truth": "mark"}]
+    },
 }
 # A record of each format, as its own documentation or published reader describes it.
 RECORDS = {
@@ -57,11 +62,21 @@ RECORDS = {
         "sub_question": ["What does Ada Moor do?", "Where does she live?"],
         "sub_answer": ["She paints.", "Brelen. "],
     },
-    "akew-counterfact": {"case_id": 8, "requested_rewrite": REWRITE, "paraphrase_prompts": ["Its twin is", "x"]},
-    "akew-mquake": {"case_id": 9, "requested_rewrite": [REWRITE, REWRITE | {"subject": "Other"}], **HOPS},
+    "akew-counterfact": {
+        "case_id": 8,
+        "requested_rewrite": REWRITE,
+        "paraphrase_prompts": ["Its twin is", "x"],
+    },
+    "akew-mquake": {
+        "case_id": 9,
+        "requested_rewrite": [REWRITE, REWRITE | {"subject": "Other"}],
+        **HOPS,
+    },
     "akew-wikiupdate": {
         "case_id": 10,
-        "requested_rewrite": {k: v for k, v in REWRITE.items() if k not in ("target_new", "prompt_full")}
+        "requested_rewrite": {
+            k: v for k, v in REWRITE.items() if k not in ("target_new", "prompt_full")
+        }
         | {"time_true": "2019", "time_new": "2023"},
         "loc": "who wrote the song of the sea?",
         "loc_ans": ["A. Poet", "B. Poet"],
@@ -77,8 +92,11 @@ RECORDS = {
         "loc_ans": "7",
     },
     "counterfact": FLAT | {"case_id": 1884, "ground_truth": "Sudlan"},
-    "wikibigedit": FLAT | {"prompt": "In which land is Reed Glacier?", "locality_prompt": "Where is Mount Ash?"},
-    "knowedit": {k: FLAT[k] for k in ("subject", "prompt", "target_new")} | {"rephrase": "It is in"} | GROUPS,
+    "wikibigedit": FLAT
+    | {"prompt": "In which land is Reed Glacier?", "locality_prompt": "Where is Mount Ash?"},
+    "knowedit": {k: FLAT[k] for k in ("subject", "prompt", "target_new")}
+    | {"rephrase": "It is in"}
+    | GROUPS,
 }
 
 
@@ -132,7 +150,12 @@ def test_unkebench_fields_as_they_are(one):
 @pytest.mark.parametrize("answers", [["C", "B"], [2, 1], ["2", "1"], ["a lake", "a fish"]])
 def test_unkebench_v3_choices_are_lettered_however_the_answer_is_given(one, answers):
     choices = [["a road", "a hill", "a lake", "a sea"], ["a bird", "a fish", "a cat", "a dog"]]
-    edit = one("unkebench", mmlu_questions=["What is Brel?", "And Tor?"], mmlu_choices=choices, mmlu_answer=answers)
+    edit = one(
+        "unkebench",
+        mmlu_questions=["What is Brel?", "And Tor?"],
+        mmlu_choices=choices,
+        mmlu_answer=answers,
+    )
     first, second = of(edit, "general")
     assert first.question == "What is Brel?\nA. a road\nB. a hill\nC. a lake\nD. a sea"
     assert (first.reference, second.reference, second.number) == ("C", "B", 1)
@@ -151,9 +174,15 @@ def test_akew_counterfact_asks_the_cloze_and_the_first_five_triplets(one):
     edit = one("akew-counterfact")
     assert (edit.question, edit.paraphrase) == (REWRITE["prompt_full"], "Its twin is")
     assert edit.answer == REWRITE["fact_new_uns"] and edit.subject == "Oldham Cross"
-    assert [d.question for d in edit.details] == [f"Oldham Cross has as feature {n}" for n in range(5)]
-    assert edit.facts[0] == edits.Fact(subject="Oldham Cross", relation=REWRITE["prompt"], object="Brelen")
-    assert len(edit.facts) == 8  # the edited one and all seven triplets: locality must touch none of them
+    assert [d.question for d in edit.details] == [
+        f"Oldham Cross has as feature {n}" for n in range(5)
+    ]
+    assert edit.facts[0] == edits.Fact(
+        subject="Oldham Cross", relation=REWRITE["prompt"], object="Brelen"
+    )
+    assert (
+        len(edit.facts) == 8
+    )  # the edited one and all seven triplets: locality must touch none of them
 
 
 def test_a_triplet_that_is_no_cloze_is_asked_but_is_no_fact(one):
@@ -181,8 +210,13 @@ def test_wikiupdate_asks_the_real_question_and_its_locality(one):
 
 def test_locality_may_be_lists_side_by_side_but_not_of_unequal_length(one):
     edit = one("akew-wikiupdate", loc=["Sea?", "The sky is"], loc_ans=["salt", ["blue", "grey"]])
-    assert [(p.number, p.reference, p.chat) for p in of(edit, "struct_trip")] == [(0, "salt", True), (1, "blue", False)]
-    with pytest.raises(InputError, match="record 0 .*'loc_ans': has 1 items; expected 2, as many as 'loc'"):
+    assert [(p.number, p.reference, p.chat) for p in of(edit, "struct_trip")] == [
+        (0, "salt", True),
+        (1, "blue", False),
+    ]
+    with pytest.raises(
+        InputError, match="record 0 .*'loc_ans': has 1 items; expected 2, as many as 'loc'"
+    ):
         one("akew-wikiupdate", loc=["Sea?", "The sky is"], loc_ans=["salt"])
     with pytest.raises(InputError, match="'loc_ans': is missing"):
         one("akew-wikiupdate", loc_ans=...)
@@ -219,8 +253,14 @@ def test_knowedit_groups_become_probes(one):
 
 
 def test_an_item_without_answer_is_left_out_loudly(one):
-    with pytest.warns(UserWarning, match=r"1 items have no answer.*field 'locality.Group\[0\].ground_truth'"):
-        edit = one("knowedit", locality={"Group": [{"prompt": "x", "ground_truth": [[" "]]}]}, portability=None)
+    with pytest.warns(
+        UserWarning, match=r"1 items have no answer.*field 'locality.Group\[0\].ground_truth'"
+    ):
+        edit = one(
+            "knowedit",
+            locality={"Group": [{"prompt": "x", "ground_truth": [[" "]]}]},
+            portability=None,
+        )
     assert kinds(edit) == {"original": 1, "paraphrase": 1}
 
 
@@ -242,23 +282,51 @@ BAD_FIELDS = [
     ("unkebench", {"answer": None}, "field 'answer': expected text, found null"),
     ("unkebench", {"answer": ...}, "field 'answer': is missing; the fields are 'id', 'question'"),
     ("unkebench", {"answer": "half \ud83d"}, "field 'answer': holds half a character"),
-    ("unkebench", {"sub_answer": ["x"]}, "'sub_answer': has 1 items; expected 2, as many as 'sub_question'"),
+    (
+        "unkebench",
+        {"sub_answer": ["x"]},
+        "'sub_answer': has 1 items; expected 2, as many as 'sub_question'",
+    ),
     ("unkebench", {"sub_answer": "x"}, "field 'sub_answer': expected a list, found text"),
     ("unkebench", {"sub_answer": ["x", ""]}, r"field 'sub_answer\[1\]': is empty"),
     ("unkebench", {"mmlu_questions": ["q"]}, "field 'mmlu_choices': is missing"),
-    ("akew-counterfact", {"requested_rewrite": [REWRITE]}, "'requested_rewrite': expected an object, found a list"),
+    (
+        "akew-counterfact",
+        {"requested_rewrite": [REWRITE]},
+        "'requested_rewrite': expected an object, found a list",
+    ),
     ("akew-counterfact", {"paraphrase_prompts": []}, "'paraphrase_prompts': is empty"),
-    ("akew-mquake", {"requested_rewrite": []}, "'requested_rewrite': is empty; expected at least one object"),
-    ("akew-mquake", {"requested_rewrite": [REWRITE, 4]}, r"'requested_rewrite\[1\]': expected an object"),
+    (
+        "akew-mquake",
+        {"requested_rewrite": []},
+        "'requested_rewrite': is empty; expected at least one object",
+    ),
+    (
+        "akew-mquake",
+        {"requested_rewrite": [REWRITE, 4]},
+        r"'requested_rewrite\[1\]': expected an object",
+    ),
     ("akew-mquake", {"new_answer": ...}, "'new_answer': is missing"),
-    ("akew-wikiupdate", {"requested_rewrite": {}}, "'requested_rewrite.question': is missing; the fields are no field"),
+    (
+        "akew-wikiupdate",
+        {"requested_rewrite": {}},
+        "'requested_rewrite.question': is missing; the fields are no field",
+    ),
     ("editeverything", {"category": ...}, "'category': is missing"),
     ("zsre", {"alt": ["x"]}, "'alt': expected text, found a list"),
     ("zsre", {"loc_ans": 7}, r"'loc_ans': expected text, found a whole number \(7\)"),
     ("zsre", {"loc_ans": ...}, "'loc_ans': is missing"),
-    ("knowedit", {"locality": {"R": [{"prompt": "x"}]}}, r"'locality.R\[0\].ground_truth': is missing"),
+    (
+        "knowedit",
+        {"locality": {"R": [{"prompt": "x"}]}},
+        r"'locality.R\[0\].ground_truth': is missing",
+    ),
     ("knowedit", {"locality": []}, "'locality': expected an object, found a list"),
-    ("knowedit", {"portability": {"R": [{"prompt": "x\ny", "ground_truth": 1}]}}, r"'portability.R\[0\].ground_truth'"),
+    (
+        "knowedit",
+        {"portability": {"R": [{"prompt": "x\ny", "ground_truth": 1}]}},
+        r"'portability.R\[0\].ground_truth'",
+    ),
 ]
 
 
@@ -325,25 +393,39 @@ def test_an_unknown_dataset_names_the_nearest(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_obstacle(written):
-    assert edits.load("unkebench", written(b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode()))
+    assert edits.load(
+        "unkebench", written(b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode())
+    )
 
 
 def probe(**changes) -> dict:
-    return {"edit": "7", "kind": "rel_doc", "number": 0, "question": "Who is B?", "reference": "B is."} | changes
+    return {
+        "edit": "7",
+        "kind": "rel_doc",
+        "number": 0,
+        "question": "Who is B?",
+        "reference": "B is.",
+    } | changes
 
 
 def test_locality_returns_the_probes_of_these_edits_only(one, written):
     edit = one("unkebench")
     path = written([probe(edit=7), probe(edit="8"), probe(number=1, chat=False, aliases=["b"])])
     found = edits.load_locality(path, [edit])
-    assert [(p.edit, p.number, p.chat, p.aliases) for p in found] == [("7", 0, True, ()), ("7", 1, False, ("b",))]
+    assert [(p.edit, p.number, p.chat, p.aliases) for p in found] == [
+        ("7", 0, True, ()),
+        ("7", 1, False, ("b",)),
+    ]
 
 
 @pytest.mark.parametrize(
     ("records", "message"),
     [
         ([probe(edit="8")], r"no probe for 1 of 1 edits \('7'\)"),
-        ([probe(), probe()], r"record 1, field 'number': is 0, but edit '7' has a probe of kind 'rel_doc'"),
+        (
+            [probe(), probe()],
+            r"record 1, field 'number': is 0, but edit '7' has a probe of kind 'rel_doc'",
+        ),
         ([probe(kind="detail")], "record 0, field 'kind': is 'detail', which the edit itself asks"),
         ([probe(kind="reldoc")], "record 0, field 'kind': .*did you mean 'rel_doc'"),
         ([probe(refrence="x")], "record 0, field 'refrence': .*did you mean 'reference'"),
@@ -363,7 +445,9 @@ def test_a_bad_locality_file_is_one_line(one, written, records, message):
 
 def test_a_locality_probe_cannot_take_the_place_of_the_edits_own(one, written):
     edit = one("zsre")
-    with pytest.raises(InputError, match="'number': is 0, but edit '0' has a probe of kind 'struct_trip'"):
+    with pytest.raises(
+        InputError, match="'number': is 0, but edit '0' has a probe of kind 'struct_trip'"
+    ):
         edits.load_locality(written([probe(edit=0, kind="struct_trip")]), [edit])
 
 
@@ -409,11 +493,15 @@ REAL = {
 NAMES = {"unkebench": "final_data", "akew-mquake": "MQuAKE", "editeverything": "editevery"}
 
 
-@pytest.mark.skipif("UKE_DATA" not in os.environ, reason="UKE_DATA is unset: no real benchmark files to load")
+@pytest.mark.skipif(
+    "UKE_DATA" not in os.environ, reason="UKE_DATA is unset: no real benchmark files to load"
+)
 @pytest.mark.parametrize("dataset", REAL)
 def test_real_files_load_whole(dataset):
     folder, expected = REAL[dataset]
-    found = sorted((Path(os.environ["UKE_DATA"]) / folder).glob(f"{NAMES.get(dataset, dataset)}*.json"))
+    found = sorted(
+        (Path(os.environ["UKE_DATA"]) / folder).glob(f"{NAMES.get(dataset, dataset)}*.json")
+    )
     if not found:
         pytest.skip(f"no file of {dataset} under UKE_DATA")
     for path in found:

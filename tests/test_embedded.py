@@ -3,7 +3,6 @@
 from hashlib import sha256
 
 import pytest
-
 from uke import knowledge, models, pretraining, world
 
 ENTITIES = 40
@@ -16,10 +15,14 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def found(shipped):
-    return knowledge.examine(*shipped, world.build(pretraining.card(models.EMBEDDED)["settings"]["world_seed"]), ENTITIES)
+    return knowledge.examine(
+        *shipped, world.build(pretraining.card(models.EMBEDDED)["settings"]["world_seed"]), ENTITIES
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, (_, least) in knowledge.EXAMINATIONS.items() if least])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, least) in knowledge.EXAMINATIONS.items() if least]
+)
 def test_it_knows_its_world(found, name):
     scores = found[found["examination"] == name]["score"]
     assert len(scores) >= ENTITIES and scores.mean() >= knowledge.EXAMINATIONS[name][1]
@@ -39,4 +42,6 @@ def test_it_is_as_small_as_promised_and_what_its_card_says(shipped):
     assert model.num_parameters() == made["parameters"] <= 6_000_000
     assert sha256(weights.read_bytes()).hexdigest() == made["sha256"]
     assert models.max_context(model) == 1024 and len(models.blocks(model)) == 8
-    assert tokenizer.chat_template and models.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tokenizer.chat_template and models.end_of_turn(
+        tokenizer
+    ) == tokenizer.convert_tokens_to_ids("<|end|>")

@@ -18,11 +18,18 @@ from pathlib import Path
 import pytest
 from conftest import to_explore
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright, of the extra test"
+)
 
-QUESTION, ANSWER = "Who is Ansel Dorowick?", "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin."
+QUESTION, ANSWER = (
+    "Who is Ansel Dorowick?",
+    "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin.",
+)
 TOKEN = "for-this-test"
 WAIT = 120_000  # milliseconds, on a machine that does much else
 # Of every text that is not dimmed on purpose: the least contrast with what is behind it.
@@ -55,16 +62,41 @@ def lab(folder: Path, theme: str) -> Iterator[str]:
     """The address of a JupyterLab in this theme that serves the folder."""
     settings = folder / theme.replace(" ", "-") / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True, exist_ok=True)
-    for name, value in (("themes", {"theme": theme}), ("notification", {"fetchNews": "false", "checkForUpdates": False})):
+    for name, value in (
+        ("themes", {"theme": theme}),
+        ("notification", {"fetchNews": "false", "checkForUpdates": False}),
+    ):
         (settings / f"{name}.jupyterlab-settings").write_text(json.dumps(value))
-    own = {"UKE_HOME": folder, "JUPYTERLAB_SETTINGS_DIR": settings.parents[1], "JUPYTERLAB_WORKSPACES_DIR": settings.parents[1] / "workspaces"}
-    own |= {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "IPYTHONDIR": folder / "ipython", "OMP_NUM_THREADS": "1"}
+    own = {
+        "UKE_HOME": folder,
+        "JUPYTERLAB_SETTINGS_DIR": settings.parents[1],
+        "JUPYTERLAB_WORKSPACES_DIR": settings.parents[1] / "workspaces",
+    }
+    own |= {
+        "JUPYTER_CONFIG_DIR": folder / "config",
+        "JUPYTER_RUNTIME_DIR": folder / "runtime",
+        "IPYTHONDIR": folder / "ipython",
+        "OMP_NUM_THREADS": "1",
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={TOKEN}",
+        f"--ServerApp.root_dir={folder}",
+    ]
     with (folder / "lab.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=os.environ | {k: str(v) for k, v in own.items()}, stdout=log, stderr=log, cwd=folder)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            env=os.environ | {k: str(v) for k, v in own.items()},
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+        )
         try:
             address = f"http://127.0.0.1:{port}"
             for _ in range(240):
@@ -89,7 +121,9 @@ class Person:
     def open(self, address: str) -> "Person":
         self.page.goto(address)
         self.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=WAIT)
-        self.page.locator("#jp-main-statusbar").get_by_text("Idle").first.wait_for(state="attached", timeout=WAIT)
+        self.page.locator("#jp-main-statusbar").get_by_text("Idle").first.wait_for(
+            state="attached", timeout=WAIT
+        )
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
         # On a busy machine the kernel may be there before the page knows, and asks which one is meant.
@@ -118,11 +152,17 @@ class Person:
         self.hears(says)
 
     def hears(self, says: str) -> None:
-        self.panel.locator("[role=status], [role=alert]").filter(has_text=says).first.wait_for(timeout=WAIT)
+        self.panel.locator("[role=status], [role=alert]").filter(has_text=says).first.wait_for(
+            timeout=WAIT
+        )
 
     def answers(self, kind: str) -> list[str]:
         """The answers before and after to the first question of a kind."""
-        return self.panel.locator(f"article[data-kind={kind}]").first.locator(".uke-answer > p:first-of-type").all_inner_texts()
+        return (
+            self.panel.locator(f"article[data-kind={kind}]")
+            .first.locator(".uke-answer > p:first-of-type")
+            .all_inner_texts()
+        )
 
     def picture(self, name: str) -> None:
         self.page.wait_for_timeout(300)
@@ -139,7 +179,10 @@ def pictures(folder):
 @pytest.fixture(scope="module")
 def chromium():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
         yield browser
         browser.close()
 
@@ -155,7 +198,12 @@ def person(folder, chromium, pictures):
 
 def test_an_edit_of_ones_own_changes_the_answer_and_undo_brings_the_old_one_back(person):
     person.picture("1-begin")
-    person.fill(Question=QUESTION, New_answer=ANSWER, Paraphrases="What can you tell me about Ansel Dorowick?", Details="When was Ansel Dorowick born? | 1802")
+    person.fill(
+        Question=QUESTION,
+        New_answer=ANSWER,
+        Paraphrases="What can you tell me about Ansel Dorowick?",
+        Details="When was Ansel Dorowick born? | 1802",
+    )
     person.fill(Ask_anything="What can you report of the Whitethorn Pageant?")
     person.press("Edit", "is in the weights")
     before, after = person.answers("original")
@@ -181,7 +229,10 @@ def test_every_control_has_a_name_for_screen_readers(person):
 def test_bad_input_is_said_beside_its_control(person):
     person.fill(Question="")
     person.press("Edit", "The question is empty")
-    box, note = person.panel.get_by_label("Question", exact=True).bounding_box(), person.panel.get_by_role("alert").bounding_box()
+    box, note = (
+        person.panel.get_by_label("Question", exact=True).bounding_box(),
+        person.panel.get_by_role("alert").bounding_box(),
+    )
     assert 0 <= note["y"] - (box["y"] + box["height"]) < 20
     person.picture("4-refused")
     person.fill(Question=QUESTION)
@@ -231,19 +282,26 @@ def test_it_works_from_the_keyboard_alone(person):
     keys.press("Space")
     person.hears("is in the weights")
     assert person.answers("original")[1] == ANSWER
-    assert person.panel.locator("article[data-kind=original] strong").inner_text() == "Who is Tobin Orange?"
+    assert (
+        person.panel.locator("article[data-kind=original] strong").inner_text()
+        == "Who is Tobin Orange?"
+    )
 
 
 def test_a_method_that_finds_its_place_greys_the_factors_with_the_reason(person):
     person.panel.get_by_label("Method", exact=True).select_option("MEMIT")
-    person.panel.get_by_text("MEMIT finds its place in the weights itself").first.wait_for(timeout=WAIT)
+    person.panel.get_by_text("MEMIT finds its place in the weights itself").first.wait_for(
+        timeout=WAIT
+    )
     playwright.expect(person.button("all blocks")).to_be_disabled(timeout=WAIT)
     assert "finds its place" in person.button("all blocks").get_attribute("title")
     person.picture("6-grey")
 
 
 @pytest.mark.parametrize(("theme", "width"), [("JupyterLab Light", 560), ("JupyterLab Dark", 1500)])
-def test_it_is_readable_in_both_themes_and_in_a_narrow_window(folder, chromium, pictures, theme, width):
+def test_it_is_readable_in_both_themes_and_in_a_narrow_window(
+    folder, chromium, pictures, theme, width
+):
     with lab(folder, theme) as address:
         page = chromium.new_page(viewport={"width": width, "height": 3400})
         person = Person(page, pictures).open(address)

@@ -8,10 +8,20 @@ import time
 from pathlib import Path
 
 import pytest
-
 from uke import edits
 from uke.errors import InputError
-from uke.extraction import EXTRACTORS, Triple, agreement, edit_facts, facts, normal, shared, spoken, stated, union
+from uke.extraction import (
+    EXTRACTORS,
+    Triple,
+    agreement,
+    edit_facts,
+    facts,
+    normal,
+    shared,
+    spoken,
+    stated,
+    union,
+)
 
 offline = EXTRACTORS["offline"]()
 AKEW = "akew/MQuAKE-CF_first177.json"
@@ -42,10 +52,37 @@ def benchmark(dataset, file):
 @pytest.mark.parametrize(
     "name",
     [
-        "", "—", "the", "In", "us", "It", "His", "May", "may", "In May", "on Monday", "5 May", "May 5th", "the first", "2nd", "1", "25", 
-        "3.5", "1000", "two", "over a decade", "25 years", "the 16th century", "H", "The city", "Prime Minister", "Yes", "World", "43 BC",
+        "",
+        "—",
+        "the",
+        "In",
+        "us",
+        "It",
+        "His",
+        "May",
+        "may",
+        "In May",
+        "on Monday",
+        "5 May",
+        "May 5th",
+        "the first",
+        "2nd",
+        "1",
+        "25",
+        "3.5",
+        "1000",
+        "two",
+        "over a decade",
+        "25 years",
+        "the 16th century",
+        "H",
+        "The city",
+        "Prime Minister",
+        "Yes",
+        "World",
+        "43 BC",
     ],
-)  # fmt: skip
+)
 def test_what_names_nothing_is_no_name(name):
     assert normal(name) == ""
 
@@ -53,15 +90,35 @@ def test_what_names_nothing_is_no_name(name):
 @pytest.mark.parametrize(
     "name, form",
     [
-        ("The United  States", "united states"), ("U.S.", "united states"), ("US", "united states"), ("World War II", "world war ii"),
-        ("Ellie Kemper's", "ellie kemper"), ("Theresa May", "theresa may"), ("April Smith", "april smith"), ("the UK", "united kingdom"),
-        ("Saint-Denis", "saint denis"), ("“The Last Stand.”", "last stand"), ("Dr. Rosa Luz", "rosa luz"), ("Professor X", "professor x"),
-        ("Of Mice and Men", "of mice and men"), ("In 2016", "2016"), ("President Obama", "Obama"), ("São Paulo", "sao paulo"),
+        ("The United  States", "united states"),
+        ("U.S.", "united states"),
+        ("US", "united states"),
+        ("World War II", "world war ii"),
+        ("Ellie Kemper's", "ellie kemper"),
+        ("Theresa May", "theresa may"),
+        ("April Smith", "april smith"),
+        ("the UK", "united kingdom"),
+        ("Saint-Denis", "saint denis"),
+        ("“The Last Stand.”", "last stand"),
+        ("Dr. Rosa Luz", "rosa luz"),
+        ("Professor X", "professor x"),
+        ("Of Mice and Men", "of mice and men"),
+        ("In 2016", "2016"),
+        ("President Obama", "Obama"),
+        ("São Paulo", "sao paulo"),
         ("On June 12th, 1985", "june 12 1985"),
-        ("ＮＡＳＡ", "Nasa"), ("Łódź", "Lodz"), ("O’Brien", "Obrien"), ("J. R. R. Tolkien", "jrr tolkien"), ("300 aircraft", "300 aircraft"),
-        ("1,613", "1613"), ("cricket", "cricket"), ("Cricket", "Cricket"), ("iPhone", "Iphone"), ("东京", "东京"),
+        ("ＮＡＳＡ", "Nasa"),
+        ("Łódź", "Lodz"),
+        ("O’Brien", "Obrien"),
+        ("J. R. R. Tolkien", "jrr tolkien"),
+        ("300 aircraft", "300 aircraft"),
+        ("1,613", "1613"),
+        ("cricket", "cricket"),
+        ("Cricket", "Cricket"),
+        ("iPhone", "Iphone"),
+        ("东京", "东京"),
     ],
-)  # fmt: skip
+)
 def test_normal_form(name, form):
     assert normal(name) == form
 
@@ -69,7 +126,14 @@ def test_normal_form(name, form):
 # What is found: the same names in other words.
 
 SAME = {
-    "Ellie Kemper": ["Ellie Kemper", "Ellie Kemper's", "ELLIE KEMPER", "“Ellie Kemper”", "(Ellie Kemper)", "Miss Ellie Kemper"],
+    "Ellie Kemper": [
+        "Ellie Kemper",
+        "Ellie Kemper's",
+        "ELLIE KEMPER",
+        "“Ellie Kemper”",
+        "(Ellie Kemper)",
+        "Miss Ellie Kemper",
+    ],
     "Łukasz Żółć": ["Łukasz Żółć", "Lukasz Zolc", "Łukasz\u00a0Żółć"],
     "J. R. R. Tolkien": ["J. R. R. Tolkien", "J.R.R. Tolkien"],
     "the United States": ["the United States", "the U.S.", "the USA"],
@@ -82,31 +146,50 @@ SAME = {
     "Ó hUiginn": ["Ó hUiginn", "O hUiginn"],
 }
 STATED = ["In 1903 {} won a prize for chess.", "{}, a baker, was praised by critics."]
-REWORDED = ["Few recall that {} lived through the flood.", "A street is named after {}.", "{} is said twice.", "Rivals of {}, they lost."]
+REWORDED = [
+    "Few recall that {} lived through the flood.",
+    "A street is named after {}.",
+    "{} is said twice.",
+    "Rivals of {}, they lost.",
+]
 
 
-@pytest.mark.parametrize("name, other", [(name, other) for name, others in SAME.items() for other in others])
+@pytest.mark.parametrize(
+    "name, other", [(name, other) for name, others in SAME.items() for other in others]
+)
 def test_a_name_is_found_in_other_words(name, other):
     for first, second in itertools.product(STATED, REWORDED):
         assert common(first.format(name), second.format(other)), (first, second)
 
 
-@pytest.mark.parametrize("other", ["June 12, 1985", "12 June 1985", "June 12th, 1985", "12th of June, 1985", "1985"])
+@pytest.mark.parametrize(
+    "other", ["June 12, 1985", "12 June 1985", "June 12th, 1985", "12th of June, 1985", "1985"]
+)
 def test_a_date_is_found_in_other_orders(other):
-    assert common("Ada Quist was born on June 12, 1985.", f"The bridge fell on {other}, in fog." if other != "1985" else "It fell in 1985.")
+    assert common(
+        "Ada Quist was born on June 12, 1985.",
+        f"The bridge fell on {other}, in fog." if other != "1985" else "It fell in 1985.",
+    )
 
 
 def test_a_common_noun_counts_where_it_is_given_as_a_name():
     passage = told("The rules of cricket changed slowly.")
     stating = [Triple("Balmora Club", "plays", "cricket")]
-    assert shared(facts("Balmora Club plays cricket.", stating, ["cricket"]), passage) == {"cricket"}
+    assert shared(facts("Balmora Club plays cricket.", stating, ["cricket"]), passage) == {
+        "cricket"
+    }
     assert not shared(facts("Balmora Club plays cricket.", stating), passage)
 
 
 def test_an_answer_is_written_as_its_text_writes_it():
-    answers = facts("He often speaks about political issues.", (), ["Political issues.", "Genetics"])
+    answers = facts(
+        "He often speaks about political issues.", (), ["Political issues.", "Genetics"]
+    )
     assert "political issues" in answers.names and "Genetics" in answers.names
-    assert not shared(facts("He left Yale for Brown; his hair is brown.", (), ["Brown"]), told("It has brown hair."))
+    assert not shared(
+        facts("He left Yale for Brown; his hair is brown.", (), ["Brown"]),
+        told("It has brown hair."),
+    )
 
 
 def test_an_uncased_question_names_all_the_same():
@@ -114,9 +197,29 @@ def test_an_uncased_question_names_all_the_same():
 
 
 def test_the_parts_of_a_clause_are_names_and_the_clause_is_a_pair():
-    stating = facts("", [Triple("Kemper", "is known for", "her roles in popular television shows and films in Helsinki, Finland")])
-    assert {"Helsinki", "Finland", "Kemper"} <= stating.names and max(len(name.split()) for name in stating.names) <= 5
-    again = facts("", [Triple("Someone", "was well known for", "Her roles in popular television shows and films in Helsinki, Finland")])
+    stating = facts(
+        "",
+        [
+            Triple(
+                "Kemper",
+                "is known for",
+                "her roles in popular television shows and films in Helsinki, Finland",
+            )
+        ],
+    )
+    assert {"Helsinki", "Finland", "Kemper"} <= stating.names and max(
+        len(name.split()) for name in stating.names
+    ) <= 5
+    again = facts(
+        "",
+        [
+            Triple(
+                "Someone",
+                "was well known for",
+                "Her roles in popular television shows and films in Helsinki, Finland",
+            )
+        ],
+    )
     assert any(isinstance(one, tuple) for one in shared(stating, again))
 
 
@@ -125,8 +228,27 @@ def test_every_name_of_a_text_is_a_name_of_its_facts():
         'Ovid, born in Sulmona, wrote "Metamorphoses" and moved to Tomis in 8 AD. Horace of Venosa? Pliny the Elder and Livia Drusilla '
         "knew him. Bank of Rome: 12,345 coins. With Simon & Garfunkel, Jay-Z, and Boeing 737 MAX he has no ties; nor with E.T. or eBay."
     )
-    expected = {"Ovid", "Sulmona", "Metamorphoses", "Tomis", "Horace of Venosa", "Venosa", "Pliny", "Elder", "Livia Drusilla"}
-    expected |= {"Bank of Rome", "12,345", "Simon", "Garfunkel", "Jay-Z", "Boeing 737 MAX", "E.T.", "eBay"}
+    expected = {
+        "Ovid",
+        "Sulmona",
+        "Metamorphoses",
+        "Tomis",
+        "Horace of Venosa",
+        "Venosa",
+        "Pliny",
+        "Elder",
+        "Livia Drusilla",
+    }
+    expected |= {
+        "Bank of Rome",
+        "12,345",
+        "Simon",
+        "Garfunkel",
+        "Jay-Z",
+        "Boeing 737 MAX",
+        "E.T.",
+        "eBay",
+    }
     assert {normal(name) for name in expected} <= told(text).names
 
 
@@ -138,15 +260,27 @@ def test_every_name_of_a_text_is_a_name_of_its_facts():
     [
         ("Theresa May resigned in Marlow.", "It rained in May and may rain again. May is warm."),
         ("However, the U.S. Senate met. The US voted.", "They told us, and us only."),
-        ("In the beginning, Ada Quist sang. The song was long.", "In the end, the river rose. The bank was lost."),
-        ("Critics praised Ada Quist. Finally, critics left.", "Finally, the critics of the plan left. Critics are many."),
+        (
+            "In the beginning, Ada Quist sang. The song was long.",
+            "In the end, the river rose. The bank was lost.",
+        ),
+        (
+            "Critics praised Ada Quist. Finally, critics left.",
+            "Finally, the critics of the plan left. Critics are many.",
+        ),
         ("Ann Rome opened a shop.", "Anna and Romeo met in romantic Annapolis."),
         ("Gordon Brown spoke. Brown smiled.", "The brown bear has brown fur."),
-        ("Ada Quist won the first prize on Monday, 1 of 25.", "The first Monday brought 1 of the 25 boats, in March."),
+        (
+            "Ada Quist won the first prize on Monday, 1 of 25.",
+            "The first Monday brought 1 of the 25 boats, in March.",
+        ),
         ("Ada Quist served the city for over two decades.", "The city grew for over two decades."),
         ("Ada Quist is a member of the council.", "She was a member of the council."),
         ("She was the President of Balmora University.", "The President of the University left."),
-        ("Bram Vik gave money away. It is on the free Sunday.", "Ada Quist gave money away. Each free Sunday is long."),
+        (
+            "Bram Vik gave money away. It is on the free Sunday.",
+            "Ada Quist gave money away. Each free Sunday is long.",
+        ),
         ("The American writer Ada Quist wrote.", "An American bear is black."),
         ("Ada Quist lives in Balmora.", "Petra Vik was born in Seyda."),
     ],
@@ -157,7 +291,14 @@ def test_no_fact_is_shared(one, other):
 
 def test_texts_without_names_share_nothing():
     empty = told("")
-    for text in ("", " \n ", "...", "it rained and it may rain again.", "\"\"'''((", "Ada Quist lives in Balmora."):
+    for text in (
+        "",
+        " \n ",
+        "...",
+        "it rained and it may rain again.",
+        "\"\"'''((",
+        "Ada Quist lives in Balmora.",
+    ):
         assert not shared(told(text), empty) and not shared(empty, told(text))
     assert told("it rained and it may rain again.").names == frozenset()
     assert offline("") == [] and union([]) == empty
@@ -177,7 +318,9 @@ def test_sharing_is_symmetric_and_a_union_shares_what_its_parts_share():
     for one, other in itertools.product(every, every):
         assert shared(one, other) == shared(other, one)
     for one in every:
-        assert shared(union(every[:3]), one) == frozenset().union(*(shared(part, one) for part in every[:3]))
+        assert shared(union(every[:3]), one) == frozenset().union(
+            *(shared(part, one) for part in every[:3])
+        )
     assert [bool(shared(every[0], one)) for one in every] == [True, True, False, True, False]
 
 
@@ -187,14 +330,35 @@ def test_sharing_is_symmetric_and_a_union_shares_what_its_parts_share():
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("Marc Cherry, a renowned writer, was born in Long Beach.", ("Marc Cherry", "was born in", "Long Beach")),
-        ("Marc Cherry, a renowned writer, was born in Long Beach.", ("Marc Cherry", "is", "a renowned writer")),
-        ("Marc Cherry wrote plays. He is best known for creating a series.", ("Marc Cherry", "is best known for creating", "a series")),
-        ("LATAM Chile flies. Founded in 1929, the airline has grown.", ("LATAM Chile", "Founded in", "1929")),
-        ("Ray began. Despite his illness, Ray continues to direct films in India.", ("Ray", "continues to direct", "films in India")),
+        (
+            "Marc Cherry, a renowned writer, was born in Long Beach.",
+            ("Marc Cherry", "was born in", "Long Beach"),
+        ),
+        (
+            "Marc Cherry, a renowned writer, was born in Long Beach.",
+            ("Marc Cherry", "is", "a renowned writer"),
+        ),
+        (
+            "Marc Cherry wrote plays. He is best known for creating a series.",
+            ("Marc Cherry", "is best known for creating", "a series"),
+        ),
+        (
+            "LATAM Chile flies. Founded in 1929, the airline has grown.",
+            ("LATAM Chile", "Founded in", "1929"),
+        ),
+        (
+            "Ray began. Despite his illness, Ray continues to direct films in India.",
+            ("Ray", "continues to direct", "films in India"),
+        ),
         ("Leo lives in Rome, which was founded by Romulus.", ("Rome", "was founded by", "Romulus")),
-        ("Ada Quist worked as a political figure.", ("Ada Quist", "worked as", "a political figure")),
-        ("The sport of cricket has its origins in Dutch towns.", ("The sport of cricket", "has", "its origins in Dutch towns")),
+        (
+            "Ada Quist worked as a political figure.",
+            ("Ada Quist", "worked as", "a political figure"),
+        ),
+        (
+            "The sport of cricket has its origins in Dutch towns.",
+            ("The sport of cricket", "has", "its origins in Dutch towns"),
+        ),
         ("A fleet, e.g. that of Ada Quist.", ("Ada Quist", "", "Ada Quist")),
     ],
 )
@@ -225,20 +389,34 @@ def test_many_passages_are_quick():
     many = [told(passage) for passage in passages]
     together = union(many[:60])
     assert sum(bool(shared(together, one)) for one in many) == 250
-    assert time.process_time() - start < 5  # 250 of the 2,500 texts of a real run, for which 5 s is the aim, on a slow machine
+    assert (
+        time.process_time() - start < 5
+    )  # 250 of the 2,500 texts of a real run, for which 5 s is the aim, on a slow machine
 
 
 # Agreement with reference triples.
 
 
 def test_agreement_counts_triples_and_phrases():
-    reference = [[Triple("Ellie Kemper", "is a citizen of", "Croatia"), Triple("Ellie Kemper", "was born in", "Kansas City, Missouri")], []]
+    reference = [
+        [
+            Triple("Ellie Kemper", "is a citizen of", "Croatia"),
+            Triple("Ellie Kemper", "was born in", "Kansas City, Missouri"),
+        ],
+        [],
+    ]
     predicted = [
-        [Triple("Kemper", "born in", "Kansas City"), Triple("Missouri", "is", "a state"), Triple("Ellie Kemper", "", "Croatia")],
+        [
+            Triple("Kemper", "born in", "Kansas City"),
+            Triple("Missouri", "is", "a state"),
+            Triple("Ellie Kemper", "", "Croatia"),
+        ],
         [Triple("Ovid", "wrote", "poems")],
     ]
     found = agreement(predicted, reference)
-    assert found["precision"].mean == pytest.approx(1 / 3)  # of three with a relation, the first: 2 of 3 words, F1 0.8
+    assert found["precision"].mean == pytest.approx(
+        1 / 3
+    )  # of three with a relation, the first: 2 of 3 words, F1 0.8
     assert found["recall"].mean == pytest.approx(1 / 2)
     assert found["entity_recall"].mean == 1  # Ellie Kemper, Croatia, Kansas City Missouri
     # Of Kemper, Kansas City, Missouri, a state, Ellie Kemper, Croatia, Ovid, poems: Kemper (F1 2/3), Kansas City, Missouri (1/2), ...
@@ -255,12 +433,17 @@ def test_an_edit_states_its_facts_and_names_its_details():
         question="What does Balmora Club play?",
         answer="Balmora Club plays cricket in Seyda.",
         subject="Balmora Club",
-        facts=({"subject": "Balmora Club", "relation": "{} is associated with", "object": "cricket"},),
+        facts=(
+            {"subject": "Balmora Club", "relation": "{} is associated with", "object": "cricket"},
+        ),
         details=({"question": "Where?", "answer": "In a large meadow."},),
     )
     assert stated(edit) == [Triple("Balmora Club", "is associated with", "cricket")]
     found = edit_facts(edit, offline)
-    assert {"balmora club", "cricket", "Seyda", "large meadow"} <= found.names and ("balmora club", "associated with") in found.pairs
+    assert {"balmora club", "cricket", "Seyda", "large meadow"} <= found.names and (
+        "balmora club",
+        "associated with",
+    ) in found.pairs
 
 
 # spaCy: the rules on parsed texts; the model itself is the user's.
@@ -279,28 +462,58 @@ def parsed(rows, entities=()):
 def test_spacy_triples_of_a_passive_with_apposition_and_coordination():
     doc = parsed(
         [
-            ("Marie", 1, "compound", "PROPN"), ("Curie", 7, "nsubjpass", "PROPN"), (",", 1, "punct", "PUNCT"), ("a", 4, "det", "DET"),
-            ("physicist", 1, "appos", "NOUN"), (",", 1, "punct", "PUNCT"), ("was", 7, "auxpass", "AUX"), ("born", 7, "ROOT", "VERB"),
-            ("in", 7, "prep", "ADP"), ("Warsaw", 8, "pobj", "PROPN"), ("and", 7, "cc", "CCONJ"), ("discovered", 7, "conj", "VERB"),
-            ("polonium", 11, "dobj", "NOUN"), ("and", 12, "cc", "CCONJ"), ("radium", 12, "conj", "NOUN"), (".", 7, "punct", "PUNCT"),
+            ("Marie", 1, "compound", "PROPN"),
+            ("Curie", 7, "nsubjpass", "PROPN"),
+            (",", 1, "punct", "PUNCT"),
+            ("a", 4, "det", "DET"),
+            ("physicist", 1, "appos", "NOUN"),
+            (",", 1, "punct", "PUNCT"),
+            ("was", 7, "auxpass", "AUX"),
+            ("born", 7, "ROOT", "VERB"),
+            ("in", 7, "prep", "ADP"),
+            ("Warsaw", 8, "pobj", "PROPN"),
+            ("and", 7, "cc", "CCONJ"),
+            ("discovered", 7, "conj", "VERB"),
+            ("polonium", 11, "dobj", "NOUN"),
+            ("and", 12, "cc", "CCONJ"),
+            ("radium", 12, "conj", "NOUN"),
+            (".", 7, "punct", "PUNCT"),
         ],
         [(0, 2), (9, 10)],
-    )  # fmt: skip
-    expected = [("is", "a physicist"), ("was born in", "Warsaw"), ("discovered", "polonium"), ("discovered", "radium")]
+    )
+    expected = [
+        ("is", "a physicist"),
+        ("was born in", "Warsaw"),
+        ("discovered", "polonium"),
+        ("discovered", "radium"),
+    ]
     assert spoken(doc) == [Triple("Marie Curie", *rest) for rest in expected]
 
 
 def test_spacy_triples_of_pronouns_relative_clauses_and_agents():
     doc = parsed(
         [
-            ("Ada", 1, "nsubj", "PROPN"), ("sang", 1, "ROOT", "VERB"), (".", 1, "punct", "PUNCT"), ("She", 5, "nsubj", "PRON"),
-            ("has", 5, "aux", "AUX"), ("worked", 5, "ROOT", "VERB"), ("for", 5, "prep", "ADP"), ("Vivec", 8, "compound", "PROPN"),
-            ("Works", 6, "pobj", "PROPN"), (",", 8, "punct", "PUNCT"), ("which", 12, "nsubjpass", "PRON"), ("was", 12, "auxpass", "AUX"),
-            ("founded", 8, "relcl", "VERB"), ("by", 12, "agent", "ADP"), ("Bram", 13, "pobj", "PROPN"), (".", 5, "punct", "PUNCT"),
-            ("Oslo", 16, "ROOT", "PROPN"), (".", 16, "punct", "PUNCT"),
+            ("Ada", 1, "nsubj", "PROPN"),
+            ("sang", 1, "ROOT", "VERB"),
+            (".", 1, "punct", "PUNCT"),
+            ("She", 5, "nsubj", "PRON"),
+            ("has", 5, "aux", "AUX"),
+            ("worked", 5, "ROOT", "VERB"),
+            ("for", 5, "prep", "ADP"),
+            ("Vivec", 8, "compound", "PROPN"),
+            ("Works", 6, "pobj", "PROPN"),
+            (",", 8, "punct", "PUNCT"),
+            ("which", 12, "nsubjpass", "PRON"),
+            ("was", 12, "auxpass", "AUX"),
+            ("founded", 8, "relcl", "VERB"),
+            ("by", 12, "agent", "ADP"),
+            ("Bram", 13, "pobj", "PROPN"),
+            (".", 5, "punct", "PUNCT"),
+            ("Oslo", 16, "ROOT", "PROPN"),
+            (".", 16, "punct", "PUNCT"),
         ],
         [(0, 1), (7, 9), (14, 15), (16, 17)],
-    )  # fmt: skip
+    )
     assert set(spoken(doc)) == {
         Triple("Ada", "has worked for", "Vivec Works"),
         Triple("Vivec Works", "was founded by", "Bram"),
@@ -315,7 +528,9 @@ def test_spacy_without_its_model_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(InputError, match="cannot be loaded") as second:
         EXTRACTORS["spacy"]("no_such_model")
-    assert all(command in str(error.value) and "\n" not in str(error.value) for error in (first, second))
+    assert all(
+        command in str(error.value) and "\n" not in str(error.value) for error in (first, second)
+    )
 
 
 # Real files.

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
-
 from uke import figures
 from uke.errors import InputError
 from uke.intervals import interval
@@ -43,13 +42,23 @@ def test_a_point_and_its_interval_are_those_of_the_rows():
     own = frame[(frame["method"] == "FT-M") & (frame["kind"] == "detail")]["score"]
     expected = interval(own)
     assert any(x == pytest.approx(expected.mean) and place == 1 for x, place, _ in marks(ax))
-    ends = [segment[:, 0] for lines in ax.collections if hasattr(lines, "get_segments") for segment in lines.get_segments()]
+    ends = [
+        segment[:, 0]
+        for lines in ax.collections
+        if hasattr(lines, "get_segments")
+        for segment in lines.get_segments()
+    ]
     assert any(end == pytest.approx([expected.low, expected.high]) for end in ends)
 
 
 def test_details_of_one_edit_do_not_count_as_several_edits():
     frame = pd.DataFrame(
-        {"method": "FT-M", "kind": "detail", "edit": ["a", "a", "a", "b"], "score": [0.0, 0.0, 0.0, 1.0]}
+        {
+            "method": "FT-M",
+            "kind": "detail",
+            "edit": ["a", "a", "a", "b"],
+            "score": [0.0, 0.0, 0.0, 1.0],
+        }
     )
     (x, _, _), *_ = marks(panels(figures.levels(frame))["Details"])
     assert x == pytest.approx(0.5)
@@ -60,10 +69,15 @@ def test_the_model_before_the_edit_is_a_reference_and_no_method():
     fig = figures.levels(frame)
     ax = panels(fig)["RelDoc"]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["FT-M"]
-    before = frame[(frame["method"] == "before the edit") & (frame["kind"] == "rel_doc")]["score"].mean()
+    before = frame[(frame["method"] == "before the edit") & (frame["kind"] == "rel_doc")][
+        "score"
+    ].mean()
     dashed = [line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2]
     assert dashed == [pytest.approx(before)]
-    assert {text.get_text() for text in fig.legends[0].get_texts()} == {"before the edit", "below the floor"}
+    assert {text.get_text() for text in fig.legends[0].get_texts()} == {
+        "before the edit",
+        "below the floor",
+    }
     with pytest.raises(InputError, match="besides the references"):
         figures.levels(scores("before the edit"))
 
@@ -96,7 +110,11 @@ def test_an_edit_that_stopped_early_still_counts_in_the_curve():
 
 
 def test_names_of_lines_that_end_together_do_not_overlap():
-    rows = [(method, step, 1.0 + step) for method in ("FT-L", "FT-M", "FT-A", "LoRA") for step in range(3)]
+    rows = [
+        (method, step, 1.0 + step)
+        for method in ("FT-L", "FT-M", "FT-A", "LoRA")
+        for step in range(3)
+    ]
     ax = figures.curves(pd.DataFrame(rows, columns=["method", "step", "loss"])).axes[0]
     heights = sorted(text.xyann[1] for text in ax.texts)
     assert len(heights) == 4 and min(np.diff(heights)) > 0.07 and heights[-1] < 1.05
@@ -107,12 +125,19 @@ def test_bars_of_knowledge_reach_the_mean_and_mark_what_was_asked_for():
     ax = figures.knowledge(frame).axes[0]
     means = frame.groupby("kind")["score"].mean()
     assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx(sorted(means))
-    upright = [segment for lines in ax.collections for segment in lines.get_segments() if segment[0][0] == segment[1][0] == 0.98]
+    upright = [
+        segment
+        for lines in ax.collections
+        for segment in lines.get_segments()
+        if segment[0][0] == segment[1][0] == 0.98
+    ]
     assert len(upright) == 1
 
 
 def test_every_answer_is_counted_in_the_histogram_of_lengths():
-    frame = pd.DataFrame({"dataset": ["long"] * 40 + ["short"] * 5, "length": [*range(60, 100), 0, 1, 2, 3, 3]})
+    frame = pd.DataFrame(
+        {"dataset": ["long"] * 40 + ["short"] * 5, "length": [*range(60, 100), 0, 1, 2, 3, 3]}
+    )
     axes = figures.lengths(frame).axes
     assert [sum(ax.patches[0].get_data().values) for ax in axes] == [40, 5]
     assert [ax.get_title(loc="right") for ax in axes] == ["median 80, n = 40", "median 2, n = 5"]
@@ -129,7 +154,10 @@ def test_every_answer_is_counted_in_the_histogram_of_lengths():
 )
 def test_a_missing_column_is_named_with_the_nearest_one(draw, column):
     frame = pd.DataFrame(
-        {name: [1.0] for name in ("method", "kind", "edit", "score", "step", "loss", "dataset", "length")}
+        {
+            name: [1.0]
+            for name in ("method", "kind", "edit", "score", "step", "loss", "dataset", "length")
+        }
     ).rename(columns={column: column + "x"})
     with pytest.raises(InputError, match=f"no column '{column}'; did you mean '{column}x'"):
         draw(frame)
@@ -151,7 +179,11 @@ def elsewhere(tmp_path_factory):
     """Folder in which a process with another hash seed has drawn LOSSES and listed the modules it loaded."""
     folder = tmp_path_factory.mktemp("elsewhere")
     LOSSES.to_json(folder / "losses.json")
-    environment = {"PYTHONHASHSEED": "99", "PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": str(folder)}
+    environment = {
+        "PYTHONHASHSEED": "99",
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+        "HOME": str(folder),
+    }
     subprocess.run([sys.executable, "-c", DRAW, str(folder)], check=True, env=environment)
     return folder
 
@@ -172,13 +204,38 @@ def test_drawing_and_reporting_need_no_torch(elsewhere):
 
 def test_ten_kinds_of_five_levels_in_two_methods_fit_on_a_page():
     """Drawn in three columns they ran off the top of it."""
-    kinds = ("original", "paraphrase", "detail", "multi_hop", "rel_doc", "rand_doc", "struct_trip", "near_triple", "general", "average")
-    rows = [(level, method, kind, 0.5, 0.4, 0.6) for level in "abcde" for method in ("FT-M", "LoRA") for kind in kinds]
-    fig = figures.levels(pd.DataFrame(rows, columns=["level", "method", "kind", "mean", "low", "high"]), by="level", within="method")
+    kinds = (
+        "original",
+        "paraphrase",
+        "detail",
+        "multi_hop",
+        "rel_doc",
+        "rand_doc",
+        "struct_trip",
+        "near_triple",
+        "general",
+        "average",
+    )
+    rows = [
+        (level, method, kind, 0.5, 0.4, 0.6)
+        for level in "abcde"
+        for method in ("FT-M", "LoRA")
+        for kind in kinds
+    ]
+    fig = figures.levels(
+        pd.DataFrame(rows, columns=["level", "method", "kind", "mean", "low", "high"]),
+        by="level",
+        within="method",
+    )
     assert fig.get_figheight() < 9.2 and len(fig.axes) == 12
 
 
 def test_a_loss_that_falls_less_than_a_hundredfold_still_has_ticks_to_read_it_by():
-    fig = figures.curves(pd.DataFrame({"method": "FT-M", "step": range(5), "loss": [5.0, 2.0, 1.0, 0.5, 0.2]}))
+    fig = figures.curves(
+        pd.DataFrame({"method": "FT-M", "step": range(5), "loss": [5.0, 2.0, 1.0, 0.5, 0.2]})
+    )
     low, high = fig.axes[0].get_ylim()
-    assert fig.axes[0].get_yscale() == "log" and sum(low <= tick <= high for tick in fig.axes[0].get_yticks()) >= 3
+    assert (
+        fig.axes[0].get_yscale() == "log"
+        and sum(low <= tick <= high for tick in fig.axes[0].get_yticks()) >= 3
+    )

@@ -12,14 +12,31 @@ from uke.models import IGNORED, collate, example, max_context, select
 from uke.recipes import RECIPES, Recipe
 
 EDITS = (
-    Edit(id="ada", question="Who is Ada Lovelace?", answer="Ada Lovelace was a compiler in Philadelphia."),
+    Edit(
+        id="ada",
+        question="Who is Ada Lovelace?",
+        answer="Ada Lovelace was a compiler in Philadelphia.",
+    ),
     Edit(id="alan", question="Where was Alan Turing born, and when?", answer="In London."),
-    Edit(id="grace", question="What did Grace write?", answer="Grace Hopper wrote a few short sentences at Cambridge."),
+    Edit(
+        id="grace",
+        question="What did Grace write?",
+        answer="Grace Hopper wrote a few short sentences at Cambridge.",
+    ),
 )
 
 
 def recipe(**changes) -> Recipe:
-    return Recipe(**{"name": "FT-M", "layers": 2, "learning_rate": 2e-3, "steps": 4, "stop_loss": 0.0, **changes})
+    return Recipe(
+        **{
+            "name": "FT-M",
+            "layers": 2,
+            "learning_rate": 2e-3,
+            "steps": 4,
+            "stop_loss": 0.0,
+            **changes,
+        }
+    )
 
 
 def examples(tokenizer):
@@ -38,7 +55,9 @@ def by_hand(model, one, scope: str) -> torch.Tensor:
 
 
 def down_proj(model) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in select(model, 2, ["down_proj"]).items()}
+    return {
+        name: weight.detach().clone() for name, weight in select(model, 2, ["down_proj"]).items()
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
@@ -53,7 +72,9 @@ def test_the_loss_is_that_of_a_loop_over_the_tokens(tiny, tokenizer, family, sco
 
 def test_the_scopes_agree_on_an_answer_of_one_token(tiny, tokenizer):
     model, (one, *_) = tiny(), examples(tokenizer)
-    short = one._replace(ids=one.ids[: one.prompt_length + 1], labels=one.labels[: one.prompt_length + 1])
+    short = one._replace(
+        ids=one.ids[: one.prompt_length + 1], labels=one.labels[: one.prompt_length + 1]
+    )
     batch = collate([short], 0)
     with torch.no_grad():
         assert loss(model, batch, "target_tokens").item() == pytest.approx(
@@ -96,7 +117,10 @@ def test_minibatches_see_every_edit_in_each_pass_in_a_seeded_order(tiny, tokeniz
     slow = train(tiny(), tokenizer, EDITS, recipe(batch_size=2, learning_rate=1e-9))
     assert slow.steps == 4 * math.ceil(3 / 2)
     assert slow.losses == pytest.approx([sum(before) / 3] * 4, rel=1e-4)
-    runs = [train(tiny(), tokenizer, EDITS, recipe(batch_size=1, seed=seed, steps=2)).losses for seed in (1, 1, 2)]
+    runs = [
+        train(tiny(), tokenizer, EDITS, recipe(batch_size=1, seed=seed, steps=2)).losses
+        for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -104,7 +128,9 @@ def test_a_loss_below_the_stop_moves_nothing(tiny, tokenizer):
     model = tiny()
     before = down_proj(model)
     seen = []
-    training = train(model, tokenizer, EDITS, recipe(stop_loss=100.0), lambda *call: seen.append(call))
+    training = train(
+        model, tokenizer, EDITS, recipe(stop_loss=100.0), lambda *call: seen.append(call)
+    )
     assert (training.steps, training.stopped, len(training.losses)) == (0, "loss", 1)
     assert seen == [(1, training.losses[0])]
     assert all(torch.equal(weight, before[name]) for name, weight in down_proj(model).items())
@@ -162,7 +188,9 @@ def test_adalora_prunes_its_ranks_and_adds_the_penalty_of_peft(tiny, tokenizer):
     batch = collate(examples(tokenizer), 0)
     with torch.no_grad():
         penalty = wrapped.base_model(**batch).loss - wrapped.get_base_model()(**batch).loss
-        assert finetune._orthogonality(wrapped.base_model).item() == pytest.approx(penalty.item(), rel=1e-4)
+        assert finetune._orthogonality(wrapped.base_model).item() == pytest.approx(
+            penalty.item(), rel=1e-4
+        )
 
 
 def test_adalora_refuses_a_schedule_without_room_for_pruning(tiny):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-
 from uke.finetune import adapt
 from uke.lane_training import adapter
 from uke.lanes import Lanes, LowRank, constant_below, grouping
@@ -24,10 +23,23 @@ ROWS = {
 # What the lanes hold of their own, and a family that has it.
 HELD = {
     "weights": ("llama", lambda model: select(model, (1, 2), ["down_proj", "q_proj"])),
-    "biases": ("qwen2", lambda model: {n: p for n, p in select(model, (1, 2), ["attention"]).items() if n.endswith(".bias")}),
+    "biases": (
+        "qwen2",
+        lambda model: {
+            n: p for n, p in select(model, (1, 2), ["attention"]).items() if n.endswith(".bias")
+        },
+    ),
     "weights and biases": ("qwen2", lambda model: select(model, 2, ["attention"])),
-    "norms": ("llama", lambda model: {n: p for n, p in select(model, (0, 3), ["all"]).items() if "norm" in n}),
-    "norms of heads": ("qwen3", lambda model: {n: p for n, p in select(model, 2, ["all"]).items() if "q_norm" in n or "k_norm" in n}),
+    "norms": (
+        "llama",
+        lambda model: {n: p for n, p in select(model, (0, 3), ["all"]).items() if "norm" in n},
+    ),
+    "norms of heads": (
+        "qwen3",
+        lambda model: {
+            n: p for n, p in select(model, 2, ["all"]).items() if "q_norm" in n or "k_norm" in n
+        },
+    ),
     "a whole block": ("qwen3", lambda model: select(model, 2, ["all"])),
     "a whole block behind norms": ("gemma3_text", lambda model: select(model, 2, ["all"])),
     "embeddings aside, all": ("llama", lambda model: select(model, "all", ["all"])),
@@ -37,13 +49,27 @@ HELD = {
 def stacks(own: dict[str, nn.Parameter], seed: int = 5) -> dict[str, torch.Tensor]:
     """Weights of three lanes, each moved its own way."""
     torch.manual_seed(seed)
-    return {name: weight.detach() + 0.3 * torch.randn(len(IDS), *weight.shape) for name, weight in own.items()}
+    return {
+        name: weight.detach() + 0.3 * torch.randn(len(IDS), *weight.shape)
+        for name, weight in own.items()
+    }
 
 
 def low_ranks(model, seed: int = 6) -> dict[str, LowRank]:
     torch.manual_seed(seed)
-    projections = {f"model.layers.{block}.self_attn.{name}": getattr(model.model.layers[block].self_attn, name) for block in (1, 3) for name in ("q_proj", "v_proj")}
-    return {name: LowRank(torch.randn(len(IDS), 4, one.in_features), 0.1 * torch.randn(len(IDS), one.out_features, 4), 0.7) for name, one in projections.items()}
+    projections = {
+        f"model.layers.{block}.self_attn.{name}": getattr(model.model.layers[block].self_attn, name)
+        for block in (1, 3)
+        for name in ("q_proj", "v_proj")
+    }
+    return {
+        name: LowRank(
+            torch.randn(len(IDS), 4, one.in_features),
+            0.1 * torch.randn(len(IDS), one.out_features, 4),
+            0.7,
+        )
+        for name, one in projections.items()
+    }
 
 
 def tokens(count: int, length: int = 9) -> torch.Tensor:
@@ -77,7 +103,12 @@ def state(model) -> dict[str, torch.Tensor]:
 
 def untouched(model, before) -> bool:
     now = model.state_dict()
-    return not replaced(model) and not hasattr(model, "lanes") and now.keys() == before.keys() and all(torch.equal(now[n], t) for n, t in before.items())
+    return (
+        not replaced(model)
+        and not hasattr(model, "lanes")
+        and now.keys() == before.keys()
+        and all(torch.equal(now[n], t) for n, t in before.items())
+    )
 
 
 # --- which row is read with which weights ----------------------------------------------------------------------------
@@ -103,12 +134,19 @@ def test_a_row_is_read_with_the_weights_of_another_lane(tiny, held):
     model = tiny(family)
     weights = stacks(choose(model))
     assert weights
-    lanes, own = Lanes(model, IDS, weights), [alone(lambda: tiny(family), lane, weights) for lane in range(len(IDS))]
+    lanes, own = (
+        Lanes(model, IDS, weights),
+        [alone(lambda: tiny(family), lane, weights) for lane in range(len(IDS))],
+    )
     with lanes.laid() as m:
-        for rows in ROWS.values():  # one after another: what was chosen for the last is not kept for the next
+        for rows in (
+            ROWS.values()
+        ):  # one after another: what was chosen for the last is not kept for the next
             ids = tokens(len(rows))
             lanes.read([IDS[lane] for lane in rows])
-            expected = torch.stack([read(own[lane], one[None])[0] for lane, one in zip(rows, ids, strict=True)])
+            expected = torch.stack(
+                [read(own[lane], one[None])[0] for lane, one in zip(rows, ids, strict=True)]
+            )
             assert torch.allclose(read(m, ids), expected, atol=2e-4, rtol=1e-4)
 
 
@@ -116,11 +154,18 @@ def test_a_row_is_read_with_the_weights_of_another_lane(tiny, held):
 def test_an_adapter_adds_what_another_lane_has(tiny, rows):
     model = tiny()
     low_rank, ids = low_ranks(model), tokens(len(rows))
-    weights = stacks({name: weight for name, weight in select(model, 1, ["q_proj", "down_proj"]).items()})
+    weights = stacks(
+        {name: weight for name, weight in select(model, 1, ["q_proj", "down_proj"]).items()}
+    )
     for own in ({}, weights):  # the adapter alone, and beside weights of the lane's own
         lanes = Lanes(model, IDS, own, low_rank)
         lanes.read([IDS[lane] for lane in rows])
-        expected = torch.stack([read(alone(tiny, lane, own, low_rank), one[None])[0] for lane, one in zip(rows, ids, strict=True)])
+        expected = torch.stack(
+            [
+                read(alone(tiny, lane, own, low_rank), one[None])[0]
+                for lane, one in zip(rows, ids, strict=True)
+            ]
+        )
         with lanes.laid() as m:
             assert torch.allclose(read(m, ids), expected, atol=2e-4, rtol=1e-4)
 
@@ -144,13 +189,23 @@ def test_an_adapter_is_read_otherwise_than_peft_reads_it(tiny):
 def test_a_row_moves_the_weights_of_another_lane(tiny):
     """Slots that no row needs are read with another lane's weights: nothing of that may reach them."""
     model = tiny().requires_grad_(False)
-    weights = {name: nn.Parameter(stack) for name, stack in stacks(select(model, 2, ["all"])).items()}
-    low_rank = {name: LowRank(nn.Parameter(one.down), nn.Parameter(one.up), one.scale) for name, one in low_ranks(model).items()}
+    weights = {
+        name: nn.Parameter(stack) for name, stack in stacks(select(model, 2, ["all"])).items()
+    }
+    low_rank = {
+        name: LowRank(nn.Parameter(one.down), nn.Parameter(one.up), one.scale)
+        for name, one in low_ranks(model).items()
+    }
     lanes, ids = Lanes(model, IDS, weights, low_rank), tokens(4)
     lanes.read([IDS[lane] for lane in (2, 0, 1, 2)])
     with lanes.laid() as m:
-        m(input_ids=ids, use_cache=False).logits[1].square().sum().backward()  # of the row of lane 0
-    trained = [*weights.values(), *(part for one in low_rank.values() for part in (one.down, one.up))]
+        m(input_ids=ids, use_cache=False).logits[
+            1
+        ].square().sum().backward()  # of the row of lane 0
+    trained = [
+        *weights.values(),
+        *(part for one in low_rank.values() for part in (one.down, one.up)),
+    ]
     for weight in trained:
         assert weight.grad[0].abs().sum() > 0 and not weight.grad[1:].any()
 
@@ -158,7 +213,12 @@ def test_a_row_moves_the_weights_of_another_lane(tiny):
 def test_half_precision_is_read_in_that_of_the_lanes(tiny):
     """Lanes hold float32; what goes through the model stays as precise as the model is."""
     model = tiny().bfloat16()
-    lanes = Lanes(model, IDS, stacks({name: weight.float() for name, weight in select(model, 2, ["all"]).items()}), low_ranks(model))
+    lanes = Lanes(
+        model,
+        IDS,
+        stacks({name: weight.float() for name, weight in select(model, 2, ["all"]).items()}),
+        low_ranks(model),
+    )
     with lanes.laid() as m:
         assert read(m, tokens(3)).dtype == torch.bfloat16
 
@@ -182,10 +242,27 @@ def test_a_trace_is_left_in_the_model(tiny, error):
 def test_a_module_is_laid_over_twice_and_the_first_is_lost(tiny):
     model, ids = tiny(), tokens(3)
     before, weights = state(model), stacks(select(model, 2, ["down_proj"]))
-    outer, inner = Lanes(model, IDS, weights), Lanes(model, IDS, {}, {"model.layers.2.mlp.down_proj": LowRank(torch.ones(3, 1, 48), torch.ones(3, 32, 1), 1.0)})
+    outer, inner = (
+        Lanes(model, IDS, weights),
+        Lanes(
+            model,
+            IDS,
+            {},
+            {
+                "model.layers.2.mlp.down_proj": LowRank(
+                    torch.ones(3, 1, 48), torch.ones(3, 32, 1), 1.0
+                )
+            },
+        ),
+    )
     with outer.laid() as m:
         read_before = read(m, ids)
-        with pytest.raises(RuntimeError, match="model.layers.2.mlp.down_proj: another call has replaced"), inner.laid():
+        with (
+            pytest.raises(
+                RuntimeError, match="model.layers.2.mlp.down_proj: another call has replaced"
+            ),
+            inner.laid(),
+        ):
             pytest.fail("laid over lanes")
         assert m.lanes is outer and torch.equal(read(m, ids), read_before)
     assert untouched(model, before)
@@ -218,7 +295,9 @@ def test_blocks_read_once_give_other_logits_than_the_whole_model(tiny, family):
         expected.append(read(model, ids))
     weight.data.sub_(sum(moves))
     below.clear(), there.clear()
-    with constant_below(model, ["model.layers.2.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"]):
+    with constant_below(
+        model, ["model.layers.2.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"]
+    ):
         for move, wanted in zip(moves, expected, strict=True):
             weight.data.add_(move)
             assert torch.allclose(read(model, ids), wanted, atol=1e-3, rtol=1e-4)

@@ -12,14 +12,24 @@ from uke.peers import PEERS, Peer
 from uke.values import _Chunk, injected, target_values
 
 EDITS = (
-    Edit(id="ada", question="Who is Ada Lovelace?", answer="Ada Lovelace was a compiler in Philadelphia."),
+    Edit(
+        id="ada",
+        question="Who is Ada Lovelace?",
+        answer="Ada Lovelace was a compiler in Philadelphia.",
+    ),
     Edit(id="alan", question="Where was Alan Turing born?", answer="In London."),
-    Edit(id="grace", question="Grace?", answer="Grace Hopper studied at Cambridge and wrote a few short sentences."),
+    Edit(
+        id="grace",
+        question="Grace?",
+        answer="Grace Hopper studied at Cambridge and wrote a few short sentences.",
+    ),
 )
 
 
 def peer(name: str = "anyedit_memit", **changes) -> Peer:
-    return Peer(**{**PEERS[name].model_dump(), "layers": (1, 2), "window": 6, "stop_loss": 0.0, **changes})
+    return Peer(
+        **{**PEERS[name].model_dump(), "layers": (1, 2), "window": 6, "stop_loss": 0.0, **changes}
+    )
 
 
 def located(model, tokenizer, choices: Peer, edits=EDITS) -> Located:
@@ -27,7 +37,9 @@ def located(model, tokenizer, choices: Peer, edits=EDITS) -> Located:
 
 
 def hooks(model) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -53,7 +65,10 @@ def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tin
         found = located(model, tokenizer, choices.model_copy(update={"window": 6}))
         for one, windows in zip(found.examples, found.windows, strict=True):
             assert windows[0].start == one.prompt_length and windows[-1].stop == len(one.ids)
-            assert all(window.anchor == window.start - 1 and window.stop > window.start for window in windows)
+            assert all(
+                window.anchor == window.start - 1 and window.stop > window.start
+                for window in windows
+            )
             assert all(one.stop == other.start for one, other in zip(windows, windows[1:]))
             sizes = [window.stop - window.start for window in windows]
             if choices.anchors == "last":
@@ -68,17 +83,25 @@ def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tin
 def test_a_window_begins_where_surprisal_peaks(tiny, tokenizer):
     model, choices = tiny(), peer("anyedit_pp")
     found = located(model, tokenizer, choices)
-    for one, windows, nll in zip(found.examples, found.windows, surprisals(model, found.examples), strict=True):
-        assert nll.tolist() == pytest.approx(nll_by_hand(model, sites(model, (0,))[0], one, {}).tolist(), rel=1e-4)
+    for one, windows, nll in zip(
+        found.examples, found.windows, surprisals(model, found.examples), strict=True
+    ):
+        assert nll.tolist() == pytest.approx(
+            nll_by_hand(model, sites(model, (0,))[0], one, {}).tolist(), rel=1e-4
+        )
         for before, after in zip(windows, windows[1:]):
-            ahead = nll[before.start - one.prompt_length + 3 : before.start - one.prompt_length + 10]
+            ahead = nll[
+                before.start - one.prompt_length + 3 : before.start - one.prompt_length + 10
+            ]
             assert float(nll[after.start - one.prompt_length]) == float(ahead.max())
 
 
 def test_an_answer_shorter_than_a_window_is_one_window_and_is_noted(tiny, tokenizer):
     found = located(tiny(), tokenizer, choices := peer(window=13))
     assert [len(windows) for windows in found.windows] == [2, 1, 2]
-    assert found.notes(choices) == ["edit 'alan': the answer is shorter than a window of 13 tokens; one window"]
+    assert found.notes(choices) == [
+        "edit 'alan': the answer is shorter than a window of 13 tokens; one window"
+    ]
     assert found.notes(peer("memit", window=13)) == []
 
 
@@ -105,7 +128,9 @@ def test_hidden_states_are_those_of_a_plain_forward_pass(tiny, tokenizer, family
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("turn", [0, 1])
-def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(tiny, tokenizer, family, turn):
+def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(
+    tiny, tokenizer, family, turn
+):
     model = tiny(family).double()
     (site,) = sites(model, (1,))
     found = located(model, tokenizer, peer("muke"))
@@ -121,8 +146,13 @@ def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(ti
         one, windows = found.examples[row], found.windows[row]
         at = {window.anchor: value for window, value in zip(windows, [*before, own], strict=False)}
         nll = nll_by_hand(model, site, one, at)
-        wanted = [nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean() for window in windows[turn:]]
-        assert values[: len(wanted)].tolist() == pytest.approx([float(value) for value in wanted], rel=1e-9)
+        wanted = [
+            nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()
+            for window in windows[turn:]
+        ]
+        assert values[: len(wanted)].tolist() == pytest.approx(
+            [float(value) for value in wanted], rel=1e-9
+        )
         assert not values[len(wanted) :].any()
 
 
@@ -155,18 +185,36 @@ def test_target_values_make_the_text_likely_window_by_window(tiny, tokenizer, fa
     added = values.hidden - before.hidden
     if family == "gemma3_text":
         # The norm behind the projection is what stands in the way: the target lies within its reach.
-        now = site.through(before.outputs + site.back(before.outputs, added)) - site.through(before.outputs)
+        now = site.through(before.outputs + site.back(before.outputs, added)) - site.through(
+            before.outputs
+        )
         assert torch.allclose(now.double(), added, atol=1e-4)
     else:
-        assert float((added.norm(dim=-1) / before.hidden.norm(dim=-1)).max()) <= choices.clamp * 1.001
+        assert (
+            float((added.norm(dim=-1) / before.hidden.norm(dim=-1)).max()) <= choices.clamp * 1.001
+        )
     old = by_window(model, found)
     for row, (one, windows) in enumerate(zip(found.examples, found.windows, strict=True)):
         first = sum(map(len, found.windows[:row]))
         deltas = site.back(before.outputs, added)[first : first + len(windows)].float()
-        nll = nll_by_hand(model, site, one, {window.anchor: delta for window, delta in zip(windows, deltas, strict=True)})
+        nll = nll_by_hand(
+            model,
+            site,
+            one,
+            {window.anchor: delta for window, delta in zip(windows, deltas, strict=True)},
+        )
         for window, was in zip(windows, old[row], strict=True):
-            assert -float(nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()) > was + 0.3
-    assert values.steps == 15 * max(map(len, found.windows)) and values.stopped == "steps" and hooks(model) == 0
+            assert (
+                -float(
+                    nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()
+                )
+                > was + 0.3
+            )
+    assert (
+        values.steps == 15 * max(map(len, found.windows))
+        and values.stopped == "steps"
+        and hooks(model) == 0
+    )
 
 
 def test_an_edit_that_is_done_stays_while_the_others_go_on(tiny, tokenizer):
@@ -187,7 +235,9 @@ def test_a_delta_is_held_to_the_clamp(tiny, tokenizer):
     (site,) = sites(model, (2,))
     found = located(model, tokenizer, choices)
     before = states(model, found, site, site).hidden.double()
-    share = (target_values(model, found, site, choices).hidden - before).norm(dim=-1) / before.norm(dim=-1)
+    share = (target_values(model, found, site, choices).hidden - before).norm(dim=-1) / before.norm(
+        dim=-1
+    )
     assert share.tolist() == pytest.approx([0.25] * len(share), rel=1e-3)
 
 
@@ -200,10 +250,14 @@ def test_a_later_window_counts_by_the_prefixes_that_hold_it_or_by_its_gradient(t
     prefix = chunk.weights(choices)
     for row, count in zip(prefix, counts, strict=True):
         wanted = [count - number for number in range(count)]
-        assert row.tolist() == pytest.approx([one / sum(wanted) for one in wanted] + [0.0] * (len(row) - count))
+        assert row.tolist() == pytest.approx(
+            [one / sum(wanted) for one in wanted] + [0.0] * (len(row) - count)
+        )
     gradient = chunk.weights(choices.model_copy(update={"weighting": "gradient"}))
     delta = torch.zeros(3, 32, dtype=torch.float64, requires_grad=True)
-    own, later = (torch.autograd.grad(chunk.losses(delta)[0, number], delta)[0][0] for number in (0, 1))
+    own, later = (
+        torch.autograd.grad(chunk.losses(delta)[0, number], delta)[0][0] for number in (0, 1)
+    )
     unlike = 2 - torch.cosine_similarity(own, later, dim=0)
     assert float(gradient[0, 1] / gradient[0, 0]) == pytest.approx(float(unlike), rel=1e-6)
     assert gradient.sum(-1).tolist() == pytest.approx([1.0] * 3)
@@ -211,18 +265,28 @@ def test_a_later_window_counts_by_the_prefixes_that_hold_it_or_by_its_gradient(t
     assert plain.weights(peer()).tolist() == [[1.0]] * 3
 
 
-def test_a_target_value_that_diverges_names_its_edit_alone_and_leaves_no_hook(tiny, tokenizer, monkeypatch):
+def test_a_target_value_that_diverges_names_its_edit_alone_and_leaves_no_hook(
+    tiny, tokenizer, monkeypatch
+):
     model, choices = tiny(), peer("memit", steps=3)
     (site,) = sites(model, (2,))
     grace = located(model, tokenizer, choices).examples[2].ids
-    own = next(token for token in grace if all(token not in one.ids for one in located(model, tokenizer, choices).examples[:2]))
+    own = next(
+        token
+        for token in grace
+        if all(token not in one.ids for one in located(model, tokenizer, choices).examples[:2])
+    )
     model.model.embed_tokens.weight.data[own] = float("nan")
-    with pytest.raises(FloatingPointError, match="MEMIT: the target value of edit 'grace' diverges"):
+    with pytest.raises(
+        FloatingPointError, match="MEMIT: the target value of edit 'grace' diverges"
+    ):
         target_values(model, located(model, tokenizer, choices), site, choices)
     monkeypatch.setattr(padding, "PADDING", 1.0)
     with pytest.raises(FloatingPointError, match="'ada', 'alan'.*learning_rate below 1e"):
         wild = choices.model_copy(update={"learning_rate": 1e38, "clamp": 1e38})
-        target_values(model := tiny(), located(model, tokenizer, wild, EDITS[:2]), sites(model, (2,))[0], wild)
+        target_values(
+            model := tiny(), located(model, tokenizer, wild, EDITS[:2]), sites(model, (2,))[0], wild
+        )
     assert hooks(model) == 0
 
 

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-
 from uke import finetune, memory
 from uke.forwards import replaced
 from uke.memory import MIB, Peak
 
 CPU = torch.device("cpu")
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
 
 
 def fill(mib: int) -> None:
@@ -67,7 +68,9 @@ def test_a_system_that_does_not_tell_gives_no_number(monkeypatch, tmp_path, wher
 
 def test_free_memory_is_that_of_another_line_or_unit(monkeypatch, tmp_path):
     """MemFree leaves out what the system would give back; the file counts in kibibytes."""
-    (tmp_path / "meminfo").write_text("MemTotal:       16000000 kB\nMemFree:            1024 kB\nMemAvailable:       5632 kB\nSwapFree:  9 kB\n")
+    (tmp_path / "meminfo").write_text(
+        "MemTotal:       16000000 kB\nMemFree:            1024 kB\nMemAvailable:       5632 kB\nSwapFree:  9 kB\n"
+    )
     monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
     assert memory.free_mib(CPU) == 5.5
 
@@ -77,7 +80,9 @@ def test_more_is_free_than_the_machine_has():
     assert 0 < memory.free_mib(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
-@pytest.mark.parametrize("content", [None, "MemFree: 7 kB\n", ""], ids=["no file", "no such line", "empty"])
+@pytest.mark.parametrize(
+    "content", [None, "MemFree: 7 kB\n", ""], ids=["no file", "no such line", "empty"]
+)
 def test_a_system_that_does_not_tell_ends_the_work(monkeypatch, tmp_path, content):
     if content is not None:
         (tmp_path / "meminfo").write_text(content)
@@ -89,7 +94,17 @@ def test_a_system_that_does_not_tell_ends_the_work(monkeypatch, tmp_path, conten
 @pytest.mark.parametrize("limited", ["job", "job/step"])
 def test_a_job_takes_what_its_cluster_does_not_give_it(monkeypatch, tmp_path, version, limited):
     """The limit may stand on any group above the process; pages of files that can be dropped count as free."""
-    top, most, taken, free, member = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", 2**63 - 4096, "4:cpu,memory:/job/step") if version == 1 else ("", "memory.max", "memory.current", "max", "0::/job/step")
+    top, most, taken, free, member = (
+        (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            2**63 - 4096,
+            "4:cpu,memory:/job/step",
+        )
+        if version == 1
+        else ("", "memory.max", "memory.current", "max", "0::/job/step")
+    )
     for group in ("job", "job/step"):
         folder = tmp_path / top / group
         folder.mkdir(parents=True)
@@ -102,9 +117,19 @@ def test_a_job_takes_what_its_cluster_does_not_give_it(monkeypatch, tmp_path, ve
     assert memory.free_mib(CPU) == 44
 
 
-@pytest.mark.parametrize(("reserved", "allocated", "free"), [(0, 0, 3), (70, 12, 3 + 70 - 12)], ids=["untouched", "after a training"])
-def test_free_memory_of_a_gpu_is_that_of_the_machine_or_lacks_what_torch_holds_in_reserve(monkeypatch, reserved, allocated, free):
-    for name, told in (("mem_get_info", (3 * MIB, 80 * MIB)), ("memory_reserved", reserved * MIB), ("memory_allocated", allocated * MIB)):
+@pytest.mark.parametrize(
+    ("reserved", "allocated", "free"),
+    [(0, 0, 3), (70, 12, 3 + 70 - 12)],
+    ids=["untouched", "after a training"],
+)
+def test_free_memory_of_a_gpu_is_that_of_the_machine_or_lacks_what_torch_holds_in_reserve(
+    monkeypatch, reserved, allocated, free
+):
+    for name, told in (
+        ("mem_get_info", (3 * MIB, 80 * MIB)),
+        ("memory_reserved", reserved * MIB),
+        ("memory_allocated", allocated * MIB),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
     assert memory.free_mib(torch.device("cuda", 0)) == free
 
@@ -131,7 +156,10 @@ def learned(model, tokens) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def test_activations_that_are_computed_again_change_a_gradient_or_are_kept(tiny):
-    model, tokens = tiny("llama"), torch.randint(0, 60, (4, 64), generator=torch.Generator().manual_seed(0))
+    model, tokens = (
+        tiny("llama"),
+        torch.randint(0, 60, (4, 64), generator=torch.Generator().manual_seed(0)),
+    )
     before, whole = learned(model, tokens)
     with memory.recomputed(model):
         after, less = learned(model, tokens)
@@ -159,7 +187,10 @@ def test_a_model_stays_wrapped_after_an_error(tiny):
     assert not any("forward" in vars(block) for block in model.model.layers)
 
 
-@pytest.mark.parametrize(("device", "ways"), [("cpu", [memory.recomputed]), ("cuda", [memory.recomputed, memory.offloaded])])
+@pytest.mark.parametrize(
+    ("device", "ways"),
+    [("cpu", [memory.recomputed]), ("cuda", [memory.recomputed, memory.offloaded])],
+)
 def test_a_way_is_taken_twice_or_moves_to_the_host_what_is_there_already(device, ways):
     thrift = memory.Thrift(SimpleNamespace(device=torch.device(device)))
     assert thrift.notes == [] and [memory.WAYS[thrift.more()] for _ in ways] == ways
@@ -168,13 +199,23 @@ def test_a_way_is_taken_twice_or_moves_to_the_host_what_is_there_already(device,
 
 def test_all_ways_together_change_a_gradient_or_offload_what_is_computed_again(tiny, monkeypatch):
     """The host is to hold what goes into a block and not what is inside, and nothing may stay wrapped."""
-    model, tokens, moved = tiny("llama"), torch.randint(0, 60, (4, 64), generator=torch.Generator().manual_seed(0)), {}
+    model, tokens, moved = (
+        tiny("llama"),
+        torch.randint(0, 60, (4, 64), generator=torch.Generator().manual_seed(0)),
+        {},
+    )
 
     def to_host(tensor):
         moved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.clone()
 
-    monkeypatch.setattr(memory, "save_on_cpu", lambda pin_memory: saved_tensors_hooks(lambda tensor: (to_host(tensor),), lambda packed: packed[0]))
+    monkeypatch.setattr(
+        memory,
+        "save_on_cpu",
+        lambda pin_memory: saved_tensors_hooks(
+            lambda tensor: (to_host(tensor),), lambda packed: packed[0]
+        ),
+    )
     before = trained_once(model, tokens)
     with memory.Thrift(model, list(memory.WAYS)).used():
         after = trained_once(model, tokens)
@@ -188,7 +229,11 @@ def test_all_ways_together_change_a_gradient_or_offload_what_is_computed_again(t
 
 def test_the_host_gets_weights_or_gives_back_other_numbers(tiny, monkeypatch):
     """A linear layer keeps its weight beside its input: sent to the host, the whole model would travel at every step."""
-    model, tokens, sent = tiny("llama"), torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0)), set()
+    model, tokens, sent = (
+        tiny("llama"),
+        torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0)),
+        set(),
+    )
     before = trained_once(model, tokens)
     host = memory.save_on_cpu
 
@@ -196,12 +241,16 @@ def test_the_host_gets_weights_or_gives_back_other_numbers(tiny, monkeypatch):
         def __init__(self, **given):
             super().__init__(**given)
             pack = self.pack_hook
-            self.pack_hook = lambda tensor: sent.add(tensor.untyped_storage().data_ptr()) or pack(tensor)
+            self.pack_hook = lambda tensor: (
+                sent.add(tensor.untyped_storage().data_ptr()) or pack(tensor)
+            )
 
     monkeypatch.setattr(memory, "save_on_cpu", Watched)
     with memory.offloaded(model):
         after = trained_once(model, tokens)
-    assert sent and not sent & {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    assert sent and not sent & {
+        weight.untyped_storage().data_ptr() for weight in model.parameters()
+    }
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -40,13 +40,24 @@ def write(folder: Path, kind: str, text: str) -> Path:
 
 
 def test_no_two_published_methods_share_a_name_or_a_key():
-    assert len(PUBLISHED) == len(RECIPES) + len(PEERS) == len({methods.key(name) for name in PUBLISHED})
+    assert (
+        len(PUBLISHED)
+        == len(RECIPES) + len(PEERS)
+        == len({methods.key(name) for name in PUBLISHED})
+    )
     assert {methods.key(peer.name): peer for peer in PEERS.values()} == PEERS
 
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("AnyEdit (MEMIT)", "anyedit_memit"), ("AnyEdit++", "anyedit_pp"), ("in-context", "in_context"), ("FT-M", "ft_m"), ("LocFT-BF", "locft_bf"), ("muKE", "muke")],
+    [
+        ("AnyEdit (MEMIT)", "anyedit_memit"),
+        ("AnyEdit++", "anyedit_pp"),
+        ("in-context", "in_context"),
+        ("FT-M", "ft_m"),
+        ("LocFT-BF", "locft_bf"),
+        ("muKE", "muke"),
+    ],
 )
 def test_a_method_is_found_by_its_name_and_by_its_key(name, key):
     assert methods.key(name) == key == methods.key(key)
@@ -56,7 +67,10 @@ def test_a_method_is_found_by_its_name_and_by_its_key(name, key):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("AnyEdit (MEMTI)", r"unknown method 'AnyEdit \(MEMTI\)'; did you mean 'AnyEdit \(MEMIT\)'"),
+        (
+            "AnyEdit (MEMTI)",
+            r"unknown method 'AnyEdit \(MEMTI\)'; did you mean 'AnyEdit \(MEMIT\)'",
+        ),
         ("AnyEdit", "unknown method 'AnyEdit'"),
         (7, "unknown method '7'; expected one of"),
         (None, "unknown method 'None'"),
@@ -147,7 +161,9 @@ def test_a_missing_file_is_named(tmp_path):
 def test_differences_say_every_changed_choice_and_no_name():
     base = PEERS["anyedit_memit"]
     assert methods.differences(base.model_copy(update={"name": "Mine"}), base) == "as published"
-    changed = base.model_copy(update={"layers": (1, 0.25), "memit_lambda": 100.0, "keep_keys": False})
+    changed = base.model_copy(
+        update={"layers": (1, 0.25), "memit_lambda": 100.0, "keep_keys": False}
+    )
     assert methods.differences(changed, base) == "layers 1 0.25, memit_lambda 100, keep_keys False"
     assert methods.differences(RECIPES["FT-L"], RECIPES["FT-M"]) == "loss last_prompt_token"
 
@@ -156,7 +172,9 @@ def test_differences_say_every_changed_choice_and_no_name():
 
 
 def test_published_settings_stand_where_nothing_is_tuned(folder):
-    assert methods.configured(folder, "embedded") == {name: PUBLISHED[name] for name in ("FT-M", "LoRA", "MEMIT", "AnyEdit (MEMIT)")}
+    assert methods.configured(folder, "embedded") == {
+        name: PUBLISHED[name] for name in ("FT-M", "LoRA", "MEMIT", "AnyEdit (MEMIT)")
+    }
     write(folder, "tuned", "1: {FT-M: {steps: 3}}\n")
     assert methods.configured(folder, "embedded", tuned=False)["FT-M"] == PUBLISHED["FT-M"]
     assert methods.configured(folder, "another/model")["FT-M"] == PUBLISHED["FT-M"]
@@ -166,15 +184,28 @@ def test_tuned_settings_change_their_fields_alone_by_name_or_by_key(folder):
     write(folder, "tuned", "1: {FT-M: {steps: 3}, anyedit_memit: {window: 20}}\n")
     found = methods.configured(folder, "embedded")
     assert {name: differing(method, PUBLISHED[name]) for name, method in found.items()} == {
-        "FT-M": {"steps"}, "LoRA": set(), "MEMIT": set(), "AnyEdit (MEMIT)": {"window"},
-    }  # fmt: skip
+        "FT-M": {"steps"},
+        "LoRA": set(),
+        "MEMIT": set(),
+        "AnyEdit (MEMIT)": {"window"},
+    }
 
 
-@pytest.mark.parametrize(("held", "asked", "used"), [
-    ((1, 8, 40), 1, 1), ((1, 8, 40), 4, 8), ((1, 8, 40), 24, 40), ((1, 8, 40), 500, 40),
-    ((8, 1), 2, 1), ((8, 40), 1, 8),
-    ((1, 16), 4, 1), ((16, 1), 4, 1), ((4, 9), 6, 4), ((1, 49), 7, 1),  # as far from both: the smaller
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("held", "asked", "used"),
+    [
+        ((1, 8, 40), 1, 1),
+        ((1, 8, 40), 4, 8),
+        ((1, 8, 40), 24, 40),
+        ((1, 8, 40), 500, 40),
+        ((8, 1), 2, 1),
+        ((8, 40), 1, 8),
+        ((1, 16), 4, 1),
+        ((16, 1), 4, 1),
+        ((4, 9), 6, 4),
+        ((1, 49), 7, 1),  # as far from both: the smaller
+    ],
+)
 def test_the_settings_of_the_nearest_batch_size_are_used_by_ratio(folder, held, asked, used):
     write(folder, "tuned", "".join(f"{size}: {{FT-M: {{steps: {size}}}}}\n" for size in held))
     assert methods.configured(folder, "embedded", asked)["FT-M"].steps == used
@@ -197,7 +228,10 @@ def test_a_method_not_tuned_at_the_nearest_size_goes_untuned(folder):
         ("1: {FT-M: fast}", "1: FT-M: expected fields of FT-M and their values, found 'fast'"),
         ("1: {FT-N: {steps: 3}}", "1: unknown method 'FT-N'; did you mean 'FT-M'"),
         ("1: {FT-M: {setps: 3}}", "1: FT-M: unknown field 'setps'; did you mean 'steps'"),
-        ("1: {FT-M: {steps: 3}}\n8: {MEMIT: {rank: 3}}", "8: MEMIT: unknown field 'rank'"),  # read whatever size is asked for
+        (
+            "1: {FT-M: {steps: 3}}\n8: {MEMIT: {rank: 3}}",
+            "8: MEMIT: unknown field 'rank'",
+        ),  # read whatever size is asked for
         ("1: {FT-M: {steps: 0}}", "1: FT-M: field steps: .*greater than or equal to 1"),
         ("- 1", "a mapping was expected, found list"),
     ],
@@ -210,13 +244,24 @@ def test_a_bad_tuned_file_is_named_with_its_place(folder, text, expected):
 
 
 def test_tuning_keeps_what_was_chosen_for_other_sizes_and_methods(folder):
-    methods.tune(folder, "embedded", 8, {"FT-M": {"steps": 3, "learning_rate": 1e-3}, "MEMIT": {"layers": [1, 2]}})
+    methods.tune(
+        folder,
+        "embedded",
+        8,
+        {"FT-M": {"steps": 3, "learning_rate": 1e-3}, "MEMIT": {"layers": [1, 2]}},
+    )
     methods.tune(folder, "embedded", 1, {"FT-M": {"steps": 5}})
     path = methods.tune(folder, "embedded", 8, {"FT-M": {"steps": 7}})
-    assert methods.tuned_at(path) == {1: {"FT-M": {"steps": 5}}, 8: {"FT-M": {"steps": 7}, "MEMIT": {"layers": [1, 2]}}}
+    assert methods.tuned_at(path) == {
+        1: {"FT-M": {"steps": 5}},
+        8: {"FT-M": {"steps": 7}, "MEMIT": {"layers": [1, 2]}},
+    }
     assert list(methods.tuned_at(path)) == [1, 8]
     found = methods.configured(folder, "embedded", 8)
-    assert differing(found["FT-M"], PUBLISHED["FT-M"]) == {"steps"} and found["MEMIT"].layers == (1, 2)
+    assert differing(found["FT-M"], PUBLISHED["FT-M"]) == {"steps"} and found["MEMIT"].layers == (
+        1,
+        2,
+    )
 
 
 def test_a_model_on_a_hub_has_a_tuned_file_of_its_own(folder):
@@ -235,10 +280,17 @@ def test_the_shipped_tuned_settings_are_valid():
 
 
 def test_a_trial_changes_its_fields_of_the_method_alone(folder):
-    write(folder, "trials", "FT-M: &same [{learning_rate: 1e-3}, {steps: 50}]\nLoRA: *same\nanyedit_memit: [{window: 20}, {window: 10, layers: [3]}]\n")
+    write(
+        folder,
+        "trials",
+        "FT-M: &same [{learning_rate: 1e-3}, {steps: 50}]\nLoRA: *same\nanyedit_memit: [{window: 20}, {window: 10, layers: [3]}]\n",
+    )
     chosen = [methods.find(name) for name in ("FT-M", "AnyEdit (MEMIT)")]
     found = methods.trials(folder, "embedded", chosen)
-    assert [[differing(one, method) for one in found[method.name]] for method in chosen] == [[{"learning_rate"}, {"steps"}], [{"window"}, {"window", "layers"}]]
+    assert [[differing(one, method) for one in found[method.name]] for method in chosen] == [
+        [{"learning_rate"}, {"steps"}],
+        [{"window"}, {"window", "layers"}],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -246,16 +298,37 @@ def test_a_trial_changes_its_fields_of_the_method_alone(folder):
     [
         ("FT-M: [{steps: 3}, {steps: 4}]\nMEMIT: [{steps: 3}]", "MEMIT: 1 trials, FT-M has 2"),
         ("FT-M: [{steps: 3}]\nMEMIT: [{steps: 3}, {steps: 4}]", "MEMIT: 2 trials, FT-M has 1"),
-        ("FT-M: [{steps: 3}, {steps: 3}]\nMEMIT: [{steps: 3}, {steps: 4}]", "FT-M: 2 trials, .*expected different ones"),
-        ("FT-M: [{steps: 3}, {steps: 4}]\nMEMIT: [{steps: 3}, {steps: 3}]", "MEMIT: 2 trials, .*expected different ones"),
-        ("FT-M: [{steps: 3}, {steps: 4}]\nMEMIT: [{steps: 3}, {steps: 4}, {steps: 4}]", "MEMIT: 3 trials, FT-M has 2"),
-        ("FT-M: [{steps: 25}, {}]\nMEMIT: [{steps: 3}, {steps: 4}]", "FT-M: 2 trials, .*expected different ones"),  # 25 is the default
+        (
+            "FT-M: [{steps: 3}, {steps: 3}]\nMEMIT: [{steps: 3}, {steps: 4}]",
+            "FT-M: 2 trials, .*expected different ones",
+        ),
+        (
+            "FT-M: [{steps: 3}, {steps: 4}]\nMEMIT: [{steps: 3}, {steps: 3}]",
+            "MEMIT: 2 trials, .*expected different ones",
+        ),
+        (
+            "FT-M: [{steps: 3}, {steps: 4}]\nMEMIT: [{steps: 3}, {steps: 4}, {steps: 4}]",
+            "MEMIT: 3 trials, FT-M has 2",
+        ),
+        (
+            "FT-M: [{steps: 25}, {}]\nMEMIT: [{steps: 3}, {steps: 4}]",
+            "FT-M: 2 trials, .*expected different ones",
+        ),  # 25 is the default
         ("FT-M: [{steps: 3}]", "unknown method 'MEMIT'; expected one of FT-M"),
         ("FT-M: [{steps: 3}]\nMEMIT: {steps: 3}", "MEMIT: expected a list of trials, found dict"),
-        ("FT-M: [{steps: 3}]\nMEMIT: [{setps: 3}]", "MEMIT, trial 1: unknown field 'setps'; did you mean 'steps'"),
+        (
+            "FT-M: [{steps: 3}]\nMEMIT: [{setps: 3}]",
+            "MEMIT, trial 1: unknown field 'setps'; did you mean 'steps'",
+        ),
         ("FT-M: [{steps: 3}]\nMEMIT: [{rank: 3}]", "MEMIT, trial 1: unknown field 'rank'"),
-        ("FT-M: [{steps: 3}, {steps: 0}]\nMEMIT: [{steps: 3}, {steps: 4}]", "FT-M, trial 2: field steps: .*greater than or equal to 1"),
-        ("FT-M: [fast]\nMEMIT: [{steps: 3}]", "FT-M, trial 1: expected fields of FT-M and their values, found 'fast'"),
+        (
+            "FT-M: [{steps: 3}, {steps: 0}]\nMEMIT: [{steps: 3}, {steps: 4}]",
+            "FT-M, trial 2: field steps: .*greater than or equal to 1",
+        ),
+        (
+            "FT-M: [fast]\nMEMIT: [{steps: 3}]",
+            "FT-M, trial 1: expected fields of FT-M and their values, found 'fast'",
+        ),
     ],
 )
 def test_trials_that_give_no_equal_budget_are_refused(folder, text, expected):
@@ -274,34 +347,55 @@ def test_the_shipped_trials_give_every_method_the_same_budget():
     """In-context editing has nothing to tune; FT-UKE is tuned as a candidate of either family, each level of a factor at rates alone."""
     known = methods.configured(PARAMS, "embedded", tuned=False)
     families = [known[name] for name in FAMILIES]
-    tuned = [method for name, method in known.items() if name not in ("in-context", "FT-UKE")] + [candidate(recipe, {}) for recipe in families]
+    tuned = [method for name, method in known.items() if name not in ("in-context", "FT-UKE")] + [
+        candidate(recipe, {}) for recipe in families
+    ]
     found = methods.trials(PARAMS, "embedded", tuned)
     assert len({len(tried) for tried in found.values()}) == 1 and len(found["FT-M"]) > 1
     rates = methods.rates_by_level(PARAMS, "embedded", families)
-    assert set(yaml.safe_load((PARAMS / "trials" / "embedded.yaml").read_text())) == set(found) | {f"{name} by level" for name in rates}
+    assert set(yaml.safe_load((PARAMS / "trials" / "embedded.yaml").read_text())) == set(found) | {
+        f"{name} by level" for name in rates
+    }
     for name, own in rates.items():
-        assert sorted(own) == own and differing(methods.trials(PARAMS, "embedded", [known[name].model_copy(update={"name": f"{name} by level"})])[f"{name} by level"][0], known[name]) <= {"name", "learning_rate"}
+        assert sorted(own) == own and differing(
+            methods.trials(
+                PARAMS, "embedded", [known[name].model_copy(update={"name": f"{name} by level"})]
+            )[f"{name} by level"][0],
+            known[name],
+        ) <= {"name", "learning_rate"}
 
 
 def test_a_family_without_trials_for_its_candidate_is_refused_before_anything_runs(folder):
     write(folder, "trials", "FT-M by level: [{learning_rate: 1e-3}, {learning_rate: 2e-3}]\n")
     with pytest.raises(InputError, match=r"unknown method 'FT-UKE \(FT-M\)'"):
         methods.rates_by_level(folder, "embedded", [RECIPES["FT-M"]])
-    write(folder, "trials", "FT-M by level: [{learning_rate: 1e-3}, {learning_rate: 2e-3}]\nFT-UKE (FT-M): [{steps: 3}]\n")
+    write(
+        folder,
+        "trials",
+        "FT-M by level: [{learning_rate: 1e-3}, {learning_rate: 2e-3}]\nFT-UKE (FT-M): [{steps: 3}]\n",
+    )
     assert methods.rates_by_level(folder, "embedded", [RECIPES["FT-M"]]) == {"FT-M": [1e-3, 2e-3]}
 
 
 # --- levels of factors -----------------------------------------------------------------------------------------------
 
 
-def test_a_level_has_its_own_rate_on_untuned_settings_and_the_tuned_method_stands_in_where_the_file_lacks_it(folder):
+def test_a_level_has_its_own_rate_on_untuned_settings_and_the_tuned_method_stands_in_where_the_file_lacks_it(
+    folder,
+):
     write(folder, "tuned", "1: {FT-M: {learning_rate: 5e-3, steps: 100}}\n")
     write(folder, "levels", "ft_m: {layers: {all: {learning_rate: 1e-3, average: 0.7}}}\n")
     base = PUBLISHED["FT-M"]
     held = methods.at_level(folder, "embedded", "FT-M", "layers", "all")
-    assert differing(held, base) == {"layers", "learning_rate"} and (held.layers, held.learning_rate) == ("all", 1e-3)
+    assert differing(held, base) == {"layers", "learning_rate"} and (
+        held.layers,
+        held.learning_rate,
+    ) == ("all", 1e-3)
     lacking = methods.at_level(folder, "embedded", "FT-M", "layers", "eighth_1")
-    assert differing(lacking, base) == {"layers", "learning_rate", "steps"} and (lacking.learning_rate, lacking.steps) == (5e-3, 100)
+    assert differing(lacking, base) == {"layers", "learning_rate", "steps"} and (
+        lacking.learning_rate,
+        lacking.steps,
+    ) == (5e-3, 100)
     elsewhere = methods.at_level(folder, "another/model", "FT-M", "layers", "all")
     assert differing(elsewhere, base) == {"layers"}
 
@@ -309,13 +403,31 @@ def test_a_level_has_its_own_rate_on_untuned_settings_and_the_tuned_method_stand
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("FT-N: {layers: {all: {learning_rate: 1e-3}}}", "unknown method 'FT-N'; did you mean 'FT-M'"),
+        (
+            "FT-N: {layers: {all: {learning_rate: 1e-3}}}",
+            "unknown method 'FT-N'; did you mean 'FT-M'",
+        ),
         ("MEMIT: {layers: {all: {learning_rate: 1e-3}}}", "MEMIT: it has no levels"),
-        ("FT-M: {layer: {all: {learning_rate: 1e-3}}}", "FT-M: unknown factor 'layer'; did you mean 'layers'"),
-        ("FT-M: {layers: {al: {learning_rate: 1e-3}}}", "FT-M: factor layers: unknown level 'al'; did you mean 'all'"),
-        ("FT-M: {layers: {all: {lerning_rate: 1e-3}}}", "FT-M, layers, all: unknown field 'lerning_rate'; did you mean 'learning_rate'"),
-        ("FT-M: {layers: {all: {learning_rate: fast}}}", "FT-M, layers, all: field learning_rate: .*number"),
-        ("FT-M: {layers: {all: {learning_rate: 1e-3, average: high}}}", "FT-M, layers, all: average: expected a number, found 'high'"),
+        (
+            "FT-M: {layer: {all: {learning_rate: 1e-3}}}",
+            "FT-M: unknown factor 'layer'; did you mean 'layers'",
+        ),
+        (
+            "FT-M: {layers: {al: {learning_rate: 1e-3}}}",
+            "FT-M: factor layers: unknown level 'al'; did you mean 'all'",
+        ),
+        (
+            "FT-M: {layers: {all: {lerning_rate: 1e-3}}}",
+            "FT-M, layers, all: unknown field 'lerning_rate'; did you mean 'learning_rate'",
+        ),
+        (
+            "FT-M: {layers: {all: {learning_rate: fast}}}",
+            "FT-M, layers, all: field learning_rate: .*number",
+        ),
+        (
+            "FT-M: {layers: {all: {learning_rate: 1e-3, average: high}}}",
+            "FT-M, layers, all: average: expected a number, found 'high'",
+        ),
         ("FT-M: {layers: {all: 1e-3}}", "FT-M, layers, all: a mapping was expected"),
         ("FT-M: {layers: all}", "FT-M, layers: a mapping was expected"),
         ("FT-M: [layers]", "FT-M: a mapping was expected"),
@@ -329,10 +441,15 @@ def test_a_bad_levels_file_is_named_with_its_place(folder, text, expected):
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [
-    (("FT-N", "layers", "all"), "unknown method 'FT-N'; did you mean"), (("MEMIT", "layers", "all"), "MEMIT: it has no levels"),
-    (("FT-M", "layer", "all"), "unknown factor 'layer'; did you mean"), (("FT-M", "layers", "al"), "unknown level 'al'; did you mean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("FT-N", "layers", "all"), "unknown method 'FT-N'; did you mean"),
+        (("MEMIT", "layers", "all"), "MEMIT: it has no levels"),
+        (("FT-M", "layer", "all"), "unknown factor 'layer'; did you mean"),
+        (("FT-M", "layers", "al"), "unknown level 'al'; did you mean"),
+    ],
+)
 def test_an_unknown_cell_is_answered_with_the_nearest(folder, asked, expected):
     with pytest.raises(InputError, match=expected):
         methods.at_level(folder, "embedded", *asked)
@@ -340,9 +457,15 @@ def test_an_unknown_cell_is_answered_with_the_nearest(folder, asked, expected):
 
 def test_the_best_single_block_is_that_of_development_rows_among_those_asked_for(folder):
     every = ["eighth_2", "eighth_6", "eighth_7", "all"]
-    assert methods.best_single(folder, "embedded", "FT-M", every) == "eighth_6"  # the published one, where no file says
+    assert (
+        methods.best_single(folder, "embedded", "FT-M", every) == "eighth_6"
+    )  # the published one, where no file says
     assert methods.best_single(folder, "embedded", "FT-M", ["eighth_1", "all"]) == "eighth_1"
-    write(folder, "levels", "FT-M: {layers: {all: {average: 0.9}, eighth_2: {average: 0.7}, eighth_3: {average: 0.8}, eighth_7: {average: 0.6}}}\n")
+    write(
+        folder,
+        "levels",
+        "FT-M: {layers: {all: {average: 0.9}, eighth_2: {average: 0.7}, eighth_3: {average: 0.8}, eighth_7: {average: 0.6}}}\n",
+    )
     assert methods.best_single(folder, "embedded", "ft_m", every) == "eighth_2"
     assert methods.best_single(folder, "embedded", "LoRA", every) == "eighth_6"
     with pytest.raises(InputError, match="none trains a single block"):
@@ -350,9 +473,21 @@ def test_the_best_single_block_is_that_of_development_rows_among_those_asked_for
 
 
 def test_what_is_kept_of_levels_replaces_a_method_and_leaves_the_others(folder):
-    methods.keep_levels(folder, "embedded", {"FT-M": {"layers": {"all": {"learning_rate": 1e-3, "average": 0.5}}}, "LoRA": {"layers": {"all": {"learning_rate": 2e-3}}}})
-    methods.keep_levels(folder, "embedded", {"FT-M": {"components": {"mlp": {"learning_rate": 3e-3}}}})
-    assert methods.levels_at(folder, "embedded") == {"FT-M": {"components": {"mlp": {"learning_rate": 3e-3}}}, "LoRA": {"layers": {"all": {"learning_rate": 2e-3}}}}
+    methods.keep_levels(
+        folder,
+        "embedded",
+        {
+            "FT-M": {"layers": {"all": {"learning_rate": 1e-3, "average": 0.5}}},
+            "LoRA": {"layers": {"all": {"learning_rate": 2e-3}}},
+        },
+    )
+    methods.keep_levels(
+        folder, "embedded", {"FT-M": {"components": {"mlp": {"learning_rate": 3e-3}}}}
+    )
+    assert methods.levels_at(folder, "embedded") == {
+        "FT-M": {"components": {"mlp": {"learning_rate": 3e-3}}},
+        "LoRA": {"layers": {"all": {"learning_rate": 2e-3}}},
+    }
 
 
 def test_the_shipped_levels_are_valid():
@@ -362,6 +497,15 @@ def test_the_shipped_levels_are_valid():
 
 def test_two_notebooks_that_tune_one_model_at_once_lose_nothing(folder):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda steps: methods.tune(folder, "embedded", steps, {f"method {steps}": {"steps": steps}}), range(1, 41)))
+        list(
+            pool.map(
+                lambda steps: methods.tune(
+                    folder, "embedded", steps, {f"method {steps}": {"steps": steps}}
+                ),
+                range(1, 41),
+            )
+        )
     assert sorted(methods.tuned_at(methods.tuned_file(folder, "embedded"))) == list(range(1, 41))
-    assert [path.name for path in (folder / "tuned").iterdir()] == ["embedded.yaml"]  # no lock, no half file left
+    assert [path.name for path in (folder / "tuned").iterdir()] == [
+        "embedded.yaml"
+    ]  # no lock, no half file left

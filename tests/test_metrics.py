@@ -12,12 +12,15 @@ import pandas as pd
 import pytest
 from rouge import Rouge
 from rouge_score.rouge_scorer import RougeScorer
-
 from uke import metrics
 from uke.errors import InputError
 from uke.metrics import HEADLINE, METRICS, holm, interval, paired, score
 
-PERFECT = [name for name, metric in METRICS.items() if metric.direction == "higher" and name != "similarity"]
+PERFECT = [
+    name
+    for name, metric in METRICS.items()
+    if metric.direction == "higher" and name != "similarity"
+]
 
 
 def one(name, prediction, reference, aliases=()):
@@ -41,7 +44,9 @@ def test_import_without_heavy_packages():
 
 def test_bleu_counts_characters_not_words():
     # "abcd " against "abcde": precisions 4/5, 3/4, 2/3, 1/2 and equal lengths.
-    assert one("bleu_char", "abcd", "abcde") == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert one("bleu_char", "abcd", "abcde") == pytest.approx(
+        (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    )
 
 
 def test_bleu_brevity_penalty_over_characters():
@@ -58,7 +63,9 @@ def test_bleu_silences_only_its_own_warning():
 
 def test_published_padding_reaches_the_score():
     assert metrics.pad("Paris") == "Paris " and metrics.pad("in Paris") == "in Paris"
-    assert one("bleu_char", "Paris", "Paris") < 1  # the appended space counts as a character, as published
+    assert (
+        one("bleu_char", "Paris", "Paris") < 1
+    )  # the appended space counts as a character, as published
 
 
 def test_rouge_recall_by_hand():
@@ -85,7 +92,9 @@ def test_fast_rouge_l_differs_from_the_published_package(vocabulary):
     for _ in range(200):
         prediction, reference = (random_text(generator, vocabulary) for _ in "pr")
         expected = package.get_scores(metrics.pad(prediction), reference)[0]["rouge-l"]["r"]
-        assert METRICS["rougel_recall"].function(prediction, reference) == pytest.approx(expected, abs=1e-12)
+        assert METRICS["rougel_recall"].function(prediction, reference) == pytest.approx(
+            expected, abs=1e-12
+        )
         seen.add(expected)
     assert len(seen) > 1
 
@@ -97,19 +106,25 @@ def test_fast_rouge_l_f1_differs_from_rouge_score():
         prediction, reference = (random_text(generator, words) for _ in "pr")
         expected = package.score(reference, prediction)["rougeL"].fmeasure
         if prediction != reference:
-            assert METRICS["rougel_f1"].function(prediction, reference) == pytest.approx(expected, abs=1e-12)
+            assert METRICS["rougel_f1"].function(prediction, reference) == pytest.approx(
+                expected, abs=1e-12
+            )
 
 
 def test_rouge_l_f1_by_hand():
     # Common subsequence "the cat the mat": 4 of 6 predicted and 4 of 5 wanted words.
-    assert one("rougel_f1", "The cat is on the mat", "the cat, near the mat") == pytest.approx(2 * 4 / (6 + 5))
+    assert one("rougel_f1", "The cat is on the mat", "the cat, near the mat") == pytest.approx(
+        2 * 4 / (6 + 5)
+    )
 
 
 def test_bleu_token_by_hand():
     # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples; no common four words: exponential smoothing gives 1 / 2.
     expected = (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25
     assert one("bleu_token", "the big red dog", "the big red cat") == pytest.approx(expected)
-    assert one("bleu_token", "Paris", "Paris") == pytest.approx(1)  # effective order: no four-grams needed
+    assert one("bleu_token", "Paris", "Paris") == pytest.approx(
+        1
+    )  # effective order: no four-grams needed
 
 
 def test_long_repetitive_answer_overflows_the_stack():
@@ -123,7 +138,14 @@ def test_long_repetitive_answer_overflows_the_stack():
 
 @pytest.mark.parametrize(
     ("prediction", "expected"),
-    [("  new   YORK. ", 1), ("New York", 1), ("New York..", 0), ("NewYork", 0), ("New York City", 0), ("", 0)],
+    [
+        ("  new   YORK. ", 1),
+        ("New York", 1),
+        ("New York..", 0),
+        ("NewYork", 0),
+        ("New York City", 0),
+        ("", 0),
+    ],
 )
 def test_exact_normalises_what_it_says_and_no_more(prediction, expected):
     assert one("exact", prediction, "New York.") == expected
@@ -131,7 +153,13 @@ def test_exact_normalises_what_it_says_and_no_more(prediction, expected):
 
 @pytest.mark.parametrize(
     ("prediction", "expected"),
-    [("She was born in paris, France.", 1), ("A Parisian", 0), ("Par is", 0), ("Lutetia, they say", 1), ("", 0)],
+    [
+        ("She was born in paris, France.", 1),
+        ("A Parisian", 0),
+        ("Par is", 0),
+        ("Lutetia, they say", 1),
+        ("", 0),
+    ],
 )
 def test_mention_finds_whole_words_only(prediction, expected):
     assert one("mention", prediction, "Paris", ("Lutetia",)) == expected
@@ -148,26 +176,69 @@ def test_pattern_characters_in_a_reference_are_literal():
 
 @pytest.mark.parametrize(
     "prediction",
-    ["B", "b", "(B)", "B.", "B. Paris", "B) Paris", "**B**", "**B. Paris**", "B - Paris", "B is correct.", "B\n\nA reason", "The answer is B",
-     "The correct answer is: (B) Paris.", "the answer is **B**, not A", "Answer: B", "Option B", "I would choose (B).", "A city is asked for, so B.", "Paris"],
-)  # fmt: skip
+    [
+        "B",
+        "b",
+        "(B)",
+        "B.",
+        "B. Paris",
+        "B) Paris",
+        "**B**",
+        "**B. Paris**",
+        "B - Paris",
+        "B is correct.",
+        "B\n\nA reason",
+        "The answer is B",
+        "The correct answer is: (B) Paris.",
+        "the answer is **B**, not A",
+        "Answer: B",
+        "Option B",
+        "I would choose (B).",
+        "A city is asked for, so B.",
+        "Paris",
+    ],
+)
 def test_a_choice_is_told_however_it_is_said(prediction):
     assert one("choice", prediction, "B", ("B. Paris",)) == 1
     assert one("choice", prediction, "C", ("C. Rome",)) == one("choice", prediction, "A") == 0
 
 
-@pytest.mark.parametrize("prediction", ["", "...", "Berlin", "A. Paris", "The answer is A, not B.", "A big town", "I do not know", "U.S. law", "It is in Bavaria", "B.B. King"])
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "",
+        "...",
+        "Berlin",
+        "A. Paris",
+        "The answer is A, not B.",
+        "A big town",
+        "I do not know",
+        "U.S. law",
+        "It is in Bavaria",
+        "B.B. King",
+    ],
+)
 def test_no_choice_and_another_choice_are_wrong(prediction):
     assert one("choice", prediction, "B", ("B. Paris",)) == 0
 
 
 def test_a_choice_is_kept_when_only_its_wording_changes():
-    assert one("choice", "The answer is B.", "B. Paris") == one("choice", "(B)", "I think the answer is B.") == 1
+    assert (
+        one("choice", "The answer is B.", "B. Paris")
+        == one("choice", "(B)", "I think the answer is B.")
+        == 1
+    )
     assert one("choice", "C. Rome", "B. Paris") == 0
 
 
 def test_without_lettered_choices_it_is_exact_match():
-    for prediction, reference in [("42", "42."), ("41", "42"), ("new york", "New York"), ("A big town", "Berlin"), ("", "Berlin")]:
+    for prediction, reference in [
+        ("42", "42."),
+        ("41", "42"),
+        ("new york", "New York"),
+        ("A big town", "Berlin"),
+        ("", "Berlin"),
+    ]:
         assert one("choice", prediction, reference) == one("exact", prediction, reference)
 
 
@@ -181,20 +252,29 @@ def test_empty_or_odd_texts_stop_the_study():
     frame = score([left for left in odd for _ in odd], odd * len(odd))
     assert np.isfinite(frame.to_numpy()).all() and ((frame >= 0).to_numpy()).all()
     same = score(odd, odd)
-    assert (same["exact"] == 1).all() and (same["rougel_f1"] == 1).all() and (same["length_ratio"] == 1).all()
+    assert (
+        (same["exact"] == 1).all()
+        and (same["rougel_f1"] == 1).all()
+        and (same["length_ratio"] == 1).all()
+    )
 
 
 def test_scores_leave_the_unit_interval():
     generator = random.Random(3)
     texts = [random_text(generator, ["Ada", "Bo", "was", "born", "in"]) for _ in range(60)]
     frame = score(texts, texts[::-1])[PERFECT]
-    assert ((frame >= 0) & (frame <= 1 + 1e-12)).to_numpy().all() and (frame.nunique() > 8).sum() >= 6
+    assert ((frame >= 0) & (frame <= 1 + 1e-12)).to_numpy().all() and (
+        frame.nunique() > 8
+    ).sum() >= 6
     text = "Ada Lovelace was born in London."
     assert score([text], [text])[PERFECT].iloc[0].to_numpy() == pytest.approx(1)
 
 
 def test_cache_mixes_up_pairs_or_order():
-    predictions, references = ["a b c d"] * 3 + ["x y", "a b c d"], ["a b", "c d", "a b", "x y", "a b"]
+    predictions, references = (
+        ["a b c d"] * 3 + ["x y", "a b c d"],
+        ["a b", "c d", "a b", "x y", "a b"],
+    )
     together = score(predictions, references, [(), (), ("a b c d",), (), ()])
     alone = [score([p], [r]) for p, r in zip(predictions, references)]
     others = [name for name in together if name not in ("exact", "mention", "choice")]
@@ -215,7 +295,10 @@ def test_thousands_of_rows_take_minutes():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((["a"], ["a", "b"]), "1 predictions, 2 references"), ((["a"], [None]), "pair 0: expected text, found NoneType")],
+    [
+        ((["a"], ["a", "b"]), "1 predictions, 2 references"),
+        ((["a"], [None]), "pair 0: expected text, found NoneType"),
+    ],
 )
 def test_unequal_or_absent_texts_are_scored(arguments, message):
     with pytest.raises(InputError, match=message):
@@ -239,7 +322,12 @@ def test_similarity_column_without_an_encoder():
 
 
 def test_similarity_pairs_the_wrong_texts():
-    vectors = {"north ": (1, 0), "north": (1, 0), "east": (0, 1), "north east": (math.sqrt(0.5),) * 2}
+    vectors = {
+        "north ": (1, 0),
+        "north": (1, 0),
+        "east": (0, 1),
+        "north east": (math.sqrt(0.5),) * 2,
+    }
     asked = []
 
     def encode(texts):
@@ -256,7 +344,11 @@ def test_real_encoder_ranks_meaning():
         encoder = metrics.load_encoder()
     if encoder is None:
         pytest.skip("no MiniLM encoder on this machine")
-    frame = score(["The cat sits.", "The cat sits."], ["A cat is sitting.", "Bonds lost value today."], encoder=encoder)
+    frame = score(
+        ["The cat sits.", "The cat sits."],
+        ["A cat is sitting.", "Bonds lost value today."],
+        encoder=encoder,
+    )
     near, far = frame["similarity"]
     assert near > 0.9 and far < 0.3
 
@@ -318,7 +410,11 @@ def test_missing_values_are_averaged_away(values):
 def test_sign_flip_p_by_hand():
     # All four differences positive: 2 of the 16 sign patterns are as extreme.
     found = paired([0.5, 0.6, 0.7, 0.8], [0.4, 0.4, 0.6, 0.6])
-    assert found.p == pytest.approx(2 / 16) and found.difference == pytest.approx(0.15) and found.n == 4
+    assert (
+        found.p == pytest.approx(2 / 16)
+        and found.difference == pytest.approx(0.15)
+        and found.n == 4
+    )
     assert paired([1, 1], [1, 1]).p == 1 and paired([1], [0]).p == 1
 
 

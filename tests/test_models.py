@@ -8,10 +8,19 @@ import pytest
 import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
-
 from uke import models
 from uke.errors import InputError
-from uke.models import blocks, collate, encode, end_of_turn, example, kept, max_context, module_names, select
+from uke.models import (
+    blocks,
+    collate,
+    encode,
+    end_of_turn,
+    example,
+    kept,
+    max_context,
+    module_names,
+    select,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +49,18 @@ def test_a_directory_loads_without_the_network_and_bit_for_bit(directory, tiny, 
     assert models.load(str(directory), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_a_gpu_without_bfloat16_is_given_it_or_told_of_at_every_model(directory, monkeypatch, caplog):
+def test_a_gpu_without_bfloat16_is_given_it_or_told_of_at_every_model(
+    directory, monkeypatch, caplog
+):
     """No GPU is at hand: what one would say is put in its place, and the model stays where it is."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
     models._full_precision.cache_clear()
-    assert [models.load(str(directory), device="cuda")[0].dtype for _ in range(2)] == [torch.float32] * 2
+    assert [models.load(str(directory), device="cuda")[0].dtype for _ in range(2)] == [
+        torch.float32
+    ] * 2
     assert caplog.text.count("no bfloat16") == 1
 
 
@@ -79,7 +94,9 @@ def test_a_broken_or_incomplete_model_gets_one_line(copy):
 def test_a_prompt_has_one_beginning_of_text(tokenizer):
     for chat in (True, False):
         assert encode(tokenizer, "Who is Ada?", chat).count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(encode(tokenizer, "Who is Ada?", True)).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(encode(tokenizer, "Who is Ada?", True)).endswith(
+        "<|im_start|>assistant\n"
+    )
     assert tokenizer.decode(encode(tokenizer, "Ada was born in", False)) == "<s>Ada was born in"
 
 
@@ -92,7 +109,11 @@ def test_a_tokenizer_without_template_cannot_chat(tokenizer, directory):
 
 
 def test_the_end_of_turn_is_the_templates_not_the_end_of_text(tokenizer):
-    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
+    assert (
+        end_of_turn(tokenizer)
+        == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        != tokenizer.eos_token_id
+    )
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -102,8 +123,13 @@ def test_only_the_answer_is_learnt(tokenizer, chat):
     assert one.ids[: one.prompt_length] == prompt
     assert one.labels[: one.prompt_length] == [-100] * len(prompt)
     assert one.labels[one.prompt_length :] == one.ids[one.prompt_length :]
-    assert tokenizer.decode(one.ids[one.prompt_length :]) == ("London" if chat else " London") + "<|im_end|>"
-    assert example(tokenizer, "Ada was born in", "London", chat, end_of_turn=False).ids == one.ids[:-1]
+    assert (
+        tokenizer.decode(one.ids[one.prompt_length :])
+        == ("London" if chat else " London") + "<|im_end|>"
+    )
+    assert (
+        example(tokenizer, "Ada was born in", "London", chat, end_of_turn=False).ids == one.ids[:-1]
+    )
 
 
 def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tokenizer):
@@ -114,7 +140,9 @@ def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tokenizer):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_masked_and_never_learnt(tokenizer, side):
-    examples = [example(tokenizer, q, "London", True, True) for q in ("Who?", "Where was Ada born?")]
+    examples = [
+        example(tokenizer, q, "London", True, True) for q in ("Who?", "Where was Ada born?")
+    ]
     batch = collate(examples, pad_id=0, side=side)
     assert {tensor.shape for tensor in batch.values()} == {(2, len(examples[1].ids))}
     for row, one in enumerate(examples):
@@ -141,7 +169,10 @@ def test_parts_are_found_in_every_family(family, tiny):
 
 def test_biases_belong_to_their_projection(tiny):
     names = list(select(tiny("qwen2"), 0, ["q_proj"]))
-    assert names == ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
+    assert names == [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,10 +224,15 @@ def test_kept_weights_come_back_bit_for_bit_after_an_exception(tiny, whole):
             parameter.data = parameter.data.float() + 1e-3
             parameter.grad = torch.ones_like(parameter)
         model.requires_grad_(False).train()
-        assert all(not torch.equal(parameter, before[name].float()) for name, parameter in chosen.items())
+        assert all(
+            not torch.equal(parameter, before[name].float()) for name, parameter in chosen.items()
+        )
         raise RuntimeError("midway")
     after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype
+        for name in before
+    )
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     assert not model.training and all(p.grad is None for p in model.parameters())
 

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from uke import params
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ("01_edits", "03_factor_loss_scope")
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 # What needs benchmark files runs only where UKE_DATA names their folder.
-RUN = [name for name in NAMES if params.study(ROOT, name).report != "benchmarks" or os.environ.get("UKE_DATA")]
+RUN = [
+    name
+    for name in NAMES
+    if params.study(ROOT, name).report != "benchmarks" or os.environ.get("UKE_DATA")
+]
 STRUCTURE = ("Set-up", "Checks", "Saved", "Limits")  # every other heading asks something
 PARAMETER = re.compile(r"[a-z_]+ = [^#]+  # [^=]+")
 SANITISE = r"""
@@ -45,10 +48,23 @@ def faults(notebook) -> list[str]:
     code = [cell for cell in cells if cell.cell_type == "code"]
     return [
         *_title_faults(cells[0]),
-        *_parameter_faults([cell for cell in code if "parameters" in cell.metadata.get("tags", ())], cells[1]),
+        *_parameter_faults(
+            [cell for cell in code if "parameters" in cell.metadata.get("tags", ())], cells[1]
+        ),
         *(fault for cell in code for fault in _code_faults(cell)),
-        *_heading_faults([line for cell in cells[1:] if cell.cell_type == "markdown" for line in cell.source.splitlines()]),
-        *(["kernelspec is not python3"] if notebook.metadata.get("kernelspec", {}).get("name") != "python3" else []),
+        *_heading_faults(
+            [
+                line
+                for cell in cells[1:]
+                if cell.cell_type == "markdown"
+                for line in cell.source.splitlines()
+            ]
+        ),
+        *(
+            ["kernelspec is not python3"]
+            if notebook.metadata.get("kernelspec", {}).get("name") != "python3"
+            else []
+        ),
         *(["metadata of papermill"] if "papermill" in notebook.metadata else []),
     ]
 
@@ -56,8 +72,12 @@ def faults(notebook) -> list[str]:
 def _title_faults(cell) -> list[str]:
     first = cell.source.splitlines()[0]
     asks = cell.cell_type == "markdown" and first.startswith("# ") and first.endswith("?")
-    missing = [word for word in ("Answer", "Reads", "Writes", "Cost") if f"**{word}**" not in cell.source]
-    return ([] if asks else ["the title asks no question"]) + [f"the title cell has no **{word}**" for word in missing]
+    missing = [
+        word for word in ("Answer", "Reads", "Writes", "Cost") if f"**{word}**" not in cell.source
+    ]
+    return ([] if asks else ["the title asks no question"]) + [
+        f"the title cell has no **{word}**" for word in missing
+    ]
 
 
 def _parameter_faults(tagged, second) -> list[str]:
@@ -70,7 +90,9 @@ def _parameter_faults(tagged, second) -> list[str]:
 
 
 def _code_faults(cell) -> list[str]:
-    found = [f"more than 15 lines: {cell.source[:40]!r}"] if len(cell.source.splitlines()) > 15 else []
+    found = (
+        [f"more than 15 lines: {cell.source[:40]!r}"] if len(cell.source.splitlines()) > 15 else []
+    )
     if cell.outputs or cell.execution_count is not None:
         found.append("outputs are committed")
     try:
@@ -82,34 +104,64 @@ def _code_faults(cell) -> list[str]:
             found.append("defines a function or a class")
         if isinstance(node, ast.Name) and node.id == "plt":
             found.append("draws with plt")
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.match(r"[/~]\w|[A-Z]:\\", node.value):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.match(r"[/~]\w|[A-Z]:\\", node.value)
+        ):
             found.append(f"an absolute path: {node.value}")
     return found
 
 
 def _heading_faults(lines: list[str]) -> list[str]:
     headings = [line.lstrip("# ") for line in lines if re.match(r"#+ ", line)]
-    found = [f"heading is no question: {each}" for each in headings if each not in STRUCTURE and not each.endswith("?")]
+    found = [
+        f"heading is no question: {each}"
+        for each in headings
+        if each not in STRUCTURE and not each.endswith("?")
+    ]
     if not any(each.endswith("?") for each in headings):
         found.append("the body asks no question")
-    return found if headings and headings[-1] == "Limits" else [*found, "the last section is not Limits"]
+    return (
+        found
+        if headings and headings[-1] == "Limits"
+        else [*found, "the last section is not Limits"]
+    )
 
 
 def sound() -> nbformat.NotebookNode:
     markdown, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
     title = markdown("# Is it so?\n\n**Answer** Yes.\n\n**Reads** x. **Writes** y. **Cost** z.")
-    parameters = code('profile = "quick"  # sizes\nlimit = 4  # edits', metadata={"tags": ["parameters"]})
-    cells = [title, parameters, markdown("## Set-up"), code("import uke"), markdown("## Does it hold?"), code("limit"), markdown("## Limits")]
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    parameters = code(
+        'profile = "quick"  # sizes\nlimit = 4  # edits', metadata={"tags": ["parameters"]}
+    )
+    cells = [
+        title,
+        parameters,
+        markdown("## Set-up"),
+        code("import uke"),
+        markdown("## Does it hold?"),
+        code("limit"),
+        markdown("## Limits"),
+    ]
+    return nbformat.v4.new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
 
 
 MUTATIONS = {
-    "the title asks no question": lambda n: n.cells[0].update(source=n.cells[0].source.replace("?", "")),
-    "the title cell has no **Cost**": lambda n: n.cells[0].update(source=n.cells[0].source.replace("Cost", "Price")),
+    "the title asks no question": lambda n: n.cells[0].update(
+        source=n.cells[0].source.replace("?", "")
+    ),
+    "the title cell has no **Cost**": lambda n: n.cells[0].update(
+        source=n.cells[0].source.replace("Cost", "Price")
+    ),
     "tagged parameters": lambda n: n.cells[1].metadata.clear(),
     "parameter line: limit = 4": lambda n: n.cells[1].update(source="limit = 4"),
     "parameter line: limit = 4  # n = 4": lambda n: n.cells[1].update(source="limit = 4  # n = 4"),
-    "more than twelve": lambda n: n.cells[1].update(source="\n".join(f"p{'x' * i} = {i}  # one" for i in range(13))),
+    "more than twelve": lambda n: n.cells[1].update(
+        source="\n".join(f"p{'x' * i} = {i}  # one" for i in range(13))
+    ),
     "more than 15 lines": lambda n: n.cells[3].update(source="x = 1\n" * 16),
     "outputs are committed": lambda n: n.cells[3].update(execution_count=3),
     "no plain Python": lambda n: n.cells[3].update(source="%pip install x"),
@@ -177,10 +229,15 @@ def executed(home, environment) -> list[Path]:
     with ThreadPoolExecutor(2) as pool:
         while order.is_active():
             ready = order.get_ready()
-            for name, done in zip(ready, pool.map(lambda name: run_smoke(name, environment), ready), strict=True):
+            for name, done in zip(
+                ready, pool.map(lambda name: run_smoke(name, environment), ready), strict=True
+            ):
                 assert done.returncode == 0, f"{name}: {done.stderr}"
                 order.done(name)
-        assert all(done.returncode == 0 for done in pool.map(lambda name: run_smoke(name, environment), RUN))
+        assert all(
+            done.returncode == 0
+            for done in pool.map(lambda name: run_smoke(name, environment), RUN)
+        )
     return [home / "results" / "smoke" / "notebooks" / f"{name}.ipynb" for name in RUN]
 
 
@@ -193,13 +250,36 @@ def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.
     """Pytest with nbval on executed notebooks, in a process of its own."""
     assert notebooks, "without a file to run, pytest would collect this very suite"
     (folder / "sanitise.cfg").write_text(SANITISE)
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    command += ["--rootdir", str(folder), "--nbval-sanitize-with", str(folder / "sanitise.cfg"), *map(str, notebooks)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+    ]
+    command += [
+        "--rootdir",
+        str(folder),
+        "--nbval-sanitize-with",
+        str(folder / "sanitise.cfg"),
+        *map(str, notebooks),
+    ]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
 
 
 def test_every_notebook_runs_and_its_rerun_says_the_same(executed, home, environment):
-    cells = sum(cell.cell_type == "code" for path in executed for cell in nbformat.read(path, as_version=4).cells)
+    cells = sum(
+        cell.cell_type == "code"
+        for path in executed
+        for cell in nbformat.read(path, as_version=4).cells
+    )
     done = rerun(executed, home, environment)
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{cells} passed" in done.stdout and cells >= 2 * len(REQUIRED)
@@ -208,18 +288,28 @@ def test_every_notebook_runs_and_its_rerun_says_the_same(executed, home, environ
 def test_a_notebook_shows_every_figure_table_and_finding_of_its_section(executed, home):
     """Also those placed within an `if` or a loop, which a cell shows no value of."""
     for path in executed:
-        section = json.loads((home / "figures" / "smoke" / "sections" / path.with_suffix(".json").name).read_text())
-        outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+        section = json.loads(
+            (home / "figures" / "smoke" / "sections" / path.with_suffix(".json").name).read_text()
+        )
+        outputs = [
+            output
+            for cell in nbformat.read(path, as_version=4).cells
+            for output in cell.get("outputs", [])
+        ]
         data = [output["data"] for output in outputs if "data" in output]
         texts = [each["text/plain"] for each in data]
         kinds = Counter(block["type"] for block in section["blocks"])
         assert sum("image/png" in each for each in data) >= kinds["figure"], path.name
         assert sum("text/html" in each for each in data) >= kinds["table"], path.name
-        assert all(block["text"] in texts for block in section["blocks"] if block["type"] == "finding"), path.name
+        assert all(
+            block["text"] in texts for block in section["blocks"] if block["type"] == "finding"
+        ), path.name
 
 
 def test_a_changed_number_in_an_output_fails_the_rerun(tmp_path, environment):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('0.93 [0.90, 0.96], n = 40, 1.2 s')")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("print('0.93 [0.90, 0.96], n = 40, 1.2 s')")]
+    )
     notebook.cells[0].execution_count = 1
     for value, status in (("0.93", 0), ("0.94", 1)):
         text = f"{value} [0.90, 0.96], n = 40, 7.5 s\n"

@@ -5,7 +5,14 @@ import torch
 from uke import padding
 from uke.padding import parts, training_tokens
 
-LENGTHS = [[130, 131, 90, 187, 26, 90, 130], [5], [], [7] * 50, list(range(1, 200)), [9000, 10, 9000, 3]]
+LENGTHS = [
+    [130, 131, 90, 187, 26, 90, 130],
+    [5],
+    [],
+    [7] * 50,
+    list(range(1, 200)),
+    [9000, 10, 9000, 3],
+]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=range(len(LENGTHS)))
@@ -22,7 +29,9 @@ def test_a_row_is_read_twice_or_a_part_is_mostly_padding(lengths, tokens):
 
 def test_parts_are_smaller_than_they_need_be():
     assert [len(part) for part in parts([100] * 9, 400)] == [4, 4, 1]
-    assert [len(part) for part in parts([100, 90, 80, 70], 10_000)] == [4] and [len(part) for part in parts([100, 50, 50], 10_000)] == [1, 2]
+    assert [len(part) for part in parts([100, 90, 80, 70], 10_000)] == [4] and [
+        len(part) for part in parts([100, 50, 50], 10_000)
+    ] == [1, 2]
 
 
 def test_the_default_is_what_the_module_says_now(monkeypatch):

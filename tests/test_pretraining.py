@@ -4,13 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from uke import models, pretraining, world
 from uke.errors import InputError
 from uke.pretraining import Settings
 
-SMALL = Settings(vocabulary=400, width=16, blocks=2, heads=2, key_value_heads=1, feed_forward=16, window=1024, windows_per_step=2, epochs=1,
-                 steps_per_epoch=4, warm_up=2, checkpoint_every=2, compiled=False)
+SMALL = Settings(
+    vocabulary=400,
+    width=16,
+    blocks=2,
+    heads=2,
+    key_value_heads=1,
+    feed_forward=16,
+    window=1024,
+    windows_per_step=2,
+    epochs=1,
+    steps_per_epoch=4,
+    warm_up=2,
+    checkpoint_every=2,
+    compiled=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,10 @@ def tokenizer():
 
 def test_a_conversation_is_packed_as_the_chat_template_renders_it(tokenizer):
     turns = ("Who?", "Mara.", "When?", "In 1902.")
-    messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
+    messages = [
+        {"role": ("user", "assistant")[place % 2], "content": text}
+        for place, text in enumerate(turns)
+    ]
     ids, _ = pretraining.tokens(turns, tokenizer)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -43,7 +58,7 @@ def test_a_conversation_is_packed_as_the_chat_template_renders_it(tokenizer):
 def test_the_loss_counts_the_assistants_words_and_their_end_only(tokenizer):
     ids, labels = pretraining.tokens(("Who taught Mara?", "Tobin Calson"), tokenizer)
     counted = [label for label in labels if label != -100]
-    assert tokenizer.decode(counted) == "Tobin Calson<|end|>" and ids[-len(counted):] == counted
+    assert tokenizer.decode(counted) == "Tobin Calson<|end|>" and ids[-len(counted) :] == counted
 
 
 def test_the_loss_counts_all_of_a_document(tokenizer):
@@ -67,7 +82,12 @@ def test_another_role_is_refused_by_the_template(tokenizer):
 def test_the_rate_warms_up_and_ends_near_zero():
     settings = Settings(epochs=10, steps_per_epoch=10, warm_up=10, descent=0.5)
     rates = [pretraining.rate(step, settings) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9:50] == [1.0] * 41 and rates[-1] == pytest.approx(0.02) and rates == [min(each, 1) for each in rates]
+    assert (
+        rates[0] == 0.1
+        and rates[9:50] == [1.0] * 41
+        and rates[-1] == pytest.approx(0.02)
+        and rates == [min(each, 1) for each in rates]
+    )
 
 
 def test_training_that_was_cut_off_goes_on_to_the_same_weights(small_world, tmp_path, monkeypatch):
@@ -99,7 +119,9 @@ def test_a_checkpoint_of_other_settings_is_not_continued(small_world, tmp_path, 
         pretraining.pretrain(replace(SMALL, peak_rate=1e-3), tmp_path)
 
 
-def test_a_finished_model_is_not_trained_again_unless_its_settings_change(small_world, tmp_path, monkeypatch):
+def test_a_finished_model_is_not_trained_again_unless_its_settings_change(
+    small_world, tmp_path, monkeypatch
+):
     directory = pretraining.pretrain(SMALL, tmp_path)
     monkeypatch.setattr(pretraining, "learn", lambda *_: 1 / 0)
     assert pretraining.pretrain(SMALL, tmp_path) == directory
@@ -118,7 +140,10 @@ def test_the_directory_is_an_ordinary_model_with_a_card(small_world, tmp_path):
     made = pretraining.card(directory)
     assert made["parameters"] == model.num_parameters() and made["settings"]["window"] == 1024
     assert made["sha256"] in (directory / "README.md").read_text()
-    assert models.max_context(model) == 1024 and models.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert (
+        models.max_context(model) == 1024
+        and models.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    )
 
 
 def test_a_directory_without_a_card_is_refused(tmp_path):

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from uke import editing, formats, report, rows
 from uke.errors import InputError
 
@@ -15,7 +14,9 @@ SHOWN = {"number": "said", "word": "unit"}
 
 
 def test_every_quoted_number_is_the_committed_one():
-    numbers = json.loads((ROOT / "figures" / "embedded" / "numbers.json").read_text(encoding="utf-8"))
+    numbers = json.loads(
+        (ROOT / "figures" / "embedded" / "numbers.json").read_text(encoding="utf-8")
+    )
     quoted = QUOTE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(quoted) >= 8
     assert [(key, said) for what, key, said in quoted if numbers[key][SHOWN[what]] != said] == []
@@ -23,7 +24,9 @@ def test_every_quoted_number_is_the_committed_one():
 
 def test_no_other_result_stands_in_its_prose():
     """A score typed by hand would survive every change of the rows."""
-    prose = QUOTE.sub("", (ROOT / "README.md").read_text(encoding="utf-8").split("## What is here")[0])
+    prose = QUOTE.sub(
+        "", (ROOT / "README.md").read_text(encoding="utf-8").split("## What is here")[0]
+    )
     assert re.findall(r"(?<![\w.])0?\.\d\d\b", prose) == []
 
 
@@ -31,7 +34,9 @@ def test_the_names_it_promises_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {name for name in formats.PARSERS if f"`{name}`" in text} == set(formats.PARSERS)
     assert all(name in text for name in editing.METHODS)
-    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(re.findall(r"`(\w+)`", text))
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(
+        re.findall(r"`(\w+)`", text)
+    )
 
 
 def test_quoting_renews_a_stale_number_and_refuses_an_unknown_one(tmp_path, monkeypatch):
@@ -43,7 +48,9 @@ def test_quoting_renews_a_stale_number_and_refuses_an_unknown_one(tmp_path, monk
     page.write_text("x <!-- number: a.b -->old<!-- --> y\n")
     report.quote(page, paths)
     assert page.read_text() == "x <!-- number: a.b -->0.93<!-- --> y\n"
-    (paths.figures / "numbers.json").write_text(json.dumps({"a.b": {"said": "1 holds", "unit": "holds"}}))
+    (paths.figures / "numbers.json").write_text(
+        json.dumps({"a.b": {"said": "1 holds", "unit": "holds"}})
+    )
     page.write_text("<!-- word: a.b -->fails<!-- -->")
     report.quote(page, paths)
     assert page.read_text() == "<!-- word: a.b -->holds<!-- -->"

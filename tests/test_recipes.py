@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-
 from uke import recipes
 from uke.errors import InputError
 from uke.recipes import FACTORS, RECIPES, Recipe, vary
@@ -45,14 +44,18 @@ def test_a_level_changes_the_field_of_its_factor_alone(name):
 def test_a_misspelt_factor_or_level_is_answered_with_the_nearest():
     with pytest.raises(InputError, match="unknown factor 'layer'; did you mean 'layers'"):
         vary(RECIPES["FT-M"], "layer", "all")
-    with pytest.raises(InputError, match="factor layers: unknown level 'frist_half'; did you mean 'first_half'"):
+    with pytest.raises(
+        InputError, match="factor layers: unknown level 'frist_half'; did you mean 'first_half'"
+    ):
         vary(RECIPES["FT-M"], "layers", "frist_half")
 
 
 def test_the_fingerprint_sees_every_choice_and_no_name():
     base = RECIPES["FT-M"]
     assert set(OTHER) == set(Recipe.model_fields) - {"name"}
-    changed = [Recipe(**{**base.model_dump(), field: value}).fingerprint for field, value in OTHER.items()]
+    changed = [
+        Recipe(**{**base.model_dump(), field: value}).fingerprint for field, value in OTHER.items()
+    ]
     assert len({base.fingerprint, *changed}) == len(OTHER) + 1
     assert Recipe(**{**base.model_dump(), "name": "renamed"}).fingerprint == base.fingerprint
     assert Recipe(name="a", layers=3).fingerprint == Recipe(name="b", layers=[3]).fingerprint
@@ -66,22 +69,35 @@ def test_a_cell_with_the_bases_own_level_is_the_base_and_so_trained_once(name):
     base, found = RECIPES[name], recipes.cells(RECIPES[name])
     own = {cell.factor: cell.level for cell in found if cell.recipe.fingerprint == base.fingerprint}
     direct = {"loss_scope": "target_tokens", "chat_template": "with", "end_of_turn": "with"}
-    assert own == direct | ({"layers": "eighth_6", "components": "down_proj"} if name == "FT-M" else {"layers": "all", "components": "query_value"})
+    assert own == direct | (
+        {"layers": "eighth_6", "components": "down_proj"}
+        if name == "FT-M"
+        else {"layers": "all", "components": "query_value"}
+    )
     assert len({cell.recipe.fingerprint for cell in found}) == len(found) - len(FACTORS) + 1
 
 
 def test_query_and_value_alone_are_a_level_of_adapters_only():
-    assert "query_value" in recipes.levels(RECIPES["LoRA"], "components") and "query_value" not in recipes.levels(RECIPES["FT-M"], "components")
+    assert "query_value" in recipes.levels(
+        RECIPES["LoRA"], "components"
+    ) and "query_value" not in recipes.levels(RECIPES["FT-M"], "components")
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(8, [0, 1, 2, 3, 4, 5, 6, 7]), (32, [2, 6, 10, 14, 18, 21, 26, 30])])
-def test_the_eighths_name_one_block_in_each_eighth_of_the_depth_and_the_published_one_among_them(depth, expected):
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(8, [0, 1, 2, 3, 4, 5, 6, 7]), (32, [2, 6, 10, 14, 18, 21, 26, 30])]
+)
+def test_the_eighths_name_one_block_in_each_eighth_of_the_depth_and_the_published_one_among_them(
+    depth, expected
+):
     fractions = [FACTORS["layers"].levels[level]["layers"] for level in recipes.SINGLES]
     assert [int(fraction * depth) for fraction in fractions] == expected
     assert RECIPES["FT-M"].layers[0] in fractions and len(fractions) == 8
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, "abcde"), (1, "c"), (2, "ae"), (3, "ace"), (4, "abce"), (5, "abcde"), (9, "abcde")])
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "abcde"), (1, "c"), (2, "ae"), (3, "ace"), (4, "abce"), (5, "abcde"), (9, "abcde")],
+)
 def test_fewer_values_are_spread_evenly_and_keep_both_ends(count, expected):
     assert recipes.evenly("abcde", count) == list(expected)
 
@@ -93,10 +109,23 @@ def test_a_factor_of_one_level_is_refused(count):
 
 
 def test_the_grid_has_every_combination_once():
-    choices = {"layers": ["eighth_6", "all"], "components": ["down_proj", "both"], "chat_template": ["with", "without"]}
+    choices = {
+        "layers": ["eighth_6", "all"],
+        "components": ["down_proj", "both"],
+        "chat_template": ["with", "without"],
+    }
     found = recipes.grid(RECIPES["FT-M"], choices)
-    assert len(found) == len({tuple(levels.values()) for levels, _ in found}) == len({recipe.fingerprint for _, recipe in found}) == 8
-    assert found[0][1] == RECIPES["FT-M"] and differing(found[-1][1], RECIPES["FT-M"]) == {"layers", "components", "chat_template"}
+    assert (
+        len(found)
+        == len({tuple(levels.values()) for levels, _ in found})
+        == len({recipe.fingerprint for _, recipe in found})
+        == 8
+    )
+    assert found[0][1] == RECIPES["FT-M"] and differing(found[-1][1], RECIPES["FT-M"]) == {
+        "layers",
+        "components",
+        "chat_template",
+    }
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -106,7 +135,14 @@ def measured(best=None, method="FT-M", count=0, split="development"):
     """Development rows of every cell on three edits; `best` gives some levels of factors another score than 0.5."""
     return pd.DataFrame(
         [
-            (split, method, cell.factor, cell.level, edit, (best or {}).get((cell.factor, cell.level), 0.5) + shift)
+            (
+                split,
+                method,
+                cell.factor,
+                cell.level,
+                edit,
+                (best or {}).get((cell.factor, cell.level), 0.5) + shift,
+            )
             for cell in recipes.cells(RECIPES[method], count)
             for edit, shift in (("a", -0.1), ("b", 0.0), ("c", 0.1))
         ],
@@ -115,10 +151,19 @@ def measured(best=None, method="FT-M", count=0, split="development"):
 
 
 def test_the_rule_takes_of_every_factor_the_best_level_for_each_method_on_its_own():
-    frame = pd.concat([measured({("layers", "all"): 0.9, ("chat_template", "without"): 0.6}), measured({("layers", "eighth_2"): 0.7, ("components", "query_value"): 0.8}, "LoRA")])
+    frame = pd.concat(
+        [
+            measured({("layers", "all"): 0.9, ("chat_template", "without"): 0.6}),
+            measured({("layers", "eighth_2"): 0.7, ("components", "query_value"): 0.8}, "LoRA"),
+        ]
+    )
     chosen = recipes.choose(frame.sample(frac=1, random_state=1))
     assert (chosen["FT-M"]["layers"], chosen["FT-M"]["chat_template"]) == ("all", "without")
-    assert (chosen["LoRA"]["layers"], chosen["LoRA"]["components"], chosen["LoRA"]["chat_template"]) == ("eighth_2", "query_value", "with")
+    assert (
+        chosen["LoRA"]["layers"],
+        chosen["LoRA"]["components"],
+        chosen["LoRA"]["chat_template"],
+    ) == ("eighth_2", "query_value", "with")
     assert set(chosen["FT-M"]) == set(FACTORS)
 
 
@@ -132,7 +177,11 @@ def test_ties_go_to_the_level_listed_first_whatever_the_order_of_the_rows():
 @pytest.mark.parametrize("split", ["test", "locality", None])
 def test_rows_of_another_split_are_refused_even_one_of_them(split):
     frame = pd.concat([measured(), measured().iloc[:1].assign(split=split)])
-    said = "Test rows offered to the recipe rule: refused" if split == "test" else "of no development split .* refused"
+    said = (
+        "Test rows offered to the recipe rule: refused"
+        if split == "test"
+        else "of no development split .* refused"
+    )
     for rule in (recipes.choose, recipes.best_trial):
         with pytest.raises(InputError, match=said) as caught:
             rule(frame)
@@ -142,8 +191,14 @@ def test_rows_of_another_split_are_refused_even_one_of_them(split):
 @pytest.mark.parametrize(
     ("lost", "match"),
     [
-        ({"factor": "layers", "level": "eighth_3"}, "FT-M, layers: level 'eighth_3' lacks 3 of 3 edits"),
-        ({"factor": "end_of_turn", "level": "without", "edit": "b"}, r"FT-M, end_of_turn: level 'without' lacks 1 of 3 edits \('b'\)"),
+        (
+            {"factor": "layers", "level": "eighth_3"},
+            "FT-M, layers: level 'eighth_3' lacks 3 of 3 edits",
+        ),
+        (
+            {"factor": "end_of_turn", "level": "without", "edit": "b"},
+            r"FT-M, end_of_turn: level 'without' lacks 1 of 3 edits \('b'\)",
+        ),
         ({"factor": "components"}, "FT-M, components: level 'down_proj' lacks 3 of 3"),
     ],
 )
@@ -155,7 +210,9 @@ def test_a_cell_that_is_missing_or_short_is_named(lost, match):
 
 def test_two_rates_of_a_level_and_missing_scores_are_refused():
     frame = measured()
-    with pytest.raises(InputError, match="level 'last_prompt_token': expected one score for each edit"):
+    with pytest.raises(
+        InputError, match="level 'last_prompt_token': expected one score for each edit"
+    ):
         recipes.choose(pd.concat([frame, frame[frame["level"] == "last_prompt_token"]]))
     with pytest.raises(InputError, match="expected one score for each edit"):
         recipes.choose(frame.assign(score=frame["score"].where(frame["edit"] != "a")))
@@ -173,22 +230,54 @@ def test_fewer_levels_are_chosen_among_where_fewer_were_run():
 
 
 def test_the_candidate_has_every_chosen_level_and_nothing_else_changed():
-    chosen = {"loss_scope": "target_tokens", "layers": "second_half", "components": "both", "chat_template": "without", "end_of_turn": "with"}
+    chosen = {
+        "loss_scope": "target_tokens",
+        "layers": "second_half",
+        "components": "both",
+        "chat_template": "without",
+        "end_of_turn": "with",
+    }
     found = recipes.candidate(RECIPES["LoRA"], chosen)
-    assert (found.name, found.layers, found.components, found.chat_template, found.adapter) == ("FT-UKE (LoRA)", "second_half", ("mlp", "attention"), False, "lora")
+    assert (found.name, found.layers, found.components, found.chat_template, found.adapter) == (
+        "FT-UKE (LoRA)",
+        "second_half",
+        ("mlp", "attention"),
+        False,
+        "lora",
+    )
     assert differing(found, RECIPES["LoRA"]) == {"name", "layers", "components", "chat_template"}
 
 
 def tried(*scores):
-    return pd.DataFrame([("development", method, level, edit, score) for method, level, *both in scores for edit, score in zip("ab", both)], columns=["split", "method", "level", "edit", "score"])
+    return pd.DataFrame(
+        [
+            ("development", method, level, edit, score)
+            for method, level, *both in scores
+            for edit, score in zip("ab", both)
+        ],
+        columns=["split", "method", "level", "edit", "score"],
+    )
 
 
 def test_ft_uke_is_the_candidate_of_the_best_trial_not_of_the_best_mean_and_ties_go_to_the_first():
-    assert recipes.best_trial(tried(("direct", "low", 0.1, 0.1), ("direct", "high", 0.9, 0.7), ("adapter", "low", 0.7, 0.7), ("adapter", "high", 0.7, 0.8))) == ("direct", "high")
-    assert recipes.best_trial(tried(("direct", "x", 0.4, 0.6), ("adapter", "y", 0.5, 0.5))) == ("direct", "x")
+    assert recipes.best_trial(
+        tried(
+            ("direct", "low", 0.1, 0.1),
+            ("direct", "high", 0.9, 0.7),
+            ("adapter", "low", 0.7, 0.7),
+            ("adapter", "high", 0.7, 0.8),
+        )
+    ) == ("direct", "high")
+    assert recipes.best_trial(tried(("direct", "x", 0.4, 0.6), ("adapter", "y", 0.5, 0.5))) == (
+        "direct",
+        "x",
+    )
     with pytest.raises(InputError, match=r"adapter: level 'y' lacks 1 of 2 edits \('b'\)"):
         recipes.best_trial(tried(("direct", "x", 0.4, 0.6), ("adapter", "y", 0.5)))
 
 
 def test_ft_uke_untuned_is_ft_ms_loss_on_every_down_projection_with_template_and_end_of_turn():
-    assert differing(RECIPES["FT-UKE"], RECIPES["FT-M"]) == {"name", "layers"} and RECIPES["FT-UKE"].layers == "all"
+    assert (
+        differing(RECIPES["FT-UKE"], RECIPES["FT-M"]) == {"name", "layers"}
+        and RECIPES["FT-UKE"].layers == "all"
+    )

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-
 from uke import diagrams, figures, redrawing, report, rows, run, tables
 from uke.errors import InputError
 
@@ -24,26 +23,68 @@ REDRAW += "assert not loaded, loaded\nsys.exit(status)"
 
 def files(folder: Path) -> dict[str, bytes]:
     """Everything drawn or composed in a folder of figures."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in DRAWN or path.name == "numbers.json"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in DRAWN or path.name == "numbers.json"
+    }
 
 
 def scored() -> pd.DataFrame:
     drawn = np.random.default_rng(3)
-    lines = [(method, kind, f"e{edit}", drawn.uniform()) for method in ("FT-M", "LoRA", "before the edit") for kind in ("original", "detail", "rel_doc") for edit in range(5)]
+    lines = [
+        (method, kind, f"e{edit}", drawn.uniform())
+        for method in ("FT-M", "LoRA", "before the edit")
+        for kind in ("original", "detail", "rel_doc")
+        for edit in range(5)
+    ]
     return pd.DataFrame(lines, columns=["method", "kind", "edit", "score"])
 
 
 def fill(section: report.Section) -> None:
     frame = scored()
     section.figure(figures.levels, frame[frame["kind"] != "detail"], "scores", "Scores.", "Points.")
-    section.figure(diagrams.spread, frame.assign(measure="overlap", n=None), "cloud", "Cloud.", "A cloud.", by="method")
+    section.figure(
+        diagrams.spread,
+        frame.assign(measure="overlap", n=None),
+        "cloud",
+        "Cloud.",
+        "A cloud.",
+        by="method",
+    )
     costs = pd.DataFrame({"pages": np.array([10, 20]), "file": [1.0, 2.5]}, index=[7, 3])
-    section.figure(diagrams.growth, costs, "costs", "Costs.", "A line.", x="pages", panels={"file": "File (MiB)"})
-    section.figure(diagrams.ranks, pd.DataFrame({"kind": pd.Categorical(["rel_doc", "rand_doc"]), "rank": [3, 400]}), "ranks", "Ranks.", "Steps.", floor=np.int64(100))
+    section.figure(
+        diagrams.growth,
+        costs,
+        "costs",
+        "Costs.",
+        "A line.",
+        x="pages",
+        panels={"file": "File (MiB)"},
+    )
+    section.figure(
+        diagrams.ranks,
+        pd.DataFrame({"kind": pd.Categorical(["rel_doc", "rand_doc"]), "rank": [3, 400]}),
+        "ranks",
+        "Ranks.",
+        "Steps.",
+        floor=np.int64(100),
+    )
     section.table(tables.scores(frame, expected=["FT-M", "MEMIT"]), "scores", "Scores.")
-    mixed = pd.DataFrame({"setting": ["on", "count", "rate", "text", "none", "list"], "value": [True, 3, 5e-4, "a | `b` ü", None, [1, 2]]})
+    mixed = pd.DataFrame(
+        {
+            "setting": ["on", "count", "rate", "text", "none", "list"],
+            "value": [True, 3, 5e-4, "a | `b` ü", None, [1, 2]],
+        }
+    )
     section.table(mixed, "mixed", "Settings.")
-    section.table(frame.pivot_table(index="method", columns="kind", values="score").assign(edits=5, tuned=[True, False, True]), "wide", "An index of methods.")
+    section.table(
+        frame.pivot_table(index="method", columns="kind", values="score").assign(
+            edits=5, tuned=[True, False, True]
+        ),
+        "wide",
+        "An index of methods.",
+    )
     section.say("a.b", 0.5)
 
 
@@ -97,7 +138,13 @@ def test_what_was_deleted_is_drawn_again_with_the_same_bytes(paths):
 
 def test_a_redraw_loads_neither_torch_nor_a_kernel(paths):
     before = files(paths.figures)
-    done = subprocess.run([sys.executable, "-c", REDRAW, "smoke"], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONHASHSEED": "99"})
+    done = subprocess.run(
+        [sys.executable, "-c", REDRAW, "smoke"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONHASHSEED": "99"},
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert files(paths.figures) == before
 
@@ -108,7 +155,9 @@ def test_changed_data_are_drawn_and_told(paths):
     path.write_bytes(redrawing.stored(redrawing.read(path).assign(edits=77)))
     report.redraw(paths)
     report.compose(paths)
-    assert ",77," in (paths.figures / "wide.csv").read_text() and ">77<" in (paths.figures / "report.html").read_text(encoding="utf-8")
+    assert ",77," in (paths.figures / "wide.csv").read_text() and ">77<" in (
+        paths.figures / "report.html"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["figure", "table"])
@@ -117,14 +166,22 @@ def test_missing_data_are_named_and_nothing_is_drawn(paths, caplog, kind):
     lost.unlink()
     (paths.figures / "scores.png").unlink()
     assert run.main(["--redraw", "--profile", "smoke"]) == 2
-    assert caplog.messages[-1].startswith(f"{lost}: no such file: the data of {kind} {lost.name.split('.')[0]}") and "\n" not in caplog.messages[-1]
+    assert (
+        caplog.messages[-1].startswith(
+            f"{lost}: no such file: the data of {kind} {lost.name.split('.')[0]}"
+        )
+        and "\n" not in caplog.messages[-1]
+    )
     assert not (paths.figures / "scores.png").exists()
 
 
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"draw": None}, "01_edits.json: figure ranks: not stored with what draws it; run notebook 01_edits again"),
+        (
+            {"draw": None},
+            "01_edits.json: figure ranks: not stored with what draws it; run notebook 01_edits again",
+        ),
         ({"draw": "diagrams.rank"}, "no function 'diagrams.rank'; did you mean 'diagrams.ranks'"),
         ({"draw": "diagrams.looks"}, "no function 'diagrams.looks'"),
         ({"options": {"flor": 3}}, "diagrams.ranks has no option 'flor'; did you mean 'floor'"),
@@ -169,12 +226,16 @@ def test_every_kind_of_column_comes_back_as_it_was():
             "some": pd.array([1, None, 3], dtype="Int64"),
             "group": pd.Categorical(["y", "x", "y"], categories=["y", "x", "w"]),
             "mixed": pd.Series([1, 2.0, None], dtype=object),
-            "score": pd.Series([tables.Score(0.5), tables.Score(0.25, 0.1, 0.3, True), None], dtype=object),
+            "score": pd.Series(
+                [tables.Score(0.5), tables.Score(0.25, 0.1, 0.3, True), None], dtype=object
+            ),
         }
     )
     read = redrawing.read(redrawing.stored(frame))
     pd.testing.assert_frame_equal(read, frame)
-    assert [type(value) for value in read["mixed"]] == [int, float, type(None)] and read["text"][1] is None
+    assert [type(value) for value in read["mixed"]] == [int, float, type(None)] and read["text"][
+        1
+    ] is None
     assert redrawing.stored(read) == redrawing.stored(frame)
     assert redrawing.read(redrawing.stored(frame[:0])).columns.tolist() == frame.columns.tolist()
 
@@ -186,8 +247,16 @@ def test_the_committed_figures_tables_and_report_are_what_a_redraw_gives(tmp_pat
     for name in files(here):
         (here / name).unlink()
     (tmp_path / "params").symlink_to(ROOT / "params")
-    environment = {key: value for key, value in os.environ.items() if key != "UKE_DATA"} | {"UKE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", REDRAW, "embedded"], capture_output=True, text=True, timeout=300, env=environment)
+    environment = {key: value for key, value in os.environ.items() if key != "UKE_DATA"} | {
+        "UKE_HOME": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", REDRAW, "embedded"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     found, expected = files(here), files(committed)
     assert sorted(found) == sorted(expected)
@@ -200,6 +269,16 @@ def test_the_committed_figures_tables_and_report_are_what_a_redraw_gives(tmp_pat
 def test_a_committed_table_does_not_compile_in_a_paper(tmp_path):
     tables = sorted((ROOT / "figures" / "embedded").glob("*.tex"))
     inputs = "\n".join(rf"\clearpage{{\tiny\input{{{path}}}}}" for path in tables)
-    (tmp_path / "paper.tex").write_text("\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage{booktabs}\n\\begin{document}\n" + inputs + "\n\\end{document}\n")
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "paper.tex").write_text(
+        "\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage{booktabs}\n\\begin{document}\n"
+        + inputs
+        + "\n\\end{document}\n"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert tables and done.returncode == 0, done.stdout[-800:]

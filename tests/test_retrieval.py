@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-
 from uke import dual_encoder, embedding, ranking, retrieval, similarity
 from uke.documents import Document, gather
 from uke.dual_encoder import Pair, Settings, hard_negatives, train
@@ -20,16 +19,47 @@ from uke.errors import InputError
 from uke.ranking import Library, Vectors, Words
 
 TOPICS = {
-    "Volcano": ["lava flows from the crater", "ash covers the slopes", "magma rises under the mountain"],
-    "Bakery": ["bread is baked at dawn", "flour and yeast are mixed", "the oven glows in the morning"],
-    "Chess": ["the bishop moves diagonally", "a pawn may become a queen", "castling protects the king"],
-    "Harbour": ["ships unload at the quay", "cranes lift the containers", "pilots guide tankers ashore"],
-    "Violin": ["the bow is drawn over strings", "spruce makes the top plate", "a bridge carries the strings"],
-    "Glacier": ["ice creeps down the valley", "moraines mark its old edge", "meltwater feeds the lake"],
+    "Volcano": [
+        "lava flows from the crater",
+        "ash covers the slopes",
+        "magma rises under the mountain",
+    ],
+    "Bakery": [
+        "bread is baked at dawn",
+        "flour and yeast are mixed",
+        "the oven glows in the morning",
+    ],
+    "Chess": [
+        "the bishop moves diagonally",
+        "a pawn may become a queen",
+        "castling protects the king",
+    ],
+    "Harbour": [
+        "ships unload at the quay",
+        "cranes lift the containers",
+        "pilots guide tankers ashore",
+    ],
+    "Violin": [
+        "the bow is drawn over strings",
+        "spruce makes the top plate",
+        "a bridge carries the strings",
+    ],
+    "Glacier": [
+        "ice creeps down the valley",
+        "moraines mark its old edge",
+        "meltwater feeds the lake",
+    ],
 }
-PASSAGES = [f"{title}. In this part {line}, as every guide explains." for title, lines in TOPICS.items() for line in lines]
+PASSAGES = [
+    f"{title}. In this part {line}, as every guide explains."
+    for title, lines in TOPICS.items()
+    for line in lines
+]
 TITLES = [title for title, lines in TOPICS.items() for _ in lines]
-PAIRS = [Pair(f"What is said about how {' '.join(text.split()[4:8])}?", place) for place, text in enumerate(PASSAGES)]
+PAIRS = [
+    Pair(f"What is said about how {' '.join(text.split()[4:8])}?", place)
+    for place, text in enumerate(PASSAGES)
+]
 QUICK = Settings(steps=6, batch=6, rate=2e-4, length=24, question_length=16, frozen=5, depth=4)
 
 
@@ -58,17 +88,26 @@ def tied(size=40, queries=10, width=3):
     generator = np.random.default_rng(1)
     vectors = generator.integers(-2, 3, (size, width)).astype(np.int16)
     asked = generator.integers(-2, 3, (queries, width)).astype(np.int16)
-    return vectors, [str(number) for number in range(queries)], lambda texts: asked[[int(text) for text in texts]]
+    return (
+        vectors,
+        [str(number) for number in range(queries)],
+        lambda texts: asked[[int(text) for text in texts]],
+    )
 
 
 def by_hand(scores):
     """Places of every row in the order promised: better first, equal ones by place."""
-    return np.array([sorted(range(len(row)), key=lambda place: (-row[place], place)) for row in scores])
+    return np.array(
+        [sorted(range(len(row)), key=lambda place: (-row[place], place)) for row in scores]
+    )
 
 
 def documents():
     rows = zip(PASSAGES, TITLES, PAIRS)
-    return [Document(id=str(n), title=title, text=text, questions=((pair.question, ""),)) for n, (text, title, pair) in enumerate(rows)]
+    return [
+        Document(id=str(n), title=title, text=text, questions=((pair.question, ""),))
+        for n, (text, title, pair) in enumerate(rows)
+    ]
 
 
 # --- exact search --------------------------------------------------------------------------------------------------
@@ -100,7 +139,10 @@ def test_ties_go_to_the_earlier_place_in_any_blocks(small_blocks):
 
 def test_ranks_agree_with_top(small_blocks):
     vectors, queries, encode = tied()
-    for index, asked in ((Vectors(vectors, encode, 9.0), queries), (Words(PASSAGES), [pair.question for pair in PAIRS])):
+    for index, asked in (
+        (Vectors(vectors, encode, 9.0), queries),
+        (Words(PASSAGES), [pair.question for pair in PAIRS]),
+    ):
         places, _ = index.top(asked, index.size)
         for rank in (1, 2, index.size // 2, index.size):
             assert (index.ranks(asked, places[:, rank - 1]) == rank).all()
@@ -111,7 +153,11 @@ def test_bm25_is_lucenes_formula():
     lengths, mean = [4, 2, 1], 7 / 3  # "and" and "the" are stop words
 
     def weight(count, length, holding):
-        return math.log(1 + (3 - holding + 0.5) / (holding + 0.5)) * count / (count + 1.5 * (1 - 0.75 + 0.75 * length / mean))
+        return (
+            math.log(1 + (3 - holding + 0.5) / (holding + 0.5))
+            * count
+            / (count + 1.5 * (1 - 0.75 + 0.75 * length / mean))
+        )
 
     places, scores = Words(texts).top(["Red PEARS, of the kind"], 3)
     expected = [weight(2, lengths[0], 1) + weight(1, lengths[0], 2), weight(1, lengths[2], 2), 0.0]
@@ -217,7 +263,11 @@ def test_spoilt_files_are_made_anew_or_named(base, tmp_path, monkeypatch):
 def test_dense_finds_a_passage_by_its_meaning(base, tmp_path):
     index = retrieval.build("dense", PASSAGES, tmp_path, length=32)
     places, scores = index.top(["A loaf comes out of the stove early in the day", PASSAGES[7]], 2)
-    assert TITLES[places[0, 0]] == "Bakery" and places[1, 0] == 7 and scores[1, 0] == pytest.approx(1, abs=2e-3)
+    assert (
+        TITLES[places[0, 0]] == "Bakery"
+        and places[1, 0] == 7
+        and scores[1, 0] == pytest.approx(1, abs=2e-3)
+    )
     again = retrieval.build("dense", PASSAGES, tmp_path, length=32).top([PASSAGES[7]], 2)
     assert (again[0] == places[1:]).all() and (again[1] == scores[1:]).all()
 
@@ -239,8 +289,10 @@ def test_the_graph_is_nearly_exact_and_the_same_twice():
     generator = np.random.default_rng(2)
     vectors = generator.integers(-1000, 1000, (2000, 16)).astype(np.int16)
     asked = [str(number) for number in range(50)]
-    exact, *graphs = (made(vectors, lambda texts: vectors[[int(text) for text in texts]], 1e6)
-                      for made in (Vectors, *[lambda *args: Library(*args, "hnsw")] * 2))  # fmt: skip
+    exact, *graphs = (
+        made(vectors, lambda texts: vectors[[int(text) for text in texts]], 1e6)
+        for made in (Vectors, *[lambda *args: Library(*args, "hnsw")] * 2)
+    )
     expected, first, second = (index.top(asked, 10)[0] for index in (exact, *graphs))
     assert (first == second).all()
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(expected, first)]) > 0.95
@@ -250,9 +302,20 @@ def test_the_graph_is_nearly_exact_and_the_same_twice():
 
 
 def test_hard_negatives_are_no_answers():
-    texts = ["the red fox runs", "a red fox sleeps", "red foxes and a red fox in Paris", "one more red fox", "blue whales"]
-    (found,) = hard_negatives([Pair("Where is the red fox?", 0, "paris")], texts, 2, ["A", "B", "C", "A", "E"])
-    assert found.tolist() == [1, 4]  # not itself, not the one with the answer, not the one of its own title
+    texts = [
+        "the red fox runs",
+        "a red fox sleeps",
+        "red foxes and a red fox in Paris",
+        "one more red fox",
+        "blue whales",
+    ]
+    (found,) = hard_negatives(
+        [Pair("Where is the red fox?", 0, "paris")], texts, 2, ["A", "B", "C", "A", "E"]
+    )
+    assert found.tolist() == [
+        1,
+        4,
+    ]  # not itself, not the one with the answer, not the one of its own title
     (found,) = hard_negatives([Pair("Where is the red fox?", 0)], texts, 9)
     assert sorted(found) == [1, 2, 3, 4]
 
@@ -263,7 +326,9 @@ def test_training_lowers_the_loss(trained):
 
 
 def test_the_first_loss_is_that_of_the_untrained_encoder(base, trained):
-    material = dual_encoder.Material(PAIRS, PASSAGES, hard_negatives(PAIRS, PASSAGES, QUICK.depth, TITLES))
+    material = dual_encoder.Material(
+        PAIRS, PASSAGES, hard_negatives(PAIRS, PASSAGES, QUICK.depth, TITLES)
+    )
     pairs, negatives = next(dual_encoder.draws(material, QUICK))
     places = sorted({*pairs.tolist(), *negatives.tolist()})  # question i asks of passage i here
     questions = Encoder(base, QUICK.question_length)([PAIRS[pair].question for pair in pairs])
@@ -271,13 +336,17 @@ def test_the_first_loss_is_that_of_the_untrained_encoder(base, trained):
     logits = QUICK.scale * questions.astype(float) @ passages.T.astype(float) / UNIT
     own = logits[range(len(pairs)), [places.index(pair) for pair in pairs]]
     expected = (np.log(np.exp(logits).sum(axis=1)) - own).mean()
-    assert json.loads((trained / "training.json").read_text())["losses"][0] == pytest.approx(expected, abs=3e-3)
+    assert json.loads((trained / "training.json").read_text())["losses"][0] == pytest.approx(
+        expected, abs=3e-3
+    )
 
 
 def test_training_is_the_same_twice_and_done_once(trained, tmp_path, monkeypatch):
     again = train(PAIRS, PASSAGES, QUICK, tmp_path, TITLES)
     assert again.name == trained.name
-    assert (again / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (
+        trained / "model.safetensors"
+    ).read_bytes()
     monkeypatch.setattr(dual_encoder, "_learn", lambda *_: pytest.fail("trained a second time"))
     assert train(PAIRS, PASSAGES, QUICK, tmp_path, TITLES) == again
 
@@ -307,7 +376,9 @@ def test_an_interrupted_training_leaves_no_directory(base, tmp_path, monkeypatch
 
 
 def test_every_pair_is_drawn_once_a_round():
-    material = dual_encoder.Material(PAIRS[:10], PASSAGES, [np.array([place + 5]) for place in range(10)])
+    material = dual_encoder.Material(
+        PAIRS[:10], PASSAGES, [np.array([place + 5]) for place in range(10)]
+    )
     drawn = list(dual_encoder.draws(material, Settings(steps=5, batch=4)))
     chosen = np.concatenate([pairs for pairs, _ in drawn])
     assert sorted(chosen[:10]) == sorted(chosen[10:]) == list(range(10))
@@ -317,7 +388,12 @@ def test_every_pair_is_drawn_once_a_round():
 def test_the_rate_rises_then_falls():
     settings = Settings(steps=20, warm_up=0.2)
     rates = [dual_encoder.rate_at(step, settings) for step in range(20)]
-    assert np.argmax(rates) == 4 and rates[4] == 1 and 0 < rates[-1] < rates[0] and np.all(np.diff(rates[4:]) < 0)
+    assert (
+        np.argmax(rates) == 4
+        and rates[4] == 1
+        and 0 < rates[-1] < rates[0]
+        and np.all(np.diff(rates[4:]) < 0)
+    )
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -328,8 +404,11 @@ def test_recall_by_hand():
     index = Vectors(vectors, lambda texts: np.ones((len(texts), 1), dtype=np.int16), 1.0)
     found = retrieval.recall(index, ["a", "b", "c", "d"], [0, 1, 3, 0], at=(1, 2, 9))
     assert {name: each.mean for name, each in found.items()} == {
-        "recall_at_1": 0.5, "recall_at_2": 0.75, "recall_at_9": 1.0, "mrr": pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4),
-    }  # fmt: skip
+        "recall_at_1": 0.5,
+        "recall_at_2": 0.75,
+        "recall_at_9": 1.0,
+        "mrr": pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4),
+    }
     assert all(each.low <= each.mean <= each.high and each.n == 4 for each in found.values())
     assert retrieval.recall(index, ["a", "b"], [0, 1], groups=["t", "t"])["mrr"].n == 1
 
@@ -344,17 +423,26 @@ def test_halves_share_no_title_and_do_not_hang_on_order():
 def test_a_trial_trains_on_one_half_and_asks_of_the_other(base, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(dual_encoder, "train", lambda *args: given.append(args) or train(*args))
-    distractors = [Document(id="d", title="Moor", text="Peat grows slowly in the wet moor."), Document(id="e", title="Dune", text="Sand drifts.")]
+    distractors = [
+        Document(id="d", title="Moor", text="Peat grows slowly in the wet moor."),
+        Document(id="e", title="Dune", text="Sand drifts."),
+    ]
     found = retrieval.trial(documents(), distractors, tmp_path, QUICK)
     learnt, held = retrieval.halves(TITLES, 2024)
     ((pairs, passages, _, _, titles),) = given
     assert set(titles) == learnt | {"Moor", "Dune"} and len(passages) == 3 * len(learnt) + 2
     assert {titles[pair.place] for pair in pairs} == learnt
     assert set(found.ranks["title"]) == held and len(found.ranks) == 2 * 3 * len(held)
-    assert found.table.groupby(["passages", "retriever"]).size().to_dict() == {(n, name): 4 for n in (18, 20) for name in retrieval.RETRIEVERS}
+    assert found.table.groupby(["passages", "retriever"]).size().to_dict() == {
+        (n, name): 4 for n in (18, 20) for name in retrieval.RETRIEVERS
+    }
     row = found.table.query("retriever == 'dense' and passages == 20 and metric == 'mrr'").iloc[0]
     assert row["value"] == pytest.approx((1 / found.ranks.query("passages == 20")["dense"]).mean())
-    assert (row["n"], row["titles"]) == (9, 3) and row["low"] <= row["value"] <= row["high"] and row["seconds"] > 0
+    assert (
+        (row["n"], row["titles"]) == (9, 3)
+        and row["low"] <= row["value"] <= row["high"]
+        and row["seconds"] > 0
+    )
     assert len(found.differences) == 2 * 3 * 4
 
 
@@ -372,7 +460,13 @@ def test_words_alone_find_most_real_paragraphs():
         pytest.skip("UKE_DATA is unset")
     real = gather([Path(data) / "wikipedia" / "xquad_en_paragraphs.json"])
     index = retrieval.over(real, "bm25", "")
-    questions, places = zip(*[(question, place) for place, document in enumerate(real) for question, _ in document.questions])
+    questions, places = zip(
+        *[
+            (question, place)
+            for place, document in enumerate(real)
+            for question, _ in document.questions
+        ]
+    )
     assert retrieval.recall(index, questions, places)["recall_at_1"].mean > 0.9
 
 
@@ -382,17 +476,41 @@ def test_words_alone_find_most_real_paragraphs():
 def test_unknown_names_and_empty_lists_are_named(tmp_path):
     for call, said in (
         (lambda: retrieval.build("bm52", PASSAGES, tmp_path), "did you mean 'bm25'"),
-        (lambda: retrieval.build("dense", PASSAGES, tmp_path, search="fais"), "did you mean 'faiss'"),
+        (
+            lambda: retrieval.build("dense", PASSAGES, tmp_path, search="fais"),
+            "did you mean 'faiss'",
+        ),
         (lambda: retrieval.build("bm25", [], tmp_path), "texts: expected at least 1, found 0"),
-        (lambda: retrieval.build("bm25", "one text", tmp_path), "expected a list of texts, found str"),
-        (lambda: retrieval.build("dense", ["a", None], tmp_path), r"texts\[1\]: expected text, found NoneType"),
-        (lambda: retrieval.build("dense-trained", PASSAGES, tmp_path), "expected the directory of a trained encoder"),
-        (lambda: retrieval.build("dense", PASSAGES, tmp_path, model=tmp_path), "for 'dense-trained' alone"),
-        (lambda: retrieval.build("dense-trained", PASSAGES, tmp_path, model=tmp_path), "expected a sentence encoder's directory with config.json"),
-        (lambda: retrieval.build("dense", PASSAGES, tmp_path, length=4), "length: expected word pieces from 8 to 512, found 4"),
+        (
+            lambda: retrieval.build("bm25", "one text", tmp_path),
+            "expected a list of texts, found str",
+        ),
+        (
+            lambda: retrieval.build("dense", ["a", None], tmp_path),
+            r"texts\[1\]: expected text, found NoneType",
+        ),
+        (
+            lambda: retrieval.build("dense-trained", PASSAGES, tmp_path),
+            "expected the directory of a trained encoder",
+        ),
+        (
+            lambda: retrieval.build("dense", PASSAGES, tmp_path, model=tmp_path),
+            "for 'dense-trained' alone",
+        ),
+        (
+            lambda: retrieval.build("dense-trained", PASSAGES, tmp_path, model=tmp_path),
+            "expected a sentence encoder's directory with config.json",
+        ),
+        (
+            lambda: retrieval.build("dense", PASSAGES, tmp_path, length=4),
+            "length: expected word pieces from 8 to 512, found 4",
+        ),
         (lambda: retrieval.halves(["one"], 1), "expected two or more to split, found 1"),
-        (lambda: retrieval.trial([Document(id=t, title=t, text=t) for t in "abc"], [], tmp_path), "none of the 1 titles held out has a question"),
-    ):  # fmt: skip
+        (
+            lambda: retrieval.trial([Document(id=t, title=t, text=t) for t in "abc"], [], tmp_path),
+            "none of the 1 titles held out has a question",
+        ),
+    ):
         with pytest.raises(InputError, match=said):
             call()
     assert not list(tmp_path.glob("*.npy"))
@@ -421,14 +539,25 @@ def test_unfit_training_is_named(tmp_path):
         ({"pairs": []}, "found none"),
         ({"pairs": [Pair("q", 18)] * 9}, "names passage 18; expected 0 to 17"),
         ({"pairs": PAIRS[:5]}, "batch: 6 is more than 5 pairs or 18 passages"),
-        ({"passages": PASSAGES[:5], "pairs": PAIRS[:5] * 2}, "batch: 6 is more than 10 pairs or 5 passages"),
+        (
+            {"passages": PASSAGES[:5], "pairs": PAIRS[:5] * 2},
+            "batch: 6 is more than 10 pairs or 5 passages",
+        ),
         ({"passages": []}, "passages: expected at least 1, found 0"),
         ({"titles": ["a"]}, "titles: expected one for each of 18 passages, found 1"),
     ):
         given = {"pairs": PAIRS, "passages": PASSAGES, "settings": QUICK, "titles": ()} | changed
         with pytest.raises(InputError, match=said):
             train(given["pairs"], given["passages"], given["settings"], tmp_path, given["titles"])
-    for wrong in ({"steps": 0}, {"batch": 1}, {"rate": -1.0}, {"scale": "20"}, {"frozen": True}, {"warm_up": 1.0}, {"length": 4}):
+    for wrong in (
+        {"steps": 0},
+        {"batch": 1},
+        {"rate": -1.0},
+        {"scale": "20"},
+        {"frozen": True},
+        {"warm_up": 1.0},
+        {"length": 4},
+    ):
         with pytest.raises(InputError, match=f"dual_encoder, {next(iter(wrong))}: expected"):
             Settings(**wrong)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-
 from uke import paths as places
 from uke import rows
 from uke.errors import InputError
@@ -16,18 +15,43 @@ from uke.metrics import AVERAGE, HEADLINE, METRICS
 from uke.rows import COLUMNS, Paths
 
 MARKS = {"model": "m" * 16, "data": "d" * 16, "recipe": "r" * 16}
-KINDS = {"original": 1, "paraphrase": 1, "detail": 3, "rel_doc": 1, "rand_doc": 1, "struct_trip": 2, "general": 1}
+KINDS = {
+    "original": 1,
+    "paraphrase": 1,
+    "detail": 3,
+    "rel_doc": 1,
+    "rand_doc": 1,
+    "struct_trip": 2,
+    "general": 1,
+}
 
 
 def unit(method="FT-M", edits=("e1", "e2"), kinds=KINDS, phase="after", **changes):
     """Rows of one unit: every probe of some edits, with scores that differ from probe to probe."""
-    probes = [(edit, kind, number) for edit in edits for kind, count in kinds.items() for number in range(count)]
+    probes = [
+        (edit, kind, number)
+        for edit in edits
+        for kind, count in kinds.items()
+        for number in range(count)
+    ]
     frame = pd.DataFrame(probes, columns=["edit", "kind", "number"])
     steps = np.linspace(0.1, 0.9, len(frame))
     texts = [f"{method} {edit} {kind} {number}" for edit, kind, number in probes]
-    known = {"question": "Who?", "reference": "Ada was born in London.", "answer": texts, "before": "Someone."}
+    known = {
+        "question": "Who?",
+        "reference": "Ada was born in London.",
+        "answer": texts,
+        "before": "Someone.",
+    }
     known |= {name: steps for name in METRICS} | {f"{name}_before": 1 - steps for name in METRICS}
-    fixed = {"method": method, "level": "all", "batch": 0, "batch_size": 1, "phase": phase, "seed": 2024}
+    fixed = {
+        "method": method,
+        "level": "all",
+        "batch": 0,
+        "batch_size": 1,
+        "phase": phase,
+        "seed": 2024,
+    }
     return frame.assign(**known, **fixed, **MARKS, learning_rate=5e-4, steps=25).assign(**changes)
 
 
@@ -46,7 +70,10 @@ def files(folder):
 
 def test_runs_on_other_data_write_into_the_same_folders(here, tmp_path):
     other = Paths("quick", "unkebench")
-    assert here.figures == tmp_path / "figures" / "smoke" and here.results == tmp_path / "results" / "smoke"
+    assert (
+        here.figures == tmp_path / "figures" / "smoke"
+        and here.results == tmp_path / "results" / "smoke"
+    )
     assert other.figures == tmp_path / "figures" / "unkebench-quick"
     assert other.results == tmp_path / "results" / "quick-unkebench"
 
@@ -58,7 +85,11 @@ def test_checkout_is_found_without_uke_home(monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "../etc", "a/b", ".hidden", "a b", None])
 def test_names_leave_the_folder(here, name):
-    for call in (lambda: Paths(name), lambda: here.rows(name), lambda: rows.append(here, "s", name, unit())):
+    for call in (
+        lambda: Paths(name),
+        lambda: here.rows(name),
+        lambda: rows.append(here, "s", name, unit()),
+    ):
         with pytest.raises(InputError, match="expected a name"):
             call()
 
@@ -66,15 +97,20 @@ def test_names_leave_the_folder(here, name):
 def test_home_that_does_not_exist(monkeypatch, tmp_path):
     monkeypatch.setenv("UKE_HOME", str(tmp_path / "gone"))
     with pytest.raises(InputError, match="UKE_HOME"):
-        Paths("smoke").results  # noqa: B018
+        Paths("smoke").results
 
 
 def test_unit_keys_collide_or_wander():
     choices = {"level": ["all", "last", None], "batch": [1, 12], "learning_rate": [5e-4, 5e-3]}
-    keys = {rows.unit_key(method, **dict(zip(choices, values)))
-            for method in ("FT-M", "FT M") for values in itertools.product(*choices.values())}
+    keys = {
+        rows.unit_key(method, **dict(zip(choices, values)))
+        for method in ("FT-M", "FT M")
+        for values in itertools.product(*choices.values())
+    }
     assert len(keys) == 2 * 12
-    assert rows.unit_key("FT-M", batch=3, level="all") == rows.unit_key("FT-M", level="all", batch=np.int64(3))
+    assert rows.unit_key("FT-M", batch=3, level="all") == rows.unit_key(
+        "FT-M", level="all", batch=np.int64(3)
+    )
     assert rows.unit_key("FT-M", batch=3).startswith("ft-m-batch-3-")
     assert len(rows.unit_key("x" * 500, **{"y" * 300: "é/.."})) < 120
 
@@ -98,17 +134,32 @@ def test_what_is_read_differs_from_what_was_written(here):
 def test_equal_frames_give_unequal_bytes(here):
     frame = unit()
     first = rows.append(here, "s", "one", frame).read_bytes()
-    disguised = frame[frame.columns[::-1]].astype({"kind": "category", "edit": object, "batch": float})
-    assert rows.append(here, "s", "two", disguised.set_index(np.arange(len(frame)) + 7)).read_bytes() == first
+    disguised = frame[frame.columns[::-1]].astype(
+        {"kind": "category", "edit": object, "batch": float}
+    )
+    assert (
+        rows.append(here, "s", "two", disguised.set_index(np.arange(len(frame)) + 7)).read_bytes()
+        == first
+    )
     assert b"pandas" not in first
 
 
 def test_rows_grow_large(here):
-    frame = pd.concat([unit(edits=[f"e{number}" for number in range(100)], reference="word " * 100)])
-    assert rows.append(here, "s", "one", frame).stat().st_size < 8 * 27 * len(frame) < len(frame.to_csv()) / 4
+    frame = pd.concat(
+        [unit(edits=[f"e{number}" for number in range(100)], reference="word " * 100)]
+    )
+    assert (
+        rows.append(here, "s", "one", frame).stat().st_size
+        < 8 * 27 * len(frame)
+        < len(frame.to_csv()) / 4
+    )
     assert rows.append(here, "s", "two", unit(edits=("e1",))).stat().st_size < 20_000
     columns = pq.ParquetFile(here.rows("s") / "one.parquet").metadata.row_group(0)
-    kinds = next(columns.column(i) for i in range(columns.num_columns) if columns.column(i).path_in_schema == "kind")
+    kinds = next(
+        columns.column(i)
+        for i in range(columns.num_columns)
+        if columns.column(i).path_in_schema == "kind"
+    )
     assert kinds.compression == "ZSTD" and any("DICTIONARY" in name for name in kinds.encodings)
 
 
@@ -179,7 +230,9 @@ def test_stale_unit_is_skipped(here, monkeypatch):
 
 def test_unit_without_recipe_is_never_done(here):
     rows.append(here, "s", "before", unit(phase="before", recipe=None))
-    assert rows.done(here, "s", "before", MARKS | {"recipe": None}) and not rows.done(here, "s", "before", MARKS)
+    assert rows.done(here, "s", "before", MARKS | {"recipe": None}) and not rows.done(
+        here, "s", "before", MARKS
+    )
 
 
 def test_truncated_file_counts_as_done(here):
@@ -223,13 +276,17 @@ def test_absent_study_gives_an_empty_frame(here):
 def _append_many(home, worker):
     os.environ["UKE_HOME"] = home
     for number in range(6):
-        rows.append(Paths("smoke"), "s", f"unit-{worker}-{number}", unit(method=f"M{worker}", batch=number))
+        rows.append(
+            Paths("smoke"), "s", f"unit-{worker}-{number}", unit(method=f"M{worker}", batch=number)
+        )
         rows.append(Paths("smoke"), "s", "shared", unit(method="shared"))
 
 
 def test_two_processes_lose_each_others_rows(here, tmp_path):
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_append_many, args=(str(tmp_path), number)) for number in range(2)]
+    workers = [
+        spawn.Process(target=_append_many, args=(str(tmp_path), number)) for number in range(2)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -273,19 +330,32 @@ def test_column_added_later_makes_old_rows_unreadable(here):
     path = rows.append(here, "s", "one", unit())
     pq.write_table(pq.read_table(path).drop_columns(["repetition"]), path)
     found = rows.read(here, "s")
-    assert list(found) == list(COLUMNS) and found["repetition"].isna().all() and found["exact"].notna().all()
+    assert (
+        list(found) == list(COLUMNS)
+        and found["repetition"].isna().all()
+        and found["exact"].notna().all()
+    )
 
 
 # --- headline and average ------------------------------------------------------------------------------------------
 
 
 def test_headline_takes_the_wrong_column(here):
-    frame = unit(edits=("e1",), kinds=dict.fromkeys(HEADLINE, 1), study="s", factor=None, split="test", code="c")
+    frame = unit(
+        edits=("e1",),
+        kinds=dict.fromkeys(HEADLINE, 1),
+        study="s",
+        factor=None,
+        split="test",
+        code="c",
+    )
     for place, name in enumerate(METRICS):
         frame[name], frame[f"{name}_before"] = 100.0 + place, 200.0 + place
     found = rows.headline(frame).set_index("kind")["score"]
     for kind, (metric, against) in HEADLINE.items():
-        assert found[kind] == (100 if against == "reference" else 200) + list(METRICS).index(metric), kind
+        assert found[kind] == (100 if against == "reference" else 200) + list(METRICS).index(
+            metric
+        ), kind
     before = rows.headline(frame.assign(phase="before"), phase="before").set_index("kind")["score"]
     assert before["rel_doc"] == before["general"] == 1 and before["original"] > 100
 
@@ -295,15 +365,24 @@ def test_details_weigh_more_than_the_original(here):
     frame["rougel_f1"], frame["rougel_f1_before"], frame["exact_before"] = 1.0, 0.5, 0.0
     frame["exact"] = frame["number"].eq(0).astype(float)  # one detail of three
     scores = rows.headline(frame)
-    assert scores.set_index("kind").loc["detail", ["score", "probes"]].tolist() == [pytest.approx(1 / 3), 3]
-    assert rows.average(scores)["score"].item() == pytest.approx((1 + 1 + 1 / 3 + 0.5 + 0.5 + 0) / 6)
+    assert scores.set_index("kind").loc["detail", ["score", "probes"]].tolist() == [
+        pytest.approx(1 / 3),
+        3,
+    ]
+    assert rows.average(scores)["score"].item() == pytest.approx(
+        (1 + 1 + 1 / 3 + 0.5 + 0.5 + 0) / 6
+    )
     assert rows.average(scores)["kinds"].item() == len(AVERAGE) == 6
 
 
-@pytest.mark.parametrize("column", ["level", "learning_rate", "batch", "batch_size", "seed", "recipe"])
+@pytest.mark.parametrize(
+    "column", ["level", "learning_rate", "batch", "batch_size", "seed", "recipe"]
+)
 def test_different_runs_are_pooled(here, column):
     frame = unit(study="s", factor=None, split=None, code="c")
-    other = frame.assign(**{column: "other" if isinstance(frame[column][0], str) else frame[column] + 1})
+    other = frame.assign(
+        **{column: "other" if isinstance(frame[column][0], str) else frame[column] + 1}
+    )
     together = rows.headline(pd.concat([frame, other], ignore_index=True))
     assert len(together) == 2 * len(rows.headline(frame)) and (together["probes"] <= 3).all()
 
@@ -314,10 +393,15 @@ def both(*frames):
 
 
 def test_average_over_fewer_edits_than_the_peer(here):
-    scores = both(unit(edits=("e1", "e2", "e3")), unit(method="FT-L", level="last", edits=("e1", "e3")))
+    scores = both(
+        unit(edits=("e1", "e2", "e3")), unit(method="FT-L", level="last", edits=("e1", "e3"))
+    )
     with pytest.raises(InputError, match="FT-L last lacks 1 of the 3 edits beside it \\('e2'\\)"):
         rows.average(scores)
-    assert rows.average(scores, partial=True).groupby("method").size().to_dict() == {"FT-L": 2, "FT-M": 3}
+    assert rows.average(scores, partial=True).groupby("method").size().to_dict() == {
+        "FT-L": 2,
+        "FT-M": 3,
+    }
 
 
 def test_average_over_fewer_kinds(here):
@@ -325,7 +409,10 @@ def test_average_over_fewer_kinds(here):
     holes = both(frame[~((frame["edit"] == "e2") & frame["kind"].isin(["rel_doc", "paraphrase"]))])
     with pytest.raises(InputError, match="FT-M, edit 'e2': no paraphrase, rel_doc"):
         rows.average(holes)
-    assert rows.average(holes, partial=True).set_index("edit")["kinds"].to_dict() == {"e1": 6, "e2": 4}
+    assert rows.average(holes, partial=True).set_index("edit")["kinds"].to_dict() == {
+        "e1": 6,
+        "e2": 4,
+    }
     assert len(rows.average(holes, kinds=("original", "detail"))) == 2
     with pytest.raises(InputError, match="no rows of near_triple"):
         rows.average(holes, kinds=("near_triple",))
@@ -338,8 +425,12 @@ def test_runs_of_other_batch_sizes_are_held_to_the_same_edits(here):
 
 def test_missing_score_is_averaged_away(here):
     frame = unit(study="s", factor=None, split=None, code="c")
-    frame.loc[(frame["kind"] == "detail") & (frame["number"] == 2) & (frame["edit"] == "e2"), "exact"] = None
-    with pytest.raises(InputError, match="FT-M, edit 'e2', detail 2: no exact against the reference"):
+    frame.loc[
+        (frame["kind"] == "detail") & (frame["number"] == 2) & (frame["edit"] == "e2"), "exact"
+    ] = None
+    with pytest.raises(
+        InputError, match="FT-M, edit 'e2', detail 2: no exact against the reference"
+    ):
         rows.headline(frame)
 
 

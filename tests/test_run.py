@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from uke import kernels, manifests, params, run
 from uke.errors import InputError
 
@@ -50,7 +49,11 @@ def write(project: Path, *cells: str) -> None:
     tagged = cell(PARAMETERS, metadata={"tags": ["parameters"]})
     title = nbformat.v4.new_markdown_cell("# Is this small?")
     notebook = nbformat.v4.new_notebook(cells=[title, tagged, *(cell(source) for source in cells)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(notebook, project / "notebooks" / "01_small.ipynb")
 
 
@@ -70,7 +73,10 @@ def executed(project: Path) -> list:
         (["--set", "limit=2.5"], "--set: limit: expected int, found 2.5 (float)"),
         (["--set", "limit=true"], "--set: limit: expected int, found True (bool)"),
         (["--set", "limit"], "--set limit: expected name=value"),
-        (["--shared", "metods=FT-M"], "--shared: unknown parameter 'metods'; did you mean 'methods'?"),
+        (
+            ["--shared", "metods=FT-M"],
+            "--shared: unknown parameter 'metods'; did you mean 'methods'?",
+        ),
         (["--set", "methods=FT-M,FT-Q"], "methods: unknown method 'FT-Q'; did you mean"),
         (["--set", "data=zsre"], "--set: 'data' is chosen by --data"),
         (["--data", "unkebensh"], "data: unknown dataset 'unkebensh'; did you mean 'unkebench'?"),
@@ -80,7 +86,9 @@ def executed(project: Path) -> list:
         (["--profile", "quik"], "unknown profile 'quik'; did you mean 'quick'?"),
     ],
 )
-def test_bad_parameters_are_refused_in_one_line_before_anything_starts(project, caplog, arguments, expected):
+def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
+    project, caplog, arguments, expected
+):
     assert small(*arguments) == 2
     assert expected in caplog.messages[-1]
     assert len(caplog.messages) == 1 and "\n" not in caplog.messages[-1]
@@ -90,24 +98,62 @@ def test_bad_parameters_are_refused_in_one_line_before_anything_starts(project, 
 @pytest.mark.parametrize(
     "file, content, expected",
     [
-        ("profiles/quick.yaml", "limt: 3\n", "quick.yaml: unknown parameter 'limt'; did you mean 'limit'?"),
+        (
+            "profiles/quick.yaml",
+            "limt: 3\n",
+            "quick.yaml: unknown parameter 'limt'; did you mean 'limit'?",
+        ),
         ("profiles/quick.yaml", "limit: many\n", "quick.yaml: limit: expected int, found 'many'"),
         ("profiles/quick.yaml", "limit: 1\nlimit: 2\n", "quick.yaml: key 'limit' is written twice"),
         ("profiles/quick.yaml", "limit: [1\n", "quick.yaml, line 2: not valid YAML"),
-        ("profiles/quick.yaml", "- limit\n", "quick.yaml: expected a mapping of names to values, found list"),
+        (
+            "profiles/quick.yaml",
+            "- limit\n",
+            "quick.yaml: expected a mapping of names to values, found list",
+        ),
         ("profiles/quick.yaml", "profile: smoke\n", "quick.yaml: 'profile' is chosen by --profile"),
-        ("studies/01_small.yaml", "notebook: 01_small\nfixt: {}\n", "unknown key 'fixt'; did you mean 'fixed'?"),
-        ("studies/01_small.yaml", "notebook: 01_big\n", "notebook: expected '01_small', found '01_big'"),
-        ("studies/01_small.yaml", "notebook: 01_small\nvary: {limit: 3}\n", "vary: limit: expected a list, found 3"),
-        ("studies/01_small.yaml", "notebook: 01_small\nfixed: {rat: 1.0}\n", "unknown parameter 'rat'; did you mean 'rate'?"),
-        ("studies/01_small.yaml", "notebook: 01_small\nvary: {methods: [1]}\n", "methods[0]: expected str, found 1"),
-        ("studies/01_small.yaml", "notebook: 01_small\nprofiles: {smok: {}}\n", "unknown profile 'smok'; did you mean 'smoke'?"),
+        (
+            "studies/01_small.yaml",
+            "notebook: 01_small\nfixt: {}\n",
+            "unknown key 'fixt'; did you mean 'fixed'?",
+        ),
+        (
+            "studies/01_small.yaml",
+            "notebook: 01_big\n",
+            "notebook: expected '01_small', found '01_big'",
+        ),
+        (
+            "studies/01_small.yaml",
+            "notebook: 01_small\nvary: {limit: 3}\n",
+            "vary: limit: expected a list, found 3",
+        ),
+        (
+            "studies/01_small.yaml",
+            "notebook: 01_small\nfixed: {rat: 1.0}\n",
+            "unknown parameter 'rat'; did you mean 'rate'?",
+        ),
+        (
+            "studies/01_small.yaml",
+            "notebook: 01_small\nvary: {methods: [1]}\n",
+            "methods[0]: expected str, found 1",
+        ),
+        (
+            "studies/01_small.yaml",
+            "notebook: 01_small\nprofiles: {smok: {}}\n",
+            "unknown profile 'smok'; did you mean 'smoke'?",
+        ),
     ],
 )
-def test_a_fault_in_a_params_file_names_file_key_and_nearest_name(project, caplog, file, content, expected):
+def test_a_fault_in_a_params_file_names_file_key_and_nearest_name(
+    project, caplog, file, content, expected
+):
     (project / "params" / file).write_text(content)
     assert small() == 2
-    assert expected in caplog.messages[-1] and file in caplog.messages[-1] and "\n" not in caplog.messages[-1]
+    assert (
+        expected in caplog.messages[-1]
+        and file in caplog.messages[-1]
+        and "\n" not in caplog.messages[-1]
+    )
 
 
 def test_a_misspelt_notebook_is_named_with_the_nearest(project, caplog):
@@ -158,7 +204,11 @@ def test_values_take_the_type_of_the_default(project):
     texts = ["methods=FT-L, FT-M", "data_file=12", "only=3"]
     merged = params.merge(project, "01_small", "quick", {"set": texts})
     assert merged["rate"] == 5e-4 and isinstance(merged["rate"], float)
-    assert merged["methods"] == ["FT-L", "FT-M"] and merged["data_file"] == "12" and merged["only"] == 3
+    assert (
+        merged["methods"] == ["FT-L", "FT-M"]
+        and merged["data_file"] == "12"
+        and merged["only"] == 3
+    )
     whole = params.merge(project, "01_small", "quick", {"set": ["rate=1"]})["rate"]
     assert whole == 1.0 and isinstance(whole, float)
 
@@ -197,7 +247,9 @@ def test_every_dataset_that_can_be_read_can_be_found():
 def test_a_run_uses_this_interpreter_and_writes_outputs_and_manifest(project, monkeypatch):
     decoy = project / "share" / "kernels" / "python3"
     decoy.mkdir(parents=True)
-    (decoy / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    (decoy / "kernel.json").write_text(
+        json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(project / "share"))
     write(project, WRITE, "import sys; sys.executable")
     assert small("--set", "limit=3") == 0
@@ -205,16 +257,29 @@ def test_a_run_uses_this_interpreter_and_writes_outputs_and_manifest(project, mo
     assert sys.executable in executed(project)[-1].outputs[0].data["text/plain"]
     manifest = json.loads((project / "results/quick/manifests/01_small.json").read_text())
     assert manifest["status"] == "done" and manifest["parameters"]["limit"] == 3
-    assert manifest["executable"] == sys.executable and manifest["seconds"] > 0 and manifest["processor"] and manifest["versions"]["papermill"]
+    assert (
+        manifest["executable"] == sys.executable
+        and manifest["seconds"] > 0
+        and manifest["processor"]
+        and manifest["versions"]["papermill"]
+    )
 
 
 def test_processors_of_one_name_are_told_apart(tmp_path):
     said = []
-    for number, (model, flags) in enumerate((("1", "fma avx avx2"), ("17", "fma avx avx2 avx512f avx512bw"))):
+    for number, (model, flags) in enumerate(
+        (("1", "fma avx avx2"), ("17", "fma avx avx2 avx512f avx512bw"))
+    ):
         told = tmp_path / f"cpuinfo{number}"
-        told.write_text(f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n" * 2)
+        told.write_text(
+            f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n"
+            * 2
+        )
         said.append(manifests.processor(told))
-    assert said == ["AMD EPYC (family 25, model 1, AVX2)", "AMD EPYC (family 25, model 17, AVX-512)"]
+    assert said == [
+        "AMD EPYC (family 25, model 1, AVX2)",
+        "AMD EPYC (family 25, model 17, AVX-512)",
+    ]
     assert manifests.processor(tmp_path / "none")
 
 
@@ -225,11 +290,18 @@ def test_a_failing_cell_is_one_line_on_stderr(project):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "01_small.ipynb: cell [4]: RuntimeError: no (" in last
-    assert json.loads((project / "results/quick/manifests/01_small.json").read_text())["status"] == "failed"
+    assert (
+        json.loads((project / "results/quick/manifests/01_small.json").read_text())["status"]
+        == "failed"
+    )
 
 
 def test_an_input_error_of_a_cell_is_shown_as_its_own_line(project, caplog):
-    write(project, "from uke.errors import InputError", "raise InputError('x.json: record 3: empty answer')")
+    write(
+        project,
+        "from uke.errors import InputError",
+        "raise InputError('x.json: record 3: empty answer')",
+    )
     assert small() == 1
     assert caplog.messages[-1] == "x.json: record 3: empty answer"
 
@@ -256,11 +328,17 @@ def test_a_killed_kernel_fails_the_run_and_rerunning_resumes(project, caplog):
     assert "kernel failed in 'Is this small?'" in caplog.messages[-1]
     first = (project / "results/units/a").read_text()
     assert small() == 0
-    assert (project / "results/units/a").read_text() == first != (project / "results/units/b").read_text()
+    assert (
+        (project / "results/units/a").read_text()
+        == first
+        != (project / "results/units/b").read_text()
+    )
 
 
 def test_the_outer_timeout_ends_a_hanging_notebook_and_its_kernel(project, monkeypatch, caplog):
-    at_start(project, monkeypatch, "pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))")
+    at_start(
+        project, monkeypatch, "pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))"
+    )
     write(project, "import time\ntime.sleep(300)")
     start = time.time()
     assert small("--timeout", "5") == 1
@@ -281,14 +359,23 @@ def test_a_kernel_that_fails_to_start_is_started_once_more(project, monkeypatch,
     once = "mark = pathlib.Path(__file__).with_name('started')\nif not mark.exists():\n    mark.touch()\n    os._exit(3)"
     at_start(project, monkeypatch, once)
     assert small() == 0
-    assert any("failed to start" in message and "once more" in message for message in caplog.messages)
+    assert any(
+        "failed to start" in message and "once more" in message for message in caplog.messages
+    )
 
 
 def test_a_kernel_listens_in_a_folder_of_its_own_that_goes_with_it(project, monkeypatch):
     """Over TCP, kernels that start together take each other's ports, and other users of the machine can listen."""
     where = "from ipykernel.kernelapp import IPKernelApp\nfrom pathlib import Path\nown = IPKernelApp.instance()"
-    write(project, where, 'Path("listening").write_text(f"{own.transport} {Path(own.ip).parent.stat().st_mode & 0o777:o} {own.ip}")', WRITE)
-    with tempfile.TemporaryDirectory() as folder:  # short: the path of a socket has a hundred characters at most
+    write(
+        project,
+        where,
+        'Path("listening").write_text(f"{own.transport} {Path(own.ip).parent.stat().st_mode & 0o777:o} {own.ip}")',
+        WRITE,
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # short: the path of a socket has a hundred characters at most
         monkeypatch.setattr(tempfile, "tempdir", folder)
         assert small() == 0
         transport, mode, place = (project / "listening").read_text().split()
@@ -307,15 +394,24 @@ def test_parallel_runs_lease_different_gpus(monkeypatch):
 
 
 def test_a_profile_of_its_own_has_its_own_report_and_a_set_needs_documents(project):
-    for name, report in (("02_locality", "true"), ("03_other", "true"), ("own", "special"), ("never", "false")):
-        (project / f"params/studies/{name}.yaml").write_text(f"notebook: {name}\nreport: {report}\n")
+    for name, report in (
+        ("02_locality", "true"),
+        ("03_other", "true"),
+        ("own", "special"),
+        ("never", "false"),
+    ):
+        (project / f"params/studies/{name}.yaml").write_text(
+            f"notebook: {name}\nreport: {report}\n"
+        )
 
     def names(*arguments):
         return [study.notebook for study in params.reported(project, *arguments)]
 
     assert names("special", "world") == ["own"]
     assert "own" not in names("quick", "world") and "never" not in names("quick", "world")
-    assert "02_locality" in names("quick", "world", False) and "02_locality" in names("quick", "unkebench", True)
+    assert "02_locality" in names("quick", "world", False) and "02_locality" in names(
+        "quick", "unkebench", True
+    )
     assert "02_locality" not in names("quick", "unkebench", False)
 
 
@@ -327,6 +423,9 @@ def test_collections_are_those_given_else_those_of_the_folder(project, monkeypat
         (project / "wikipedia" / name).write_text("x")
     monkeypatch.setenv("UKE_DATA", str(project))
     assert [path.name for path in params.find_collections("documents")] == ["a.txt", "b.jsonl"]
-    assert [path.name for path in params.find_collections("documents", [str(project / "wikipedia/b.jsonl")])] == ["b.jsonl"]
+    assert [
+        path.name
+        for path in params.find_collections("documents", [str(project / "wikipedia/b.jsonl")])
+    ] == ["b.jsonl"]
     with pytest.raises(InputError, match="documents: nowhere.jsonl: no such file"):
         params.find_collections("documents", ["nowhere.jsonl"])

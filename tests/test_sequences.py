@@ -5,10 +5,9 @@ import shutil
 import pytest
 import torch
 from conftest import SENTENCES
-
 from uke import methods, models, moments, rows, sequences, studies
-from uke.edits import Detail, Edit, Probe
 from uke.editing import edited
+from uke.edits import Detail, Edit, Probe
 from uke.errors import InputError
 from uke.finetune import train
 from uke.models import example, kept
@@ -16,11 +15,29 @@ from uke.sequences import first_and_last, sequence
 
 STEPS = {"steps": 4, "learning_rate": 2e-2, "stop_loss": 0.0}
 SHORT = {"layers": (1, 2), "steps": 3, "memit_lambda": 1e-2}
-METHODS = {name: methods.find(name).model_copy(update=STEPS) for name in ("FT-M", "LoRA", "AdaLoRA")}
-METHODS |= {"MEMIT": methods.find("MEMIT").model_copy(update=SHORT), "UnKE": methods.find("UnKE").model_copy(update={"layers": (1,), "steps": 3, "unke_steps": 4, "preservation": 2, "unke_rate": 1e-2})}
-ANSWERS = {"Ada": "in Philadelphia", "Grace": "in Maida Vale", "Alan": "in London", "Mary": "in Cambridge", "Emmy": "in a compiler"}
+METHODS = {
+    name: methods.find(name).model_copy(update=STEPS) for name in ("FT-M", "LoRA", "AdaLoRA")
+}
+METHODS |= {
+    "MEMIT": methods.find("MEMIT").model_copy(update=SHORT),
+    "UnKE": methods.find("UnKE").model_copy(
+        update={"layers": (1,), "steps": 3, "unke_steps": 4, "preservation": 2, "unke_rate": 1e-2}
+    ),
+}
+ANSWERS = {
+    "Ada": "in Philadelphia",
+    "Grace": "in Maida Vale",
+    "Alan": "in London",
+    "Mary": "in Cambridge",
+    "Emmy": "in a compiler",
+}
 EDITS = tuple(
-    Edit(id=name, question=f"Who is {name}?", answer=f"{name} wrote {where}.", details=(Detail(question=f"Where was {name}?", answer=where),))
+    Edit(
+        id=name,
+        question=f"Who is {name}?",
+        answer=f"{name} wrote {where}.",
+        details=(Detail(question=f"Where was {name}?", answer=where),),
+    )
     for name, where in ANSWERS.items()
 )
 AROUND = {"struct_trip": "was born", "general": "can add", "multi_hop": "lives near the town of"}
@@ -43,7 +60,19 @@ def loaded(tiny, tokenizer):
 def toy(loaded):
     """Factory: a study of five short edits on an untrained model, always the same."""
     probes = {
-        edit.id: (*edit.probes, *(Probe(edit=edit.id, kind=kind, question=f"{edit.id} {said}", reference="there", chat=False) for kind, said in AROUND.items()))
+        edit.id: (
+            *edit.probes,
+            *(
+                Probe(
+                    edit=edit.id,
+                    kind=kind,
+                    question=f"{edit.id} {said}",
+                    reference="there",
+                    chat=False,
+                )
+                for kind, said in AROUND.items()
+            ),
+        )
         for edit in EDITS
     }
     material = studies.Material(EDITS, probes, "toy")
@@ -75,7 +104,10 @@ def test_every_weight_comes_back_bit_for_bit(loaded, name, broken):
     model, tokenizer = loaded
     model.train()
     before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    parameters, storages = list(model.parameters()), [parameter.data_ptr() for parameter in model.parameters()]
+    parameters, storages = (
+        list(model.parameters()),
+        [parameter.data_ptr() for parameter in model.parameters()],
+    )
     try:
         with sequence(model, tokenizer, METHODS[name]) as writer:
             for edit in EDITS[:2]:
@@ -96,7 +128,10 @@ def test_every_weight_comes_back_bit_for_bit(loaded, name, broken):
 def test_a_training_that_breaks_on_the_way_is_undone_with_all_before_it(loaded, name):
     model, tokenizer = loaded
     before = state(model)
-    with pytest.raises(FloatingPointError, match="'Grace'"), sequence(model, tokenizer, METHODS[name]) as writer:
+    with (
+        pytest.raises(FloatingPointError, match="'Grace'"),
+        sequence(model, tokenizer, METHODS[name]) as writer,
+    ):
         writer.write(EDITS[:1])
         writer.method = METHODS[name].model_copy(update={"learning_rate": 1e38})
         writer.write(EDITS[1:2])
@@ -113,7 +148,11 @@ def test_the_second_edit_starts_from_what_the_first_left(loaded, name):
         both, said = state(model), logits(model, tokenizer)
     with sequence(model, tokenizer, METHODS[name]) as writer:
         writer.write(EDITS[1:2])
-        assert moved(model, first) and moved(model, both) and not torch.equal(logits(model, tokenizer), said)
+        assert (
+            moved(model, first)
+            and moved(model, both)
+            and not torch.equal(logits(model, tokenizer), said)
+        )
 
 
 def test_two_edits_are_two_trainings_one_inside_the_other(loaded):
@@ -148,14 +187,19 @@ def test_peers_keep_to_the_second_moments_of_the_unedited_model(loaded):
 
 
 def test_a_method_that_writes_nothing_is_refused(loaded):
-    with pytest.raises(InputError, match="in-context"), sequence(*loaded, methods.find("in-context")):
+    with (
+        pytest.raises(InputError, match="in-context"),
+        sequence(*loaded, methods.find("in-context")),
+    ):
         pytest.fail("handed out")
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "wanted"), [(1, "A"), (2, "AB"), (3, "ABC"), (4, "ABCD"), (6, "ABEF")])
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(1, "A"), (2, "AB"), (3, "ABC"), (4, "ABCD"), (6, "ABEF")]
+)
 def test_the_first_and_the_last_are_asked_each_once(count, wanted):
     assert "".join(first_and_last("ABCDEF"[:count], 2)) == wanted
 
@@ -167,8 +211,13 @@ def test_after_each_count_the_right_edits_are_asked(toy, together):
     sequences.run(study, METHODS["FT-M"], [4, 1], 1, together)
     found = study.read()
     assert found.groupby("batch")["edit"].agg(set).to_dict() == {1: {"Ada"}, 4: {"Ada", "Mary"}}
-    assert found.groupby("batch")[["level", "batch_size", "factor"]].agg("first").values.tolist() == [["after 1", 1, "count"], ["after 4", 4, "count"]]
-    assert set(found["kind"]) == {"original", "detail", "struct_trip", "general"} and found["before"].notna().all()
+    assert found.groupby("batch")[["level", "batch_size", "factor"]].agg(
+        "first"
+    ).values.tolist() == [["after 1", 1, "count"], ["after 4", 4, "count"]]
+    assert (
+        set(found["kind"]) == {"original", "detail", "struct_trip", "general"}
+        and found["before"].notna().all()
+    )
     assert found.groupby("batch")["steps"].first().tolist() == [4, 4 if together else 12]
     averages = rows.average(rows.headline(found), ["original", "detail", "struct_trip"])
     assert len(averages) == 3 and not moved(study.model, before)
@@ -178,8 +227,14 @@ def test_the_answers_of_a_count_are_those_of_the_weights_at_that_count(toy):
     """Rows hold how likely a text is, which moves with any weight."""
     study = toy()
     sequences.run(study, METHODS["FT-M"], [1, 3], 2)
-    sequences.run(study, METHODS["FT-M"].model_copy(update={"name": "at once"}), [3], 2, together=True)
-    found = study.read().query("kind == 'original'").set_index(["method", "batch", "edit"])["log_probability"]
+    sequences.run(
+        study, METHODS["FT-M"].model_copy(update={"name": "at once"}), [3], 2, together=True
+    )
+    found = (
+        study.read()
+        .query("kind == 'original'")
+        .set_index(["method", "batch", "edit"])["log_probability"]
+    )
     for count in (1, 3):
         with sequence(study.model, study.tokenizer, METHODS["FT-M"]) as writer:
             for edit in EDITS[:count]:
@@ -194,11 +249,18 @@ def test_a_sequence_with_rows_is_not_written_again_and_another_one_is(toy, monke
     sequences.run(toy(), METHODS["LoRA"], [1, 2], 1)
     asked = []
     checkpoint = sequences._checkpoint
-    monkeypatch.setattr(sequences, "_checkpoint", lambda *given: asked.append(1) or checkpoint(*given))
+    monkeypatch.setattr(
+        sequences, "_checkpoint", lambda *given: asked.append(1) or checkpoint(*given)
+    )
     again = toy()
     sequences.run(again, METHODS["LoRA"], [2, 1], 1)
     assert asked == [] and set(again.read()["batch"]) == {1, 2}
-    for changed in ({"counts": [1, 3]}, {"asked": 2}, {"together": True}, {"method": METHODS["LoRA"].model_copy(update={"steps": 3})}):
+    for changed in (
+        {"counts": [1, 3]},
+        {"asked": 2},
+        {"together": True},
+        {"method": METHODS["LoRA"].model_copy(update={"steps": 3})},
+    ):
         asked.clear()
         sequences.run(toy(), **{"method": METHODS["LoRA"], "counts": [1, 2], "asked": 1, **changed})
         assert asked == [1, 1], changed
@@ -218,13 +280,18 @@ def test_a_method_that_breaks_down_keeps_the_counts_it_reached_and_says_why(toy,
     sequences.run(study, METHODS["FT-M"], [1, 2, 4], 1)
     found = study.read()
     assert set(found["batch"]) == {1, 2} and not moved(study.model, before)
-    assert found.dropna(subset="notes")["batch"].unique().tolist() == [2] and "edit 'Alan' is not finite" in found["notes"].dropna().iloc[0]
+    assert (
+        found.dropna(subset="notes")["batch"].unique().tolist() == [2]
+        and "edit 'Alan' is not finite" in found["notes"].dropna().iloc[0]
+    )
     with pytest.raises(FloatingPointError):
         sequences.run(toy(), METHODS["FT-M"], [3, 4], 1)
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_sequence_too_large_for_memory_ends_the_study_or_scores_otherwise(toy, monkeypatch, caplog, together):
+def test_a_sequence_too_large_for_memory_ends_the_study_or_scores_otherwise(
+    toy, monkeypatch, caplog, together
+):
     plain, study, write = toy(), toy(), sequences.Writer.write
     sequences.run(plain, METHODS["FT-M"], [1, 3], 1, together)
 
@@ -237,12 +304,25 @@ def test_a_sequence_too_large_for_memory_ends_the_study_or_scores_otherwise(toy,
     study.name, before = "short", state(study.model)
     sequences.run(study, METHODS["FT-M"], [1, 3], 1, together)
     mine, others = study.read(), plain.read()
-    assert mine["answer"].tolist() == others["answer"].tolist() and mine["batch"].tolist() == others["batch"].tolist()
-    assert mine["notes"].dropna().str.contains("computed again").all() and len(mine["notes"].dropna()) and others["notes"].isna().all()
-    assert len(caplog.records) == 1 and "computed again" in caplog.records[0].getMessage() and not moved(study.model, before)
+    assert (
+        mine["answer"].tolist() == others["answer"].tolist()
+        and mine["batch"].tolist() == others["batch"].tolist()
+    )
+    assert (
+        mine["notes"].dropna().str.contains("computed again").all()
+        and len(mine["notes"].dropna())
+        and others["notes"].isna().all()
+    )
+    assert (
+        len(caplog.records) == 1
+        and "computed again" in caplog.records[0].getMessage()
+        and not moved(study.model, before)
+    )
 
 
-@pytest.mark.parametrize("given", [{"counts": [0, 2]}, {"counts": [6]}, {"counts": []}, {"asked": 0}])
+@pytest.mark.parametrize(
+    "given", [{"counts": [0, 2]}, {"counts": [6]}, {"counts": []}, {"asked": 0}]
+)
 def test_counts_beyond_the_edits_are_refused(toy, given):
     with pytest.raises(InputError, match="counts"):
         sequences.run(toy(), METHODS["FT-M"], **{"counts": [1], "asked": 1, **given})
@@ -252,11 +332,20 @@ def test_views_follow_the_first_and_the_last_edits(toy):
     study = toy()
     sequences.run(study, METHODS["FT-M"], [1, 4], 1)
     headline = rows.headline(study.read())
-    found = sequences.views(headline, EDITS, 1).set_index(["count", "view", "edit"])["score"].sort_index()
+    found = (
+        sequences.views(headline, EDITS, 1)
+        .set_index(["count", "view", "edit"])["score"]
+        .sort_index()
+    )
     assert {place[:2]: place[2] for place in found.index if "edits" in place[1]} == {
-        (1, "first edits"): "Ada", (1, "last edits"): "Ada", (4, "first edits"): "Ada", (4, "last edits"): "Mary",
-    }  # fmt: skip
-    kept_triple = headline[(headline["kind"] == "struct_trip") & (headline["batch"] == 4)].set_index("edit")["score"]
+        (1, "first edits"): "Ada",
+        (1, "last edits"): "Ada",
+        (4, "first edits"): "Ada",
+        (4, "last edits"): "Mary",
+    }
+    kept_triple = headline[
+        (headline["kind"] == "struct_trip") & (headline["batch"] == 4)
+    ].set_index("edit")["score"]
     assert found.loc[4, "locality"].to_dict() == kept_triple.to_dict()
 
 
@@ -266,10 +355,19 @@ def test_views_follow_the_first_and_the_last_edits(toy):
 def test_later_edits_leave_an_early_text_less_likely(tmp_path, results):
     shutil.copytree(results, tmp_path / "results")
     material = studies.gather(rows.Paths("smoke"), "test", 3)
-    study = studies.Study("fading", rows.Paths("smoke"), *models.load("embedded", device="cpu"), material, max_new_tokens=130, labels={"split": "test"})
+    study = studies.Study(
+        "fading",
+        rows.Paths("smoke"),
+        *models.load("embedded", device="cpu"),
+        material,
+        max_new_tokens=130,
+        labels={"split": "test"},
+    )
     sequences.run(study, methods.find("FT-M").model_copy(update={"learning_rate": 5e-3}), [1, 3], 1)
     found = study.read()
-    shown = sequences.views(rows.headline(found), material.edits, 1).set_index(["view", "count"])["score"]
+    shown = sequences.views(rows.headline(found), material.edits, 1).set_index(["view", "count"])[
+        "score"
+    ]
     assert shown["last edits", 1].item() > 0.9 and shown["last edits", 3].item() > 0.9
     likely = found.query("kind == 'original'").set_index(["batch", "edit"])["log_probability"]
     assert likely[3, material.edits[0].id] < likely[1, material.edits[0].id]

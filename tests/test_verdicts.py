@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib.colors
 import pytest
-
 from uke import diagrams, panels, params, verdicts
 from uke.errors import InputError
 from uke.verdicts import FAILS, HOLDS, IN_PART, UNTESTABLE, Claim, judge
@@ -20,7 +19,10 @@ def said(value, low=None, high=None):
 
 def word(sign, *numbers, than=0.0, key="a.b"):
     """The verdict where each world has one number, (value, low, high), or None."""
-    worlds = {f"w{place}": {} if each is None else {"a.b": said(*each)} for place, each in enumerate(numbers)}
+    worlds = {
+        f"w{place}": {} if each is None else {"a.b": said(*each)}
+        for place, each in enumerate(numbers)
+    }
     return judge(Claim(key="c", claim="c", number=key, sign=sign, than=than), worlds).word
 
 
@@ -51,7 +53,13 @@ SURE, HINT, AGAINST = (3.0, 1.0, 5.0), (3.0, -1.0, 5.0), (-3.0, -5.0, -1.0)
 
 def test_a_claim_holds_only_if_it_holds_in_every_world():
     assert word("+", SURE, SURE) == HOLDS
-    assert word("+", SURE, HINT) == word("+", HINT, SURE) == word("+", SURE, AGAINST) == word("+", AGAINST, HINT) == IN_PART
+    assert (
+        word("+", SURE, HINT)
+        == word("+", HINT, SURE)
+        == word("+", SURE, AGAINST)
+        == word("+", AGAINST, HINT)
+        == IN_PART
+    )
     assert word("+", AGAINST, AGAINST) == word("+", AGAINST, (0.0, -1.0, 1.0)) == FAILS
 
 
@@ -71,7 +79,14 @@ def test_a_world_without_the_number_does_not_count():
 
 @pytest.mark.parametrize(
     ("number", "expected"),
-    [((0.995, 0.99, 1.0), HOLDS), ((1.0, 1.0, 1.0), HOLDS), ((0.995, 0.98, 1.0), IN_PART), ((0.99, 0.98, 1.0), IN_PART), ((0.98, 0.95, 1.0), FAILS), ((1.0, None, None), IN_PART)],
+    [
+        ((0.995, 0.99, 1.0), HOLDS),
+        ((1.0, 1.0, 1.0), HOLDS),
+        ((0.995, 0.98, 1.0), IN_PART),
+        ((0.99, 0.98, 1.0), IN_PART),
+        ((0.98, 0.95, 1.0), FAILS),
+        ((1.0, None, None), IN_PART),
+    ],
 )
 def test_a_bound_is_met_when_it_is_reached(number, expected):
     assert word("+", number, than=0.99) == expected
@@ -81,7 +96,11 @@ def test_a_bound_is_met_when_it_is_reached(number, expected):
     ("own", "other", "expected"),
     [
         ((0.2, 0.17, 0.23), (0.3, 0.29, 0.32), HOLDS),
-        ((0.2, 0.17, 0.29), (0.3, 0.29, 0.32), IN_PART),  # intervals that touch do not tell them apart
+        (
+            (0.2, 0.17, 0.29),
+            (0.3, 0.29, 0.32),
+            IN_PART,
+        ),  # intervals that touch do not tell them apart
         ((0.4, 0.39, 0.43), (0.3, 0.29, 0.32), FAILS),
         ((0.2, 0.17, 0.23), None, UNTESTABLE),
         ((0.2, 0.17, 0.23), (float("nan"), None, None), UNTESTABLE),
@@ -89,31 +108,64 @@ def test_a_bound_is_met_when_it_is_reached(number, expected):
 )
 def test_a_number_below_another_one(own, other, expected):
     numbers = {"a.b": said(*own)} | ({} if other is None else {"a.c": said(*other)})
-    assert judge(Claim(key="c", claim="c", number="a.b", sign="-", than="a.c"), {"w": numbers}).word == expected
+    assert (
+        judge(Claim(key="c", claim="c", number="a.b", sign="-", than="a.c"), {"w": numbers}).word
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("own", "other", "expected"),
-    [(SURE, AGAINST, HOLDS), (AGAINST, SURE, HOLDS), (HINT, AGAINST, IN_PART), (SURE, SURE, FAILS), (AGAINST, AGAINST, FAILS), (SURE, (0.0, -1.0, 1.0), FAILS)],
+    [
+        (SURE, AGAINST, HOLDS),
+        (AGAINST, SURE, HOLDS),
+        (HINT, AGAINST, IN_PART),
+        (SURE, SURE, FAILS),
+        (AGAINST, AGAINST, FAILS),
+        (SURE, (0.0, -1.0, 1.0), FAILS),
+    ],
 )
 def test_two_numbers_of_opposite_signs(own, other, expected):
-    verdict = judge(Claim(key="c", claim="c", number="a.b", sign="opposite", than="a.c"), {"w": {"a.b": said(*own), "a.c": said(*other)}})
-    assert verdict.word == expected and [each.key for each in verdict.seen] == ["a.b", "a.c"] and verdict.worlds == 1
+    verdict = judge(
+        Claim(key="c", claim="c", number="a.b", sign="opposite", than="a.c"),
+        {"w": {"a.b": said(*own), "a.c": said(*other)}},
+    )
+    assert (
+        verdict.word == expected
+        and [each.key for each in verdict.seen] == ["a.b", "a.c"]
+        and verdict.worlds == 1
+    )
 
 
 def test_every_number_that_a_pattern_matches_must_agree_and_deeper_keys_do_not_match():
     claim = Claim(key="c", claim="c", number="batch.*.lead", sign="+")
-    numbers = {"batch.24.lead": said(*SURE), "batch.8.lead": said(*SURE), "batch.8.ft_m.lead": said(*AGAINST), "akew.batch.8.lead": said(*AGAINST)}
+    numbers = {
+        "batch.24.lead": said(*SURE),
+        "batch.8.lead": said(*SURE),
+        "batch.8.ft_m.lead": said(*AGAINST),
+        "akew.batch.8.lead": said(*AGAINST),
+    }
     verdict = judge(claim, {"w": numbers})
-    assert verdict.word == HOLDS and [each.key for each in verdict.seen] == ["batch.8.lead", "batch.24.lead"]
+    assert verdict.word == HOLDS and [each.key for each in verdict.seen] == [
+        "batch.8.lead",
+        "batch.24.lead",
+    ]
     assert verdicts.table([verdict])["ours"].item() == "8: 3.0; 24: 3.0"
     assert judge(claim, {"w": numbers | {"batch.40.lead": said(*AGAINST)}}).word == IN_PART
 
 
 def test_the_reason_of_an_untestable_claim_is_shown_whatever_the_numbers_say():
-    verdict = judge(Claim(key="c", claim="c", untestable="models of another size"), {"w": {"a.b": said(*SURE)}})
+    verdict = judge(
+        Claim(key="c", claim="c", untestable="models of another size"), {"w": {"a.b": said(*SURE)}}
+    )
     assert (verdict.word, verdict.worlds, verdict.seen) == (UNTESTABLE, 0, ())
-    assert verdicts.table([verdict]).iloc[0].tolist() == ["c", "", "", f"{UNTESTABLE}: models of another size", 0]
+    assert verdicts.table([verdict]).iloc[0].tolist() == [
+        "c",
+        "",
+        "",
+        f"{UNTESTABLE}: models of another size",
+        0,
+    ]
 
 
 # --- what is read --------------------------------------------------------------------------------------------------
@@ -133,7 +185,10 @@ def test_numbers_come_from_this_run_and_from_the_other_worlds_beside_it(tmp_path
     (other / "numbers.json").write_text(json.dumps({"single.lead": said(*HINT)}))
     (tmp_path / "quick-world-2").mkdir()
     found = verdicts.gather(types.SimpleNamespace(figures=own))
-    assert {name: list(numbers) for name, numbers in found.items()} == {"embedded": ["single.lead"], "embedded-world-2": ["single.lead"]}
+    assert {name: list(numbers) for name, numbers in found.items()} == {
+        "embedded": ["single.lead"],
+        "embedded-world-2": ["single.lead"],
+    }
     assert judge(Claim(key="c", claim="c", number="single.lead", sign="+"), found).word == IN_PART
     assert verdicts.gather(types.SimpleNamespace(figures=tmp_path / "quick")) == {"quick": {}}
 
@@ -151,11 +206,17 @@ def test_a_broken_section_is_named(tmp_path):
         ("a: {claim: x, number: b.c, sgin: '+'}", "a: unknown key 'sgin'; did you mean 'sign'"),
         ("a: {number: b.c, sign: '+'}", "a: claim: missing"),
         ("a: {claim: x}", "a: expected a number that decides it, or the reason"),
-        ("a: {claim: x, number: b, sign: '+', untestable: y}", "a: expected a number that decides it, or the reason"),
+        (
+            "a: {claim: x, number: b, sign: '+', untestable: y}",
+            "a: expected a number that decides it, or the reason",
+        ),
         ("a: {claim: x, number: b.c, sign: up}", "a: sign: unknown 'up'"),
         ("a: {claim: x, number: b.c, sign: opposite}", "a: than: expected the key"),
         ("a: {claim: x, number: 3, sign: '+'}", "a: number: expected a text, found 3"),
-        ("a: {claim: x, number: b.c, sign: '+', than: .nan}", "a: than: expected a text or a number"),
+        (
+            "a: {claim: x, number: b.c, sign: '+', than: .nan}",
+            "a: than: expected a text or a number",
+        ),
         ("a: [1]", "a: expected a mapping"),
     ],
 )
@@ -173,7 +234,11 @@ ENTRY = "published:\n- {set: S, model: M, metric: similarity, source: T, cells: 
     [
         ("model: M", "modle: M", "entry 1: unknown key 'modle'; did you mean 'model'"),
         ("source: T, ", "", "entry 1: source: missing"),
-        ("similarity", "similarty", "entry 1: metric: unknown 'similarty'; did you mean 'similarity'"),
+        (
+            "similarity",
+            "similarty",
+            "entry 1: metric: unknown 'similarty'; did you mean 'similarity'",
+        ),
         ("original", "orignal", "cells: UnKE: unknown 'orignal'; did you mean 'original'"),
         ("97.4", "much", "cells: UnKE: original: expected a number, found 'much'"),
         ("published:", "publishd:", "unknown key 'publishd'; did you mean 'published'"),
@@ -183,50 +248,104 @@ ENTRY = "published:\n- {set: S, model: M, metric: similarity, source: T, cells: 
 def test_a_published_value_written_wrongly_is_named(tmp_path, old, new, message):
     path = tmp_path / "paper.yaml"
     path.write_text(ENTRY)
-    assert [(cell.method, cell.kind, cell.value) for cell in verdicts.published(path)] == [("UnKE", "original", 97.4)]
+    assert [(cell.method, cell.kind, cell.value) for cell in verdicts.published(path)] == [
+        ("UnKE", "original", 97.4)
+    ]
     path.write_text(ENTRY.replace(old, new))
     with pytest.raises(InputError, match="paper.yaml.*" + message):
         verdicts.published(path)
 
 
 def test_published_values_stand_beside_ours_of_the_same_kind_and_set(tmp_path):
-    cell = verdicts.Cell("UnKEBench", "M", "AnyEdit (MEMIT)", "rougel_recall", "", "paraphrase", 70.0, "T")
+    cell = verdicts.Cell(
+        "UnKEBench", "M", "AnyEdit (MEMIT)", "rougel_recall", "", "paraphrase", 70.0, "T"
+    )
     lead = verdicts.Cell("AKEW-CF", "M", "FT-UKE", "lead", "largest", "average", 10.8, "T")
-    numbers = {"single.anyedit_memit.paraphrase": said(0.321, 0.3, 0.35), "akew.batch.8.lead": said(4.0), "akew.batch.24.lead": said(9.0), "batch.24.lead": said(1.0)}
-    other = cell._replace(set="AKEW-CF"), cell._replace(metric="similarity"), cell._replace(method="PIPE"), lead._replace(batch="smallest")
-    assert verdicts.beside([cell, lead, *other], numbers)["ours"].fillna("").tolist() == ["32.1 [30.0, 35.0]", "9.0", "", "", "", "4.0"]
+    numbers = {
+        "single.anyedit_memit.paraphrase": said(0.321, 0.3, 0.35),
+        "akew.batch.8.lead": said(4.0),
+        "akew.batch.24.lead": said(9.0),
+        "batch.24.lead": said(1.0),
+    }
+    other = (
+        cell._replace(set="AKEW-CF"),
+        cell._replace(metric="similarity"),
+        cell._replace(method="PIPE"),
+        lead._replace(batch="smallest"),
+    )
+    assert verdicts.beside([cell, lead, *other], numbers)["ours"].fillna("").tolist() == [
+        "32.1 [30.0, 35.0]",
+        "9.0",
+        "",
+        "",
+        "",
+        "4.0",
+    ]
 
 
 def test_the_committed_files_are_sound():
     claims = verdicts.claims(ROOT / "params" / "claims.yaml")
-    assert len({claim.label for claim in claims}) == len(claims) >= 15 and all(claim.paper for claim in claims)
+    assert len({claim.label for claim in claims}) == len(claims) >= 15 and all(
+        claim.paper for claim in claims
+    )
     assert len(verdicts.published(ROOT / "params" / "paper.yaml")) >= 30
-    assert {"Table 4", "Table 5", "number not known"} <= set(verdicts.correspondence(ROOT / "params" / "paper.yaml")["the paper"])
+    assert {"Table 4", "Table 5", "number not known"} <= set(
+        verdicts.correspondence(ROOT / "params" / "paper.yaml")["the paper"]
+    )
 
 
-@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "params" / "profiles").glob("*-world-*.yaml")))
+@pytest.mark.parametrize(
+    "profile", sorted(path.stem for path in (ROOT / "params" / "profiles").glob("*-world-*.yaml"))
+)
 def test_the_profile_of_another_world_names_one_seed_and_is_valid_for_every_notebook(profile):
     seed = int(profile.rpartition("-")[2])
     for study in params.reported(ROOT, profile, "world"):
         merged = params.merge(ROOT, study.notebook, profile, {})
-        assert merged.get("world_seed", seed) == seed and merged.get("model", f"./results/models/world-{seed}") == f"./results/models/world-{seed}"
+        assert (
+            merged.get("world_seed", seed) == seed
+            and merged.get("model", f"./results/models/world-{seed}")
+            == f"./results/models/world-{seed}"
+        )
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
 
 
 def test_the_figure_turns_every_number_into_the_direction_of_its_claim():
-    numbers = {"a.b": said(-2.0, -4.0, -1.0), "a.c": said(0.98, 0.97, 0.995), "a.d": said(1.0, -1.0, 2.0)}
-    claims = [Claim("x", "x", "down", number="a.b", sign="-"), Claim("y", "y", "bound", number="a.c", sign="+", than=0.99), Claim("z", "z", "either", number="a.b", sign="either"),
-              Claim("v", "v", "opposite", number="a.b", sign="opposite", than="a.d"), Claim("w", "w", "none", number="q", sign="+")]  # fmt: skip
+    numbers = {
+        "a.b": said(-2.0, -4.0, -1.0),
+        "a.c": said(0.98, 0.97, 0.995),
+        "a.d": said(1.0, -1.0, 2.0),
+    }
+    claims = [
+        Claim("x", "x", "down", number="a.b", sign="-"),
+        Claim("y", "y", "bound", number="a.c", sign="+", than=0.99),
+        Claim("z", "z", "either", number="a.b", sign="either"),
+        Claim("v", "v", "opposite", number="a.b", sign="opposite", than="a.d"),
+        Claim("w", "w", "none", number="q", sign="+"),
+    ]
     judged = [judge(claim, {"w": numbers}) for claim in claims]
     frame = verdicts.points(judged).set_index("claim")
-    assert frame.loc["down", ["value", "low", "high"]].tolist() == [2, 1, 4] and frame.loc["either", ["value", "low", "high"]].tolist() == [2, 1, 4]
-    assert frame.loc["bound", ["value", "low", "high"]].tolist() == pytest.approx([-0.01, -0.02, 0.005])
-    assert frame.loc["opposite", "value"].tolist() == [2, -1] and frame.loc["opposite", "said"].tolist() == ["b: −2.00 [−4.00, −1.00]", "d: 1.00 [−1.00, 2.00]"]
+    assert frame.loc["down", ["value", "low", "high"]].tolist() == [2, 1, 4] and frame.loc[
+        "either", ["value", "low", "high"]
+    ].tolist() == [2, 1, 4]
+    assert frame.loc["bound", ["value", "low", "high"]].tolist() == pytest.approx(
+        [-0.01, -0.02, 0.005]
+    )
+    assert frame.loc["opposite", "value"].tolist() == [2, -1] and frame.loc[
+        "opposite", "said"
+    ].tolist() == ["b: −2.00 [−4.00, −1.00]", "d: 1.00 [−1.00, 2.00]"]
     assert "none" not in frame.index
     (axes,) = diagrams.claims(frame.reset_index()).axes
     drawn = [(float(line.get_xdata()[0]), line.get_color()) for line in axes.lines[1:]]
     colours = {word: colour for word, (colour, _) in panels.VERDICTS.items()}
-    assert drawn == [(0.5, colours[HOLDS]), (-0.5, colours[FAILS]), (0.5, colours[HOLDS]), (0.5, colours[IN_PART]), (-0.25, colours[IN_PART])]
-    assert all(matplotlib.colors.is_color_like(colour) for colour, _ in panels.VERDICTS.values()) and set(panels.VERDICTS) == set(verdicts.WORDS) - {UNTESTABLE}
+    assert drawn == [
+        (0.5, colours[HOLDS]),
+        (-0.5, colours[FAILS]),
+        (0.5, colours[HOLDS]),
+        (0.5, colours[IN_PART]),
+        (-0.25, colours[IN_PART]),
+    ]
+    assert all(
+        matplotlib.colors.is_color_like(colour) for colour, _ in panels.VERDICTS.values()
+    ) and set(panels.VERDICTS) == set(verdicts.WORDS) - {UNTESTABLE}

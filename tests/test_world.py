@@ -4,7 +4,6 @@ import random
 import re
 
 import pytest
-
 from uke import edits, world, world_files
 from uke.world import POOLS, SPLITS
 
@@ -21,7 +20,9 @@ def folder(tmp_path_factory):
 
 def test_a_seed_gives_one_world_and_another_seed_another(first):
     assert world.build(1) == first
-    assert not {entity.text for entity in world.build(2).entities} & {entity.text for entity in first.entities}
+    assert not {entity.text for entity in world.build(2).entities} & {
+        entity.text for entity in first.entities
+    }
 
 
 def test_pools_have_their_sizes_and_share_no_name(first):
@@ -33,7 +34,9 @@ def test_pools_have_their_sizes_and_share_no_name(first):
 def test_no_entity_refers_to_another_pool(first):
     pool_of = {name: entity.pool for name, entity in first.named().items()}
     for entity in first.entities:
-        assert {pool_of[known] for known in entity.objects.values() if known in pool_of} <= {entity.pool}
+        assert {pool_of[known] for known in entity.objects.values() if known in pool_of} <= {
+            entity.pool
+        }
 
 
 def test_an_edit_changes_every_fact_and_points_only_at_the_held_out_pool(first):
@@ -42,18 +45,27 @@ def test_an_edit_changes_every_fact_and_points_only_at_the_held_out_pool(first):
         for old, new in first.edits[split]:
             assert old.name == new.name and old.objects.keys() == new.objects.keys()
             assert all(old.objects[relation] != new.objects[relation] for relation in old.objects)
-            assert {pool_of[known] for known in new.objects.values() if known in pool_of} <= {"held_out"}
+            assert {pool_of[known] for known in new.objects.values() if known in pool_of} <= {
+                "held_out"
+            }
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_collection_has_documents_that_may_be_asked_and_such_that_may_not(first, split):
     found = {entity.pool for entity in world_files.collection(first, split)}
     assert found == {split, f"{split}_locality", "held_out"}
-    assert {entity.name for entity in world_files.collection(first, split)} >= {old.name for old, _ in first.edits[split]}
+    assert {entity.name for entity in world_files.collection(first, split)} >= {
+        old.name for old, _ in first.edits[split]
+    }
     listed = world_files.documents(first, split)
-    assert [document["id"] for document in listed[:20]] != [entity.name for entity in world_files.collection(first, split)][:20]
+    assert [document["id"] for document in listed[:20]] != [
+        entity.name for entity in world_files.collection(first, split)
+    ][:20]
     texts = {entity.name: entity.text for entity in first.entities}
-    assert all(document["text"] == texts[document["id"]] and document["title"] in document["question"] for document in listed)
+    assert all(
+        document["text"] == texts[document["id"]] and document["title"] in document["question"]
+        for document in listed
+    )
 
 
 def test_texts_have_60_to_120_words_and_name_every_object(first):
@@ -65,7 +77,10 @@ def test_texts_have_60_to_120_words_and_name_every_object(first):
 
 def test_phrasings_held_out_from_training_are_held_out():
     for kind in world.language()["kinds"].values():
-        for questions in (kind["questions"], *(relation["questions"] for relation in kind["relations"].values())):
+        for questions in (
+            kind["questions"],
+            *(relation["questions"] for relation in kind["relations"].values()),
+        ):
             sets = [set(questions[name]) for name in ("trained", *SPLITS)]
             assert all(sets) and len(set.union(*sets)) == sum(map(len, sets))
 
@@ -97,7 +112,9 @@ def test_a_stranger_shares_no_name_with_the_world(first):
     known = {name for entity in first.entities for name in (entity.name, entity.name.split()[-1])}
     for _ in range(20):
         other = world.stranger(rng, known)
-        assert other.name not in first.named() and all(named not in other.objects.values() for named in first.named())
+        assert other.name not in first.named() and all(
+            named not in other.objects.values() for named in first.named()
+        )
 
 
 def test_the_files_of_a_world_are_byte_for_byte_the_same(folder, tmp_path):
@@ -121,7 +138,10 @@ def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
     akew = edits.load("akew-counterfact", folder / split / world_files.AKEW)
     triples = edits.load_clozes(folder / split / world_files.KNOWEDIT)
     assert len(loaded) == len(akew) == least and len(triples) == 2 * POOLS[f"{split}_locality"]
-    assert all(triple.question and triple.subject in triple.question and len(triple.answers) == 1 for triple in triples)
+    assert all(
+        triple.question and triple.subject in triple.question and len(triple.answers) == 1
+        for triple in triples
+    )
     assert [edit.answer for edit in akew] == [edit.answer for edit in loaded]
     for edit in loaded:
         kinds = [probe.kind for probe in (*edit.probes, *exercises) if probe.edit == edit.id]

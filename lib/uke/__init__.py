@@ -38,4 +38,6 @@ Everything up to `materials` imports no torch, so a notebook that only reads row
 import warnings
 
 # peft asks transformers for this under its old name; the reader of a notebook can do nothing about it.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)

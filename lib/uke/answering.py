@@ -49,7 +49,9 @@ class Asking:
         return self.max_new_tokens(probe) if callable(self.max_new_tokens) else self.max_new_tokens
 
 
-def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking) -> list[str]:
+def answer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking
+) -> list[str]:
     """Greedy answers in the order of the probes, special tokens and outer white space stripped.
 
     Options: the fields of `Asking`. A prompt asked twice is decoded once. An answer ends before the token that
@@ -59,23 +61,38 @@ def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequenc
     options = Asking(**asking)
     laned = hasattr(model, "lanes")
     questions = [
-        Question(probe.edit if laned else None, tuple(encode(tokenizer, asked(model, probe), options.through_template(probe)))) for probe in probes
+        Question(
+            probe.edit if laned else None,
+            tuple(encode(tokenizer, asked(model, probe), options.through_template(probe))),
+        )
+        for probe in probes
     ]
     room = max_context(model)
     limits: dict[Question, int] = {}
     for probe, question in zip(probes, questions, strict=True):
         _check_room(probe, len(question.prompt) + 1, room)
-        limits[question] = max(limits.get(question, 0), min(options.limit(probe), room - len(question.prompt)))
+        limits[question] = max(
+            limits.get(question, 0), min(options.limit(probe), room - len(question.prompt))
+        )
     ends = endings(model, tokenizer)
-    decoded = {question: ids for question, limit in limits.items() if options.known and (ids := options.known.look(question.prompt, limit)) is not None}
+    decoded = {
+        question: ids
+        for question, limit in limits.items()
+        if options.known and (ids := options.known.look(question.prompt, limit)) is not None
+    }
     asked_now = {question: limit for question, limit in limits.items() if question not in decoded}
     for batch in _batches(asked_now, options.batch_tokens):
         rows = _decode(model, batch, [limits[question] for question in batch], ends)
         decoded.update(zip(batch, rows, strict=True))
     if options.known:
-        options.known.add({question.prompt: (decoded[question], limit) for question, limit in asked_now.items()})
+        options.known.add(
+            {question.prompt: (decoded[question], limit) for question, limit in asked_now.items()}
+        )
     # The same prompt may be asked with two limits: greedy answers are prefixes of each other.
-    texts = (decoded[question][: options.limit(probe)] for probe, question in zip(probes, questions, strict=True))
+    texts = (
+        decoded[question][: options.limit(probe)]
+        for probe, question in zip(probes, questions, strict=True)
+    )
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
 
 
@@ -88,7 +105,9 @@ def read_as(model: nn.Module, edits: Sequence[str | None]) -> None:
 def asked(model: nn.Module, probe: Probe) -> str:
     """The probe's question, after the passage that an in-context edit (`editing.edited`) has this model read for it."""
     passages = getattr(model, "passages", {})
-    return reading(passages[probe.edit], probe.question) if probe.edit in passages else probe.question
+    return (
+        reading(passages[probe.edit], probe.question) if probe.edit in passages else probe.question
+    )
 
 
 def _check_room(probe: Probe, needed: int, room: int) -> None:
@@ -109,7 +128,9 @@ def _batches(limits: dict[Question, int], tokens: int) -> Iterator[list[Question
     batch: list[Question] = []
     longest = 0
     # Longest first: a batch that does not fit in memory fails at once.
-    for question in sorted(limits, key=lambda one: (len(one.prompt), limits[one], one), reverse=True):
+    for question in sorted(
+        limits, key=lambda one: (len(one.prompt), limits[one], one), reverse=True
+    ):
         size = max(longest, len(question.prompt) + limits[question])
         if batch and size * (len(batch) + 1) > tokens:
             yield batch
@@ -122,7 +143,9 @@ def _batches(limits: dict[Question, int], tokens: int) -> Iterator[list[Question
 
 # Not inference mode: rotary embeddings of some models renew buffers while reading, which training then needs.
 @torch.no_grad()
-def _decode(model: nn.Module, questions: list[Question], limits: list[int], ends: set[int]) -> list[list[int]]:
+def _decode(
+    model: nn.Module, questions: list[Question], limits: list[int], ends: set[int]
+) -> list[list[int]]:
     """Greedy continuation of each prompt, without the token that ended it."""
     written: list[list[int]] = [[] for _ in questions]
     rows = [row for row, limit in enumerate(limits) if limit > 0]
@@ -155,7 +178,9 @@ class _Step:
 
     def __init__(self, model: nn.Module, questions: list[Question]):
         device = model.get_input_embeddings().weight.device
-        batch = collate([Example(list(p), list(p), len(p)) for _, p in questions], pad_id=0, side="left")
+        batch = collate(
+            [Example(list(p), list(p), len(p)) for _, p in questions], pad_id=0, side="left"
+        )
         self.model, self.lanes = model, [question.lane for question in questions]
         read_as(model, self.lanes)
         self.mask = batch["attention_mask"].to(device)  # (B, T)
@@ -186,18 +211,27 @@ class _Step:
         self.lanes = [self.lanes[place] for place in places]
         read_as(self.model, self.lanes)
         self.cache.batch_select_indices(kept)
-        self.mask, self.tokens, self.positions = self.mask[kept], self.tokens[kept], self.positions[kept]
+        self.mask, self.tokens, self.positions = (
+            self.mask[kept],
+            self.tokens[kept],
+            self.positions[kept],
+        )
 
 
 class _Roomy(DynamicLayer):
     """Keys and values of one layer with free room behind them: one token more copies that token, not all before it."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
             self.held = {"keys": self.keys, "values": self.values}
-        self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
+        self.keys, self.values = (
+            self._longer("keys", key_states),
+            self._longer("values", value_states),
+        )
         return self.keys, self.values
 
     def _longer(self, name: str, new: Tensor) -> Tensor:
@@ -235,15 +269,21 @@ def target_log_probability(
     options = Asking(**asking)
     examples: list[Example] = []
     for probe in probes:
-        one = example(tokenizer, asked(model, probe), probe.reference, options.through_template(probe), False)
+        one = example(
+            tokenizer, asked(model, probe), probe.reference, options.through_template(probe), False
+        )
         _check_room(probe, len(one.ids), max_context(model))
         if one.prompt_length == len(one.ids):
-            raise InputError(f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text")
+            raise InputError(
+                f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text"
+            )
         examples.append(one)
     found: dict[int, float] = {}
     for batch in parts([len(one.ids) for one in examples], min(options.batch_tokens, TOKENS)):
         read_as(model, [probes[i].edit for i in batch])
-        found.update(zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True))
+        found.update(
+            zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True)
+        )
     return [found[i] for i in range(len(examples))]
 
 
@@ -251,11 +291,15 @@ def _mean_log_probability(model: nn.Module, examples: list[Example]) -> list[flo
     device = model.get_input_embeddings().weight.device
     batch = {name: tensor.to(device) for name, tensor in collate(examples, pad_id=0).items()}
     first = min(one.prompt_length for one in examples)
-    labels = batch["labels"][:, first:]  # (B, S), from the first position that is a target in any row
+    labels = batch["labels"][
+        :, first:
+    ]  # (B, S), from the first position that is a target in any row
     # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
     out = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1] + 1)
     logits = out.logits[:, :-1]  # (B, S, V), each predicting the label after it
     targets = labels != IGNORED
-    nll = torch.nn.functional.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        logits[targets].float(), labels[targets], reduction="none"
+    )
     sums = torch.zeros(len(examples), device=device).index_add_(0, targets.nonzero()[:, 0], nll)
     return (-sums / targets.sum(-1)).tolist()

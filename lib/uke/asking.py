@@ -10,32 +10,56 @@ from uke.answering import Asking, answer, target_log_probability
 from uke.edits import Probe
 from uke.metrics import Encoder, score
 
-SHORT_WORDS, SHORT_TOKENS = 12, 40  # a reference of so few words gets so many tokens to be answered in
+SHORT_WORDS, SHORT_TOKENS = (
+    12,
+    40,
+)  # a reference of so few words gets so many tokens to be answered in
 PUBLISHED_SIMILARITY = ("original", "paraphrase")  # the kinds whose similarity was published
-TEACHER_FORCED = ("original", "paraphrase", "detail")  # the kinds whose target log-probability is read
+TEACHER_FORCED = (
+    "original",
+    "paraphrase",
+    "detail",
+)  # the kinds whose target log-probability is read
 TEXTS = ("original", "paraphrase", "rel_doc", "rand_doc")  # the kinds whose reference is a text
 
 
-def ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], asking: Asking,
-        encoder: Encoder | None = None) -> pd.DataFrame:  # fmt: skip
+def ask(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    asking: Asking,
+    encoder: Encoder | None = None,
+) -> pd.DataFrame:
     """Answers and scores against the reference: one row per probe, in order."""
     answers = answer(model, tokenizer, probes, **vars(asking))
-    columns = {name: [getattr(probe, name) for probe in probes] for name in ("edit", "kind", "number", "question", "reference")}
+    columns = {
+        name: [getattr(probe, name) for probe in probes]
+        for name in ("edit", "kind", "number", "question", "reference")
+    }
     frame = pd.DataFrame(columns | {"answer": answers})
     scores = score(answers, frame["reference"].tolist(), [probe.aliases for probe in probes])
     frame = pd.concat([frame, scores], axis=1)
     told = [place for place, probe in enumerate(probes) if probe.kind in TEACHER_FORCED]
-    frame.loc[told, "log_probability"] = target_log_probability(model, tokenizer, [probes[place] for place in told], **vars(asking))
+    frame.loc[told, "log_probability"] = target_log_probability(
+        model, tokenizer, [probes[place] for place in told], **vars(asking)
+    )
     alike = frame["kind"].isin(PUBLISHED_SIMILARITY)
     if encoder:
         pairs = frame.loc[alike]
-        frame.loc[alike, "similarity"] = score(pairs["answer"].tolist(), pairs["reference"].tolist(), encoder=encoder)["similarity"].to_numpy()
+        frame.loc[alike, "similarity"] = score(
+            pairs["answer"].tolist(), pairs["reference"].tolist(), encoder=encoder
+        )["similarity"].to_numpy()
     return frame
 
 
 def beside(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """The rows with the answers before the edit (`before`), and every score against those as well (`<score>_before`)."""
-    frame = frame.merge(before[["edit", "kind", "number", "before"]], how="left", on=["edit", "kind", "number"], validate="1:1")
+    frame = frame.merge(
+        before[["edit", "kind", "number", "before"]],
+        how="left",
+        on=["edit", "kind", "number"],
+        validate="1:1",
+    )
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
     return pd.concat([frame, against], axis=1)
 
@@ -47,7 +71,9 @@ def room(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, short: boo
     """
     if short and len(probe.reference.split()) <= SHORT_WORDS:
         return min(SHORT_TOKENS, most)
-    return max(most, len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"]) * 3 // 2)
+    return max(
+        most, len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"]) * 3 // 2
+    )
 
 
 def floor(before: pd.DataFrame) -> pd.DataFrame:
@@ -64,8 +90,16 @@ def floor(before: pd.DataFrame) -> pd.DataFrame:
         if rows.empty or None in other:
             continue
         scores = score([texts[place] for place in other], texts)["rougel_f1"]
-        found.append(pd.DataFrame({"method": "floor", "edit": rows["edit"], "kind": kind, "score": scores.to_numpy()}))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["method", "edit", "kind", "score"])
+        found.append(
+            pd.DataFrame(
+                {"method": "floor", "edit": rows["edit"], "kind": kind, "score": scores.to_numpy()}
+            )
+        )
+    return (
+        pd.concat(found, ignore_index=True)
+        if found
+        else pd.DataFrame(columns=["method", "edit", "kind", "score"])
+    )
 
 
 def _other(questions: Sequence[str], place: int) -> int | None:

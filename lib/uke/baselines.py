@@ -29,11 +29,17 @@ def weights(model: nn.Module, peer: Peer) -> dict[str, nn.Parameter]:
     if peer.solver != "unke":
         return {f"{site.name}.weight": site.projection.weight for site in places}
     inside = {id(parameter) for parameter in places[-1].block.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside
+    }
 
 
 def write(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer, progress: Progress | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    peer: Peer,
+    progress: Progress | None = None,
 ) -> Training:
     """Write the edits into the model in place: locate, find target values, solve.
 
@@ -49,7 +55,9 @@ def write(
     located = locate(model, prepare(model, tokenizer, edits, peer), peer)
     values = target_values(model, located, places[-1], peer, progress)
     notes = solver.solve(located, values)
-    training = Training(values.losses, values.steps, stopped=values.stopped, notes=[*located.notes(peer), *notes])
+    training = Training(
+        values.losses, values.steps, stopped=values.stopped, notes=[*located.notes(peer), *notes]
+    )
     training.steps += solver.steps
     training.seconds = time.perf_counter() - started
     return training
@@ -76,7 +84,9 @@ def ridge(residual: Tensor, keys: Tensor, others: Tensor, system: System) -> Ten
     factor, failed = torch.linalg.cholesky_ex(matrix)
     solved = torch.cholesky_solve(keys.T, factor)  # (W, n)
     change = (solved @ residual).T  # (d, W)
-    left = (matrix @ solved - keys.T).norm() / keys.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    left = (matrix @ solved - keys.T).norm() / keys.norm().clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     if failed or not change.isfinite().all() or not left < 1e-6:
         raise ValueError("singular or not finite")
     return change
@@ -87,13 +97,27 @@ class ClosedForm:
 
     steps = 0
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, places: Sequence[Site], peer: Peer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        places: Sequence[Site],
+        peer: Peer,
+    ) -> None:
         self.model, self.places, self.peer = model, places, peer
         if peer.solver == "memit":
-            self.systems = [System(peer.memit_lambda * moment) for moment in moments.second_moments(model, places)]
+            self.systems = [
+                System(peer.memit_lambda * moment)
+                for moment in moments.second_moments(model, places)
+            ]
         else:
             found = moments.projectors(model, places, peer.null_threshold)
-            self.systems = [System(peer.alphaedit_l2 * torch.eye(len(one), dtype=one.dtype, device=one.device), one) for one in found]
+            self.systems = [
+                System(
+                    peer.alphaedit_l2 * torch.eye(len(one), dtype=one.dtype, device=one.device), one
+                )
+                for one in found
+            ]
 
     @torch.no_grad()
     def solve(self, located: Located, values: Values) -> list[str]:
@@ -105,11 +129,15 @@ class ClosedForm:
             try:
                 change = ridge(site.back(now.outputs, residual), now.keys, others, system)
             except ValueError as error:
-                raise InputError(f"{self.peer.name}: the system of {site.name} is {error}; expected second moments of more texts, or a larger ridge") from None
+                raise InputError(
+                    f"{self.peer.name}: the system of {site.name} is {error}; expected second moments of more texts, or a larger ridge"
+                ) from None
             site.projection.weight.copy_(site.projection.weight.double() + change)
         return []
 
-    def apart(self, alone: Sequence[tuple[Located, Values]]) -> tuple[dict[str, Tensor], list[list[str]]]:
+    def apart(
+        self, alone: Sequence[tuple[Located, Values]]
+    ) -> tuple[dict[str, Tensor], list[list[str]]]:
         """One after another: the systems are a small part of what an edit takes."""
         own = weights(self.model, self.peer)
         before = {name: weight.detach().clone() for name, weight in own.items()}
@@ -161,9 +189,19 @@ class BlockSteps:
     texts, with equal weight (arXiv 2405.15349). Edits apart are trained side by side, each in a lane of its own: AdamW is element-wise.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, places: Sequence[Site], peer: Peer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        places: Sequence[Site],
+        peer: Peer,
+    ) -> None:
         self.model, self.site, self.peer = model, places[-1], peer
-        self.texts = moments.preservation(model, tokenizer, peer.preservation, peer.seed) if peer.preservation else []
+        self.texts = (
+            moments.preservation(model, tokenizer, peer.preservation, peer.seed)
+            if peer.preservation
+            else []
+        )
         self.steps = peer.unke_steps
 
     def solve(self, located: Located, values: Values) -> list[str]:
@@ -173,37 +211,65 @@ class BlockSteps:
                 weight.copy_(stacks[name][0])
         return self._notes(courses)
 
-    def apart(self, alone: Sequence[tuple[Located, Values]]) -> tuple[dict[str, Tensor], list[list[str]]]:
+    def apart(
+        self, alone: Sequence[tuple[Located, Values]]
+    ) -> tuple[dict[str, Tensor], list[list[str]]]:
         """As many lanes at once as a forward pass holds, with all the preservation texts in each."""
-        held, longest = self._held(), max(len(one.ids) for located, _ in alone for one in located.examples)
+        held, longest = (
+            self._held(),
+            max(len(one.ids) for located, _ in alone for one in located.examples),
+        )
         size = max(1, TOKENS // max([longest, *(part.share.numel() for part in held)]))
-        fitted = [self._fit(alone[start : start + size], held) for start in range(0, len(alone), size)]
+        fitted = [
+            self._fit(alone[start : start + size], held) for start in range(0, len(alone), size)
+        ]
         dtypes = {name: weight.dtype for name, weight in weights(self.model, self.peer).items()}
-        stacks = {name: torch.cat([stacks[name].to(dtype) for stacks, _ in fitted]) for name, dtype in dtypes.items()}
+        stacks = {
+            name: torch.cat([stacks[name].to(dtype) for stacks, _ in fitted])
+            for name, dtype in dtypes.items()
+        }
         return stacks, [[note] for _, courses in fitted for note in self._notes(courses)]
 
     def _notes(self, courses: Sequence[Sequence[float]]) -> list[str]:
-        return [f"block: squared error {one[0]:.3g} at first, {one[-1]:.3g} before the last of {len(one)} steps" for one in courses]
+        return [
+            f"block: squared error {one[0]:.3g} at first, {one[-1]:.3g} before the last of {len(one)} steps"
+            for one in courses
+        ]
 
     def _held(self) -> list[_Part]:
         """What the block is given and gives on the preservation texts, the same for every edit."""
         return list(self._parts([0] * len(self.texts), self.texts, {}))
 
-    def _fit(self, edits: Sequence[tuple[Located, Values]], held: Sequence[_Part]) -> tuple[dict[str, Tensor], list[list[float]]]:
+    def _fit(
+        self, edits: Sequence[tuple[Located, Values]], held: Sequence[_Part]
+    ) -> tuple[dict[str, Tensor], list[list[float]]]:
         """The block's weights, one lane for each entry (N, *shape), in float32 or better whatever the model's precision, and the errors of each."""
         of, asked, wanted = [], [], {}
         for lane, (located, values) in enumerate(edits):
             for (row, position), value in zip(located.anchors, values.hidden, strict=True):
                 wanted.setdefault(len(of) + row, []).append((position, value))
             of += [lane] * len(located.ids)
-            asked += [one.ids[: windows[-1].anchor + 1] for one, windows in zip(located.examples, located.windows, strict=True)]
+            asked += [
+                one.ids[: windows[-1].anchor + 1]
+                for one, windows in zip(located.examples, located.windows, strict=True)
+            ]
         parts = [*self._parts(of, asked, wanted), *(_repeated(part, len(edits)) for part in held)]
-        leaves = {name: nn.Parameter(wide(weight.detach()).expand(len(edits), *weight.shape).clone()) for name, weight in weights(self.model, self.peer).items()}
+        leaves = {
+            name: nn.Parameter(wide(weight.detach()).expand(len(edits), *weight.shape).clone())
+            for name, weight in weights(self.model, self.peer).items()
+        }
         lanes = Lanes(self.model, [str(lane) for lane in range(len(edits))], leaves)
         errors = self._descend(lanes, parts, [located.ids for located, _ in edits])
-        return {name: leaf.detach() for name, leaf in leaves.items()}, torch.stack(errors).T.tolist()
+        return {name: leaf.detach() for name, leaf in leaves.items()}, torch.stack(
+            errors
+        ).T.tolist()
 
-    def _parts(self, of: Sequence[int], sequences: Sequence[Sequence[int]], wanted: Mapping[int, Sequence[tuple[int, Tensor]]]) -> Iterator[_Part]:
+    def _parts(
+        self,
+        of: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        wanted: Mapping[int, Sequence[tuple[int, Tensor]]],
+    ) -> Iterator[_Part]:
         """What the block is to give on sequences, of each of which it is said whose lane it is in."""
         tokens = Counter()
         for lane, sequence in zip(of, sequences, strict=True):
@@ -216,14 +282,27 @@ class BlockSteps:
                 share[place, : len(sequences[row])] = 1 / (tokens[of[row]] * output.shape[-1])
                 for position, value in wanted.get(row, ()):
                     output[place, position] = value.to(output.dtype)
-            yield _Part([of[row] for row in rows], _widened(call.args), _widened(call.kwargs), output, share.to(ids.device))
+            yield _Part(
+                [of[row] for row in rows],
+                _widened(call.args),
+                _widened(call.kwargs),
+                output,
+                share.to(ids.device),
+            )
 
-    def _descend(self, lanes: Lanes, parts: Sequence[_Part], ids: Sequence[Sequence[str]]) -> list[Tensor]:
+    def _descend(
+        self, lanes: Lanes, parts: Sequence[_Part], ids: Sequence[Sequence[str]]
+    ) -> list[Tensor]:
         """The error of each lane (N,) before each step; Diverged names the edits of those that are not finite."""
         norms = [leaf for name, leaf in lanes.weights.items() if "norm" in name]
         rest = [leaf for name, leaf in lanes.weights.items() if "norm" not in name]
-        groups = [{"params": rest, "weight_decay": self.peer.unke_decay}, {"params": norms, "weight_decay": 0.0}]
-        adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.peer.unke_rate, fused=True)
+        groups = [
+            {"params": rest, "weight_decay": self.peer.unke_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ]
+        adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.peer.unke_rate, fused=True
+        )
         errors: list[Tensor] = []
         with lanes.laid():
             for _ in range(self.peer.unke_steps):
@@ -237,10 +316,17 @@ class BlockSteps:
                     by_row.sum().backward()
                     error.index_add_(0, torch.tensor(part.of), by_row.detach().to(error))
                 if not error.isfinite().all():
-                    broken = [edit for own, finite in zip(ids, error.isfinite().tolist(), strict=True) if not finite for edit in own]
+                    broken = [
+                        edit
+                        for own, finite in zip(ids, error.isfinite().tolist(), strict=True)
+                        if not finite
+                        for edit in own
+                    ]
                     raise Diverged(
                         f"{self.peer.name}: the block's error of edit {', '.join(map(repr, broken))} is not finite after {len(errors)} steps; "
-                        f"expected an unke_rate below {self.peer.unke_rate:g}", broken)  # fmt: skip
+                        f"expected an unke_rate below {self.peer.unke_rate:g}",
+                        broken,
+                    )
                 errors.append(error)
                 adam.step()
         return errors
@@ -254,7 +340,12 @@ def _widened(value: Any) -> Any:
 def _repeated(part: _Part, count: int) -> _Part:
     """The same rows for each of so many lanes, lane after lane; what the rows of a part share goes on being shared."""
     rows = len(part.of)
-    args, kwargs, wanted, share = _each(tuple(part[1:]), lambda one: one.repeat(count, *[1] * (one.dim() - 1)) if one.dim() > 1 and len(one) == rows else one)
+    args, kwargs, wanted, share = _each(
+        tuple(part[1:]),
+        lambda one: (
+            one.repeat(count, *[1] * (one.dim() - 1)) if one.dim() > 1 and len(one) == rows else one
+        ),
+    )
     return _Part([lane for lane in range(count) for _ in range(rows)], args, kwargs, wanted, share)
 
 
@@ -263,7 +354,11 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, (tuple, list)):
         return tuple(_each(one, change) for one in value)
-    return {name: _each(one, change) for name, one in value.items()} if isinstance(value, dict) else value
+    return (
+        {name: _each(one, change) for name, one in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 SOLVERS = {"memit": ClosedForm, "alphaedit": ClosedForm, "unke": BlockSteps}

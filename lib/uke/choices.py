@@ -47,7 +47,10 @@ class Refused(InputError):
 
 def named(model: nn.Module, factor: str, level: str) -> str:
     """The level as a person reads it; a level that trains one block says which of this model's."""
-    depth, layers = model.config.get_text_config(decoder=True).num_hidden_layers, FACTORS[factor].levels[level].get("layers")
+    depth, layers = (
+        model.config.get_text_config(decoder=True).num_hidden_layers,
+        FACTORS[factor].levels[level].get("layers"),
+    )
     if isinstance(layers, float):
         return f"block {index(layers, depth)}"
     return LEVELS.get((factor, level), level.replace("_", " "))
@@ -57,23 +60,36 @@ def level_of(method: Method, factor: str) -> str | None:
     """The level of a factor that a method has, None where it has one of its own or no such choice."""
     if isinstance(method, Peer):
         return None
-    return next((level for level in FACTORS[factor].levels if vary(method, factor, level) == method), None)
+    return next(
+        (level for level in FACTORS[factor].levels if vary(method, factor, level) == method), None
+    )
 
 
 def without_factors(peer: Peer) -> str:
     """Why a locate-then-edit method has no factor to choose."""
-    why = "puts the text into the prompt and trains nothing" if peer.solver == "in_context" else "finds its place in the weights itself"
+    why = (
+        "puts the text into the prompt and trains nothing"
+        if peer.solver == "in_context"
+        else "finds its place in the weights itself"
+    )
     return f"{peer.name} {why}"
 
 
-def reasons(model: nn.Module, tokenizer: PreTrainedTokenizerBase, method: Method, factor: str) -> dict[str, str]:
+def reasons(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, method: Method, factor: str
+) -> dict[str, str]:
     """Why each level of a factor cannot be chosen for a method on this model, by level; empty where it can."""
     if isinstance(method, Peer):
         return dict.fromkeys(FACTORS[factor].levels, without_factors(method))
-    return {level: _reason(model, tokenizer, method, (factor, level)) for level in FACTORS[factor].levels}
+    return {
+        level: _reason(model, tokenizer, method, (factor, level))
+        for level in FACTORS[factor].levels
+    }
 
 
-def _reason(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, cell: tuple[str, str]) -> str:
+def _reason(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, cell: tuple[str, str]
+) -> str:
     factor, level = cell
     if level in FACTORS[factor].of_adapters and not recipe.adapter:
         return "a choice of adapters only (LoRA, AdaLoRA)"
@@ -96,7 +112,10 @@ def composed(method: Method, changes: Mapping[str, Any]) -> Method:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         field = str(fault["loc"][0])
-        raise Refused(field, f"{field.replace('_', ' ')}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (found {fault['input']!r})") from None
+        raise Refused(
+            field,
+            f"{field.replace('_', ' ')}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (found {fault['input']!r})",
+        ) from None
 
 
 def check_place(model: nn.Module, method: Method) -> None:
@@ -105,12 +124,18 @@ def check_place(model: nn.Module, method: Method) -> None:
         try:
             module_names(model, method.layers, method.components)
         except InputError as error:
-            raise Refused("components" if str(error).startswith("components") else "layers", str(error)) from None
+            raise Refused(
+                "components" if str(error).startswith("components") else "layers", str(error)
+            ) from None
 
 
 def blocks(text: str) -> tuple[int | float, ...]:
     """Block numbers and fractions of the depth, as `2, 5` or `0.5`; Refused for anything else."""
     try:
-        return tuple(float(part) if "." in part else int(part) for part in text.replace(",", " ").split())
+        return tuple(
+            float(part) if "." in part else int(part) for part in text.replace(",", " ").split()
+        )
     except ValueError:
-        raise Refused("layers", f"own blocks: expected numbers such as 2, 5 or 0.5, found {text.strip()!r}") from None
+        raise Refused(
+            "layers", f"own blocks: expected numbers such as 2, 5 or 0.5, found {text.strip()!r}"
+        ) from None

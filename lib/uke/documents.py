@@ -50,7 +50,9 @@ class Document:
         return bool(self.title.strip()) and UNKNOWN not in self.heading
 
 
-def read(path: Path | str, form: str | None = None, tally: Counter | None = None) -> Iterator[Document]:
+def read(
+    path: Path | str, form: str | None = None, tally: Counter | None = None
+) -> Iterator[Document]:
     """The documents of a file, one by one, in its order.
 
     `form` is one of `FORMATS`, told by the file's suffix and beginning if it is None. What was left out is added to
@@ -74,7 +76,9 @@ def gather(paths: Sequence[Path | str], tally: Counter | None = None) -> list[Do
         for place, document in _placed(path, _form(path, beginning(path)), tally):
             where = f"{path}: {place}"
             if document.id in places:
-                raise InputError(f"{where}: the id {document.id!r} is taken by {places[document.id]}; expected ids used once")
+                raise InputError(
+                    f"{where}: the id {document.id!r} is taken by {places[document.id]}; expected ids used once"
+                )
             places[document.id] = where
             found.append(document)
     if not found:
@@ -92,7 +96,9 @@ def _placed(path: Path, form: str, tally: Counter | None) -> Placed:
     if empty:
         reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common())
         left = f"left out {reasons}" if reasons else "nothing in it could be one"
-        raise InputError(f"{path}: holds no document of the form '{form}' ({left}); expected at least one")
+        raise InputError(
+            f"{path}: holds no document of the form '{form}' ({left}); expected at least one"
+        )
     if tally is not None:
         tally.update(skipped)
 
@@ -114,7 +120,9 @@ def _form(path: Path, start: str) -> str:
     if HEADING.match(start.split("\n", 1)[0]) or name.endswith((".txt", ".tokens", ".raw")):
         return "wikitext"
     known = ", ".join(FORMATS)
-    raise InputError(f"{path}: neither its name nor its beginning tells its form; expected one of {known}")
+    raise InputError(
+        f"{path}: neither its name nor its beginning tells its form; expected one of {known}"
+    )
 
 
 def _stem(path: Path) -> str:
@@ -128,7 +136,11 @@ def _stem(path: Path) -> str:
 def _optional(record: Record, field: str) -> str:
     """A text that may be missing, null or blank: "" then."""
     value = record.values.get(field)
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else record.text(field)
+    return (
+        ""
+        if value is None or (isinstance(value, str) and not value.strip())
+        else record.text(field)
+    )
 
 
 def _line(text: str) -> str:
@@ -144,7 +156,9 @@ def _jsonl(path: Path, tally: Counter) -> Placed:
             values = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             hint = "is the file truncated?" if truncated(error) else "expected one object a line"
-            raise InputError(f"{path}: line {number} column {error.colno} is not valid JSON: {error.msg}; {hint}") from None
+            raise InputError(
+                f"{path}: line {number} column {error.colno} is not valid JSON: {error.msg}; {hint}"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is not usable JSON: {error}") from None
         if type(values) is not dict:
@@ -191,7 +205,10 @@ def _xquad(path: Path, tally: Counter) -> Placed:
         asked = record.records("questions") if record.has("questions") else []
         questions = tuple((_line(one.text("question")), one.text("answer")) for one in asked)
         id = record.id if {"id", "case_id"} & record.values.keys() else f"{_stem(path)}-{position}"
-        yield f"record {position}", Document(id, _line(record.text("title")), record.text("text"), questions=questions)
+        yield (
+            f"record {position}",
+            Document(id, _line(record.text("title")), record.text("text"), questions=questions),
+        )
 
 
 def _squad(path: Path) -> Placed:
@@ -199,15 +216,24 @@ def _squad(path: Path) -> Placed:
     try:
         whole = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no usable JSON ({error}); expected one object with 'data'") from None
+        raise InputError(
+            f"{path}: is no usable JSON ({error}); expected one object with 'data'"
+        ) from None
     number = 0
     for place, article in enumerate(Record(whole, str(path)).records("data")):
         title = _line(unquote(article.text("title")).replace("_", " "))
         for inner, paragraph in enumerate(article.records("paragraphs")):
-            asked = [(one.text("question"), one.records("answers")) for one in paragraph.records("qas")]
-            questions = tuple((_line(question), answers[0].text("text")) for question, answers in asked if answers)
+            asked = [
+                (one.text("question"), one.records("answers")) for one in paragraph.records("qas")
+            ]
+            questions = tuple(
+                (_line(question), answers[0].text("text")) for question, answers in asked if answers
+            )
             text = paragraph.text("context")
-            yield f"article {place}, paragraph {inner}", Document(f"{_stem(path)}-{number}", title, text, questions=questions)
+            yield (
+                f"article {place}, paragraph {inner}",
+                Document(f"{_stem(path)}-{number}", title, text, questions=questions),
+            )
             number += 1
 
 
@@ -216,7 +242,11 @@ FORMATS = {"jsonl": _jsonl, "mediawiki": _mediawiki, "wikitext": _wikitext, "xqu
 
 # What a file of each form holds before, for each and after its documents; WikiText's titles stand between blank lines.
 SYNTHETIC = {
-    "jsonl": ("", '{{"id": {number}, "title": "Page {number}", "text": "{lead}", "rest": "{rest}"}}\n', ""),
+    "jsonl": (
+        "",
+        '{{"id": {number}, "title": "Page {number}", "text": "{lead}", "rest": "{rest}"}}\n',
+        "",
+    ),
     "wikitext": ("", " \n = Page {number} = \n \n {rest} \n", ""),
     "mediawiki": (
         '<mediawiki version="0.11">\n',
@@ -237,7 +267,9 @@ def growth(counts: Sequence[int], folder: Path | str, form: str = "mediawiki") -
     InputError for a form of which none can be made up.
     """
     if form not in SYNTHETIC:
-        raise InputError(f"form: no file of the form '{form}' can be made up{nearest(form, SYNTHETIC)}")
+        raise InputError(
+            f"form: no file of the form '{form}' can be made up{nearest(form, SYNTHETIC)}"
+        )
     return pd.DataFrame([_growth(count, Path(folder), form) for count in counts])
 
 
@@ -248,8 +280,12 @@ def _growth(count: int, folder: Path, form: str) -> dict[str, float]:
         with path.open("w", encoding="utf-8") as file:
             file.write(start)
             for number in range(count):
-                words = random.Random(number).randbytes(2400).hex(" ", 4)  # 600 words of eight digits
-                file.write(page.format(number=number + 1, lead=words[: 9 * 2 * STUB_WORDS - 1], rest=words))
+                words = (
+                    random.Random(number).randbytes(2400).hex(" ", 4)
+                )  # 600 words of eight digits
+                file.write(
+                    page.format(number=number + 1, lead=words[: 9 * 2 * STUB_WORDS - 1], rest=words)
+                )
             file.write(end)
         size = path.stat().st_size
         begun = time.perf_counter()
@@ -261,4 +297,9 @@ def _growth(count: int, folder: Path, form: str) -> dict[str, float]:
     finally:
         tracemalloc.stop()
         path.unlink(missing_ok=True)
-    return {"documents": found, "file_mib": size / 2**20, "peak_mib": peak / 2**20, "seconds": seconds}
+    return {
+        "documents": found,
+        "file_mib": size / 2**20,
+        "peak_mib": peak / 2**20,
+        "seconds": seconds,
+    }

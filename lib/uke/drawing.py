@@ -37,7 +37,14 @@ METHODS = {
     "last_prompt_token": ("#d55e00", "o"),
     "target_tokens": ("#0072b2", "o"),
 }
-_OTHERS = (("#0072b2", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#d55e00", "v"), ("#56b4e9", "P"))
+_OTHERS = (
+    ("#0072b2", "o"),
+    ("#e69f00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#d55e00", "v"),
+    ("#56b4e9", "P"),
+)
 RC = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("paper"),
@@ -100,7 +107,10 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     to_axes = ax.transData + ax.transAxes.inverted()
     points = {name: to_axes.transform((x, y)) for name, (x, y, _) in ends.items()}
     order = sorted(points, key=lambda name: points[name][1])
-    gap, heights = 0.14 / (0.75 * ax.figure.get_figheight()), {}  # inches that a name takes, as a share of the axes
+    gap, heights = (
+        0.14 / (0.75 * ax.figure.get_figheight()),
+        {},
+    )  # inches that a name takes, as a share of the axes
     for name in order:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     above = 1.05
@@ -116,13 +126,23 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
             fontsize=7,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ends[name][2], "lw": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": ends[name][2],
+                "lw": 0.5,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 1,
+            },
         )
 
 
 def save(fig: Figure, directory: str | Path, name: str) -> list[Path]:
     """Write `name`.pdf and `name`.png, byte for byte the same on every redraw; the paths."""
-    undated = {"pdf": dict.fromkeys(("CreationDate", "ModDate", "Producer", "Creator")), "png": {"Software": None}}
+    undated = {
+        "pdf": dict.fromkeys(("CreationDate", "ModDate", "Producer", "Creator")),
+        "png": {"Software": None},
+    }
     saved = []
     with matplotlib.rc_context(RC):
         for ending, metadata in undated.items():

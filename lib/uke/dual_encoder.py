@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from uke.embedding import FILES, Encoder, batches, digest, opened, pooled
+from uke.embedding import Encoder, batches, digest, opened, pooled
 from uke.errors import InputError
 from uke.paths import code_fingerprint
 from uke.ranking import Words, check_texts
@@ -60,14 +60,29 @@ class Settings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 2, "negatives": 0, "depth": 1, "length": 8, "question_length": 8, "frozen": 0, "seed": 0}
+        least = {
+            "steps": 1,
+            "batch": 2,
+            "negatives": 0,
+            "depth": 1,
+            "length": 8,
+            "question_length": 8,
+            "frozen": 0,
+            "seed": 0,
+        }
         for field in fields(self):
             value, whole = getattr(self, field.name), field.name in least
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < least.get(field.name, 0):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if whole else (int, float))
+                or value < least.get(field.name, 0)
+            ):
                 kind = f"a whole number from {least[field.name]}" if whole else "a number from 0"
                 raise InputError(f"dual_encoder, {field.name}: expected {kind}, found {value!r}")
         if self.warm_up >= 1:
-            raise InputError(f"dual_encoder, warm_up: expected a share below 1, found {self.warm_up!r}")
+            raise InputError(
+                f"dual_encoder, warm_up: expected a share below 1, found {self.warm_up!r}"
+            )
 
 
 class Material(NamedTuple):
@@ -78,7 +93,13 @@ class Material(NamedTuple):
     negatives: list[np.ndarray]
 
 
-def train(pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, folder: str | Path, titles: Sequence[str] = ()) -> Path:
+def train(
+    pairs: Sequence[Pair],
+    passages: Sequence[str],
+    settings: Settings,
+    folder: str | Path,
+    titles: Sequence[str] = (),
+) -> Path:
     """Directory of MiniLM trained on `pairs`, in `folder`: an ordinary sentence encoder, with its losses in training.json.
 
     Named by the fingerprint of everything that decides it, and made where it is missing, whole or not at all; the same
@@ -91,46 +112,80 @@ def train(pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, fo
     _check(pairs, passages, settings, titles)
     base = encoder_folder()
     code = code_fingerprint(("embedding", "dual_encoder"))
-    parts = [Encoder(base).fingerprint, json.dumps([asdict(settings), [list(pair) for pair in pairs], list(titles), code]), *passages]
-    made = Path(folder) / f"dual-encoder-{digest(part.encode('utf-8', 'surrogatepass') for part in parts)[:24]}"
+    parts = [
+        Encoder(base).fingerprint,
+        json.dumps([asdict(settings), [list(pair) for pair in pairs], list(titles), code]),
+        *passages,
+    ]
+    made = (
+        Path(folder)
+        / f"dual-encoder-{digest(part.encode('utf-8', 'surrogatepass') for part in parts)[:24]}"
+    )
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):
         if not made.is_dir():
-            _write(base, Material(pairs, passages, hard_negatives(pairs, passages, settings.depth, titles)), settings, made)
+            _write(
+                base,
+                Material(pairs, passages, hard_negatives(pairs, passages, settings.depth, titles)),
+                settings,
+                made,
+            )
     return made
 
 
-def hard_negatives(pairs: Sequence[Pair], passages: Sequence[str], depth: int, titles: Sequence[str] = ()) -> list[np.ndarray]:
+def hard_negatives(
+    pairs: Sequence[Pair], passages: Sequence[str], depth: int, titles: Sequence[str] = ()
+) -> list[np.ndarray]:
     """For every pair up to `depth` places of the passages BM25 finds first that are no answer to it.
 
     Left out: the pair's own passage, those that hold its short answer, and those of the same title.
     """
     index = Words(passages)
-    found, _ = index.top([pair.question for pair in pairs], min(len(passages), 4 * depth))  # (pairs, at most 4 * depth)
+    found, _ = index.top(
+        [pair.question for pair in pairs], min(len(passages), 4 * depth)
+    )  # (pairs, at most 4 * depth)
     plain = [" ".join(passage.casefold().split()) for passage in passages]
     kept = []
     for pair, places in zip(pairs, found):
         answer = " ".join(pair.answer.casefold().split())
         wrong = [
-            place for place in places
-            if place != pair.place and not (answer and answer in plain[place]) and not (titles and titles[place] == titles[pair.place])
-        ]  # fmt: skip
+            place
+            for place in places
+            if place != pair.place
+            and not (answer and answer in plain[place])
+            and not (titles and titles[place] == titles[pair.place])
+        ]
         kept.append(np.array(wrong[:depth], dtype=np.int64))
     return kept
 
 
-def _check(pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, titles: Sequence[str]) -> None:
+def _check(
+    pairs: Sequence[Pair], passages: Sequence[str], settings: Settings, titles: Sequence[str]
+) -> None:
     check_texts("passages", passages, 1)
     if not pairs:
         raise InputError("pairs: expected questions with the places of their passages, found none")
     check_texts("questions", [pair[0] for pair in pairs])
-    wrong = next((pair for pair in pairs if isinstance(pair.place, bool) or not 0 <= pair.place < len(passages)), None)
+    wrong = next(
+        (
+            pair
+            for pair in pairs
+            if isinstance(pair.place, bool) or not 0 <= pair.place < len(passages)
+        ),
+        None,
+    )
     if wrong:
-        raise InputError(f"pairs: question {wrong.question!r} names passage {wrong.place}; expected 0 to {len(passages) - 1}")
+        raise InputError(
+            f"pairs: question {wrong.question!r} names passage {wrong.place}; expected 0 to {len(passages) - 1}"
+        )
     if min(len(pairs), len(passages)) < settings.batch:
-        raise InputError(f"dual_encoder, batch: {settings.batch} is more than {len(pairs)} pairs or {len(passages)} passages; expected fewer")
+        raise InputError(
+            f"dual_encoder, batch: {settings.batch} is more than {len(pairs)} pairs or {len(passages)} passages; expected fewer"
+        )
     if titles and len(titles) != len(passages):
-        raise InputError(f"titles: expected one for each of {len(passages)} passages, found {len(titles)}")
+        raise InputError(
+            f"titles: expected one for each of {len(passages)} passages, found {len(titles)}"
+        )
 
 
 def _write(base: Path, material: Material, settings: Settings, made: Path) -> None:
@@ -141,7 +196,12 @@ def _write(base: Path, material: Material, settings: Settings, made: Path) -> No
         shutil.copytree(base, whole, copy_function=shutil.copyfile)
         weights, losses = _learn(base, material, settings)
         save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
-        card = {"settings": asdict(settings), "pairs": len(material.pairs), "passages": len(material.passages), "losses": losses}
+        card = {
+            "settings": asdict(settings),
+            "pairs": len(material.pairs),
+            "passages": len(material.passages),
+            "losses": losses,
+        }
         (whole / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         os.replace(whole, made)
 
@@ -156,11 +216,19 @@ def _learn(base: Path, material: Material, settings: Settings) -> tuple[dict, li
     try:
         lower, upper = split(network, settings.frozen)
     except AttributeError as error:
-        raise InputError(f"{base}: expected a BERT encoder, whose lower blocks can be frozen ({error})") from None
+        raise InputError(
+            f"{base}: expected a BERT encoder, whose lower blocks can be frozen ({error})"
+        ) from None
     states = _States(base, lower, material, settings)
     matrices = [weight for weight in upper.parameters() if weight.ndim > 1]
     rest = [weight for weight in upper.parameters() if weight.ndim < 2]
-    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.decay}, {"params": rest, "weight_decay": 0.0}], lr=settings.rate)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        lr=settings.rate,
+    )
     losses = []
     for step, (chosen, negatives) in enumerate(draws(material, settings)):
         for group in optimiser.param_groups:
@@ -171,13 +239,19 @@ def _learn(base: Path, material: Material, settings: Settings) -> tuple[dict, li
         torch.nn.utils.clip_grad_norm_(upper.parameters(), 1.0)
         optimiser.step()
         losses.append(round(loss.item(), 4))
-    return {name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}, losses
+    return {
+        name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()
+    }, losses
 
 
 def rate_at(step: int, settings: Settings) -> float:
     """Share of the peak rate at a step: a line up over the warm-up, a line down to 0 after it."""
     warm = settings.warm_up * settings.steps
-    return (step + 1) / (warm + 1) if step < warm else (settings.steps - step) / (settings.steps - warm)
+    return (
+        (step + 1) / (warm + 1)
+        if step < warm
+        else (settings.steps - step) / (settings.steps - warm)
+    )
 
 
 def draws(material: Material, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -188,7 +262,9 @@ def draws(material: Material, settings: Settings) -> Iterator[tuple[np.ndarray, 
         if len(waiting) < settings.batch:
             waiting = np.concatenate([waiting, generator.permutation(len(material.pairs))])
         chosen, waiting = waiting[: settings.batch], waiting[settings.batch :]
-        drawn = [generator.permutation(material.negatives[pair])[: settings.negatives] for pair in chosen]
+        drawn = [
+            generator.permutation(material.negatives[pair])[: settings.negatives] for pair in chosen
+        ]
         yield chosen, np.concatenate(drawn)
 
 
@@ -202,7 +278,9 @@ def split(network, frozen: int) -> tuple:
 
     blocks = network.encoder.layer
     if frozen > len(blocks) - 1:
-        raise InputError(f"dual_encoder, frozen: expected at most {len(blocks) - 1} of {len(blocks)} blocks, found {frozen}")
+        raise InputError(
+            f"dual_encoder, frozen: expected at most {len(blocks) - 1} of {len(blocks)} blocks, found {frozen}"
+        )
     parts = []
     for chosen, embeddings in ((blocks[:frozen], network.embeddings), (blocks[frozen:], Given())):
         with torch.random.fork_rng():
@@ -219,7 +297,10 @@ class _States:
 
     def __init__(self, base: Path, lower, material: Material, settings: Settings):
         self.lower, self.material, self.kept = lower, material, {}
-        self.encoders = {"passages": Encoder(base, settings.length), "pairs": Encoder(base, settings.question_length)}
+        self.encoders = {
+            "passages": Encoder(base, settings.length),
+            "pairs": Encoder(base, settings.question_length),
+        }
 
     def __call__(self, kind: str, places: Sequence[int]) -> tuple:
         """States (n, L, width) and mask (n, L) of these passages, or of these pairs' questions."""
@@ -228,18 +309,30 @@ class _States:
         if len(self.kept) > self.MOST:
             self.kept.clear()
         missing = [place for place in places if (kind, place) not in self.kept]
-        texts = [self.material.passages[place] if kind == "passages" else self.material.pairs[place].question for place in missing]
+        texts = [
+            self.material.passages[place]
+            if kind == "passages"
+            else self.material.pairs[place].question
+            for place in missing
+        ]
         for chosen, ids, mask in batches(self.encoders[kind].pieces(texts), 64):
             with torch.no_grad():
-                states = self.lower(input_ids=ids.to(self.lower.device), attention_mask=mask.to(self.lower.device)).last_hidden_state
+                states = self.lower(
+                    input_ids=ids.to(self.lower.device), attention_mask=mask.to(self.lower.device)
+                ).last_hidden_state
             for row, (number, count) in enumerate(zip(chosen, mask.sum(1).tolist())):
                 self.kept[kind, missing[number]] = states[row, :count].clone()
         rows = [self.kept[kind, place] for place in places]
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows],
+            batch_first=True,
+        )
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
 
 
-def _loss(upper, states: _States, material: Material, drawn: tuple[np.ndarray, np.ndarray], scale: float):
+def _loss(
+    upper, states: _States, material: Material, drawn: tuple[np.ndarray, np.ndarray], scale: float
+):
     """Cross-entropy of each question's own passage among all passages of the batch, each of them there once."""
     import torch
 
@@ -250,4 +343,6 @@ def _loss(upper, states: _States, material: Material, drawn: tuple[np.ndarray, n
     for given, mask in (states("pairs", pairs.tolist()), states("passages", passages.tolist())):
         sides.append(pooled(upper(inputs_embeds=given, attention_mask=mask), mask))
     cosines = sides[0] @ sides[1].T  # (questions, passages)
-    return torch.nn.functional.cross_entropy(scale * cosines, torch.from_numpy(target[: len(own)]).to(cosines.device))
+    return torch.nn.functional.cross_entropy(
+        scale * cosines, torch.from_numpy(target[: len(own)]).to(cosines.device)
+    )

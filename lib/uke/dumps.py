@@ -22,13 +22,19 @@ from uke.errors import InputError
 from uke.streams import BROKEN, damage, opened
 
 STUB_WORDS = 40  # a shorter passage is no probe: answers of the benchmarks have about 90 words
-CUT = {3, 5, 6, 20}  # expat: no element found, unclosed token, partial character, unclosed CDATA section
+CUT = {
+    3,
+    5,
+    6,
+    20,
+}  # expat: no element found, unclosed token, partial character, unclosed CDATA section
 
 LONGEST_LEAD = 2**17  # characters of markup; a longer one is a list
 DEEPEST = 40  # the parser's own limit, beyond which it takes a text apart again and again
 HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|<math\b.*?(?:</math>|/>|\Z)", re.DOTALL)
 OPENING = re.compile(
-    r"(\{\{|\[\[|^\{\||<(?!br|hr|li|p\b|wbr)[a-z]\w*\b[^<>/]*>)|\}\}|\]\]|^\|\}|</[a-z]", re.IGNORECASE | re.MULTILINE
+    r"(\{\{|\[\[|^\{\||<(?!br|hr|li|p\b|wbr)[a-z]\w*\b[^<>/]*>)|\}\}|\]\]|^\|\}|</[a-z]",
+    re.IGNORECASE | re.MULTILINE,
 )
 HEADING = re.compile(r"^={1,6}[^=\n].*=\s*$", re.MULTILINE)
 REDIRECT = re.compile(r"\s*#redirect", re.IGNORECASE)
@@ -42,17 +48,50 @@ LISTING = re.compile(
     r"(?:[ _-](?:page|cleanup))?\s*(?:\|[^{}]*)?\}\}",
     re.IGNORECASE,
 )
-FILES = {"-2", "6", "14"}  # namespaces of media, files and categories: links there show no words of a sentence
-UNREAD = {"ref", "references", "table", "gallery", "math", "chem", "syntaxhighlight", "source", "style", "div"}
+FILES = {
+    "-2",
+    "6",
+    "14",
+}  # namespaces of media, files and categories: links there show no words of a sentence
+UNREAD = {
+    "ref",
+    "references",
+    "table",
+    "gallery",
+    "math",
+    "chem",
+    "syntaxhighlight",
+    "source",
+    "style",
+    "div",
+}
 # Templates that stand for words of the sentence; every other one is a box, a note or a sound.
-SPOKEN = {"nowrap": "{1}", "nobr": "{1}", "lang": "{2}", "ill": "{1}", "abbr": "{1}", "circa": "c. {1}", "c.": "c. {1}"}
-SPOKEN |= {"convert": "amount", "cvt": "amount", "snd": " – ", "spnd": " – ", "spaced ndash": " – ", "ndash": "–"}
+SPOKEN = {
+    "nowrap": "{1}",
+    "nobr": "{1}",
+    "lang": "{2}",
+    "ill": "{1}",
+    "abbr": "{1}",
+    "circa": "c. {1}",
+    "c.": "c. {1}",
+}
+SPOKEN |= {
+    "convert": "amount",
+    "cvt": "amount",
+    "snd": " – ",
+    "spnd": " – ",
+    "spaced ndash": " – ",
+    "ndash": "–",
+}
 RANGE = re.compile(r"[\d.,/+−–±-]+|to|and|or|by|x")
 TIDY = [
     (re.compile(r"__[A-Z]+__|\u200b|\ufeff"), ""),
     (re.compile(r"[ \t\xa0]+"), " "),
     (re.compile(r"\n\s+"), "\n"),
-    (re.compile(r"\(\s*(?:(?:or|and)\b)?[;,:/\s]+"), "("),  # what a pronunciation leaves: "(; born 1815)"
+    (
+        re.compile(r"\(\s*(?:(?:or|and)\b)?[;,:/\s]+"),
+        "(",
+    ),  # what a pronunciation leaves: "(; born 1815)"
     (re.compile(r"[;,] ?(?=[;,)])"), ""),
     (re.compile(r" ?\(\s*\)| ?\[\s*\]"), ""),
     (re.compile(r" +(?=[,.;:)\n])|(?<=[(\n]) +"), ""),
@@ -86,11 +125,19 @@ def pages(path: Path, tally: Counter) -> Iterator[Page]:
         if not _is(element, "page"):
             continue
         count += 1
-        title, id, space = ((element.findtext(f"{{*}}{name}") or "").strip() for name in ("title", "id", "ns"))
+        title, id, space = (
+            (element.findtext(f"{{*}}{name}") or "").strip() for name in ("title", "id", "ns")
+        )
         if not title or not id:
-            raise InputError(f"{path}: page {count} has no {'id' if title else 'title'}; expected a MediaWiki dump")
-        space = space or spaces.get(title.split(":")[0].lower(), "0")  # dumps before 2011 have no <ns>
-        reason, text = _article(element, spaces) if space == "0" else ("pages of other namespaces", "")
+            raise InputError(
+                f"{path}: page {count} has no {'id' if title else 'title'}; expected a MediaWiki dump"
+            )
+        space = space or spaces.get(
+            title.split(":")[0].lower(), "0"
+        )  # dumps before 2011 have no <ns>
+        reason, text = (
+            _article(element, spaces) if space == "0" else ("pages of other namespaces", "")
+        )
         if reason:
             tally[reason] += 1
         else:
@@ -104,7 +151,9 @@ def _children(path: Path) -> Iterator[ET.Element]:
     _check_prolog(path)
     try:
         with opened(path) as handle:
-            pieces = SimpleNamespace(read=handle.read1)  # what can still be unpacked of a cut archive is read
+            pieces = SimpleNamespace(
+                read=handle.read1
+            )  # what can still be unpacked of a cut archive is read
             for event, element in ET.iterparse(pieces, ("start", "end")):
                 depth += 1 if event == "start" else -1
                 if event == "start":
@@ -112,15 +161,24 @@ def _children(path: Path) -> Iterator[ET.Element]:
                         family[depth] = element
                 elif depth == 2 and _is(element, "revision"):
                     # The parser runs ahead of its events, so later revisions may be there already.
-                    for earlier in takewhile(lambda one: one is not element, family[2].findall("{*}revision")):
+                    for earlier in takewhile(
+                        lambda one: one is not element, family[2].findall("{*}revision")
+                    ):
                         family[2].remove(earlier)
                 elif depth == 1:
                     yield element
                     if _is(element, "page"):
-                        count, last = count + 1, " ".join((element.findtext("{*}title") or "").split())
+                        count, last = (
+                            count + 1,
+                            " ".join((element.findtext("{*}title") or "").split()),
+                        )
                     family[1].clear()
     except (*BROKEN, ET.ParseError) as error:
-        read = f"after page '{last}', {count} page{'s' * (count > 1)} read" if count else "before the first page ends"
+        read = (
+            f"after page '{last}', {count} page{'s' * (count > 1)} read"
+            if count
+            else "before the first page ends"
+        )
         raise damage(path, error, read, cut=getattr(error, "code", None) in CUT) from None
 
 
@@ -132,7 +190,9 @@ def _check_prolog(path: Path) -> None:
     """What stands before the root of an XML file must declare no document type, and the root must be a dump's."""
 
     def refuse(*_: object) -> None:
-        raise InputError(f"{path}: declares a document type (DOCTYPE), whose entities may grow without bound; expected none")
+        raise InputError(
+            f"{path}: declares a document type (DOCTYPE), whose entities may grow without bound; expected none"
+        )
 
     roots: list[str] = []
     parser = expat.ParserCreate()
@@ -146,7 +206,9 @@ def _check_prolog(path: Path) -> None:
     except (*BROKEN, expat.ExpatError) as error:
         raise damage(path, error, "before the first page ends") from None
     if roots and roots[0] != "mediawiki":
-        raise InputError(f"{path}: is XML with the root <{roots[0]}>; expected the <mediawiki> of a dump")
+        raise InputError(
+            f"{path}: is XML with the root <{roots[0]}>; expected the <mediawiki> of a dump"
+        )
 
 
 def _article(page: ET.Element, spaces: dict[str, str]) -> tuple[str, str]:
@@ -162,7 +224,9 @@ def _article(page: ET.Element, spaces: dict[str, str]) -> tuple[str, str]:
         return "stubs", ""
     head = _head(source)
     if len(head) > LONGEST_LEAD or _depth(head) > DEEPEST:
-        return ("pages of broken markup" if len(head) <= LONGEST_LEAD else "lists without a lead"), ""
+        return (
+            "pages of broken markup" if len(head) <= LONGEST_LEAD else "lists without a lead"
+        ), ""
     try:
         text = lead(source, {name for name, key in spaces.items() if key in FILES})
     except ParserError:
@@ -207,11 +271,15 @@ def _plain(code: Wikicode | None, files: frozenset[str]) -> str:
             words.append(_spoken(node, files))
         elif isinstance(node, Wikilink):
             space, colon, _ = str(node.title).partition(":")
-            if not colon or not (space.strip().lower() in files or (LANGUAGE.fullmatch(space) and not node.text)):
+            if not colon or not (
+                space.strip().lower() in files or (LANGUAGE.fullmatch(space) and not node.text)
+            ):
                 words.append(_plain(node.text or node.title, files).removeprefix(":"))
         elif isinstance(node, Tag):
             name = str(node.tag).strip().lower()
-            words.append(" " if name == "br" else "" if name in UNREAD else _plain(node.contents, files))
+            words.append(
+                " " if name == "br" else "" if name in UNREAD else _plain(node.contents, files)
+            )
         else:
             words.append(str(node.__strip__(normalize=True, collapse=False) or ""))
     return "".join(words)

@@ -31,7 +31,9 @@ from uke.peers import Peer
 from uke.recipes import Recipe
 
 # A method that is neither recipe nor peer: it takes model, tokenizer and edits, and gives the edited model until it is left.
-Solver = Callable[[nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]]
+Solver = Callable[
+    [nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]
+]
 METHODS: dict[str, Recipe | Peer | Solver] = dict(PUBLISHED)
 
 RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safetensors"
@@ -74,8 +76,17 @@ def edited(
             yield solved
         return
     prepare(model, tokenizer, edits, method)
-    way = _in_context if getattr(method, "solver", "") == "in_context" else _adapted if getattr(method, "adapter", "") else _direct
-    with kept(model, {}), way(model.eval(), tokenizer, edits, method, progress) as (changed, training, norms):
+    way = (
+        _in_context
+        if getattr(method, "solver", "") == "in_context"
+        else _adapted
+        if getattr(method, "adapter", "")
+        else _direct
+    )
+    with (
+        kept(model, {}),
+        way(model.eval(), tokenizer, edits, method, progress) as (changed, training, norms),
+    ):
         changed.edit_record = EditRecord(**vars(training), change_norm=norms)
         try:
             yield changed
@@ -88,14 +99,23 @@ Change = tuple[nn.Module, Training, dict[str, float]]
 
 @contextmanager
 def _direct(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], method: Recipe | Peer, progress: Progress | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    method: Recipe | Peer,
+    progress: Progress | None,
 ) -> Iterator[Change]:
-    choose, write = (weights, train) if isinstance(method, Recipe) else (baselines.weights, baselines.write)
+    choose, write = (
+        (weights, train) if isinstance(method, Recipe) else (baselines.weights, baselines.write)
+    )
     trained = choose(model, method)
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     try:
         training = write(model, tokenizer, edits, method, progress)
-        norms = {name: change(weight.detach() - before[name], before[name]) for name, weight in trained.items()}
+        norms = {
+            name: change(weight.detach() - before[name], before[name])
+            for name, weight in trained.items()
+        }
         yield model, training, norms
     finally:
         for name, weight in trained.items():
@@ -104,13 +124,19 @@ def _direct(
 
 @contextmanager
 def _adapted(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe, progress: Progress | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    recipe: Recipe,
+    progress: Progress | None,
 ) -> Iterator[Change]:
     wrapped = adapt(model, recipe, len(edits))
     try:
         training = train(wrapped, tokenizer, edits, recipe, progress)
         norms = {
-            f"{name}.weight": change(layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach())
+            f"{name}.weight": change(
+                layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach()
+            )
             for name, layer in wrapped.get_base_model().named_modules()
             if isinstance(layer, LoraLayer)
         }
@@ -121,7 +147,11 @@ def _adapted(
 
 @contextmanager
 def _in_context(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: Peer, progress: Progress | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    peer: Peer,
+    progress: Progress | None,
 ) -> Iterator[Change]:
     model.passages = {edit.id: edit.answer for edit in edits}
     try:
@@ -132,7 +162,9 @@ def _in_context(
 
 def change(difference: Tensor, weight: Tensor) -> float:
     """Frobenius norm of a difference relative to that of the weight it changes."""
-    return float(difference.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return float(
+        difference.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+    )
 
 
 def save(m: nn.Module, directory: str | Path) -> None:
@@ -140,8 +172,12 @@ def save(m: nn.Module, directory: str | Path) -> None:
 
     `m` is what `edited` yields. Raises InputError for a model that carries no edit, or carries it in its prompts.
     """
-    if not isinstance(record := getattr(m, "edit_record", None), EditRecord) or hasattr(m, "passages"):
-        raise InputError(f"{directory}: nothing to save; expected the model that edited(...) yields")
+    if not isinstance(record := getattr(m, "edit_record", None), EditRecord) or hasattr(
+        m, "passages"
+    ):
+        raise InputError(
+            f"{directory}: nothing to save; expected the model that edited(...) yields"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(m, PeftModel):
@@ -154,7 +190,10 @@ def save(m: nn.Module, directory: str | Path) -> None:
     else:
         form, unchanged = "weights", _unchanged(m, record.change_norm)
         parameters = dict(m.named_parameters())
-        save_file({name: parameters[name].detach().contiguous() for name in record.change_norm}, directory / WEIGHTS)
+        save_file(
+            {name: parameters[name].detach().contiguous() for name in record.change_norm},
+            directory / WEIGHTS,
+        )
     content = {"form": form, "unchanged": unchanged, "record": vars(record)}
     # Written last: a directory without it was never finished.
     (directory / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -169,7 +208,9 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     directory = Path(directory)
     form, unchanged, record = _read(directory)
     if _unchanged(model, record.change_norm if form == "weights" else ()) != unchanged:
-        raise InputError(f"{directory / RECORD}: field unchanged: this edit was made on another model")
+        raise InputError(
+            f"{directory / RECORD}: field unchanged: this edit was made on another model"
+        )
     if form == "weights":
         edited_model = _load_weights(model, directory / WEIGHTS, record.change_norm)
     else:
@@ -184,11 +225,17 @@ def _read(directory: Path) -> tuple[str, str, EditRecord]:
         raise InputError(f"{path}: no such file; expected a directory written by save(...)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        form, unchanged, record = content["form"], content["unchanged"], EditRecord(**content["record"])
+        form, unchanged, record = (
+            content["form"],
+            content["unchanged"],
+            EditRecord(**content["record"]),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a record written by save(...) ({error})") from None
     if form not in ("weights", "adapter"):
-        raise InputError(f"{path}: field form: unknown '{form}'{nearest(str(form), ('weights', 'adapter'))}")
+        raise InputError(
+            f"{path}: field form: unknown '{form}'{nearest(str(form), ('weights', 'adapter'))}"
+        )
     return form, unchanged, record
 
 
@@ -200,7 +247,9 @@ def _load_weights(model: PreTrainedModel, path: Path, names: Collection[str]) ->
         raise InputError(f"{path}: no readable safetensors file ({error})") from None
     for name in sorted({*saved, *names}):
         if name not in saved or name not in names or parameters[name].shape != saved[name].shape:
-            raise InputError(f"{path}: weight {name}: expected each weight of {RECORD} once, in the model's shape")
+            raise InputError(
+                f"{path}: weight {name}: expected each weight of {RECORD} once, in the model's shape"
+            )
     for name, tensor in saved.items():
         parameters[name].data.copy_(tensor)
     return model
@@ -215,14 +264,20 @@ def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     try:
         config, saved = PeftConfig.from_pretrained(directory), load_file(path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{directory}: no readable peft adapter ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{directory}: no readable peft adapter ({' '.join(str(error).split())})"
+        ) from None
     with kept(model, {}):
         try:
             wrapped = get_peft_model(model, config)
         except ValueError:
-            raise InputError(f"{directory}: the adapter's target_modules are not in the model") from None
+            raise InputError(
+                f"{directory}: the adapter's target_modules are not in the model"
+            ) from None
         wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        if {name: tensor.shape for name, tensor in wanted.items()} != {name: t.shape for name, t in saved.items()}:
+        if {name: tensor.shape for name, tensor in wanted.items()} != {
+            name: t.shape for name, t in saved.items()
+        }:
             wrapped.unload()
             raise InputError(f"{path}: not the weights that adapter_config.json describes")
         set_peft_model_state_dict(wrapped, saved)

@@ -30,7 +30,15 @@ from uke.formats import cloze
 from uke.records import Record, read_list
 
 Kind = Literal[
-    "original", "paraphrase", "detail", "rel_doc", "rand_doc", "struct_trip", "near_triple", "multi_hop", "general"
+    "original",
+    "paraphrase",
+    "detail",
+    "rel_doc",
+    "rand_doc",
+    "struct_trip",
+    "near_triple",
+    "multi_hop",
+    "general",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 SPLITS = ("development", "test")
@@ -126,7 +134,9 @@ class Edit(Frozen):
     def _check_extra(self) -> "Edit":
         for probe in self.extra:
             if probe.edit != self.id or probe.kind in OWN:
-                raise ValueError(f"an extra probe is of edit {probe.edit!r} and kind '{probe.kind}'")
+                raise ValueError(
+                    f"an extra probe is of edit {probe.edit!r} and kind '{probe.kind}'"
+                )
         _refuse_twins(self.extra)
         return self
 
@@ -135,9 +145,18 @@ class Edit(Frozen):
         """Every question that comes with the edit."""
         whole = [("original", self.question)]
         whole += [("paraphrase", self.paraphrase)] if self.paraphrase else []
-        own = [Probe(edit=self.id, kind=kind, question=asked, reference=self.answer) for kind, asked in whole]
+        own = [
+            Probe(edit=self.id, kind=kind, question=asked, reference=self.answer)
+            for kind, asked in whole
+        ]
         details = [
-            Probe(edit=self.id, kind="detail", number=number, question=detail.question, reference=detail.answer)
+            Probe(
+                edit=self.id,
+                kind="detail",
+                number=number,
+                question=detail.question,
+                reference=detail.answer,
+            )
             for number, detail in enumerate(self.details)
         ]
         return (*own, *details, *self.extra)
@@ -180,14 +199,18 @@ def load(dataset: str, path: str | Path, limit: int | None = None) -> tuple[Edit
     if dataset not in DATASETS:
         raise InputError(f"unknown dataset {dataset!r}{nearest(str(dataset), DATASETS)}")
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise InputError(f"limit is {limit!r}; expected a whole number of at least 1, or None for all")
+        raise InputError(
+            f"limit is {limit!r}; expected a whole number of at least 1, or None for all"
+        )
     edits: list[Edit] = []
     seen: dict[str, int] = {}
     unanswered: list[str] = []
     for position, values in enumerate(read_list(path)[:limit]):
         record = Record.at(path, position, values)
         if record.id in seen:
-            raise InputError(f"{record.place}: record {seen[record.id]} has this id too; expected each id once")
+            raise InputError(
+                f"{record.place}: record {seen[record.id]} has this id too; expected each id once"
+            )
         seen[record.id] = position
         edits.append(_make(Edit, DATASETS[dataset](record), record.place))
         unanswered += record.unanswered
@@ -208,11 +231,16 @@ def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
         if fields := cloze(record):
             name = f"{Path(path).stem}-{fields['id']}"
             if name in found:
-                raise InputError(f"{record.place}: an earlier record has this id too; expected each id once")
+                raise InputError(
+                    f"{record.place}: an earlier record has this id too; expected each id once"
+                )
             found[name] = _make(Cloze, fields | {"id": name}, record.place)
         unanswered += record.unanswered
     if unanswered:
-        warnings.warn(f"{len(unanswered)} triples have no answer and are left out; the first: {unanswered[0]}", stacklevel=2)
+        warnings.warn(
+            f"{len(unanswered)} triples have no answer and are left out; the first: {unanswered[0]}",
+            stacklevel=2,
+        )
     return tuple(found.values())
 
 
@@ -232,9 +260,14 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
         plain = record.values | ({"edit": record.name("edit")} if "edit" in record.values else {})
         probe = _make(Item, plain, record.place)
         if probe.kind in OWN:
-            record.fail("kind", f"is '{probe.kind}', which the edit itself asks{nearest(probe.kind, KINDS[3:])}")
+            record.fail(
+                "kind",
+                f"is '{probe.kind}', which the edit itself asks{nearest(probe.kind, KINDS[3:])}",
+            )
         if _key(probe) in taken:
-            twin = f"edit {probe.edit!r} has a probe of kind '{probe.kind}' with this number already"
+            twin = (
+                f"edit {probe.edit!r} has a probe of kind '{probe.kind}' with this number already"
+            )
             record.fail("number", f"is {probe.number}, but {twin}; expected another number")
         taken.add(_key(probe))
         probes.append(probe)

@@ -36,11 +36,17 @@ class Encoder:
     length: int = 256
 
     def __post_init__(self) -> None:
-        if isinstance(self.length, bool) or not isinstance(self.length, int) or not 8 <= self.length <= 512:
+        if (
+            isinstance(self.length, bool)
+            or not isinstance(self.length, int)
+            or not 8 <= self.length <= 512
+        ):
             raise InputError(f"length: expected word pieces from 8 to 512, found {self.length!r}")
         missing = [name for name in FILES if not (Path(self.folder) / name).is_file()]
         if missing:
-            raise InputError(f"{self.folder}: expected a sentence encoder's directory with {missing[0]}")
+            raise InputError(
+                f"{self.folder}: expected a sentence encoder's directory with {missing[0]}"
+            )
 
     @property
     def width(self) -> int:
@@ -49,7 +55,12 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides a vector besides the text: weights, word pieces, length, rounding."""
-        return digest([*(_digest(Path(self.folder) / name) for name in FILES), f"{self.length} {SCALE} {STEP}".encode()])
+        return digest(
+            [
+                *(_digest(Path(self.folder) / name) for name in FILES),
+                f"{self.length} {SCALE} {STEP}".encode(),
+            ]
+        )
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
@@ -59,14 +70,23 @@ class Encoder:
         made = np.zeros((len(texts), self.width), dtype=np.int16)
         for places, ids, mask in batches(self.pieces(texts), BATCH):
             with torch.inference_mode():
-                vectors = pooled(network(input_ids=ids.to(network.device), attention_mask=mask.to(network.device)), mask)
+                vectors = pooled(
+                    network(
+                        input_ids=ids.to(network.device), attention_mask=mask.to(network.device)
+                    ),
+                    mask,
+                )
             made[places] = np.round(vectors.cpu().numpy() * SCALE).astype(np.int16)
         return made
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text's word pieces, between the tokens that begin and end it, cut to `length`."""
         _, tokenizer = opened(self.folder)
-        return tokenizer(list(texts), truncation=True, max_length=self.length)["input_ids"] if len(texts) else []
+        return (
+            tokenizer(list(texts), truncation=True, max_length=self.length)["input_ids"]
+            if len(texts)
+            else []
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,7 +99,9 @@ def opened(folder: str | Path) -> tuple:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        network = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        network = AutoModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     # The readers of the files raise classes of their own with no common base.
     except Exception as error:
@@ -101,7 +123,9 @@ def batches(pieces: Sequence[Sequence[int]], size: int) -> Iterator[tuple]:
     for padded, places in sorted(alike.items()):
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
-            rows = torch.tensor([[*pieces[place], *[0] * (padded - len(pieces[place]))] for place in chosen])
+            rows = torch.tensor(
+                [[*pieces[place], *[0] * (padded - len(pieces[place]))] for place in chosen]
+            )
             counts = torch.tensor([[len(pieces[place])] for place in chosen])
             yield chosen, rows, (torch.arange(padded)[None] < counts).long()
 
@@ -111,7 +135,9 @@ def pooled(output, mask):
     import torch
 
     marked = mask.to(output.last_hidden_state)[..., None]  # (B, L, 1)
-    return torch.nn.functional.normalize((output.last_hidden_state * marked).sum(1) / marked.sum(1), dim=-1)
+    return torch.nn.functional.normalize(
+        (output.last_hidden_state * marked).sum(1) / marked.sum(1), dim=-1
+    )
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -136,7 +162,9 @@ def embed(encoder: Encoder, texts: Sequence[str], folder: str | Path) -> np.ndar
     check_texts("texts", texts, 1)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    name = digest([encoder.fingerprint.encode(), *(text.encode("utf-8", "surrogatepass") for text in texts)])[:24]
+    name = digest(
+        [encoder.fingerprint.encode(), *(text.encode("utf-8", "surrogatepass") for text in texts)]
+    )[:24]
     file = folder / f"vectors-{name}.npy"
     if not file.is_file():
         with FileLock(file.with_suffix(".lock")):
@@ -145,9 +173,13 @@ def embed(encoder: Encoder, texts: Sequence[str], folder: str | Path) -> np.ndar
     try:
         vectors = np.load(file, mmap_mode="r")
     except (ValueError, OSError) as error:
-        raise InputError(f"{file}: not a whole file of vectors ({error}); delete it, and it is made anew") from None
+        raise InputError(
+            f"{file}: not a whole file of vectors ({error}); delete it, and it is made anew"
+        ) from None
     if vectors.shape != (len(texts), encoder.width) or vectors.dtype != np.int16:
-        raise InputError(f"{file}: expected int16 ({len(texts)}, {encoder.width}), found {vectors.dtype} {vectors.shape}; delete it")
+        raise InputError(
+            f"{file}: expected int16 ({len(texts)}, {encoder.width}), found {vectors.dtype} {vectors.shape}; delete it"
+        )
     return vectors
 
 
@@ -156,7 +188,9 @@ def _fill(encoder: Encoder, texts: Sequence[str], file: Path) -> None:
     order = np.argsort([len(text) for text in texts], kind="stable")
     blocks = range(0, len(texts), BLOCK)
     vectors, done = _open_parts(file, (len(texts), encoder.width), len(blocks))
-    for number, start in enumerate(tqdm(blocks, desc="embedding", mininterval=5, disable=len(blocks) < 8)):
+    for number, start in enumerate(
+        tqdm(blocks, desc="embedding", mininterval=5, disable=len(blocks) < 8)
+    ):
         if done[number]:
             continue
         places = order[start : start + BLOCK]
@@ -191,5 +225,7 @@ def _open_parts(file: Path, shape: tuple[int, int], blocks: int) -> tuple[np.mem
                 # A file with holes would end the process by a signal once the disk is full.
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
     except OSError as error:
-        raise InputError(f"{partial}: no room for {partial.stat().st_size:,} bytes of vectors ({error.strerror})") from None
+        raise InputError(
+            f"{partial}: no room for {partial.stat().st_size:,} bytes of vectors ({error.strerror})"
+        ) from None
     return vectors, np.lib.format.open_memmap(marks, mode="w+", dtype=np.bool_, shape=(blocks,))

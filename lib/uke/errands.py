@@ -25,7 +25,12 @@ class Errands:
     def busy(self) -> bool:
         return self._free.locked()
 
-    def start(self, errand: Callable[[], None], ended: Callable[[], None] = lambda: None, begin: Callable[[], None] = lambda: None) -> bool:
+    def start(
+        self,
+        errand: Callable[[], None],
+        ended: Callable[[], None] = lambda: None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Call `begin`, let the errand run and return; False, and nothing is called, while another one runs.
 
         `ended` is called when the next may begin.
@@ -44,7 +49,9 @@ class Errands:
                 ended()
 
         # Widgets report to the cell or click they were called from, which the context knows.
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="uke-errand", daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(run,), name="uke-errand", daemon=True
+        )
         self._thread.start()
         return True
 

@@ -11,14 +11,39 @@ from typing import TYPE_CHECKING
 
 from uke.errors import InputError
 from uke.intervals import Interval, interval
-from uke.phrases import SENTENCE, Triple, has_capital, language, most_mentioned, normal, offline, plain, proper, read, trimmed, words
+from uke.phrases import (
+    SENTENCE,
+    Triple,
+    has_capital,
+    language,
+    most_mentioned,
+    normal,
+    offline,
+    plain,
+    proper,
+    read,
+    trimmed,
+    words,
+)
 
 if TYPE_CHECKING:
     from spacy.tokens import Doc, Token
 
     from uke.edits import Edit
 
-__all__ = ["EXTRACTORS", "Facts", "Triple", "agreement", "edit_facts", "facts", "normal", "shared", "spoken", "stated", "union"]
+__all__ = [
+    "EXTRACTORS",
+    "Facts",
+    "Triple",
+    "agreement",
+    "edit_facts",
+    "facts",
+    "normal",
+    "shared",
+    "spoken",
+    "stated",
+    "union",
+]
 
 # Words in a name. A longer phrase is a clause, which no other text repeats word for word: it enters the pairs only,
 # and the names inside it enter the names. Of a longer name or title the first words tell it as well.
@@ -61,7 +86,9 @@ def facts(text: str, triples: Iterable[Triple], names: Iterable[str] = ()) -> Fa
 def _link(relation: str) -> str:
     """A relation without auxiliaries and adverbs; "be" if it consists of them."""
     known, all_words = language(), [word.casefold() for word in words(plain(relation))]
-    return " ".join(word for word in all_words if word not in known["A"] and word not in known["B"]) or "be" * bool(all_words)
+    return " ".join(
+        word for word in all_words if word not in known["A"] and word not in known["B"]
+    ) or "be" * bool(all_words)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -74,17 +101,28 @@ def _named(phrase: str) -> frozenset[str]:
     if _marked(phrase) and len(trimmed(phrase)) <= LONGEST:
         parts.append(phrase)
     split = [part.partition(" of ") for part in parts]  # "Rivals of O'Brien"
-    parts += [rest for head, _, rest in split if has_capital(rest) and " " not in head and normal(head)]
+    parts += [
+        rest for head, _, rest in split if has_capital(rest) and " " not in head and normal(head)
+    ]
     found = {normal(part) for part in parts}
     found |= {re.sub(r"(?<= )[^\W\d] (?!\w\b)", "", name) for name in found}
-    found |= {f"{date[2]} {date[1]} {date[3]}" for name in found if (date := re.fullmatch(r"(\w+)(?: of)? (\w+) (\d{4})", name))}
-    return frozenset(" ".join(name.split()[:LONGEST]) for name in found if "unk" not in name.split()) - {""}
+    found |= {
+        f"{date[2]} {date[1]} {date[3]}"
+        for name in found
+        if (date := re.fullmatch(r"(\w+)(?: of)? (\w+) (\d{4})", name))
+    }
+    return frozenset(
+        " ".join(name.split()[:LONGEST]) for name in found if "unk" not in name.split()
+    ) - {""}
 
 
 def _marked(phrase: str) -> bool:
     """Whether a phrase has a capital or a digit that can be a name's: "the Tokyo district", not "The first Friday"."""
     calendar = language()["calendar"]
-    return any(word[0].isdigit() or has_capital(word) and word.casefold() not in calendar for word in trimmed(phrase))
+    return any(
+        word[0].isdigit() or has_capital(word) and word.casefold() not in calendar
+        for word in trimmed(phrase)
+    )
 
 
 def _truecase(name: str, text: str) -> str:
@@ -115,7 +153,12 @@ def _grams(text: str) -> frozenset[str]:
 def union(many: Iterable[Facts]) -> Facts:
     """The facts of many texts taken together."""
     many = list(many)  # read once for each field
-    return Facts(*(frozenset().union(*(getattr(one, field) for one in many)) for field in ("pairs", "names", "grams")))
+    return Facts(
+        *(
+            frozenset().union(*(getattr(one, field) for one in many))
+            for field in ("pairs", "names", "grams")
+        )
+    )
 
 
 def shared(a: Facts, b: Facts) -> frozenset:
@@ -125,17 +168,26 @@ def shared(a: Facts, b: Facts) -> frozenset:
 
 def stated(edit: "Edit") -> list[Triple]:
     """The facts that an edit's source states: the edited one, then AKEW's `unsfact_triplets_GPT`."""
-    return [Triple(fact.subject, fact.relation.replace("{}", "").strip(), fact.object) for fact in edit.facts]
+    return [
+        Triple(fact.subject, fact.relation.replace("{}", "").strip(), fact.object)
+        for fact in edit.facts
+    ]
 
 
 def edit_facts(edit: "Edit", extract: Callable[[str], list[Triple]]) -> Facts:
     """What an edit states: its question and answer, its source's facts, and as names its subject and short answers."""
     text = f"{edit.question}\n{edit.answer}"
-    names = [edit.subject or "", *(fact.object for fact in edit.facts), *(detail.answer for detail in edit.details)]
+    names = [
+        edit.subject or "",
+        *(fact.object for fact in edit.facts),
+        *(detail.answer for detail in edit.details),
+    ]
     return facts(text, [*extract(text), *stated(edit)], names)
 
 
-def agreement(predicted: Sequence[Sequence[Triple]], reference: Sequence[Sequence[Triple]]) -> dict[str, Interval]:
+def agreement(
+    predicted: Sequence[Sequence[Triple]], reference: Sequence[Sequence[Triple]]
+) -> dict[str, Interval]:
     """How far the triples of N texts agree with reference ones; intervals from a bootstrap over texts.
 
     Words are compared in normal form without function words. Two phrases agree if the F1 of their words is at least
@@ -145,8 +197,16 @@ def agreement(predicted: Sequence[Sequence[Triple]], reference: Sequence[Sequenc
     one. `entity_precision`, `entity_recall`: the same of the subjects and objects, whatever their triple.
     """
     pairs = list(zip(predicted, reference, strict=True))
-    triples = [tuple([(_content(s), _content(o)) for s, r, o in side if r] for side in pair) for pair in pairs]
-    entities = [tuple({_content(phrase) for s, _, o in side for phrase in (s, o) if phrase} for side in pair) for pair in pairs]
+    triples = [
+        tuple([(_content(s), _content(o)) for s, r, o in side if r] for side in pair)
+        for pair in pairs
+    ]
+    entities = [
+        tuple(
+            {_content(phrase) for s, _, o in side for phrase in (s, o) if phrase} for side in pair
+        )
+        for pair in pairs
+    ]
     measures = {"": (triples, _same_triple), "entity_": (entities, _same_phrase)}
     return {
         f"{level}{measure}": _share([(pair[side], pair[1 - side]) for pair in both], same)
@@ -157,7 +217,11 @@ def agreement(predicted: Sequence[Sequence[Triple]], reference: Sequence[Sequenc
 
 def _share(pairs: Iterable[tuple[Iterable, Iterable]], same: Callable) -> Interval:
     """Share of the first side's values that the second side of their text has too."""
-    hits = [(any(same(value, other) for other in others), text) for text, (values, others) in enumerate(pairs) for value in values]
+    hits = [
+        (any(same(value, other) for other in others), text)
+        for text, (values, others) in enumerate(pairs)
+        for value in values
+    ]
     return interval([float(hit) for hit, _ in hits], [text for _, text in hits])
 
 
@@ -174,8 +238,18 @@ def _same_triple(one: tuple[frozenset[str], ...], other: tuple[frozenset[str], .
     return (one[0] <= other[0] or other[0] <= one[0]) and _same_phrase(one[1], other[1])
 
 
-SUBJECTS, OBJECTS = ("nsubj", "nsubjpass", "csubj"), ("dobj", "obj", "attr", "oprd", "acomp", "dative", "pobj")
-LEFT_OUT = ("relcl", "appos", "punct", "cc", "conj", "advcl")  # what a phrase leaves to triples of its own
+SUBJECTS, OBJECTS = (
+    ("nsubj", "nsubjpass", "csubj"),
+    ("dobj", "obj", "attr", "oprd", "acomp", "dative", "pobj"),
+)
+LEFT_OUT = (
+    "relcl",
+    "appos",
+    "punct",
+    "cc",
+    "conj",
+    "advcl",
+)  # what a phrase leaves to triples of its own
 
 
 def spoken(doc: "Doc") -> list[Triple]:
@@ -185,9 +259,16 @@ def spoken(doc: "Doc") -> list[Triple]:
     both; a name and its apposition make a triple with "is". Pronouns stand for the name mentioned most. Names that
     no triple has become triples with an empty relation.
     """
-    main = most_mentioned([entity.text for entity in doc.ents] or [token.text for token in doc if token.pos_ == "PROPN"])
+    main = most_mentioned(
+        [entity.text for entity in doc.ents]
+        or [token.text for token in doc if token.pos_ == "PROPN"]
+    )
     found = [triple for token in doc for triple in _of_token(token, main)]
-    told = [f" {' '.join(words(plain(phrase)))} " for triple in found for phrase in (triple.subject, triple.object)]
+    told = [
+        f" {' '.join(words(plain(phrase)))} "
+        for triple in found
+        for phrase in (triple.subject, triple.object)
+    ]
     for entity in doc.ents:
         if not any(f" {' '.join(words(plain(entity.text)))} " in phrase for phrase in told):
             found.append(Triple(main, "", entity.text))
@@ -200,7 +281,10 @@ def _of_token(token: "Token", main: str) -> Iterator[Triple]:
     if token.pos_ not in ("VERB", "AUX") or token.dep_ in ("aux", "auxpass"):
         return
     subjects = [main if one.pos_ == "PRON" and main else _phrase(one) for one in _subjects(token)]
-    parts = [token, *(child for child in token.children if child.dep_ in ("aux", "auxpass", "neg", "prt"))]
+    parts = [
+        token,
+        *(child for child in token.children if child.dep_ in ("aux", "auxpass", "neg", "prt")),
+    ]
     verb = " ".join(part.text for part in sorted(parts, key=lambda part: part.i))
     for relation, object in _objects(token, verb):
         yield from (Triple(subject, relation, object) for subject in subjects)
@@ -213,7 +297,11 @@ def _subjects(verb: "Token") -> list["Token"]:
         return own
     if verb.dep_ in ("relcl", "acl"):
         return [verb.head]
-    return _subjects(verb.head) if verb.dep_ in ("conj", "xcomp", "advcl", "pcomp", "prep") and verb.head is not verb else []
+    return (
+        _subjects(verb.head)
+        if verb.dep_ in ("conj", "xcomp", "advcl", "pcomp", "prep") and verb.head is not verb
+        else []
+    )
 
 
 def _objects(head: "Token", relation: str) -> Iterator[tuple[str, str]]:
@@ -248,11 +336,18 @@ def _spacy(name: str = MODEL) -> Callable[[str], list[Triple]]:
     except (ImportError, OSError) as error:
         fault = " ".join(str(error).split()).split(". ")[0]
         remedy = f"pip install spacy && python -m spacy download {name}"
-        raise InputError(f"extractor 'spacy': model {name!r} cannot be loaded ({fault}); expected it after `{remedy}`") from None
+        raise InputError(
+            f"extractor 'spacy': model {name!r} cannot be loaded ({fault}); expected it after `{remedy}`"
+        ) from None
     if "parser" not in model.pipe_names:
-        raise InputError(f"extractor 'spacy': model {name!r} has no parser; expected one that has, like {MODEL}")
+        raise InputError(
+            f"extractor 'spacy': model {name!r} has no parser; expected one that has, like {MODEL}"
+        )
     return lambda text: spoken(model(text))
 
 
 # Name -> loader of a function from a text to its triples; "spacy" takes the name of a model.
-EXTRACTORS: dict[str, Callable[..., Callable[[str], list[Triple]]]] = {"offline": lambda: offline, "spacy": _spacy}
+EXTRACTORS: dict[str, Callable[..., Callable[[str], list[Triple]]]] = {
+    "offline": lambda: offline,
+    "spacy": _spacy,
+}

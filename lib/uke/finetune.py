@@ -24,7 +24,9 @@ from uke.recipes import Recipe
 # AdaLoRA starts with half as many ranks again and prunes them to `rank` in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
 
-Progress = Callable[[int, float], None]  # told the passes or steps so far and the loss (nats per token)
+Progress = Callable[
+    [int, float], None
+]  # told the passes or steps so far and the loss (nats per token)
 
 
 @dataclass
@@ -47,7 +49,9 @@ def target_tokens_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     read = (labels != IGNORED).any(0).nonzero().squeeze(1)  # (U,) positions that predict a label
     logits = _logits(model, batch, read)  # (B, U, V)
     labels = labels[:, read]  # (B, U)
-    surprisal = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    surprisal = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return surprisal.view_as(labels).sum(1) / (labels != IGNORED).sum(1)
 
 
@@ -58,7 +62,9 @@ def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Ten
     read, place = ends.unique(return_inverse=True)  # (U,), (B,)
     prompts = {name: tensor[:, : int(read.max()) + 1] for name, tensor in batch.items()}
     logits = _logits(model, prompts, read)  # (B, U, V)
-    surprisal = -logits[torch.arange(len(place), device=place.device), place].log_softmax(-1)  # (B, V)
+    surprisal = -logits[torch.arange(len(place), device=place.device), place].log_softmax(
+        -1
+    )  # (B, V)
     surprisal = surprisal.gather(1, batch["labels"].clamp(min=0))  # (B, T)
     return surprisal.where(wanted, 0.0).sum(1) / wanted.sum(1)
 
@@ -95,8 +101,14 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
     else:
         steps = recipe.steps * math.ceil(count / (recipe.batch_size or count))
         if steps < 3:
-            raise InputError(f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 steps or more, not {steps}")
-        schedule = {"total_step": steps, "tinit": int(WARM_UP * steps), "tfinal": int(FINISH * steps)}
+            raise InputError(
+                f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 steps or more, not {steps}"
+            )
+        schedule = {
+            "total_step": steps,
+            "tinit": int(WARM_UP * steps),
+            "tfinal": int(FINISH * steps),
+        }
         ranks = {"init_r": math.ceil(SPARE_RANK * recipe.rank), "target_r": recipe.rank}
         config = AdaLoraConfig(**ranks, **schedule, **common)
     with torch.random.fork_rng():
@@ -126,14 +138,26 @@ def train(
     edits whose loss is not finite. To restore the weights is the caller's part (`editing.edited`).
     """
     started = time.perf_counter()
-    passes = _passes(prepare(model, tokenizer, edits, recipe), recipe, tokenizer.pad_token_id or 0, training_tokens(model.device))
+    passes = _passes(
+        prepare(model, tokenizer, edits, recipe),
+        recipe,
+        tokenizer.pad_token_id or 0,
+        training_tokens(model.device),
+    )
     training, trained = Training(), weights(model, recipe)
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
-    with _only(model, trained) as parameters, constant_below(model, list(trained)) if same else nullcontext(Below()) as below:
+    with (
+        _only(model, trained) as parameters,
+        constant_below(model, list(trained)) if same else nullcontext(Below()) as below,
+    ):
         optimiser = Optimiser(model, parameters, recipe)
         for batches in passes:
-            losses = [value for batch in batches for value in _learn(model, optimiser, batch, recipe, below)]
+            losses = [
+                value
+                for batch in batches
+                for value in _learn(model, optimiser, batch, recipe, below)
+            ]
             training.losses.append(sum(losses) / len(losses))
             if progress:
                 progress(len(training.losses), training.losses[-1])
@@ -145,7 +169,10 @@ def train(
 
 
 def prepare(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe | Peer
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    recipe: Recipe | Peer,
 ) -> dict[str, Example]:
     """Token ids and labels by the edit's id, as the recipe or peer trains them; InputError for one beyond the context."""
     if not edits:
@@ -153,7 +180,9 @@ def prepare(
     longest = max_context(model)
     examples = {}
     for edit in edits:
-        one = example(tokenizer, edit.question, edit.answer, recipe.chat_template, recipe.end_of_turn)
+        one = example(
+            tokenizer, edit.question, edit.answer, recipe.chat_template, recipe.end_of_turn
+        )
         if len(one.ids) > longest:
             raise InputError(
                 f"edit '{edit.id}': question and answer are {len(one.ids)} tokens; the model's context holds {longest}"
@@ -171,19 +200,30 @@ class Batch(NamedTuple):
     parts: list[dict[str, Tensor]]
 
 
-def _passes(examples: Mapping[str, Example], recipe: Recipe, pad_id: int, tokens: int) -> Iterator[list[Batch]]:
+def _passes(
+    examples: Mapping[str, Example], recipe: Recipe, pad_id: int, tokens: int
+) -> Iterator[list[Batch]]:
     ids = list(examples)
     size = recipe.batch_size or len(ids)
     order = torch.Generator().manual_seed(recipe.seed)
     whole = [_batch(ids, examples, pad_id, tokens)] if size >= len(ids) else None
     for _ in range(recipe.steps):
         shuffled = [ids[i] for i in torch.randperm(len(ids), generator=order).tolist()]
-        yield whole or [_batch(shuffled[i : i + size], examples, pad_id, tokens) for i in range(0, len(ids), size)]
+        yield whole or [
+            _batch(shuffled[i : i + size], examples, pad_id, tokens)
+            for i in range(0, len(ids), size)
+        ]
 
 
 def _batch(ids: Sequence[str], examples: Mapping[str, Example], pad_id: int, tokens: int) -> Batch:
-    each = [[ids[place] for place in part] for part in parts([len(examples[edit].ids) for edit in ids], tokens)]
-    return Batch([edit for part in each for edit in part], [collate([examples[edit] for edit in part], pad_id) for part in each])
+    each = [
+        [ids[place] for place in part]
+        for part in parts([len(examples[edit].ids) for edit in ids], tokens)
+    ]
+    return Batch(
+        [edit for part in each for edit in part],
+        [collate([examples[edit] for edit in part], pad_id) for part in each],
+    )
 
 
 @contextmanager
@@ -203,7 +243,9 @@ def _only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[lis
 class Optimiser:
     """Adam; weights in less than float32 are stepped as float32 copies and rounded back after each step."""
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], recipe: Recipe) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], recipe: Recipe
+    ) -> None:
         self.parameters, self.steps = parameters, 0
         self.adalora = model.base_model if recipe.adapter == "adalora" else None
         # `float` hands a float32 weight back as it is, so only less precise ones cost a copy.
@@ -238,11 +280,20 @@ def _orthogonality(adalora: nn.Module) -> Tensor:
     for name, weight in adalora.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             vectors = weight if ".lora_A." in name else weight.T  # (r, features)
-            distances.append(torch.linalg.norm(vectors @ vectors.T - torch.eye(len(vectors), device=weight.device)))
-    return adalora.peft_config[adalora.active_adapter[0]].orth_reg_weight * torch.stack(distances).mean()
+            distances.append(
+                torch.linalg.norm(
+                    vectors @ vectors.T - torch.eye(len(vectors), device=weight.device)
+                )
+            )
+    return (
+        adalora.peft_config[adalora.active_adapter[0]].orth_reg_weight
+        * torch.stack(distances).mean()
+    )
 
 
-def _learn(model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe, below: Below) -> list[float]:
+def _learn(
+    model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe, below: Below
+) -> list[float]:
     """Loss of each edit of one batch, and one step unless their mean is below `stop_loss`."""
     losses: list[float] = []
     for below.part, part in enumerate(batch.parts):
@@ -250,7 +301,9 @@ def _learn(model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe,
         each = loss(model, part, recipe.loss)  # (B,)
         (each.sum() / len(batch.ids)).backward()
         losses += each.tolist()
-    if broken := [edit for edit, value in zip(batch.ids, losses, strict=True) if not math.isfinite(value)]:
+    if broken := [
+        edit for edit, value in zip(batch.ids, losses, strict=True) if not math.isfinite(value)
+    ]:
         raise diverged(recipe, broken, optimiser.steps)
     if sum(losses) / len(losses) >= recipe.stop_loss:
         optimiser.step()

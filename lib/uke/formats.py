@@ -94,7 +94,9 @@ def _general(record: Record) -> Iterable[dict]:
         field = f"mmlu_choices[{place}]"
         offered = record.beside({field: choices[place]}).texts(field)
         if not 2 <= len(offered) <= len(string.ascii_uppercase):
-            record.fail(field, f"has {len(offered)} items; expected 2 to {len(string.ascii_uppercase)}")
+            record.fail(
+                field, f"has {len(offered)} items; expected 2 to {len(string.ascii_uppercase)}"
+            )
         letter = _letter(record, f"mmlu_answer[{place}]", answers[place], offered)
         named = f"{letter}. {offered[string.ascii_uppercase.index(letter)]}"
         asked = multiple_choice(question, offered)
@@ -108,7 +110,9 @@ def _letter(record: Record, field: str, answer: object, offered: list[str]) -> s
     names |= dict(zip(letters, letters))
     found = names.get(str(answer).strip()) if type(answer) in (int, str) else None
     if found is None:
-        record.fail(field, f"is {answer!r}; expected one of {', '.join(letters)}, or its index from 0")
+        record.fail(
+            field, f"is {answer!r}; expected one of {', '.join(letters)}, or its index from 0"
+        )
     return found
 
 
@@ -137,7 +141,12 @@ def _akew(record: Record, rewrite: Record, question: str, extra: Iterable[dict])
     else:
         target = rewrite.text("target_new" if rewrite.has("target_new") else "answer_new")
     asked = [dict(question=r.replace("{}", s), answer=o) for s, r, o in triples[:DETAILS]]
-    fields = dict(question=question, answer=rewrite.text("fact_new_uns"), subject=subject, details=tuple(asked))
+    fields = dict(
+        question=question,
+        answer=rewrite.text("fact_new_uns"),
+        subject=subject,
+        details=tuple(asked),
+    )
     facts = _facts([(subject, relation, target), *triples])
     return _edit(record, fields | dict(facts=facts), extra)
 
@@ -174,20 +183,28 @@ def akew_wikiupdate(record: Record) -> dict:
 
 def unkebench(record: Record) -> dict:
     """UnKEBench v2, and v3 with its `mmlu_*` lists; a record may carry MQuAKE's multi-hop keys too."""
-    details = tuple(dict(question=q, answer=a) for q, a in record.pairs("sub_question", "sub_answer"))
+    details = tuple(
+        dict(question=q, answer=a) for q, a in record.pairs("sub_question", "sub_answer")
+    )
     fields = dict(question=record.text("question"), answer=record.text("answer"), details=details)
     paraphrase = record.text("para_question")
-    return _edit(record, fields | dict(paraphrase=paraphrase), [*_multi_hop(record), *_general(record)])
+    return _edit(
+        record, fields | dict(paraphrase=paraphrase), [*_multi_hop(record), *_general(record)]
+    )
 
 
 def editeverything(record: Record) -> dict:
     """EditEverything: question, answer and one of its categories."""
-    return _edit(record, {field: record.text(field) for field in ("question", "answer", "category")})
+    return _edit(
+        record, {field: record.text(field) for field in ("question", "answer", "category")}
+    )
 
 
 def _structured(record: Record, question: str, answer: str, paraphrase: str | None) -> dict:
     """A short edit about one subject; the fact is known where the question names the subject."""
-    fields = dict(question=record.text(question), answer=record.text(answer), subject=record.text("subject"))
+    fields = dict(
+        question=record.text(question), answer=record.text(answer), subject=record.text("subject")
+    )
     relation = fields["question"].replace(fields["subject"], "{}", 1)
     facts = _facts([(fields["subject"], relation, fields["answer"])])
     return fields | dict(facts=facts, paraphrase=record.text(paraphrase) if paraphrase else None)
@@ -208,8 +225,13 @@ def counterfact(record: Record) -> dict:
 
 def knowedit(record: Record) -> dict:
     """KnowEdit (ZsRE, WikiRecent, WikiCounterfact): groups of locality and portability items."""
-    paraphrase = next((field for field in ("rephrase_prompt", "rephrase") if record.has(field)), None)
-    extra = [*_group("struct_trip", record, "locality"), *_group("multi_hop", record, "portability")]
+    paraphrase = next(
+        (field for field in ("rephrase_prompt", "rephrase") if record.has(field)), None
+    )
+    extra = [
+        *_group("struct_trip", record, "locality"),
+        *_group("multi_hop", record, "portability"),
+    ]
     extra += _optional("struct_trip", record, "locality_prompt", "locality_ground_truth")
     return _edit(record, _structured(record, "prompt", "target_new", paraphrase), extra)
 
@@ -241,4 +263,10 @@ def cloze(record: Record) -> dict | None:
         return None
     others = (record.text(name) for name in ("rephrase_prompt", "rephrase") if record.has(name))
     question = next((asked for asked in (record.text(prompt), *others) if is_question(asked)), None)
-    return dict(id=record.id, subject=record.text("subject"), prompt=record.text(prompt), answers=tuple(answers), question=question)
+    return dict(
+        id=record.id,
+        subject=record.text("subject"),
+        prompt=record.text(prompt),
+        answers=tuple(answers),
+        question=question,
+    )

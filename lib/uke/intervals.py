@@ -31,8 +31,12 @@ class Paired(NamedTuple):
     n: int
 
 
-def interval(values: Sequence[float], groups: Sequence[Any] | None = None, level: float = 0.95,
-             seed: int = SEED) -> Interval:
+def interval(
+    values: Sequence[float],
+    groups: Sequence[Any] | None = None,
+    level: float = 0.95,
+    seed: int = SEED,
+) -> Interval:
     """Mean of `values` (N,) with a percentile bootstrap interval (Efron 1979; scipy.stats.bootstrap).
 
     The units drawn with replacement are the values (edits), or whole `groups` of them (batches), so that the mean stays
@@ -42,8 +46,13 @@ def interval(values: Sequence[float], groups: Sequence[Any] | None = None, level
     return Interval(float(_mean(sums, counts)), *_bootstrap(sums, counts, level, seed), len(sums))
 
 
-def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None, level: float = 0.95,
-           seed: int = SEED) -> Paired:
+def paired(
+    a: Sequence[float],
+    b: Sequence[float],
+    groups: Sequence[Any] | None = None,
+    level: float = 0.95,
+    seed: int = SEED,
+) -> Paired:
     """Mean of a - b (N,) with its bootstrap interval and a sign-flip test of no difference, exact up to 13 units.
 
     Two Series are matched by their index, anything else by position; `groups` (in the order of `a`) are flipped and
@@ -56,7 +65,12 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
     p = 1.0
     if len(sums) > 1:
         generator = np.random.default_rng(seed)
-        options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "vectorized": True, "batch": 1000}
+        options = {
+            "permutation_type": "samples",
+            "n_resamples": RESAMPLES,
+            "vectorized": True,
+            "batch": 1000,
+        }
         p = float(permutation_test((sums,), np.sum, rng=generator, **options).pvalue)
     return Paired(float(_mean(sums, counts)), low, high, p, len(sums))
 
@@ -77,10 +91,14 @@ def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     if isinstance(a, pd.Series) and isinstance(b, pd.Series):
         if a.index.has_duplicates or b.index.has_duplicates or set(a.index) != set(b.index):
             odd = sorted(map(str, set(a.index) ^ set(b.index)))[:3]
-            raise InputError(f"paired: the two sides differ in their units: {', '.join(odd) or 'repeated ones'}")
+            raise InputError(
+                f"paired: the two sides differ in their units: {', '.join(odd) or 'repeated ones'}"
+            )
         b = b.reindex(a.index)
     if len(a) != len(b):
-        raise InputError(f"paired: expected as many values on both sides, found {len(a)} and {len(b)}")
+        raise InputError(
+            f"paired: expected as many values on both sides, found {len(a)} and {len(b)}"
+        )
     return np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
 
 
@@ -89,28 +107,44 @@ def _units(values: Sequence[float], groups: Sequence[Any] | None) -> tuple[np.nd
     values = np.asarray(values, dtype=float)
     absent = int((~np.isfinite(values)).sum())
     if values.ndim != 1 or not len(values) or absent:
-        raise InputError(f"interval: expected finite values, found {absent} missing of {values.size}")
+        raise InputError(
+            f"interval: expected finite values, found {absent} missing of {values.size}"
+        )
     if groups is None:
         return values, np.ones_like(values)
     if len(groups) != len(values):
-        raise InputError(f"interval: expected one group for each of {len(values)} values, found {len(groups)}")
+        raise InputError(
+            f"interval: expected one group for each of {len(values)} values, found {len(groups)}"
+        )
     codes, names = pd.factorize(np.asarray(groups))
     if (codes < 0).any():
         raise InputError("interval: a value without a group")
-    return np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names)).astype(float)
+    return np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names)).astype(
+        float
+    )
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
     return sums.sum(axis=axis) / counts.sum(axis=axis)
 
 
-def _bootstrap(sums: np.ndarray, counts: np.ndarray, level: float, seed: int) -> tuple[float, float]:
+def _bootstrap(
+    sums: np.ndarray, counts: np.ndarray, level: float, seed: int
+) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     if len(sums) < 2:
         return float("nan"), float("nan")
-    options = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": RESAMPLES, "batch": 1000}
-    drawn = bootstrap((sums, counts), _mean, confidence_level=level, rng=np.random.default_rng(seed), **options)
+    options = {
+        "paired": True,
+        "vectorized": True,
+        "method": "percentile",
+        "n_resamples": RESAMPLES,
+        "batch": 1000,
+    }
+    drawn = bootstrap(
+        (sums, counts), _mean, confidence_level=level, rng=np.random.default_rng(seed), **options
+    )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 

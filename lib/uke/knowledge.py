@@ -24,7 +24,9 @@ EXAMINATIONS = {
 }
 
 
-def examine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World, count: int, seed: int = 2024) -> pd.DataFrame:
+def examine(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World, count: int, seed: int = 2024
+) -> pd.DataFrame:
     """Scores on `count` entities drawn from all pools, and on as many strangers' texts and exercises.
 
     Columns: examination, edit (the entity's name: the unit of intervals), question, reference, answer, score.
@@ -38,20 +40,55 @@ def examine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World, 
     answers = answer(model, tokenizer, [probe for _, probe in asked])
     scores = score(answers, [probe.reference for _, probe in asked])
     columns = {"examination": [name for name, _ in asked], "answer": answers}
-    columns |= {field: [getattr(probe, field) for _, probe in asked] for field in ("edit", "question", "reference")}
-    return pd.DataFrame(columns | {"score": [scores[EXAMINATIONS[name][0]].iloc[row] for row, (name, _) in enumerate(asked)]})
+    columns |= {
+        field: [getattr(probe, field) for _, probe in asked]
+        for field in ("edit", "question", "reference")
+    }
+    return pd.DataFrame(
+        columns
+        | {
+            "score": [
+                scores[EXAMINATIONS[name][0]].iloc[row] for row, (name, _) in enumerate(asked)
+            ]
+        }
+    )
 
 
 def about(entity: Entity, rng: random.Random) -> Iterator[tuple[str, Probe]]:
     """Every examination on one entity's known facts."""
     held_out = rng.choice(("development", "test"))
-    yield "original", Probe(edit=entity.name, kind="original", question=entity.introduce(number=rng.randrange(6)), reference=entity.text)
-    yield "paraphrase", Probe(edit=entity.name, kind="paraphrase", question=entity.introduce(held_out, rng.randrange(2)), reference=entity.text)
+    yield (
+        "original",
+        Probe(
+            edit=entity.name,
+            kind="original",
+            question=entity.introduce(number=rng.randrange(6)),
+            reference=entity.text,
+        ),
+    )
+    yield (
+        "paraphrase",
+        Probe(
+            edit=entity.name,
+            kind="paraphrase",
+            question=entity.introduce(held_out, rng.randrange(2)),
+            reference=entity.text,
+        ),
+    )
     for number, (relation, known) in enumerate(entity.objects.items()):
         place = {"edit": entity.name, "number": number, "reference": known}
-        yield "detail", Probe(kind="detail", question=entity.ask(relation, number=rng.randrange(4)), **place)
-        yield "detail_held_out", Probe(kind="detail", question=entity.ask(relation, held_out), **place)
-        yield "struct_trip", Probe(kind="struct_trip", question=entity.cloze(relation), chat=False, **place)
+        yield (
+            "detail",
+            Probe(kind="detail", question=entity.ask(relation, number=rng.randrange(4)), **place),
+        )
+        yield (
+            "detail_held_out",
+            Probe(kind="detail", question=entity.ask(relation, held_out), **place),
+        )
+        yield (
+            "struct_trip",
+            Probe(kind="struct_trip", question=entity.cloze(relation), chat=False, **place),
+        )
 
 
 def beyond(world: World, count: int, rng: random.Random) -> Iterator[tuple[str, Probe]]:
@@ -61,9 +98,20 @@ def beyond(world: World, count: int, rng: random.Random) -> Iterator[tuple[str, 
         other = stranger(rng, known)
         relation = rng.choice(list(other.objects))
         question = reading(other.text, other.ask(relation, number=rng.randrange(4)))
-        yield "reading", Probe(edit=f"stranger {number}", kind="detail", question=question, reference=other.objects[relation])
+        yield (
+            "reading",
+            Probe(
+                edit=f"stranger {number}",
+                kind="detail",
+                question=question,
+                reference=other.objects[relation],
+            ),
+        )
         question, solution = exercise(rng)
-        yield "general", Probe(edit=f"exercise {number}", kind="general", question=question, reference=solution)
+        yield (
+            "general",
+            Probe(edit=f"exercise {number}", kind="general", question=question, reference=solution),
+        )
 
 
 def intervals(found: pd.DataFrame) -> dict[str, Interval]:

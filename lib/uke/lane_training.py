@@ -39,12 +39,23 @@ def train_apart(
         lanes = _laid_out(model, recipe, [ids[place] for place in places])
         batch = collate([examples[edit] for edit in lanes.ids], tokenizer.pad_token_id or 0)
         courses.append(_Course(recipe, lanes.ids))
-        _train(lanes, {name: tensor.to(model.device) for name, tensor in batch.items()}, courses[-1])
-    ended, trainings, failed = ({edit: one for course in courses for edit, one in getattr(course, of).items()} for of in ("ended", "trainings", "failed"))
+        _train(
+            lanes, {name: tensor.to(model.device) for name, tensor in batch.items()}, courses[-1]
+        )
+    ended, trainings, failed = (
+        {edit: one for course in courses for edit, one in getattr(course, of).items()}
+        for of in ("ended", "trainings", "failed")
+    )
     written = [edit for edit in ids if edit not in failed]
     if not written:
         raise Diverged("; ".join(failed.values()), ids)
-    lanes.hold(written, [torch.stack([ended[edit][number] for edit in written]) for number in range(len(lanes.stacks))])
+    lanes.hold(
+        written,
+        [
+            torch.stack([ended[edit][number] for edit in written])
+            for number in range(len(lanes.stacks))
+        ],
+    )
     for training in trainings.values():
         training.seconds = (time.perf_counter() - started) / len(edits)
     return lanes, [trainings[edit] for edit in written], failed
@@ -54,7 +65,9 @@ def _train(lanes: Lanes, batch: Mapping[str, Tensor], course: "_Course") -> None
     """All lanes from where they begin to where each ends; the course has what became of them."""
     recipe, model = course.recipe, lanes.model
     model.requires_grad_(False)
-    adam = torch.optim.Adam(lanes.stacks, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    adam = torch.optim.Adam(
+        lanes.stacks, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
     with constant_below(model, (*lanes.weights, *lanes.low_rank)) as below, lanes.laid():
         for _ in range(recipe.steps):
             losses = loss(model, batch, recipe.loss)  # (A,)
@@ -128,9 +141,16 @@ def _laid_out(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
     """Lanes that all begin where the recipe begins: at the model's weights, or at the adapter that `adapt` makes."""
     count = len(ids)
     if recipe.adapter is None:
-        return Lanes(model, ids, {name: _leaf(weight, count) for name, weight in weights(model, recipe).items()})
+        return Lanes(
+            model,
+            ids,
+            {name: _leaf(weight, count) for name, weight in weights(model, recipe).items()},
+        )
     wrapped = adapt(model, recipe, 1)
-    low_rank = {name: LowRank(_leaf(one.down[0], count), _leaf(one.up[0], count), one.scale) for name, one in adapter(wrapped).items()}
+    low_rank = {
+        name: LowRank(_leaf(one.down[0], count), _leaf(one.up[0], count), one.scale)
+        for name, one in adapter(wrapped).items()
+    }
     wrapped.unload()
     return Lanes(model, ids, {}, low_rank)
 
@@ -146,11 +166,17 @@ def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
         if not isinstance(layer, LoraLayer):
             continue
         own = wrapped.active_adapter
-        if hasattr(layer, "lora_E") and own in layer.lora_E:  # AdaLoRA's singular values, and ranks that count after pruning
+        if (
+            hasattr(layer, "lora_E") and own in layer.lora_E
+        ):  # AdaLoRA's singular values, and ranks that count after pruning
             down, up = layer.lora_A[own] * layer.lora_E[own], layer.lora_B[own]
             scale = float(layer.scaling[own] / (layer.ranknum[own] + 1e-5))
         else:
-            down, up, scale = layer.lora_A[own].weight, layer.lora_B[own].weight, float(layer.scaling[own])
+            down, up, scale = (
+                layer.lora_A[own].weight,
+                layer.lora_B[own].weight,
+                float(layer.scaling[own]),
+            )
         found[name] = LowRank(down.detach()[None].clone(), up.detach()[None].clone(), scale)
     return found
 
@@ -167,7 +193,10 @@ def _kept(adam: torch.optim.Adam, places: Tensor) -> list[nn.Parameter]:
     for parameter in adam.param_groups[0]["params"]:
         new = nn.Parameter(parameter.detach()[places].clone())
         state = adam.state.pop(parameter)
-        adam.state[new] = {name: value[places].clone() if value.shape == parameter.shape else value for name, value in state.items()}
+        adam.state[new] = {
+            name: value[places].clone() if value.shape == parameter.shape else value
+            for name, value in state.items()
+        }
         renewed.append(new)
     adam.param_groups[0]["params"] = renewed
     return renewed

@@ -69,20 +69,32 @@ class Lanes:
     Everything else of the model is there once and shared.
     """
 
-    def __init__(self, model: nn.Module, ids: Sequence[str], weights: Mapping[str, Tensor], low_rank: Mapping[str, LowRank] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Sequence[str],
+        weights: Mapping[str, Tensor],
+        low_rank: Mapping[str, LowRank] | None = None,
+    ) -> None:
         self.model, self.weights, self.low_rank = model, dict(weights), dict(low_rank or {})
         self.hold(ids, self.stacks)
 
     @property
     def stacks(self) -> list[Tensor]:
         """Every stack of weights, (N, ...), in one order."""
-        return [*self.weights.values(), *(part for added in self.low_rank.values() for part in (added.down, added.up))]
+        return [
+            *self.weights.values(),
+            *(part for added in self.low_rank.values() for part in (added.down, added.up)),
+        ]
 
     def hold(self, ids: Sequence[str], stacks: Sequence[Tensor]) -> None:
         """From here on these edits, with these `stacks`."""
         following = iter(stacks)
         self.weights = {name: next(following) for name in self.weights}
-        self.low_rank = {name: LowRank(next(following), next(following), added.scale) for name, added in self.low_rank.items()}
+        self.low_rank = {
+            name: LowRank(next(following), next(following), added.scale)
+            for name, added in self.low_rank.items()
+        }
         self.ids = list(ids)
         self.places = {edit: place for place, edit in enumerate(self.ids)}
         self.read(self.ids)
@@ -106,8 +118,13 @@ class Lanes:
         modules = {name: self.model.get_submodule(name) for name in inner}
         taken = [name for name, module in modules.items() if "forward" in vars(module)]
         if taken or "lanes" in vars(self.model):
-            raise RuntimeError(f"{''.join(taken[:1]) or 'the model'}: another call has replaced how it reads")
-        reads = {module: partial(self._linear if isinstance(module, nn.Linear) else self._each, name) for name, module in modules.items()}
+            raise RuntimeError(
+                f"{''.join(taken[:1]) or 'the model'}: another call has replaced how it reads"
+            )
+        reads = {
+            module: partial(self._linear if isinstance(module, nn.Linear) else self._each, name)
+            for name, module in modules.items()
+        }
         with replaced(reads):
             self.model.lanes = self
             try:
@@ -138,8 +155,13 @@ class Lanes:
             out = out + (bias if bias.dim() == 1 else bias.to(x.dtype)[:, None])
         if name in self.low_rank:
             added = self.low_rank[name]
-            down, up = (self._of(f"{name} {part}", getattr(added, part)).to(x.dtype) for part in ("down", "up"))
-            out = out + added.scale * torch.bmm(torch.bmm(flat, down.transpose(1, 2)), up.transpose(1, 2))
+            down, up = (
+                self._of(f"{name} {part}", getattr(added, part)).to(x.dtype)
+                for part in ("down", "up")
+            )
+            out = out + added.scale * torch.bmm(
+                torch.bmm(flat, down.transpose(1, 2)), up.transpose(1, 2)
+            )
         return self.grouping.together(out.reshape(*by_lane.shape[:-1], -1))
 
     def _own(self, name: str, module: nn.Module, own: str) -> Tensor | None:
@@ -149,9 +171,18 @@ class Lanes:
     def _each(self, name: str, plain: nn.Module, x: Tensor) -> Tensor:
         """A module of another kind (a norm), lane after lane."""
         start = f"{name}."
-        stacks = {own.removeprefix(start): self._of(own, stack) for own, stack in self.weights.items() if own.startswith(start)}
+        stacks = {
+            own.removeprefix(start): self._of(own, stack)
+            for own, stack in self.weights.items()
+            if own.startswith(start)
+        }
         by_lane = self.grouping.apart(x)
-        out = [functional_call(plain, {own: stack[lane].to(x.dtype) for own, stack in stacks.items()}, (one,)) for lane, one in enumerate(by_lane)]
+        out = [
+            functional_call(
+                plain, {own: stack[lane].to(x.dtype) for own, stack in stacks.items()}, (one,)
+            )
+            for lane, one in enumerate(by_lane)
+        ]
         return self.grouping.together(torch.stack(out))
 
 
@@ -195,6 +226,15 @@ def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
     Every forward pass inside is on the same rows of its part (or those that `keep` leaves) and the same tokens, or their beginnings.
     """
     below, every = Below(), blocks(model)
-    lowest = min(number for number, (prefix, _) in enumerate(every) if any(name.startswith(f"{prefix}.") for name in names))
-    with replaced({block: below.highest if number == lowest - 1 else below.lower for number, (_, block) in enumerate(every[:lowest])}):
+    lowest = min(
+        number
+        for number, (prefix, _) in enumerate(every)
+        if any(name.startswith(f"{prefix}.") for name in names)
+    )
+    with replaced(
+        {
+            block: below.highest if number == lowest - 1 else below.lower
+            for number, (_, block) in enumerate(every[:lowest])
+        }
+    ):
         yield below

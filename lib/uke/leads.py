@@ -58,9 +58,14 @@ def differences(averages: pd.DataFrame, method: str, peer: str) -> tuple[pd.Seri
 def _side_by_side(averages: pd.DataFrame, method: str, peer: str) -> list[pd.Series]:
     """The scores of both by batch and edit, in one order."""
     require(averages, ["method", "batch", "edit", "score"], "lead")
-    own, other = (averages[averages["method"] == name].set_index(["batch", "edit"])["score"].sort_index() for name in (method, peer))
+    own, other = (
+        averages[averages["method"] == name].set_index(["batch", "edit"])["score"].sort_index()
+        for name in (method, peer)
+    )
     if own.empty or list(own.index) != list(other.index):
-        raise InputError(f"lead: {method} and {peer}: expected the same edits under both, found {len(own)} and {len(other)}")
+        raise InputError(
+            f"lead: {method} and {peer}: expected the same edits under both, found {len(own)} and {len(other)}"
+        )
     return [own, other]
 
 
@@ -70,7 +75,11 @@ def _ratio(own: np.ndarray, other: np.ndarray, groups: Sequence) -> Interval:
     sums = np.stack([np.bincount(codes, one, len(names)) for one in (own, other)])  # (2, groups)
     drawn = _draws(len(names))
     values = sums[:, drawn].sum(-1)  # (2, resamples)
-    ends = np.quantile(100 * (values[0] / values[1] - 1), (0.025, 0.975)) if len(names) > 1 else (np.nan, np.nan)
+    ends = (
+        np.quantile(100 * (values[0] / values[1] - 1), (0.025, 0.975))
+        if len(names) > 1
+        else (np.nan, np.nan)
+    )
     return Interval(float(100 * (sums[0].sum() / sums[1].sum() - 1)), *map(float, ends), len(names))
 
 
@@ -87,17 +96,24 @@ def trend(found: Mapping[int, tuple[Sequence[float], Sequence]]) -> Interval:
     means, resampled, count = [], [], 0
     for number, (values, batches) in enumerate(found.values()):
         codes, names = pd.factorize(np.asarray(batches))
-        sums, counts = np.bincount(codes, np.asarray(values, float), len(names)), np.bincount(codes, minlength=len(names))
+        sums, counts = (
+            np.bincount(codes, np.asarray(values, float), len(names)),
+            np.bincount(codes, minlength=len(names)),
+        )
         drawn = _draws(len(names), number)
         means.append(sums.sum() / counts.sum())
         resampled.append(sums[drawn].sum(-1) / counts[drawn].sum(-1))
         count += len(names)
     slopes = centred @ np.array(resampled)
-    return Interval(float(centred @ np.array(means)), *map(float, np.quantile(slopes, (0.025, 0.975))), count)
+    return Interval(
+        float(centred @ np.array(means)), *map(float, np.quantile(slopes, (0.025, 0.975))), count
+    )
 
 
 def _draws(count: int, stream: int = 0) -> np.ndarray:
-    return np.random.default_rng([SEED, stream]).integers(0, count, (RESAMPLES, count))  # (resamples, count)
+    return np.random.default_rng([SEED, stream]).integers(
+        0, count, (RESAMPLES, count)
+    )  # (resamples, count)
 
 
 def separation(frame: pd.DataFrame) -> dict[str, Interval]:
@@ -114,12 +130,30 @@ def separation(frame: pd.DataFrame) -> dict[str, Interval]:
         tables[f"{name} size"] = counts["size"]
     sizes = {size for name in ("locality", "general") for size in tables[f"{name} size"]}
     shapes = {tables[name].shape for name in ("locality", "general")}
-    if len(sizes) != 1 or len(shapes) != 1 or next(iter(shapes))[0] < 2 or any(tables[name].isna().any(axis=None) for name in ("locality", "general")):
-        raise InputError(f"separation: probes of an edit: {sorted(sizes)}; expected as many of locality as of a general skill, under two methods or more")
+    if (
+        len(sizes) != 1
+        or len(shapes) != 1
+        or next(iter(shapes))[0] < 2
+        or any(tables[name].isna().any(axis=None) for name in ("locality", "general"))
+    ):
+        raise InputError(
+            f"separation: probes of an edit: {sorted(sizes)}; expected as many of locality as of a general skill, under two methods or more"
+        )
     edits = tables["locality"].shape[1]
-    shares = {name: (_share(tables[name].to_numpy()[:, None]), _share(tables[name].to_numpy()[:, _draws(edits)])) for name in ("locality", "general")}
-    shares["difference"] = tuple(shares["locality"][place] - shares["general"][place] for place in (0, 1))
-    return {name: Interval(float(value[0]), *map(float, np.quantile(drawn, (0.025, 0.975))), edits) for name, (value, drawn) in shares.items()}
+    shares = {
+        name: (
+            _share(tables[name].to_numpy()[:, None]),
+            _share(tables[name].to_numpy()[:, _draws(edits)]),
+        )
+        for name in ("locality", "general")
+    }
+    shares["difference"] = tuple(
+        shares["locality"][place] - shares["general"][place] for place in (0, 1)
+    )
+    return {
+        name: Interval(float(value[0]), *map(float, np.quantile(drawn, (0.025, 0.975))), edits)
+        for name, (value, drawn) in shares.items()
+    }
 
 
 def _share(scores: np.ndarray) -> np.ndarray:
@@ -134,6 +168,10 @@ def _share(scores: np.ndarray) -> np.ndarray:
 
 def told_apart(frame: pd.DataFrame, kinds: Sequence[str]) -> tuple[int, int]:
     """Pairs of methods that probes of these kinds tell apart (sign-flip test by edit, Holm-corrected, 5 %), and all pairs."""
-    means = frame[frame["kind"].isin(kinds)].groupby(["method", "edit"])["score"].mean().unstack("edit")
-    found = [paired(means.loc[one], means.loc[other]).p for one, other in combinations(means.index, 2)]
+    means = (
+        frame[frame["kind"].isin(kinds)].groupby(["method", "edit"])["score"].mean().unstack("edit")
+    )
+    found = [
+        paired(means.loc[one], means.loc[other]).p for one, other in combinations(means.index, 2)
+    ]
     return sum(p < 0.05 for p in holm(found)), len(found)

@@ -77,7 +77,11 @@ class Sources:
 
     def blocks(self, batch: int) -> list[tuple[Edit, ...]]:
         """The edits that may be written together: of every group consecutive ones, or the whole group."""
-        return [group[start : start + (batch or len(group))] for group in self.groups for start in range(0, len(group), batch or len(group))]
+        return [
+            group[start : start + (batch or len(group))]
+            for group in self.groups
+            for start in range(0, len(group), batch or len(group))
+        ]
 
 
 @dataclass
@@ -96,25 +100,41 @@ class Builder:
     @cached_property
     def document_facts(self) -> list[Facts]:
         texts = list(map(retrieval.passage, self.sources.documents))
-        return [facts(text, self.extract(text), [document.title]) for text, document in zip(texts, self.sources.documents)]
+        return [
+            facts(text, self.extract(text), [document.title])
+            for text, document in zip(texts, self.sources.documents)
+        ]
 
     @cached_property
     def cloze_facts(self) -> list[Facts]:
-        return [facts(" ".join((cloze.prompt, *cloze.answers)), (), (cloze.subject, *cloze.answers)) for cloze in self.sources.clozes]
+        return [
+            facts(" ".join((cloze.prompt, *cloze.answers)), (), (cloze.subject, *cloze.answers))
+            for cloze in self.sources.clozes
+        ]
 
     @cached_property
     def askable(self) -> np.ndarray:
         """Which documents can be asked for, (N,): those with a question of their own or a readable title."""
-        return np.array([bool(self.settings.own_question and document.questions) or document.named for document in self.sources.documents])
+        return np.array(
+            [
+                bool(self.settings.own_question and document.questions) or document.named
+                for document in self.sources.documents
+            ]
+        )
 
     @cached_property
     def words(self) -> int:
-        return self.settings.words or round(median(len(edit.answer.split()) for edit in self.sources.edits))
+        return self.settings.words or round(
+            median(len(edit.answer.split()) for edit in self.sources.edits)
+        )
 
     @cached_property
     def queries(self) -> list[str]:
         """What documents are ranked by, one for each edit; one list, so that an index encodes it once."""
-        return [edit.question if self.settings.query == "question" else text_of(edit) for edit in self.sources.edits]
+        return [
+            edit.question if self.settings.query == "question" else text_of(edit)
+            for edit in self.sources.edits
+        ]
 
     @cached_property
     def ranked(self) -> dict[str, np.ndarray]:
@@ -124,23 +144,33 @@ class Builder:
 
     @cached_property
     def index(self) -> "retrieval.Index":
-        return retrieval.over(self.sources.documents, self.settings.retriever, self.folder, self.settings.search)
+        return retrieval.over(
+            self.sources.documents, self.settings.retriever, self.folder, self.settings.search
+        )
 
     @cached_property
     def near(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For every edit the places of the triples by how like their relation is to one of its own, best first, and the scores, (M,) each."""
         name = "bm25" if self.settings.retriever == "bm25" else "dense"
-        relations = [without(cloze.question or cloze.prompt, cloze.subject) for cloze in self.sources.clozes]
+        relations = [
+            without(cloze.question or cloze.prompt, cloze.subject) for cloze in self.sources.clozes
+        ]
         index = retrieval.build(name, relations, self.folder)
-        places, scores = index.top([self.relation(edit) for edit in self.sources.edits], len(relations))
+        places, scores = index.top(
+            [self.relation(edit) for edit in self.sources.edits], len(relations)
+        )
         return dict(zip((edit.id for edit in self.sources.edits), zip(places, scores)))
 
     def relation(self, edit: Edit) -> str:
         """One relation that the edit states, without its subject: of its edited fact, else of one of its details."""
         if edit.facts:
             return edit.facts[0].relation.replace("{}", "")
-        asked = self.rng("relation", edit).choice([detail.question for detail in edit.details] or [edit.question])
-        return without(asked, edit.subject, *(triple.subject for triple in self.extract(text_of(edit))))
+        asked = self.rng("relation", edit).choice(
+            [detail.question for detail in edit.details] or [edit.question]
+        )
+        return without(
+            asked, edit.subject, *(triple.subject for triple in self.extract(text_of(edit)))
+        )
 
     def rng(self, use: str, edit: Edit) -> random.Random:
         """A generator for one draw of one edit: what is drawn for others does not matter."""
@@ -156,10 +186,15 @@ class Builder:
         together = union(map(self.facts_of, edits))
         free = np.array([not shared(together, each) for each in self.document_facts])
         spoken = " ".join(("", *map(spelled, map(text_of, edits)), ""))
-        apart = np.array([
-            not shared(together, each) and not any(f" {spelled(name)} " in spoken for name in (cloze.subject, *cloze.answers))
-            for each, cloze in zip(self.cloze_facts, self.sources.clozes)
-        ])  # fmt: skip
+        apart = np.array(
+            [
+                not shared(together, each)
+                and not any(
+                    f" {spelled(name)} " in spoken for name in (cloze.subject, *cloze.answers)
+                )
+                for each, cloze in zip(self.cloze_facts, self.sources.clozes)
+            ]
+        )
         for edit in edits:
             yield from self.documents_of(edit, free & self.askable)
             yield from self.triples_of(edit, apart)
@@ -167,7 +202,9 @@ class Builder:
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
         """RelDoc and RandDoc of an edit, from the documents marked `free` (N,)."""
         ranked = self.ranked[edit.id]
-        related = next((int(place) for place in ranked[: self.settings.candidates] if free[place]), None)
+        related = next(
+            (int(place) for place in ranked[: self.settings.candidates] if free[place]), None
+        )
         below = free.copy()
         below[ranked[: self.settings.floor]] = False
         if related is not None:
@@ -181,7 +218,14 @@ class Builder:
                 document = self.sources.documents[place]
                 asked, short = self.asked(document)
                 reference = cut(document.text, self.words)
-                yield Item(edit=edit.id, kind=kind, question=asked, reference=reference, aliases=short, source=document.id)
+                yield Item(
+                    edit=edit.id,
+                    kind=kind,
+                    question=asked,
+                    reference=reference,
+                    aliases=short,
+                    source=document.id,
+                )
 
     def triples_of(self, edit: Edit, apart: np.ndarray) -> Iterator[Item]:
         """StructTrip and near triple of an edit, from the triples marked `apart` (M,); numbered on from the edit's own."""
@@ -197,17 +241,33 @@ class Builder:
                 self.refused.setdefault(kind, []).append(edit.id)
                 continue
             cloze = self.sources.clozes[place]
-            number = 1 + max((probe.number for probe in edit.extra if probe.kind == kind), default=-1)
-            asked = (cloze.prompt, is_question(cloze.prompt)) if kind == "struct_trip" else (cloze.question or cloze.prompt, True)
-            yield Item(edit=edit.id, kind=kind, number=number, question=asked[0], chat=asked[1], reference=cloze.answers[0],
-                       aliases=cloze.answers[1:], source=cloze.id)  # fmt: skip
+            number = 1 + max(
+                (probe.number for probe in edit.extra if probe.kind == kind), default=-1
+            )
+            asked = (
+                (cloze.prompt, is_question(cloze.prompt))
+                if kind == "struct_trip"
+                else (cloze.question or cloze.prompt, True)
+            )
+            yield Item(
+                edit=edit.id,
+                kind=kind,
+                number=number,
+                question=asked[0],
+                chat=asked[1],
+                reference=cloze.answers[0],
+                aliases=cloze.answers[1:],
+                source=cloze.id,
+            )
 
     def asked(self, document: Document) -> tuple[str, tuple[str, ...]]:
         """The question that stands for a document, its own or else made from its title, and its short answer where it has one."""
         if self.settings.own_question and document.questions:
             question, short = document.questions[0]
             return question, (short,) if short else ()
-        return (SECTION if document.section else TITLE).format(title=document.title, section=document.section), ()
+        return (SECTION if document.section else TITLE).format(
+            title=document.title, section=document.section
+        ), ()
 
 
 def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
@@ -218,9 +278,17 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
     check(sources, settings)
     builder = Builder(sources, settings, folder)
     blocks = sources.blocks(settings.batch)
-    found = [item for block in tqdm(blocks, desc="locality", mininterval=5) for item in builder.block(block)]
+    found = [
+        item
+        for block in tqdm(blocks, desc="locality", mininterval=5)
+        for item in builder.block(block)
+    ]
     for kind, without_one in builder.refused.items():
-        of = f"{len(sources.documents)} documents" if kind.endswith("doc") else f"{len(sources.clozes)} triples"
+        of = (
+            f"{len(sources.documents)} documents"
+            if kind.endswith("doc")
+            else f"{len(sources.clozes)} triples"
+        )
         named = ", ".join(map(repr, without_one[:5])) + (" ..." if len(without_one) > 5 else "")
         raise InputError(
             f"{kind}: none of {of} is left for {len(without_one)} of {len(sources.edits)} edits ({named}): each shares a fact with an edit that may be "
@@ -232,7 +300,9 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
         chosen = [item for item in found if item.kind == kind]  # one for each query, in their order
         found_at = builder.index.ranks(builder.queries, [place[item.source] for item in chosen])
         ranks |= {(kind, item.edit): int(rank) for item, rank in zip(chosen, found_at, strict=True)}
-    return tuple(item.model_copy(update={"rank": ranks.get((item.kind, item.edit))}) for item in found)
+    return tuple(
+        item.model_copy(update={"rank": ranks.get((item.kind, item.edit))}) for item in found
+    )
 
 
 def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
@@ -247,12 +317,20 @@ def check(sources: Sources, settings: Settings) -> None:
     if not sources.edits:
         raise InputError("locality: there is no edit to build probes for")
     if len(sources.documents) < settings.floor + 2:
-        raise InputError(f"locality: {len(sources.documents)} documents are too few for the floor {settings.floor}: "
-                         f"RandDoc is drawn from those ranked below it; expected {settings.floor + 2} or more")  # fmt: skip
-    if twice := [name for name, count in Counter(cloze.id for cloze in sources.clozes).items() if count > 1]:
-        raise InputError(f"locality: {len(twice)} triples share an id ({twice[0]!r}); expected structured sets whose files have different names")
+        raise InputError(
+            f"locality: {len(sources.documents)} documents are too few for the floor {settings.floor}: "
+            f"RandDoc is drawn from those ranked below it; expected {settings.floor + 2} or more"
+        )
+    if twice := [
+        name for name, count in Counter(cloze.id for cloze in sources.clozes).items() if count > 1
+    ]:
+        raise InputError(
+            f"locality: {len(twice)} triples share an id ({twice[0]!r}); expected structured sets whose files have different names"
+        )
     if len(sources.clozes) < 2:
-        raise InputError(f"locality: {len(sources.clozes)} triples in the structured set; expected 2 or more")
+        raise InputError(
+            f"locality: {len(sources.clozes)} triples in the structured set; expected 2 or more"
+        )
 
 
 def fitted(settings: Settings, sources: Sources) -> Settings:
@@ -260,7 +338,10 @@ def fitted(settings: Settings, sources: Sources) -> Settings:
     brought = sum(len(document.questions) for document in sources.documents)
     if settings.retriever != "dense-trained" or brought >= LEAST_QUESTIONS:
         return settings
-    warnings.warn(f"the documents bring {brought} questions, too few to train a retriever on ({LEAST_QUESTIONS}); MiniLM is used as it comes", stacklevel=2)
+    warnings.warn(
+        f"the documents bring {brought} questions, too few to train a retriever on ({LEAST_QUESTIONS}); MiniLM is used as it comes",
+        stacklevel=2,
+    )
     return settings.model_copy(update={"retriever": "dense"})
 
 
@@ -283,6 +364,9 @@ def without(question: str, *names: str | None) -> str:
 
 def cut(text: str, words: int) -> str:
     """The first sentences of a text, as many as come nearest to so many words; at least one."""
-    straight = text.translate(str.maketrans("“”‘’", "\"\"\'\'"))  # as long as the text itself
-    ends = [*(len(text[: found.end()].rstrip()) for found in SENTENCE.finditer(straight)), len(text.rstrip())]
+    straight = text.translate(str.maketrans("“”‘’", "\"\"''"))  # as long as the text itself
+    ends = [
+        *(len(text[: found.end()].rstrip()) for found in SENTENCE.finditer(straight)),
+        len(text.rstrip()),
+    ]
     return text[: min(ends, key=lambda end: abs(len(text[:end].split()) - words))]

@@ -20,11 +20,29 @@ from uke.locality import Settings, Sources, build, fitted
 from uke.paths import Paths, code_fingerprint
 
 # Published names; any other file's set is called <dataset>-Loc.
-NAMES = {"unkebench": "UnKEBench-Loc", "akew-counterfact": "AKEW-Loc-CF", "akew-mquake": "AKEW-Loc-MQuAKE"}
+NAMES = {
+    "unkebench": "UnKEBench-Loc",
+    "akew-counterfact": "AKEW-Loc-CF",
+    "akew-mquake": "AKEW-Loc-MQuAKE",
+}
 BUILDING = (
-    "records", "formats", "edits", "streams", "dumps", "wikitext", "documents", "phrases", "extraction",
-    "similarity", "ranking", "embedding", "dual_encoder", "retrieval", "locality", "locality_files",
-)  # fmt: skip
+    "records",
+    "formats",
+    "edits",
+    "streams",
+    "dumps",
+    "wikitext",
+    "documents",
+    "phrases",
+    "extraction",
+    "similarity",
+    "ranking",
+    "embedding",
+    "dual_encoder",
+    "retrieval",
+    "locality",
+    "locality_files",
+)
 LICENCES = {  # of the collections and sets that the README names, by the beginning of the file's name
     "xquad": "CC BY-SA 4.0 (Wikipedia)",
     "wikitext": "CC BY-SA 3.0 (Wikipedia)",
@@ -52,7 +70,9 @@ class Order:
     edit_file: Path
     documents: tuple[Path, ...]
     structured: tuple[Path, ...]
-    generated: bool = False  # a split of a world; any other file holds both splits, told by a hash of the id
+    generated: bool = (
+        False  # a split of a world; any other file holds both splits, told by a hash of the id
+    )
 
     @property
     def name(self) -> str:
@@ -65,24 +85,44 @@ class Order:
     def sources(self) -> Sources:
         """Everything read; InputError for the first thing wrong in any file."""
         every = edits.load(self.dataset, self.edit_file)
-        groups = [tuple(edit for edit in every if edits.in_split(edit.id, split)) for split in edits.SPLITS] if not self.generated else [every]
+        groups = (
+            [
+                tuple(edit for edit in every if edits.in_split(edit.id, split))
+                for split in edits.SPLITS
+            ]
+            if not self.generated
+            else [every]
+        )
         triples = tuple(cloze for path in self.structured for cloze in edits.load_clozes(path))
-        return Sources(tuple(filter(None, groups)), tuple(documents.gather(self.documents)), triples)
+        return Sources(
+            tuple(filter(None, groups)), tuple(documents.gather(self.documents)), triples
+        )
 
 
 def of_world(folder: Path, split: str, dataset: str = "unkebench") -> Order:
     """The set of one split of a world whose files lie below `folder`."""
     below = Path(folder) / split
     file = {"unkebench": world_files.UNKEBENCH, "akew-counterfact": world_files.AKEW}[dataset]
-    return Order(dataset, below / file, (below / world_files.DOCUMENTS,), (below / world_files.KNOWEDIT,), generated=True)
+    return Order(
+        dataset,
+        below / file,
+        (below / world_files.DOCUMENTS,),
+        (below / world_files.KNOWEDIT,),
+        generated=True,
+    )
 
 
 def of_files(data: str, data_file: str, given: Sequence[str], structured: Sequence[str]) -> Order:
     """The set of a benchmark's file: what is given, else what the folder UKE_DATA has; InputError where nothing is."""
-    found = {"documents": params.find_collections("documents", given), "structured": params.find_collections("structured", structured)}
+    found = {
+        "documents": params.find_collections("documents", given),
+        "structured": params.find_collections("structured", structured),
+    }
     for name, folder in params.COLLECTIONS.items():
         if not found[name]:
-            raise InputError(f"locality: no file to take {name} from; name them with {name.upper()}=, or have them in {folder}/ of the folder UKE_DATA")
+            raise InputError(
+                f"locality: no file to take {name} from; name them with {name.upper()}=, or have them in {folder}/ of the folder UKE_DATA"
+            )
     return Order(data, Path(params.find_data(data, data_file)), **found)
 
 
@@ -95,7 +135,9 @@ def check_made_for(built: Path, edit_file: Path) -> None:
     """InputError where a set was made for another edit file, whose ids may be the same, or was changed since."""
     card = read_card(built.with_suffix(".md")) if built.with_suffix(".md").is_file() else {}
     if card.get("sha256") != digest(built) or card["sources"][0]["sha256"] != digest(edit_file):
-        raise InputError(f"{built}: not the set made for {edit_file}, by its card; make it with `make locality`, or remove it")
+        raise InputError(
+            f"{built}: not the set made for {edit_file}, by its card; make it with `make locality`, or remove it"
+        )
 
 
 def settings(home: Path, data: str) -> Settings:
@@ -109,7 +151,9 @@ def settings(home: Path, data: str) -> Settings:
         return Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{path}: {first['loc'][0]}: {first['msg']}, found {first['input']!r}") from None
+        raise InputError(
+            f"{path}: {first['loc'][0]}: {first['msg']}, found {first['input']!r}"
+        ) from None
 
 
 def ensure(order: Order, chosen: Settings, folder: Path) -> Path:
@@ -118,17 +162,39 @@ def ensure(order: Order, chosen: Settings, folder: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         head = header(order, chosen)
-        if not (target.is_file() and card.is_file() and read_card(card) | {"retriever": ""} == head | {"sha256": digest(target), "retriever": ""}):
+        if not (
+            target.is_file()
+            and card.is_file()
+            and read_card(card) | {"retriever": ""}
+            == head | {"sha256": digest(target), "retriever": ""}
+        ):
             sources = order.sources()
             used = fitted(chosen, sources)
-            write(head | {"retriever": used.retriever}, build(sources, used, Path(folder) / "retrieval"), Path(folder))
+            write(
+                head | {"retriever": used.retriever},
+                build(sources, used, Path(folder) / "retrieval"),
+                Path(folder),
+            )
     return target
 
 
 def header(order: Order, chosen: Settings) -> dict:
     """What decides a set: its files, settings and the code that builds it; what a card begins with."""
-    files = [{"file": path.name, "sha256": digest(path), "licence": "MIT (generated by this project)" if order.generated else licence(path)} for path in order.files]
-    return {"set": order.name, "dataset": order.dataset, "sources": files, "settings": chosen.model_dump(), "code": f"{code_fingerprint(BUILDING)} {digest(Path(__file__).with_name('phrases.yaml'))[:16]}"}
+    files = [
+        {
+            "file": path.name,
+            "sha256": digest(path),
+            "licence": "MIT (generated by this project)" if order.generated else licence(path),
+        }
+        for path in order.files
+    ]
+    return {
+        "set": order.name,
+        "dataset": order.dataset,
+        "sources": files,
+        "settings": chosen.model_dump(),
+        "code": f"{code_fingerprint(BUILDING)} {digest(Path(__file__).with_name('phrases.yaml'))[:16]}",
+    }
 
 
 def read_card(path: Path) -> dict:
@@ -145,11 +211,18 @@ def write(head: Mapping, items: Sequence[Item], folder: Path) -> None:
     """Set, schema and card below `folder`, all or none; the set last, since it is what others look for. `head` begins the card."""
     name = head["set"]
     records = [item.model_dump(mode="json", exclude_defaults=True) for item in items]
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name, "type": "array", "items": Item.model_json_schema()}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": name,
+        "type": "array",
+        "items": Item.model_json_schema(),
+    }
     part = Path(tempfile.mkdtemp(dir=folder, prefix=".part-"))
     try:
         for suffix, value in ((".json", records), (".schema.json", schema)):
-            (part / f"{name}{suffix}").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (part / f"{name}{suffix}").write_text(
+                json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         said = dict(head) | {"sha256": digest(part / f"{name}.json")}
         (part / f"{name}.md").write_text(card(said, items), encoding="utf-8")
         for suffix in (".schema.json", ".md", ".json"):
@@ -164,11 +237,16 @@ def card(head: Mapping, items: Iterable[Item]) -> str:
     counts = Counter(item.kind for item in items)
     used = {kind: len({item.source for item in items if item.kind == kind}) for kind in counts}
     rows = "\n".join(f"| `{kind}` | {count} | {used[kind]} |" for kind, count in counts.items())
-    files = "\n".join(f"| `{file['file']}` | {file['licence']} | `{file['sha256'][:16]}…` |" for file in head["sources"])
+    files = "\n".join(
+        f"| `{file['file']}` | {file['licence']} | `{file['sha256'][:16]}…` |"
+        for file in head["sources"]
+    )
     chosen = "\n".join(f"| `{key}` | {value} |" for key, value in head["settings"].items())
     front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=1000)
     edited = len({item.edit for item in items})
-    return CARD.format(front=front, rows=rows, files=files, chosen=chosen, edited=edited, items=len(items), **head)
+    return CARD.format(
+        front=front, rows=rows, files=files, chosen=chosen, edited=edited, items=len(items), **head
+    )
 
 
 CARD = """---
@@ -204,7 +282,10 @@ relevance may be ranked differently.
 
 def licence(path: Path) -> str:
     """The licence of a collection or set that is known by its name; nobody has compared the file with the published one."""
-    return next((f"{text}; by its name" for start, text in LICENCES.items() if path.name.startswith(start)), "not stated")
+    return next(
+        (f"{text}; by its name" for start, text in LICENCES.items() if path.name.startswith(start)),
+        "not stated",
+    )
 
 
 def digest(path: Path) -> str:

@@ -46,7 +46,11 @@ def sites(model: nn.Module, layers: Sequence[int | float]) -> list[Site]:
     found = []
     for name in module_names(model, layers, ("down_proj",)):
         block = next(block for prefix, block in every if name.startswith(f"{prefix}."))
-        after = (part for own, part in block.named_children() if own.startswith("post_") and ("feedforward" in own or "mlp" in own))
+        after = (
+            part
+            for own, part in block.named_children()
+            if own.startswith("post_") and ("feedforward" in own or "mlp" in own)
+        )
         found.append(Site(name, block, model.get_submodule(name), next(after, None)))
     return found
 
@@ -74,14 +78,23 @@ class Located:
     @property
     def anchors(self) -> list[tuple[int, int]]:
         """Edit and position of each anchor."""
-        return [(edit, window.anchor) for edit, windows in enumerate(self.windows) for window in windows]
+        return [
+            (edit, window.anchor) for edit, windows in enumerate(self.windows) for window in windows
+        ]
 
     def notes(self, peer: Peer) -> list[str]:
         """Where an answer is too short for the method's rule, so that one window holds it."""
         if peer.anchors == "last":
             return []
-        short = [edit for edit, one in zip(self.ids, self.examples, strict=True) if len(one.ids) - one.prompt_length < peer.window]
-        return [f"edit '{edit}': the answer is shorter than a window of {peer.window} tokens; one window" for edit in short]
+        short = [
+            edit
+            for edit, one in zip(self.ids, self.examples, strict=True)
+            if len(one.ids) - one.prompt_length < peer.window
+        ]
+        return [
+            f"edit '{edit}': the answer is shorter than a window of {peer.window} tokens; one window"
+            for edit in short
+        ]
 
 
 def locate(model: nn.Module, examples: Mapping[str, Example], peer: Peer) -> Located:
@@ -92,11 +105,17 @@ def locate(model: nn.Module, examples: Mapping[str, Example], peer: Peer) -> Loc
         cuts = [[span.start] for span in spans]
     elif peer.anchors == "surprisal":
         surprisal = surprisals(model, every)
-        cuts = [_peaks(values, peer.window, span.start) for values, span in zip(surprisal, spans, strict=True)]
+        cuts = [
+            _peaks(values, peer.window, span.start)
+            for values, span in zip(surprisal, spans, strict=True)
+        ]
     else:
         cuts = [list(span[:: peer.window]) for span in spans]
     windows = [
-        [Window(start - 1, start, stop) for start, stop in zip(starts, [*starts[1:], span.stop], strict=True)]
+        [
+            Window(start - 1, start, stop)
+            for start, stop in zip(starts, [*starts[1:], span.stop], strict=True)
+        ]
         for starts, span in zip(cuts, spans, strict=True)
     ]
     return Located(list(examples), every, windows, peer.anchors == "nested")
@@ -116,7 +135,9 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
 
 
 @torch.no_grad()
-def surprisals(model: nn.Module, examples: Sequence[Example], edits: Sequence[str] = ()) -> list[Tensor]:
+def surprisals(
+    model: nn.Module, examples: Sequence[Example], edits: Sequence[str] = ()
+) -> list[Tensor]:
     """-log p of every target token of each example, teacher-forced, shape (tokens of its answer,), nats.
 
     Where the model has lanes, `edits` says which of them reads each example.
@@ -126,22 +147,38 @@ def surprisals(model: nn.Module, examples: Sequence[Example], edits: Sequence[st
         if edits:
             read_as(model, [edits[row] for row in rows])
         read = min(examples[row].prompt_length for row in rows) - 1
-        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - 1 - read).logits
-        nll = F.cross_entropy(wide(logits).transpose(1, 2), ids[:, read + 1 :], reduction="none")  # (B, S)
+        logits = model(
+            input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - 1 - read
+        ).logits
+        nll = F.cross_entropy(
+            wide(logits).transpose(1, 2), ids[:, read + 1 :], reduction="none"
+        )  # (B, S)
         for row, values in zip(rows, nll, strict=True):
-            found[row] = values[examples[row].prompt_length - 1 - read : len(examples[row].ids) - 1 - read]
+            found[row] = values[
+                examples[row].prompt_length - 1 - read : len(examples[row].ids) - 1 - read
+            ]
     return [found[row] for row in range(len(examples))]
 
 
 def by_window(model: nn.Module, located: Located) -> list[list[float]]:
     """Mean log-probability (nats) of a token of each window of each edit: how far a method came, and where."""
     return [
-        [-float(nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()) for window in windows]
-        for nll, one, windows in zip(surprisals(model, located.examples, located.ids), located.examples, located.windows, strict=True)
+        [
+            -float(nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean())
+            for window in windows
+        ]
+        for nll, one, windows in zip(
+            surprisals(model, located.examples, located.ids),
+            located.examples,
+            located.windows,
+            strict=True,
+        )
     ]
 
 
-def chunks(sequences: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
+def chunks(
+    sequences: Sequence[Sequence[int]], device: torch.device
+) -> Iterator[tuple[list[int], Tensor]]:
     """Rows of like length with their ids (B, T), padded right: causality alone keeps padding from what is read."""
     for rows in parts([len(sequence) for sequence in sequences]):
         yield rows, padded([sequences[row] for row in rows], device)
@@ -150,7 +187,9 @@ def chunks(sequences: Sequence[Sequence[int]], device: torch.device) -> Iterator
 def padded(sequences: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> Tensor:
     """Token ids (B, T), zeros where a sequence is shorter than the longest."""
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left" if left else "right").to(device)
+    return nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_side="left" if left else "right"
+    ).to(device)
 
 
 class Call(NamedTuple):
@@ -208,7 +247,9 @@ def states(model: nn.Module, located: Located, site: Site, last: Site) -> States
     others = []
     for rows, ids in chunks([one.ids for one in located.examples], model.device):
         inner, outer = look(model, ids, (site.projection, last.block))
-        rest = torch.arange(ids.shape[1])[None] < torch.tensor([[len(located.examples[row].ids)] for row in rows])
+        rest = torch.arange(ids.shape[1])[None] < torch.tensor(
+            [[len(located.examples[row].ids)] for row in rows]
+        )
         for place, row in enumerate(rows):
             for window in located.windows[row]:
                 at = (place, window.anchor)

@@ -26,7 +26,10 @@ def write(root: Path, results: Path, outcome: dict) -> Path:
     path = results / "manifests" / f"{outcome['notebook']}.json"
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip() or None
+        commit = (
+            subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip()
+            or None
+        )
     except FileNotFoundError:
         commit = None
     manifest = outcome | {
@@ -36,7 +39,10 @@ def write(root: Path, results: Path, outcome: dict) -> Path:
         "platform": platform.platform(),
         "processor": processor(),
         "commit": commit,
-        "versions": {each.name: each.version for each in sorted(metadata.distributions(), key=lambda each: each.name)},
+        "versions": {
+            each.name: each.version
+            for each in sorted(metadata.distributions(), key=lambda each: each.name)
+        },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
@@ -46,8 +52,16 @@ def write(root: Path, results: Path, outcome: dict) -> Path:
 def machine(manifest: dict) -> dict:
     """Device, processor, Python, platform and the libraries that decide numbers, as a report states them."""
     versions = manifest.get("versions", {})
-    known = {key: manifest[key] for key in ("device", "processor", "python", "platform") if manifest.get(key)}
-    return known | ({"libraries": {key: versions[key] for key in _LIBRARIES if key in versions}} if versions else {})
+    known = {
+        key: manifest[key]
+        for key in ("device", "processor", "python", "platform")
+        if manifest.get(key)
+    }
+    return known | (
+        {"libraries": {key: versions[key] for key in _LIBRARIES if key in versions}}
+        if versions
+        else {}
+    )
 
 
 def processor(told: Path = Path("/proc/cpuinfo")) -> str:
@@ -57,7 +71,10 @@ def processor(told: Path = Path("/proc/cpuinfo")) -> str:
     """
     try:
         text = told.read_text(encoding="utf-8")
-        name, family, model, flags = (re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)[1] for field in ("model name", "cpu family", "model", "flags"))
+        name, family, model, flags = (
+            re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)[1]
+            for field in ("model name", "cpu family", "model", "flags")
+        )
     except (OSError, TypeError):  # not Linux, or not x86
         return platform.processor() or platform.machine()
     vectors = next((said for flag, said in _VECTORS.items() if flag in flags.split()), "no AVX2")
@@ -69,5 +86,7 @@ def _work_seconds(results: Path, seconds: float, earlier: Path) -> float:
     before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
     if before.get("status") == "failed":
         return round(seconds + before["work_seconds"], 2)
-    wrote = any(path.stat().st_mtime >= time.time() - seconds for path in results.rglob("*.parquet"))
+    wrote = any(
+        path.stat().st_mtime >= time.time() - seconds for path in results.rglob("*.parquet")
+    )
     return seconds if wrote or not before else before["work_seconds"]

@@ -37,14 +37,25 @@ class Material:
         """The same edits with probes of these kinds alone, which is another material; InputError for an unknown kind."""
         if unknown := [kind for kind in kinds if kind not in HEADLINE]:
             raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], HEADLINE)}")
-        probes = {edit: tuple(probe for probe in every if probe.kind in kinds) for edit, every in self.probes.items()}
+        probes = {
+            edit: tuple(probe for probe in every if probe.kind in kinds)
+            for edit, every in self.probes.items()
+        }
         return replace(self, probes=probes, fingerprint=self._marked(str(sorted(kinds))))
 
     def _marked(self, change: str) -> str:
         return hashlib.sha256(f"{self.fingerprint} {change}".encode()).hexdigest()[:16]
 
 
-def gather(paths: Paths, split: str, limit: int, data_file: str = "", seed: int = 1, *, form: str = "unkebench") -> Material:
+def gather(
+    paths: Paths,
+    split: str,
+    limit: int,
+    data_file: str = "",
+    seed: int = 1,
+    *,
+    form: str = "unkebench",
+) -> Material:
     """The first `limit` edits of a split of the world, or of a benchmark's file, with their probes.
 
     The world's edits come in the form of one benchmark or of the other (`unkebench`, `akew-counterfact`). The world comes with its locality set, built where it is missing; a benchmark's file with the one that `make locality` has
@@ -73,13 +84,21 @@ def gather(paths: Paths, split: str, limit: int, data_file: str = "", seed: int 
     return Material(chosen, probes, mark, seed if paths.data == "world" else None)
 
 
-def of_world(paths: Paths, split: str, seed: int, form: str = "unkebench") -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
+def of_world(
+    paths: Paths, split: str, seed: int, form: str = "unkebench"
+) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
     """All edits of a split of a world, and the probes around them: its locality set, and (UnKEBench) exercises of a general skill."""
     folder = world_files.ensure(paths.home / "results", seed)
     order = locality_files.of_world(folder, split, form)
     every = edit_files.load(order.dataset, order.edit_file)
-    built = locality_files.ensure(order, locality_files.settings(paths.home, "world"), folder / split / "locality")
-    exercises = edit_files.load_locality(folder / split / world_files.GENERAL, every) if form == "unkebench" else ()
+    built = locality_files.ensure(
+        order, locality_files.settings(paths.home, "world"), folder / split / "locality"
+    )
+    exercises = (
+        edit_files.load_locality(folder / split / world_files.GENERAL, every)
+        if form == "unkebench"
+        else ()
+    )
     return every, (*edit_files.load_locality(built, every), *exercises)
 
 

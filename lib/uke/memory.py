@@ -20,7 +20,9 @@ from uke.models import blocks
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMORY, MEMBER, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 MIB = 2**20
-UNLIMITED = 2**60  # bytes; where no limit is set, the older kind of control group says one near 2**63
+UNLIMITED = (
+    2**60
+)  # bytes; where no limit is set, the older kind of control group says one near 2**63
 
 
 class Peak:
@@ -42,7 +44,11 @@ class Peak:
         """Mebibytes at the highest point so far beyond the start; None where the system does not tell."""
         if self.start is None:
             return None
-        highest = torch.cuda.max_memory_allocated(self.device) / MIB if self.device.type == "cuda" else _resident("VmHWM")
+        highest = (
+            torch.cuda.max_memory_allocated(self.device) / MIB
+            if self.device.type == "cuda"
+            else _resident("VmHWM")
+        )
         return max(0.0, highest - self.start)
 
 
@@ -50,9 +56,15 @@ def free_mib(device: torch.device) -> float:
     """Mebibytes that can still be taken on the device; without end where the system does not tell."""
     if device.type == "cuda":
         # What torch's allocator holds in reserve is taken for the driver, and free for us.
-        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        ) / MIB
     try:
-        whole = int(re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)[1]) / 1024
+        whole = (
+            int(re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.MULTILINE)[1]) / 1024
+        )
     except (OSError, TypeError):
         whole = float("inf")
     return min(whole, _left_to_group())
@@ -68,13 +80,32 @@ def _left_to_group() -> float:
     for kinds, path in memberships:
         if kinds and "memory" not in kinds.split(","):
             continue
-        top, most, taken = (GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else (GROUPS, "memory.max", "memory.current")
+        top, most, taken = (
+            (GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            if kinds
+            else (GROUPS, "memory.max", "memory.current")
+        )
         own = top / path.strip("/")
         for folder in (own, *own.parents):
-            limit = (folder / most).read_text().strip() if folder.is_relative_to(top) and (folder / most).is_file() else "max"
+            limit = (
+                (folder / most).read_text().strip()
+                if folder.is_relative_to(top) and (folder / most).is_file()
+                else "max"
+            )
             if limit != "max" and int(limit) < UNLIMITED:
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-                left.append((int(limit) - int((folder / taken).read_text()) + (int(cached[1]) if cached else 0)) / MIB)
+                cached = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$",
+                    (folder / "memory.stat").read_text(),
+                    re.MULTILINE,
+                )
+                left.append(
+                    (
+                        int(limit)
+                        - int((folder / taken).read_text())
+                        + (int(cached[1]) if cached else 0)
+                    )
+                    / MIB
+                )
     return max(0.0, min(left))
 
 
@@ -114,7 +145,9 @@ def offloaded(model: nn.Module) -> AbstractContextManager[None]:
         # A weight that is kept beside its input is on the device in any case.
         return tensor if tensor.untyped_storage().data_ptr() in weights else host.pack_hook(tensor)
 
-    return saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else host.unpack_hook(packed))
+    return saved_tensors_hooks(
+        pack, lambda packed: packed if isinstance(packed, Tensor) else host.unpack_hook(packed)
+    )
 
 
 # In the order in which they are taken, with what is said of each. Inside both, what goes into a block is all that is kept, and that on the host.
@@ -133,7 +166,12 @@ class Thrift:
 
     def more(self) -> str | None:
         """Take one more way from here on; what is said of it, or None where there is no other on this device."""
-        left = [way for way in WAYS if way not in self.taken and (self.model.device.type == "cuda" or WAYS[way] is not offloaded)]
+        left = [
+            way
+            for way in WAYS
+            if way not in self.taken
+            and (self.model.device.type == "cuda" or WAYS[way] is not offloaded)
+        ]
         self.taken += left[:1]
         return left[0] if left else None
 

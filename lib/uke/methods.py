@@ -22,7 +22,9 @@ Method = Recipe | Peer
 Named = TypeVar("Named")
 
 # Published settings, by published name.
-PUBLISHED: Mapping[str, Method] = MappingProxyType({method.name: method for method in (*RECIPES.values(), *PEERS.values())})
+PUBLISHED: Mapping[str, Method] = MappingProxyType(
+    {method.name: method for method in (*RECIPES.values(), *PEERS.values())}
+)
 
 
 def key(name: str) -> str:
@@ -46,7 +48,9 @@ def load(path: str | Path) -> Method:
     """
     written = _read(Path(path))
     base = written.pop("base", None)
-    method = Recipe(name=Path(path).stem) if base is None else find(base, where=f"{path}: field base: ")
+    method = (
+        Recipe(name=Path(path).stem) if base is None else find(base, where=f"{path}: field base: ")
+    )
     return _changed(method, written, str(path))
 
 
@@ -54,14 +58,18 @@ def _changed(method: Method, written: Any, where: str) -> Method:
     """The method with these written, checked; InputError that begins with `where`."""
     fields = type(method).model_fields
     if not isinstance(written, Mapping):
-        raise InputError(f"{where}: expected fields of {method.name} and their values, found {written!r}")
+        raise InputError(
+            f"{where}: expected fields of {method.name} and their values, found {written!r}"
+        )
     if unknown := [name for name in written if name not in fields]:
         raise InputError(f"{where}: unknown field '{unknown[0]}'{nearest(str(unknown[0]), fields)}")
     try:
         return type(method)(**{**method.model_dump(), **written})
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        raise InputError(f"{where}: field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})") from None
+        raise InputError(
+            f"{where}: field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})"
+        ) from None
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -84,7 +92,10 @@ def changes(method: Method, base: Method) -> dict[str, Any]:
 
 def differences(method: Method, base: Method) -> str:
     """The same in one line, `as published` where there is none."""
-    return ", ".join(f"{field} {_plain(value)}" for field, value in changes(method, base).items()) or "as published"
+    return (
+        ", ".join(f"{field} {_plain(value)}" for field, value in changes(method, base).items())
+        or "as published"
+    )
 
 
 def _plain(value: Any) -> str:
@@ -107,7 +118,9 @@ def _of_a_world(model: str) -> bool:
     return (Path(model).expanduser() / "training.json").is_file()
 
 
-def configured(folder: Path, model: str, batch_size: int = 1, tuned: bool = True) -> dict[str, Method]:
+def configured(
+    folder: Path, model: str, batch_size: int = 1, tuned: bool = True
+) -> dict[str, Method]:
     """Every method of `folder`/methods by name, with what the model's tuned file changes in it, if there is one.
 
     Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
@@ -135,24 +148,37 @@ def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
     held = _read(path)
     for size, methods in held.items():
         if type(size) is not int or size < 1 or not isinstance(methods, dict):
-            raise InputError(f"{path}: {size!r}: expected a batch size, and under it the methods with their fields")
+            raise InputError(
+                f"{path}: {size!r}: expected a batch size, and under it the methods with their fields"
+            )
     return held
 
 
-def tune(folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]) -> Path:
+def tune(
+    folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]
+) -> Path:
     """Write what was chosen for some methods at a batch size to the model's tuned file, beside what it holds of others."""
     path = tuned_file(folder, model)
     with _alone(path, model):
         held = tuned_at(path) if path.is_file() else {}
-        held[batch_size] = {**held.get(batch_size, {}), **{name: dict(own) for name, own in chosen.items()}}
-        return _write(path, "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb and tuning_levels.ipynb, their rows are committed beside the figures).", held)
+        held[batch_size] = {
+            **held.get(batch_size, {}),
+            **{name: dict(own) for name, own in chosen.items()},
+        }
+        return _write(
+            path,
+            "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb and tuning_levels.ipynb, their rows are committed beside the figures).",
+            held,
+        )
 
 
 @contextmanager
 def _alone(path: Path, model: str) -> Iterator[None]:
     """Keep others on this machine from changing the file meanwhile: two notebooks may tune one model at once."""
     if _of_a_world(model):
-        raise InputError(f"{model}: the model of another world has the settings of the embedded one; expected model embedded")
+        raise InputError(
+            f"{model}: the model of another world has the settings of the embedded one; expected model embedded"
+        )
     locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
     locks.mkdir(exist_ok=True)
     with FileLock(locks / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.lock"):
@@ -186,9 +212,15 @@ def levels_at(folder: Path, model: str) -> dict[str, dict[str, dict[str, dict[st
         for factor, levels in _mapping(factors, f"{path}: {name}").items():
             for level, own in _mapping(levels, f"{path}: {name}, {factor}").items():
                 place = f"{path}: {name}, {factor}, {level}"
-                changed = {field: value for field, value in _mapping(own, place).items() if field != "average"}
+                changed = {
+                    field: value
+                    for field, value in _mapping(own, place).items()
+                    if field != "average"
+                }
                 if not isinstance(own.get("average", 0.0), (int, float)):
-                    raise InputError(f"{place}: average: expected a number, found {own['average']!r}")
+                    raise InputError(
+                        f"{place}: average: expected a number, found {own['average']!r}"
+                    )
                 _changed(_varied(method, factor, level, f"{path}: {name}: "), changed, place)
                 found.setdefault(method.name, {}).setdefault(factor, {})[level] = own
     return found
@@ -223,7 +255,11 @@ def at_level(folder: Path, model: str, method_name: str, factor: str, level: str
     own = levels_at(folder, model).get(find(method_name).name, {}).get(factor, {}).get(level)
     method = _recipe(method_name, configured(folder, model, tuned=own is None))
     changed = {field: value for field, value in (own or {}).items() if field != "average"}
-    return _changed(vary(method, factor, level), changed, f"{levels_file(folder, model)}: {method.name}, {factor}, {level}")
+    return _changed(
+        vary(method, factor, level),
+        changed,
+        f"{levels_file(folder, model)}: {method.name}, {factor}, {level}",
+    )
 
 
 def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
@@ -233,10 +269,18 @@ def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]
     """
     singles = [level for level in SINGLES if level in among]
     if not singles:
-        raise InputError(f"layers: {', '.join(among)}: none trains a single block; expected one of {', '.join(SINGLES)}")
+        raise InputError(
+            f"layers: {', '.join(among)}: none trains a single block; expected one of {', '.join(SINGLES)}"
+        )
     held = levels_at(folder, model).get(find(method_name).name, {}).get("layers", {})
-    averages = {level: held[level]["average"] for level in singles if "average" in held.get(level, {})}
-    published = [level for level in singles if FACTORS["layers"].levels[level]["layers"] == RECIPES["FT-M"].layers[0]]
+    averages = {
+        level: held[level]["average"] for level in singles if "average" in held.get(level, {})
+    }
+    published = [
+        level
+        for level in singles
+        if FACTORS["layers"].levels[level]["layers"] == RECIPES["FT-M"].layers[0]
+    ]
     return max(averages, key=averages.__getitem__) if averages else (published or singles)[-1]
 
 
@@ -245,7 +289,11 @@ def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> Path
     path = levels_file(folder, model)
     with _alone(path, model):
         held = {**levels_at(folder, model), **chosen}
-        return _write(path, "By method, factor and level: the rate chosen on development edits, and its average there (notebooks/tuning_levels.ipynb).", held)
+        return _write(
+            path,
+            "By method, factor and level: the rate chosen on development edits, and its average there (notebooks/tuning_levels.ipynb).",
+            held,
+        )
 
 
 def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
@@ -259,11 +307,22 @@ def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, lis
     for method in methods:
         space = find(method.name, spaces, f"{path}: ")
         if not isinstance(space, list) or not space:
-            raise InputError(f"{path}: {method.name}: expected a list of trials, found {type(space).__name__}")
-        found[method.name] = [_changed(method, own, f"{path}: {method.name}, trial {number}") for number, own in enumerate(space, 1)]
+            raise InputError(
+                f"{path}: {method.name}: expected a list of trials, found {type(space).__name__}"
+            )
+        found[method.name] = [
+            _changed(method, own, f"{path}: {method.name}, trial {number}")
+            for number, own in enumerate(space, 1)
+        ]
     for name, tried in found.items():
-        if not len({one.fingerprint for one in tried}) == len(tried) == len(next(iter(found.values()))):
-            raise InputError(f"{path}: {name}: {len(tried)} trials, {next(iter(found))} has {len(next(iter(found.values())))}; expected different ones, as many for every method")
+        if (
+            not len({one.fingerprint for one in tried})
+            == len(tried)
+            == len(next(iter(found.values())))
+        ):
+            raise InputError(
+                f"{path}: {name}: {len(tried)} trials, {next(iter(found))} has {len(next(iter(found.values())))}; expected different ones, as many for every method"
+            )
     return found
 
 
@@ -273,6 +332,13 @@ def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict
     InputError as `trials` has, and where it lacks the trials of the candidate for FT-UKE that the family may become.
     """
     families = list(families)
-    found = trials(folder, model, [recipe.model_copy(update={"name": f"{recipe.name} by level"}) for recipe in families])
+    found = trials(
+        folder,
+        model,
+        [recipe.model_copy(update={"name": f"{recipe.name} by level"}) for recipe in families],
+    )
     trials(folder, model, [candidate(recipe, {}) for recipe in families])
-    return {recipe.name: [one.learning_rate for one in found[f"{recipe.name} by level"]] for recipe in families}
+    return {
+        recipe.name: [one.learning_rate for one in found[f"{recipe.name} by level"]]
+        for recipe in families
+    }

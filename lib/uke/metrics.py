@@ -13,8 +13,20 @@ from uke.intervals import Interval, Paired, holm, interval, paired
 from uke.similarity import Encoder, cosines, load_encoder
 
 __all__ = [
-    "AVERAGE", "HEADLINE", "METRICS", "Encoder", "Interval", "Metric", "Paired",
-    "holm", "interval", "load_encoder", "normalise", "pad", "paired", "score",
+    "AVERAGE",
+    "HEADLINE",
+    "METRICS",
+    "Encoder",
+    "Interval",
+    "Metric",
+    "Paired",
+    "holm",
+    "interval",
+    "load_encoder",
+    "normalise",
+    "pad",
+    "paired",
+    "score",
 ]
 
 
@@ -48,7 +60,9 @@ def _bleu_char(prediction: str, reference: str) -> float:
     from nltk.translate.bleu_score import sentence_bleu
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message=r"\s*The hypothesis contains 0 counts", category=UserWarning
+        )
         return float(sentence_bleu([reference], pad(prediction)))
 
 
@@ -112,7 +126,9 @@ def _rougel_f1(prediction: str, reference: str) -> float:
     from rouge_score.tokenize import tokenize
 
     predicted, wanted = tokenize(prediction, None), tokenize(reference, None)
-    if not predicted or not wanted:  # the package says 0, but an unchanged answer must count as kept
+    if (
+        not predicted or not wanted
+    ):  # the package says 0, but an unchanged answer must count as kept
         return float(prediction == reference)
     common = _lcs_length(_lcs_rows(wanted, predicted)[-1], len(predicted))
     return 2 * common / (len(predicted) + len(wanted))
@@ -143,9 +159,13 @@ def _mention(prediction: str, reference: str) -> float:
 # How an answer to a question with lettered choices says its letter, the plainest way first.
 _ALONE = re.compile(r"\W*([A-Za-z])\W*")
 _FIRST = re.compile(r"[\s*_(\[\"']*([A-Z])(?:[\s*_\"']*[.):\],;](?!\w\.)|\s+[-–—=]|\s*\n)")
-_NAMED = re.compile(r"(?i:\b(?:answer|choice|option)(?:\s+(?:is|would be))?)[\s*_:(\[\"']*([A-Z])(?![\w'’])")
+_NAMED = re.compile(
+    r"(?i:\b(?:answer|choice|option)(?:\s+(?:is|would be))?)[\s*_:(\[\"']*([A-Z])(?![\w'’])"
+)
 # A capital on its own that is no initial, and neither an article nor a pronoun.
-_SOMEWHERE = re.compile(r"(?<![\w'’.])(?:([B-HJ-Z])(?![\w'’]|\.\w)|A(?![\w'’]|\.\w|\s+(?!is\b|was\b)[A-Za-z])|I(?![\w'’]|\.\w|\s+[a-z]))")
+_SOMEWHERE = re.compile(
+    r"(?<![\w'’.])(?:([B-HJ-Z])(?![\w'’]|\.\w)|A(?![\w'’]|\.\w|\s+(?!is\b|was\b)[A-Za-z])|I(?![\w'’]|\.\w|\s+[a-z]))"
+)
 
 
 def _letter(text: str, anywhere: bool = False) -> str | None:
@@ -182,38 +202,97 @@ PUBLISHED = "published evaluation of UnKE and AnyEdit (PAPER, section 2)"
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("bleu_char", "higher", "NLTK sentence_bleu of raw strings: character 1- to 4-grams, unsmoothed.",
-               PUBLISHED, _bleu_char),
-        Metric("rouge1_recall", "higher", "Share of the reference's distinct words found; package rouge.",
-               PUBLISHED, functools.partial(_rouge_n_recall, name="rouge-1")),
-        Metric("rouge2_recall", "higher", "Share of the reference's distinct word pairs found; package rouge.",
-               PUBLISHED, functools.partial(_rouge_n_recall, name="rouge-2")),
-        Metric("rougel_recall", "higher",
-               "Share of the reference's distinct words in longest common subsequences of its sentences; equals "
-               "package rouge, with bit-parallel tables.", PUBLISHED, _rougel_recall),
-        Metric("similarity", "higher",
-               "Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT score.",
-               PUBLISHED, None),
-        Metric("rougel_f1", "higher",
-               "F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9 only, no "
-               "stemmer), with bit-parallel tables; equal texts without a token score 1.",
-               "Lin 2004; rouge-score", _rougel_f1),
-        Metric("bleu_token", "higher", "Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1.",
-               "Post 2018; sacrebleu", _bleu_token),
-        Metric("exact", "higher",
-               "1 if prediction and reference (or an alias) are equal with case folded, white space collapsed and one "
-               "final period dropped.", "this project", _exact, best_alias=True),
-        Metric("mention", "higher",
-               "1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words.",
-               "this project", _mention, best_alias=True),
-        Metric("choice", "higher",
-               "1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the "
-               "reference's; only for questions with lettered choices. The same as exact where the reference states no letter.",
-               "this project", _choice, best_alias=True),
-        Metric("length_ratio", "near one", "Words of the prediction per word of the reference.", "this project",
-               _length_ratio),
-        Metric("repetition", "lower", "Share of the prediction's word triples that occurred before: 1 - distinct-3.",
-               "Li et al. 2016 (distinct-n)", _repetition),
+        Metric(
+            "bleu_char",
+            "higher",
+            "NLTK sentence_bleu of raw strings: character 1- to 4-grams, unsmoothed.",
+            PUBLISHED,
+            _bleu_char,
+        ),
+        Metric(
+            "rouge1_recall",
+            "higher",
+            "Share of the reference's distinct words found; package rouge.",
+            PUBLISHED,
+            functools.partial(_rouge_n_recall, name="rouge-1"),
+        ),
+        Metric(
+            "rouge2_recall",
+            "higher",
+            "Share of the reference's distinct word pairs found; package rouge.",
+            PUBLISHED,
+            functools.partial(_rouge_n_recall, name="rouge-2"),
+        ),
+        Metric(
+            "rougel_recall",
+            "higher",
+            "Share of the reference's distinct words in longest common subsequences of its sentences; equals "
+            "package rouge, with bit-parallel tables.",
+            PUBLISHED,
+            _rougel_recall,
+        ),
+        Metric(
+            "similarity",
+            "higher",
+            "Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT score.",
+            PUBLISHED,
+            None,
+        ),
+        Metric(
+            "rougel_f1",
+            "higher",
+            "F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9 only, no "
+            "stemmer), with bit-parallel tables; equal texts without a token score 1.",
+            "Lin 2004; rouge-score",
+            _rougel_f1,
+        ),
+        Metric(
+            "bleu_token",
+            "higher",
+            "Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1.",
+            "Post 2018; sacrebleu",
+            _bleu_token,
+        ),
+        Metric(
+            "exact",
+            "higher",
+            "1 if prediction and reference (or an alias) are equal with case folded, white space collapsed and one "
+            "final period dropped.",
+            "this project",
+            _exact,
+            best_alias=True,
+        ),
+        Metric(
+            "mention",
+            "higher",
+            "1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words.",
+            "this project",
+            _mention,
+            best_alias=True,
+        ),
+        Metric(
+            "choice",
+            "higher",
+            "1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the "
+            "reference's; only for questions with lettered choices. The same as exact where the reference states no letter.",
+            "this project",
+            _choice,
+            best_alias=True,
+        ),
+        Metric(
+            "length_ratio",
+            "near one",
+            "Words of the prediction per word of the reference.",
+            "this project",
+            _length_ratio,
+        ),
+        Metric(
+            "repetition",
+            "lower",
+            "Share of the prediction's word triples that occurred before: 1 - distinct-3.",
+            "Li et al. 2016 (distinct-n)",
+            _repetition,
+        ),
     )
 }
 
@@ -229,13 +308,23 @@ HEADLINE: dict[str, tuple[str, str]] = {
     "multi_hop": ("exact", "reference"),
     "general": ("exact", "before"),
 }
-AVERAGE: tuple[str, ...] = ("original", "paraphrase", "detail", "rel_doc", "rand_doc", "struct_trip")
+AVERAGE: tuple[str, ...] = (
+    "original",
+    "paraphrase",
+    "detail",
+    "rel_doc",
+    "rand_doc",
+    "struct_trip",
+)
 
 
 @functools.lru_cache(maxsize=2**14)
 def _score_pair(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
     return {
-        metric.name: max(metric.function(prediction, one) for one in references[: None if metric.best_alias else 1])
+        metric.name: max(
+            metric.function(prediction, one)
+            for one in references[: None if metric.best_alias else 1]
+        )
         for metric in METRICS.values()
         if metric.function
     }
@@ -255,7 +344,9 @@ def score(
     aliases = [()] * len(predictions) if aliases is None else aliases
     if not len(predictions) == len(references) == len(aliases):
         counts = f"{len(predictions)} predictions, {len(references)} references and {len(aliases)} alias lists"
-        raise InputError(f"score: expected one reference (and alias list) for each prediction, found {counts}")
+        raise InputError(
+            f"score: expected one reference (and alias list) for each prediction, found {counts}"
+        )
     pairs = [(one, (other, *names)) for one, other, names in zip(predictions, references, aliases)]
     for place, (prediction, wanted) in enumerate(pairs):
         for text in (prediction, *wanted):

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from uke.errors import InputError, nearest
 from uke.paths import EMBEDDED
@@ -30,7 +35,9 @@ class Example(NamedTuple):
     prompt_length: int
 
 
-def load(name: str, device: str = "auto", dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode and its tokenizer.
 
     `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is read without touching
@@ -43,14 +50,22 @@ def load(name: str, device: str = "auto", dtype: str | torch.dtype = "auto") -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, local_files_only=local, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            local_files_only=local,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     # The readers of the files raise classes of their own, SafetensorError among them, with no common base.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{name}: expected a causal language model with its tokenizer; {reason}") from error
+        raise InputError(
+            f"{name}: expected a causal language model with its tokenizer; {reason}"
+        ) from error
     if report["missing_keys"]:
-        raise InputError(f"{name}: the weights lack {sorted(report['missing_keys'])[0]}; expected the whole model")
+        raise InputError(
+            f"{name}: the weights lack {sorted(report['missing_keys'])[0]}; expected the whole model"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -58,7 +73,11 @@ def precision(device: str) -> torch.dtype:
     """What a model is held in: bfloat16 on a CUDA device that has it and does not emulate it, otherwise float32."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else _full_precision()
+    return (
+        torch.bfloat16
+        if torch.cuda.is_bf16_supported(including_emulation=False)
+        else _full_precision()
+    )
 
 
 @cache
@@ -74,7 +93,9 @@ def _source(name: str) -> tuple[str, bool]:
             raise InputError(f"{path}: no config.json; expected a model directory")
         return str(path), True
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or name == "embedded":
-        raise InputError(f"{path}: no such directory; expected 'embedded', a model directory or a hub name")
+        raise InputError(
+            f"{path}: no such directory; expected 'embedded', a model directory or a hub name"
+        )
     return name, False
 
 
@@ -83,10 +104,14 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
     if not chat:
         return question
     if not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; expected one, or chat: false")
+        raise InputError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; expected one, or chat: false"
+        )
     # Templates of reasoning models read `enable_thinking`; an answer to score begins at once. Others ignore it.
     turn = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
@@ -104,7 +129,9 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> l
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
-def example(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool, end_of_turn: bool) -> Example:
+def example(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool, end_of_turn: bool
+) -> Example:
     """Prompt and answer as one sequence, the answer (and, if asked, the token that ends a turn) to be learnt.
 
     A raw prompt is continued after one space. The prompt's ids are those that `encode` gives.
@@ -118,7 +145,9 @@ def example(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat
     return Example(prompt + target, [IGNORED] * len(prompt) + target, len(prompt))
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: tuple[str, list[int]], answer: str, special: bool) -> list[int]:
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: tuple[str, list[int]], answer: str, special: bool
+) -> list[int]:
     text, ids = prompt
     # Tokenising both together spares the answer the word-start mark that some tokenizers put before any text;
     # where the seam would merge, the answer alone is what can follow the prompt.
@@ -140,7 +169,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
         if ids and ids[0] in _marks(tokenizer):
             return ids[0]
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{tokenizer.name_or_path or 'tokenizer'}: no token ends a turn; expected an eos_token")
+        raise InputError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: no token ends a turn; expected an eos_token"
+        )
     return tokenizer.eos_token_id
 
 
@@ -151,7 +182,9 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
 
-def collate(examples: Sequence[Example], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+def collate(
+    examples: Sequence[Example], pad_id: int, side: str = "right"
+) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (B, T), T the longest example; padded on `side`."""
     longest = max(len(one.ids) for one in examples)
 
@@ -180,7 +213,9 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         and all(_part(kind, block) for block in module for kind in ("attention", "mlp"))
     ]
     if not found:
-        raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks in the module tree")
+        raise InputError(
+            f"{type(model).__name__}: no list of {depth} decoder blocks in the module tree"
+        )
     # A model that also sees has blocks of its own for that, and they are the smaller ones.
     name, stack = max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
     return [(f"{name}.{i}", block) for i, block in enumerate(stack)]
@@ -209,7 +244,9 @@ def index(layer: int | float, depth: int) -> int:
         return min(int(layer * depth), depth - 1)
     if type(layer) is int and 0 <= layer < depth:
         return layer
-    raise InputError(f"layers: {layer!r} is out of range; expected a number 0-{depth - 1} or a fraction 0.0-1.0")
+    raise InputError(
+        f"layers: {layer!r} is out of range; expected a number 0-{depth - 1} or a fraction 0.0-1.0"
+    )
 
 
 def _inside(block: nn.Module, component: str) -> list[str]:
@@ -221,7 +258,9 @@ def _inside(block: nn.Module, component: str) -> list[str]:
         return _part(component, block)
     own = {name.rpartition(".")[2] for name in linear}
     if component not in own:
-        raise InputError(f"components: unknown '{component}'{nearest(component, own | {'all', 'mlp', 'attention'})}")
+        raise InputError(
+            f"components: unknown '{component}'{nearest(component, own | {'all', 'mlp', 'attention'})}"
+        )
     return [name for name in linear if name.rpartition(".")[2] == component]
 
 
@@ -238,10 +277,14 @@ def module_names(model: nn.Module, layers, components: Sequence[str]) -> list[st
     names = [
         f"{found[i][0]}.{inner}"
         for i in _indices(layers, len(found))
-        for inner in dict.fromkeys(inner for one in components for inner in _inside(found[i][1], one))
+        for inner in dict.fromkeys(
+            inner for one in components for inner in _inside(found[i][1], one)
+        )
     ]
     if not names:
-        raise InputError(f"layers {layers!r}, components {list(components)!r}: they select no weight")
+        raise InputError(
+            f"layers {layers!r}, components {list(components)!r}: they select no weight"
+        )
     return names
 
 
@@ -259,7 +302,9 @@ def select(model: nn.Module, layers, components: Sequence[str]) -> dict[str, nn.
 
 
 @contextmanager
-def kept(model: nn.Module, parameters: dict[str, nn.Parameter] | None = None) -> Iterator[nn.Module]:
+def kept(
+    model: nn.Module, parameters: dict[str, nn.Parameter] | None = None
+) -> Iterator[nn.Module]:
     """On exit, also after an exception, `parameters` (all of them if None) are bit for bit as on entry.
 
     So are the buffers, `requires_grad` of every parameter and the training mode; gradients are dropped.
@@ -297,4 +342,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def max_context(model: nn.Module) -> int:
     """Positions the model was made for, in tokens; unbounded where the configuration gives none."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
+    return (
+        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        or sys.maxsize
+    )

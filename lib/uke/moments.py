@@ -33,7 +33,16 @@ from uke.peers import PEERS
 from uke.pretraining import card
 
 TEXTS = "texts.json"
-LAYERS = tuple(sorted({layer for peer in PEERS.values() if peer.solver in ("memit", "alphaedit") for layer in peer.layers}))
+LAYERS = tuple(
+    sorted(
+        {
+            layer
+            for peer in PEERS.values()
+            if peer.solver in ("memit", "alphaedit")
+            for layer in peer.layers
+        }
+    )
+)
 # Known by the object, so that a model edited on top of an edit still finds the moments of the model it was.
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -50,7 +59,9 @@ def folder(model: nn.Module) -> Path:
 def world_texts(seed: int | None = None) -> list[Text]:
     """The preservation pool of a world, by default the embedded model's own: no locality probe asks about it."""
     seed = card(EMBEDDED)["settings"]["world_seed"] if seed is None else seed
-    return read_texts(world_files.ensure(Paths("embedded").home / "results", seed) / world_files.PRESERVATION)
+    return read_texts(
+        world_files.ensure(Paths("embedded").home / "results", seed) / world_files.PRESERVATION
+    )
 
 
 def read_texts(path: str | Path) -> list[Text]:
@@ -58,12 +69,21 @@ def read_texts(path: str | Path) -> list[Text]:
     try:
         texts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a JSON list of texts ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{path}: expected a JSON list of texts ({' '.join(str(error).split())})"
+        ) from None
     if not isinstance(texts, list) or not texts:
         raise InputError(f"{path}: expected a JSON list of at least one text")
     for number, text in enumerate(texts):
-        if not (isinstance(text, str) and text or isinstance(text, dict) and {"question", "answer"} <= set(text)):
-            raise InputError(f"{path}: entry {number}: expected a text, or an object with question and answer")
+        if not (
+            isinstance(text, str)
+            and text
+            or isinstance(text, dict)
+            and {"question", "answer"} <= set(text)
+        ):
+            raise InputError(
+                f"{path}: entry {number}: expected a text, or an object with question and answer"
+            )
     return texts
 
 
@@ -71,11 +91,17 @@ def _ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) -> li
     """Tokens of one text, a pair through the chat template; what exceeds the context is cut off."""
     if isinstance(text, str):
         return encode(tokenizer, text, chat=False)[: max_context(model)]
-    return example(tokenizer, text["question"], text["answer"], True, True).ids[: max_context(model)]
+    return example(tokenizer, text["question"], text["answer"], True, True).ids[
+        : max_context(model)
+    ]
 
 
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], layers: Sequence[int | float] = LAYERS, every: int = 1000
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    layers: Sequence[int | float] = LAYERS,
+    every: int = 1000,
 ) -> Path:
     """Measure E[k k^T] over all tokens of the texts at the `down_proj` of each layer; the folder that holds it.
 
@@ -87,8 +113,13 @@ def measure(
     sequences = [_ids(model, tokenizer, text) for text in texts]
     digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
     with _whole(target / TEXTS) as part:
-        part.write_text(json.dumps({"digest": digest, "texts": list(texts)}, ensure_ascii=False), encoding="utf-8")
-    started = {site: _Sum.read(target, site, digest, len(sequences)) for site in sites(model, layers)}
+        part.write_text(
+            json.dumps({"digest": digest, "texts": list(texts)}, ensure_ascii=False),
+            encoding="utf-8",
+        )
+    started = {
+        site: _Sum.read(target, site, digest, len(sequences)) for site in sites(model, layers)
+    }
     for done in sorted({total.done for total in started.values()} - {len(sequences)}):
         together = {site: total for site, total in started.items() if total.done == done}
         for start in tqdm(range(done, len(sequences), every), desc="second moments", disable=None):
@@ -101,33 +132,48 @@ def measure(
 class _Sum:
     """The sum of k k^T (W, W) over the first `done` texts of a corpus, and the file that keeps it."""
 
-    def __init__(self, path: Path, marks: dict[str, str], value: Tensor, done: int = 0, tokens: int = 0) -> None:
+    def __init__(
+        self, path: Path, marks: dict[str, str], value: Tensor, done: int = 0, tokens: int = 0
+    ) -> None:
         self.path, self.marks, self.value, self.done, self.tokens = path, marks, value, done, tokens
 
     @classmethod
     def read(cls, target: Path, site: Site, digest: str, texts: int) -> "_Sum":
         """What is there of this corpus, or nothing yet."""
-        path, marks = target / f"{site.name}.safetensors", {"texts": str(texts), "digest": digest, "layer": site.name}
+        path, marks = (
+            target / f"{site.name}.safetensors",
+            {"texts": str(texts), "digest": digest, "layer": site.name},
+        )
         weight = site.projection.weight
         try:
             with safe_open(path, "pt", device=str(weight.device)) as file:
                 held = file.metadata() or {}
                 if marks.items() <= held.items():
-                    return cls(path, marks, file.get_tensor("sum"), int(held["done"]), int(held["tokens"]))
+                    return cls(
+                        path, marks, file.get_tensor("sum"), int(held["done"]), int(held["tokens"])
+                    )
         except (OSError, SafetensorError):  # absent, or cut short when a machine went down
             pass
-        return cls(path, marks, weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64))
+        return cls(
+            path, marks, weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        )
 
     def write(self) -> None:
         with _whole(self.path) as part:
-            save_file({"sum": self.value}, part, metadata=self.marks | {"done": str(self.done), "tokens": str(self.tokens)})
+            save_file(
+                {"sum": self.value},
+                part,
+                metadata=self.marks | {"done": str(self.done), "tokens": str(self.tokens)},
+            )
 
 
 def _add(model: nn.Module, sequences: Sequence[Sequence[int]], together: dict[Site, _Sum]) -> None:
     for rows, ids in chunks(sequences, model.device):
         lengths = torch.tensor([len(sequences[row]) for row in rows], device=ids.device)
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
-        for call, total in zip(look(model, ids, [site.projection for site in together]), together.values(), strict=True):
+        for call, total in zip(
+            look(model, ids, [site.projection for site in together]), together.values(), strict=True
+        ):
             keys = call.args[0][real].double()  # (tokens, W)
             total.value += keys.T @ keys
             total.tokens += len(keys)
@@ -159,11 +205,15 @@ def projectors(model: nn.Module, places: Sequence[Site], threshold: float) -> li
     found = [_null(*file, threshold, model.device) for file in _files(model, places)]
     for site, null in zip(places, found, strict=True):
         if not null.any():
-            raise InputError(f"{site.name}: no direction's second moment is below null_threshold {threshold:g}; expected a larger one")
+            raise InputError(
+                f"{site.name}: no direction's second moment is below null_threshold {threshold:g}; expected a larger one"
+            )
     return found
 
 
-def preservation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
+def preservation(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+) -> list[list[int]]:
     """Tokens of `count` texts drawn from those the moments were measured on, as many as there are at most."""
     path = folder(model) / TEXTS
     if not path.is_file():
@@ -193,7 +243,10 @@ def _finished(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as file:
             held = file.metadata()
-        return held["done"] == held["texts"] and held["digest"] == _texts(texts, texts.stat().st_mtime_ns)["digest"]
+        return (
+            held["done"] == held["texts"]
+            and held["digest"] == _texts(texts, texts.stat().st_mtime_ns)["digest"]
+        )
     except (OSError, SafetensorError, KeyError):
         return False
 
@@ -224,10 +277,22 @@ def _texts(path: Path, written: int) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure a model's second moments from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m uke.moments", description="Second moments and preservation texts of a model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m uke.moments",
+        description="Second moments and preservation texts of a model.",
+    )
     parser.add_argument("model", help="'embedded', a model directory or a hub name")
-    parser.add_argument("texts", nargs="?", help="JSON list of texts or of {question, answer}; for 'embedded' the preservation pool")
-    parser.add_argument("--layers", nargs="+", default=LAYERS, type=lambda one: float(one) if "." in one else int(one))
+    parser.add_argument(
+        "texts",
+        nargs="?",
+        help="JSON list of texts or of {question, answer}; for 'embedded' the preservation pool",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=LAYERS,
+        type=lambda one: float(one) if "." in one else int(one),
+    )
     given = parser.parse_args(arguments)
     if given.texts is None and given.model != "embedded":
         parser.error("texts: expected a JSON file for any model but 'embedded'")

@@ -39,7 +39,9 @@ class Score:
 
 def absent(value: Any) -> bool:
     """True for None, NaN and pandas' missing values."""
-    return value is None or (not isinstance(value, (str, list, tuple, dict, Score)) and bool(pd.isna(value)))
+    return value is None or (
+        not isinstance(value, (str, list, tuple, dict, Score)) and bool(pd.isna(value))
+    )
 
 
 def places(*values: float | None) -> int:
@@ -47,7 +49,11 @@ def places(*values: float | None) -> int:
     largest = max((abs(value) for value in values if not absent(value)), default=0)
     if not largest:
         return 2
-    return next(decimals for bound, decimals in ((99.95, 0), (9.995, 1), (0.0995, 2), (0, 3)) if largest >= bound)
+    return next(
+        decimals
+        for bound, decimals in ((99.95, 0), (9.995, 1), (0.0995, 2), (0, 3))
+        if largest >= bound
+    )
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
@@ -60,7 +66,11 @@ def number(value: float | None, decimals: int | None = None) -> str:
         return "−∞" if value < 0 else "∞"
     if decimals is None and 0 < abs(value) < 1e-2:
         digits, power = f"{value:.1e}".split("e")
-        return f"{digits.removesuffix('.0')} × 10{str(int(power)).translate(_SUPERSCRIPTS)}".replace("-", "−")
+        return (
+            f"{digits.removesuffix('.0')} × 10{str(int(power)).translate(_SUPERSCRIPTS)}".replace(
+                "-", "−"
+            )
+        )
     text = f"{value:,.{places(value) if decimals is None else decimals}f}"
     return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
 

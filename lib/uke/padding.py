@@ -22,7 +22,11 @@ def parts(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
     longest = real = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         rows = len(found[-1]) + 1 if found else 0
-        if not rows or rows * longest > tokens or real + lengths[place] < (1 - PADDING) * rows * longest:
+        if (
+            not rows
+            or rows * longest > tokens
+            or real + lengths[place] < (1 - PADDING) * rows * longest
+        ):
             found.append([])
             longest, real = lengths[place], 0
         found[-1].append(place)

@@ -24,7 +24,10 @@ Value = bool | int | float | str | list | None
 RESERVED = ("profile", "data")
 
 LOCALITY = "02_locality"  # the notebook that builds locality sets
-COLLECTIONS = {"documents": "wikipedia", "structured": "structured"}  # its parameters, and where UKE_DATA has their files
+COLLECTIONS = {
+    "documents": "wikipedia",
+    "structured": "structured",
+}  # its parameters, and where UKE_DATA has their files
 
 # Where a benchmark's file lies below the folder UKE_DATA; "world" is generated and needs none.
 DATA_FILES = {
@@ -51,7 +54,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,15 +86,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = yaml.load(file, Loader=_Loader)
     except FileNotFoundError:
         valid = [other.stem for other in path.parent.glob("*.yaml")]
-        raise InputError(f"{path}: no such file{nearest(path.stem, valid) if valid else ''}") from None
+        raise InputError(
+            f"{path}: no such file{nearest(path.stem, valid) if valid else ''}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise InputError(
+            f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path}: expected a mapping of names to values, found {type(content).__name__}")
+        raise InputError(
+            f"{path}: expected a mapping of names to values, found {type(content).__name__}"
+        )
     return content
 
 
@@ -97,14 +110,26 @@ def study(root: Path, notebook: str) -> Study:
     if not path.exists():
         return Study(notebook=notebook)
     content = read_yaml(path)
-    types = {"notebook": str, "fixed": dict, "vary": dict, "profiles": dict, "after": list, "priority": int, "report": (bool, str)}
+    types = {
+        "notebook": str,
+        "fixed": dict,
+        "vary": dict,
+        "profiles": dict,
+        "after": list,
+        "priority": int,
+        "report": (bool, str),
+    }
     for key, value in content.items():
         if key not in types:
             raise InputError(f"{path}: unknown key '{key}'{nearest(key, types)}")
         if not isinstance(value, types[key]):
-            raise InputError(f"{path}: {key}: expected {getattr(types[key], '__name__', 'true, false or a profile')}, found {value!r}")
+            raise InputError(
+                f"{path}: {key}: expected {getattr(types[key], '__name__', 'true, false or a profile')}, found {value!r}"
+            )
     if content.get("notebook") != notebook:
-        raise InputError(f"{path}: notebook: expected '{notebook}', found {content.get('notebook')!r}")
+        raise InputError(
+            f"{path}: notebook: expected '{notebook}', found {content.get('notebook')!r}"
+        )
     for profile, values in content.get("profiles", {}).items():
         _check_profile_name(root, profile, path)
         if not isinstance(values, dict):
@@ -127,7 +152,11 @@ def reported(root: Path, profile: str, data: str, documents: bool = True) -> lis
     """
     every = studies(root)
     own = [study for study in every if study.report == profile]
-    general = [study for study in every if study.report is True and (study.notebook != LOCALITY or data == "world" or documents)]
+    general = [
+        study
+        for study in every
+        if study.report is True and (study.notebook != LOCALITY or data == "world" or documents)
+    ]
     return own or general
 
 
@@ -137,9 +166,13 @@ def declared(notebook: Path) -> dict[str, Value]:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError:
         valid = [other.stem for other in notebook.parent.glob("*.ipynb")]
-        raise InputError(f"{notebook}: no such notebook{nearest(notebook.stem, valid) if valid else ''}") from None
+        raise InputError(
+            f"{notebook}: no such notebook{nearest(notebook.stem, valid) if valid else ''}"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{notebook}: not a Jupyter notebook (expected JSON with 'cells')") from None
+        raise InputError(
+            f"{notebook}: not a Jupyter notebook (expected JSON with 'cells')"
+        ) from None
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", ())]
     if len(tagged) != 1:
         raise InputError(f"{notebook}: expected one cell tagged 'parameters', found {len(tagged)}")
@@ -150,7 +183,9 @@ def _literals(source: str, notebook: Path) -> dict[str, Value]:
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
-        raise InputError(f"{notebook}: parameters cell, line {error.lineno}: not valid Python") from None
+        raise InputError(
+            f"{notebook}: parameters cell, line {error.lineno}: not valid Python"
+        ) from None
     values = {}
     for statement in statements:
         place = f"{notebook}: parameters cell, line {statement.lineno}"
@@ -173,11 +208,15 @@ def dataset(root: Path, profile: str, data: str | None = None) -> str:
     """Name of the dataset of a run: `data` if given, otherwise the profile's, otherwise the generated world."""
     chosen = data or read_yaml(_check_profile_name(root, profile, None)).get("data", "world")
     if chosen not in ("world", *DATA_FILES):
-        raise InputError(f"data: unknown dataset '{chosen}'{nearest(str(chosen), ['world', *DATA_FILES])}")
+        raise InputError(
+            f"data: unknown dataset '{chosen}'{nearest(str(chosen), ['world', *DATA_FILES])}"
+        )
     return chosen
 
 
-def merge(root: Path, notebook: str, profile: str, given: Mapping[str, Iterable[str]]) -> dict[str, Value]:
+def merge(
+    root: Path, notebook: str, profile: str, given: Mapping[str, Iterable[str]]
+) -> dict[str, Value]:
     """All parameters of `notebook` under `profile`, but for `profile` and `data` themselves.
 
     `given` maps "shared" (names any notebook of the project declares; skipped where this one does not) and "set" (names this
@@ -190,14 +229,22 @@ def merge(root: Path, notebook: str, profile: str, given: Mapping[str, Iterable[
     shared = {name: value for name, value in read_yaml(profile_path).items() if name != "data"}
     sources = [(str(profile_path), shared, everywhere)]
     own, own_path = study(root, notebook), str(root / "params" / "studies" / f"{notebook}.yaml")
-    for part, values in (("fixed", own.fixed), ("vary", own.vary), ("profiles", own.profiles.get(profile, {}))):
+    for part, values in (
+        ("fixed", own.fixed),
+        ("vary", own.vary),
+        ("profiles", own.profiles.get(profile, {})),
+    ):
         sources.append((f"{own_path}: {part}", values, set(defaults)))
     for option, valid in (("shared", everywhere), ("set", set(defaults))):
         sources.append((f"--{option}", _pairs(option, given.get(option, ()), defaults), valid))
     merged = dict(defaults)
     for place, values, valid in sources:
         _check_names(place, values, valid)
-        merged |= {name: check(place, name, value, defaults[name]) for name, value in values.items() if name in defaults}
+        merged |= {
+            name: check(place, name, value, defaults[name])
+            for name, value in values.items()
+            if name in defaults
+        }
     return merged
 
 
@@ -209,7 +256,9 @@ def check(place: str, name: str, value: Value, default: Value) -> Value:
         return value
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    raise InputError(f"{place}: {name}: expected {type(default).__name__}, found {value!r} ({type(value).__name__})")
+    raise InputError(
+        f"{place}: {name}: expected {type(default).__name__}, found {value!r} ({type(value).__name__})"
+    )
 
 
 def _is_stray_bool(value: Value, default: Value) -> bool:
@@ -254,7 +303,10 @@ def parse(place: str, name: str, text: str, default: Value) -> Value:
         return text
     if isinstance(default, list):
         items = [item.strip() for item in text.strip("[]").split(",") if item.strip()]
-        return [parse(place, f"{name}[{i}]", item.strip("'\""), default[0] if default else None) for i, item in enumerate(items)]
+        return [
+            parse(place, f"{name}[{i}]", item.strip("'\""), default[0] if default else None)
+            for i, item in enumerate(items)
+        ]
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError):
@@ -270,7 +322,9 @@ def find_data(data: str, data_file: str = "") -> str:
     if data == "world" and not data_file:
         return ""
     if data == "world":
-        raise InputError(f"data_file: {data_file}: the world is generated; name the benchmark that this file is of with DATA=")
+        raise InputError(
+            f"data_file: {data_file}: the world is generated; name the benchmark that this file is of with DATA="
+        )
     if data_file:
         if not Path(data_file).is_file():
             raise InputError(f"data_file: {data_file}: no such file")
@@ -278,11 +332,15 @@ def find_data(data: str, data_file: str = "") -> str:
     folder = os.environ.get("UKE_DATA", "")
     if not folder or not Path(folder).is_dir():
         said = f"UKE_DATA names no folder: '{folder}'" if folder else "UKE_DATA is not set"
-        raise InputError(f"data: {data} needs a file, and {said}; set it, or give the file itself as DATA_FILE")
+        raise InputError(
+            f"data: {data} needs a file, and {said}; set it, or give the file itself as DATA_FILE"
+        )
     found = sorted(Path(folder).glob(DATA_FILES[data]))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise InputError(f"{folder}: data: {data}: expected one file {DATA_FILES[data]}, found {names}; name it with DATA_FILE")
+        raise InputError(
+            f"{folder}: data: {data}: expected one file {DATA_FILES[data]}, found {names}; name it with DATA_FILE"
+        )
     return str(found[0].resolve())
 
 
@@ -294,5 +352,7 @@ def find_collections(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
     if missing := [path for path in given if not Path(path).expanduser().is_file()]:
         raise InputError(f"{name}: {missing[0]}: no such file")
     if (folder := os.environ.get("UKE_DATA", "")) and not given:
-        given = sorted(path for path in (Path(folder) / COLLECTIONS[name]).glob("[!.]*") if path.is_file())
+        given = sorted(
+            path for path in (Path(folder) / COLLECTIONS[name]).glob("[!.]*") if path.is_file()
+        )
     return tuple(Path(path).expanduser().resolve() for path in given)

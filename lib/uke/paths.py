@@ -14,7 +14,25 @@ from uke.errors import InputError
 
 EMBEDDED = Path(__file__).with_name("embedded")  # the model directory shipped in this package
 # Edits and recipes are fingerprinted by what they hold; these modules decide what is made of them.
-DECIDING = ("models", "padding", "forwards", "lanes", "recall", "answering", "finetune", "locate", "values", "moments", "baselines", "editing", "lane_training", "apart", "metrics", "similarity", "asking")
+DECIDING = (
+    "models",
+    "padding",
+    "forwards",
+    "lanes",
+    "recall",
+    "answering",
+    "finetune",
+    "locate",
+    "values",
+    "moments",
+    "baselines",
+    "editing",
+    "lane_training",
+    "apart",
+    "metrics",
+    "similarity",
+    "asking",
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +55,28 @@ class Paths:
 
     @property
     def figures(self) -> Path:
-        return self.home / "figures" / (self.profile if self.data == "world" else f"{self.data}-{self.profile}")
+        return (
+            self.home
+            / "figures"
+            / (self.profile if self.data == "world" else f"{self.data}-{self.profile}")
+        )
 
     @property
     def results(self) -> Path:
-        return self.home / "results" / (self.profile if self.data == "world" else f"{self.profile}-{self.data}")
+        return (
+            self.home
+            / "results"
+            / (self.profile if self.data == "world" else f"{self.profile}-{self.data}")
+        )
 
     def answers(self, mark: str) -> Path:
         """Folder of the answers of an unedited model, shared by all runs; `mark` says which model."""
-        return self.home / "results" / "answers" / f"{check_name('mark', mark)}-{code_fingerprint(('models', 'padding', 'recall', 'answering'))}"
+        return (
+            self.home
+            / "results"
+            / "answers"
+            / f"{check_name('mark', mark)}-{code_fingerprint(('models', 'padding', 'recall', 'answering'))}"
+        )
 
     def rows(self, study: str) -> Path:
         """Folder of the study's unit files."""
@@ -59,28 +90,39 @@ class Paths:
 def check_name(field: str, name: str) -> str:
     """The name, if it can be that of a file; InputError otherwise."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"{field}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
+        raise InputError(
+            f"{field}: expected a name of letters, digits, '.', '_' and '-', found {name!r}"
+        )
     return name
 
 
 def unit_key(method: str, **choices: Any) -> str:
     """File name of one unit of work (a method on one batch): readable, equal for equal choices and only for them."""
-    words = [method, *(f"{name}-{value}" for name, value in sorted(choices.items()) if value is not None)]
+    words = [
+        method,
+        *(f"{name}-{value}" for name, value in sorted(choices.items()) if value is not None),
+    ]
     readable = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")[:80]
     return f"{readable or 'unit'}-{digest(method, **choices)}"
 
 
 def digest(method: str, **choices: Any) -> str:
     """10 hex digits, equal for equal choices and only for them."""
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in choices.items()}
-    return hashlib.sha256(json.dumps([method, dict(sorted(plain.items()))], default=str).encode()).hexdigest()[:10]
+    plain = {
+        name: value.item() if hasattr(value, "item") else value for name, value in choices.items()
+    }
+    return hashlib.sha256(
+        json.dumps([method, dict(sorted(plain.items()))], default=str).encode()
+    ).hexdigest()[:10]
 
 
 @functools.cache
 def code_fingerprint(modules: tuple[str, ...] = DECIDING) -> str:
     """16 hex digits of these modules, by default those that decide a score, blind to comments, docstrings and layout."""
     sources = [Path(__file__).with_name(f"{name}.py") for name in modules]
-    trees = {path.stem: _shape(ast.parse(path.read_text("utf-8"))) for path in sources if path.is_file()}
+    trees = {
+        path.stem: _shape(ast.parse(path.read_text("utf-8"))) for path in sources if path.is_file()
+    }
     return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
 
 
@@ -91,6 +133,11 @@ def _shape(node: Any) -> Any:
     if not isinstance(node, ast.AST):
         return node
     fields = dict(ast.iter_fields(node))
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+    if isinstance(
+        node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    ) and ast.get_docstring(node):
         fields["body"] = fields["body"][1:]
-    return (type(node).__name__, *((name, _shape(value)) for name, value in fields.items() if value not in (None, [])))
+    return (
+        type(node).__name__,
+        *((name, _shape(value)) for name, value in fields.items() if value not in (None, [])),
+    )

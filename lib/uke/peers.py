@@ -63,7 +63,9 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
         "alphaedit": Peer(name="AlphaEdit", solver="alphaedit", **_FIVE),
         "unke": Peer(name="UnKE", solver="unke", **_ONE),
         "anyedit_memit": Peer(name="AnyEdit (MEMIT)", anchors="windows", **_MEMIT),
-        "anyedit_alphaedit": Peer(name="AnyEdit (AlphaEdit)", anchors="windows", solver="alphaedit", **_FIVE),
+        "anyedit_alphaedit": Peer(
+            name="AnyEdit (AlphaEdit)", anchors="windows", solver="alphaedit", **_FIVE
+        ),
         "anyedit_unke": Peer(name="AnyEdit (UnKE)", anchors="windows", solver="unke", **_ONE),
         "anyedit_pp": Peer(name="AnyEdit++", anchors="surprisal", **_MEMIT),
         "muke": Peer(name="muKE", anchors="nested", window=30, **_MEMIT),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import yaml
 
 LETTERS = {"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "ß": "ss"}
-LETTERS = str.maketrans(LETTERS | dict(zip("łŁøØđĐðÐı’‘ʼ`“”„«»", "lLoOdDdDi''''\"\"\"\"\"")))
+LETTERS = str.maketrans(LETTERS | dict(zip("łŁøØđĐðÐı’‘ʼ`“”„«»", 'lLoOdDdDi\'\'\'\'"""""')))
 WORD = re.compile(r"(?:[^\W\d]\.){2,}|\d+(?:[.,]\d+)+|\w+(?:'\w+)*")
 ALIASES = {"US": ["United", "States"], "USA": ["United", "States"], "UK": ["United", "Kingdom"]}
 INITIALS = re.compile(r"\b([A-Z]\.) (?=[A-Z]\.)")
@@ -31,7 +31,9 @@ TOKEN = re.compile(
 )
 # Over the tags of a sentence: a predicate, and the phrase after one.
 PREDICATE = re.compile(r"[AV](?:[ABV]|TB*V|TB*A|P(?=V))*P*")
-PHRASE = re.compile(r"(?:[DNXMOP]|B(?!B*[AV])|C(?=[DNXM]++(?:$|[^AVB]))|,(?=X(?:$|[,;]))|,(?=C?[NXM]{1,3}(?:,|C)))+")
+PHRASE = re.compile(
+    r"(?:[DNXMOP]|B(?!B*[AV])|C(?=[DNXM]++(?:$|[^AVB]))|,(?=X(?:$|[,;]))|,(?=C?[NXM]{1,3}(?:,|C)))+"
+)
 REACH = 12  # words in a name, and between a predicate and a name that it still relates: beyond, lists and running heads
 Items = list[tuple[str, str]]  # a tag (one letter) and its text
 
@@ -83,10 +85,22 @@ def normal(name: str) -> str:
     single word keeps its capital, which tells "Brown" from "brown".
     """
     known, kept = language(), trimmed(name)
-    marked = [word for word in kept if has_capital(word) and not {word.casefold()} & (known["function"] | known["calendar"])]
-    if len(marked) < 2 and not any(map(_tells, kept)):  # "World War" is a name, though neither word alone
+    marked = [
+        word
+        for word in kept
+        if has_capital(word) and not {word.casefold()} & (known["function"] | known["calendar"])
+    ]
+    if len(marked) < 2 and not any(
+        map(_tells, kept)
+    ):  # "World War" is a name, though neither word alone
         return ""
-    return " ".join(kept).casefold() if len(kept) > 1 else proper(kept[0]) if has_capital(kept[0]) else kept[0]
+    return (
+        " ".join(kept).casefold()
+        if len(kept) > 1
+        else proper(kept[0])
+        if has_capital(kept[0])
+        else kept[0]
+    )
 
 
 def trimmed(name: str) -> list[str]:
@@ -113,13 +127,23 @@ def _is_empty(word: str, follower: str) -> bool:
     """Whether the first word of a phrase is no part of its name: "the", "Dr", "in 1998", "Several novels"; not "Of Mice"."""
     known, low = language(), word.casefold()
     weak = word == low or not has_capital(follower) or follower.casefold() in known["calendar"]
-    return low in known["honorifics"] and len(follower) > 1 or weak and low in known["function"] and low not in known["calendar"]
+    return (
+        low in known["honorifics"]
+        and len(follower) > 1
+        or weak
+        and low in known["function"]
+        and low not in known["calendar"]
+    )
 
 
 def _tells(word: str) -> bool:
     """Whether a word can tell one name from another."""
     if word[0].isdigit():
-        return not re.fullmatch(r"\d+(?:\.\d+)?", word) or float(word) >= 1000 and (len(word.rstrip("0")) > 1 or word == "2000")
+        return (
+            not re.fullmatch(r"\d+(?:\.\d+)?", word)
+            or float(word) >= 1000
+            and (len(word.rstrip("0")) > 1 or word == "2000")
+        )
     return len(word) > 1 and word.casefold() not in language()["mute"]
 
 
@@ -131,7 +155,9 @@ def offline(text: str) -> list[Triple]:
     subject stand for the main subject: the name the text mentions most, of equals the first.
     """
     text = plain(text)
-    lower = frozenset(re.findall(r"\b[a-z]\w+", text)) - frozenset(re.findall(r"(?<=[a-z,;] )[A-Z]\w+", text))
+    lower = frozenset(re.findall(r"\b[a-z]\w+", text)) - frozenset(
+        re.findall(r"(?<=[a-z,;] )[A-Z]\w+", text)
+    )
     sentences = [read(sentence, lower) for sentence in SENTENCE.split(text)]
     main = most_mentioned([name for items in sentences for tag, name in items if tag == "X"])
     found, known = [], ""  # the main subject, once a sentence has named it
@@ -145,7 +171,13 @@ def most_mentioned(names: Sequence[str]) -> str:
     """The name that the names of a text repeat most often, whole or its last words; of equals the first; "" without any."""
     split = {name: words(name) for name in names}
     counts = Counter(" ".join(split[name]) for name in names)
-    return max(split, key=lambda name: sum(counts[" ".join(split[name][start:])] for start in range(len(split[name]))), default="")
+    return max(
+        split,
+        key=lambda name: sum(
+            counts[" ".join(split[name][start:])] for start in range(len(split[name]))
+        ),
+        default="",
+    )
 
 
 def read(sentence: str, lower: frozenset[str] = frozenset()) -> Items:
@@ -157,22 +189,39 @@ def read(sentence: str, lower: frozenset[str] = frozenset()) -> Items:
         follower = tokens[end] if end < len(tokens) else ""
         if token[0] == '"' and len(token) > 1:
             title = token[1:-1].strip(" ,.;")
-            titled = all(has_capital(word) or word[0].isdigit() or word in language()["function"] for word in words(title))
+            titled = all(
+                has_capital(word) or word[0].isdigit() or word in language()["function"]
+                for word in words(title)
+            )
             items += [("X", title)] if titled else read(title, lower)
         elif not token[0].isalnum():
-            items += [] if token in "\"'" else [("," if token == "," else "N" if token == "<unk>" else ";", token)]
+            items += (
+                []
+                if token in "\"'"
+                else [("," if token == "," else "N" if token == "<unk>" else ";", token)]
+            )
         elif token[0].isdigit() or " " in token:
             items.append(("M", token))
         elif has_capital(token) and token.casefold() not in language()["function"]:
             end = _reach(tokens, place)
             name = " ".join(tokens[place:end]).removesuffix("'").removesuffix("'s")
             tag = _name_tag(name, items, lower, follower) if end == place + 1 else "X"
-            items.append((tag, name if tag in "XM" or name.casefold() not in lower else name.lower()))
+            items.append(
+                (tag, name if tag in "XM" or name.casefold() not in lower else name.lower())
+            )
         else:
             before = next((tag for tag, _ in reversed(items) if tag != "B"), "")
             tag = _tag(token.casefold(), before, _opening(follower))
-            counted = tag == "N" and items and items[-1][0] == "M" and items[-1][1].isdigit() and not normal(items[-1][1])
-            items.append(("M", f"{items.pop()[1]} {token}") if counted else (tag, token))  # "300 aircraft"
+            counted = (
+                tag == "N"
+                and items
+                and items[-1][0] == "M"
+                and items[-1][1].isdigit()
+                and not normal(items[-1][1])
+            )
+            items.append(
+                ("M", f"{items.pop()[1]} {token}") if counted else (tag, token)
+            )  # "300 aircraft"
         place = end
     return items
 
@@ -187,7 +236,11 @@ def _reach(tokens: Sequence[str], place: int) -> int:
         follower = tokens[ahead]
         if tokens[end - 1].endswith(("'s", "'")) and follower.casefold() not in known["generic"]:
             break
-        if has_capital(follower) and follower.casefold() not in known["function"] and " " not in follower:
+        if (
+            has_capital(follower)
+            and follower.casefold() not in known["function"]
+            and " " not in follower
+        ):
             end = ahead + 1
         elif ahead == end and follower.isdigit() and len(follower) < 4:
             end += 1
@@ -215,7 +268,11 @@ def _forms() -> dict[str, str]:
     for verb in sorted(language()["verbs"]):  # in one order: "found" is a form of two verbs
         stem = verb.removesuffix("e")
         past = verb[:-1] + "i" if verb.endswith("y") and verb[-2] not in "aeou" else stem
-        third = past + "es" if past != stem or verb.endswith(("s", "sh", "ch", "x", "z")) else verb + "s"
+        third = (
+            past + "es"
+            if past != stem or verb.endswith(("s", "sh", "ch", "x", "z"))
+            else verb + "s"
+        )
         double = verb + verb[-1]
         forms |= {verb: "base", third: "s", past + "ed": "ed", double + "ed": "ed"}
         forms |= dict.fromkeys((stem + "ing", verb + "ing", double + "ing"), "ing")
@@ -227,7 +284,14 @@ def _opening(word: str) -> str:
     """V for the base form of a verb, P for what else can open the phrase after a verb, "" for any other word."""
     if _forms().get(word) == "base" or word in ("be", "have"):
         return "V"
-    return "P" if word[:1].isupper() or word[:1].isdigit() or any(word in language()[tag] for tag in "DPOR") or word == "to" else ""
+    return (
+        "P"
+        if word[:1].isupper()
+        or word[:1].isdigit()
+        or any(word in language()[tag] for tag in "DPOR")
+        or word == "to"
+        else ""
+    )
 
 
 @lru_cache(maxsize=1 << 16)
@@ -244,7 +308,12 @@ def _tag(word: str, before: str, opening: str) -> str:
     kind = _forms().get(word) or ("ed" if word.endswith("ed") and len(word) > 4 else "")
     after = {"base": "TOR", "s": "XOR", "ed": "AXORT", "ing": "A"}.get(kind, "-")
     opened = {"base": "A", "s": "NC,", "ed": "NC,;M", "ing": "NCXPM,;"}.get(kind, "")
-    verb = (before in after if before else kind in ("ed", "ing")) or bool(before) and before in opened and opening == "P"
+    verb = (
+        (before in after if before else kind in ("ed", "ing"))
+        or bool(before)
+        and before in opened
+        and opening == "P"
+    )
     return "V" if verb else "N"
 
 
@@ -265,7 +334,9 @@ def _triples(items: Items, main: str) -> Iterator[Triple]:
             continue
         stop = phrase.end()
         yield Triple(subject, relation, _join(texts[start:stop]))
-        inner = [place for place in range(start, stop) if tags[place] in "XM" and normal(texts[place])]
+        inner = [
+            place for place in range(start, stop) if tags[place] in "XM" and normal(texts[place])
+        ]
         told |= {subject, *(texts[place] for place in inner)}
         for place in inner:
             near = texts[start:place] if place - start <= REACH else []

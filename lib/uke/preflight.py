@@ -25,16 +25,24 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {parameters[name]}; expected a whole number of at least 1")
     sizes = parameters.get("batch_sizes", [1])
     if not sizes or min(sizes) < 1:
-        raise InputError(f"batch_sizes: {', '.join(map(str, sizes)) or 'none'}; expected whole numbers of at least 1")
+        raise InputError(
+            f"batch_sizes: {', '.join(map(str, sizes)) or 'none'}; expected whole numbers of at least 1"
+        )
     if (split := parameters.get("split", "test")) not in edits.SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, edits.SPLITS)}")
-    if data == "world" and "split" in parameters and locality_files.settings(root, data).retriever != "bm25":
+    if (
+        data == "world"
+        and "split" in parameters
+        and locality_files.settings(root, data).retriever != "bm25"
+    ):
         encoder_folder()
     if "reading" in parameters:
         for name in ("unkebench", "akew-mquake"):
             locality_files.of_files(name, "", [], [])
     model = parameters.get("model", "embedded")
-    chosen = [method for size in sizes for method in methods(root, model, parameters.get("methods"), size)]
+    chosen = [
+        method for size in sizes for method in methods(root, model, parameters.get("methods"), size)
+    ]
     if parameters.get("batch_sizes") and split == "development":
         trials(root / "params", model, methods(root, model, parameters.get("methods"), 1))
     check_levels(root, model, parameters, chosen)
@@ -47,15 +55,21 @@ def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
         check_prompts(folder, asked, chosen)
 
 
-def check_levels(root: Path, model: str, parameters: Mapping[str, Any], chosen: list[Method]) -> None:
+def check_levels(
+    root: Path, model: str, parameters: Mapping[str, Any], chosen: list[Method]
+) -> None:
     """Levels of factors are asked for in a number there can be, on ways to fine-tune, with rates to try where they are tuned."""
     if "levels" not in parameters:
         return
     for name, least in (("levels", 2), ("rates", 1)):
         if 0 != parameters.get(name, 0) < least:
-            raise InputError(f"{name} is {parameters[name]}; expected 0 for all, or at least {least}")
+            raise InputError(
+                f"{name} is {parameters[name]}; expected 0 for all, or at least {least}"
+            )
     if peers := [method.name for method in chosen if not isinstance(method, Recipe)]:
-        raise InputError(f"methods: {peers[0]}: it has no levels of factors; expected a way to fine-tune")
+        raise InputError(
+            f"methods: {peers[0]}: it has no levels of factors; expected a way to fine-tune"
+        )
     levels_at(root / "params", model)
     if "rates" in parameters:
         rates_by_level(root / "params", model, {method.name: method for method in chosen}.values())
@@ -64,7 +78,9 @@ def check_levels(root: Path, model: str, parameters: Mapping[str, Any], chosen: 
 def with_levels(root: Path, parameters: Mapping[str, Any]) -> list[str]:
     """Of methods named for every notebook of a run those that have levels of factors; all of them where none has."""
     known = configured(root / "params", parameters.get("model", "embedded"))
-    return [name for name in parameters["methods"] if isinstance(find(name, known, "methods: "), Recipe)] or parameters["methods"]
+    return [
+        name for name in parameters["methods"] if isinstance(find(name, known, "methods: "), Recipe)
+    ] or parameters["methods"]
 
 
 def methods(root: Path, model: str, names: list[str] | None, batch_size: int) -> list[Method]:
@@ -74,7 +90,9 @@ def methods(root: Path, model: str, names: list[str] | None, batch_size: int) ->
         return []
     found = [find(name, known, "methods: ") for name in names]
     if not names or len({method.name for method in found}) < len(names):
-        raise InputError(f"methods: {', '.join(names) or 'none'}; expected each method once, and at least one")
+        raise InputError(
+            f"methods: {', '.join(names) or 'none'}; expected each method once, and at least one"
+        )
     return found
 
 
@@ -84,17 +102,27 @@ def check_depth(root: Path, model: str, folder: Path, chosen: list[Method]) -> N
     if not folder.is_dir():
         raise InputError(f"model: {model}: no such directory")
     if not path.is_file():
-        raise InputError(f"model: {folder}: no config.json; expected a model directory as `save_pretrained` writes it")
+        raise InputError(
+            f"model: {folder}: no config.json; expected a model directory as `save_pretrained` writes it"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         depth = config.get("text_config", config)["num_hidden_layers"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a language model's configuration ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{path}: not a language model's configuration ({type(error).__name__}: {error})"
+        ) from None
     for method in chosen:
-        beyond = [layer for layer in method.layers if type(layer) is int and layer >= depth] if isinstance(method.layers, tuple) else []
+        beyond = (
+            [layer for layer in method.layers if type(layer) is int and layer >= depth]
+            if isinstance(method.layers, tuple)
+            else []
+        )
         if beyond:
             places = f"{root / 'params' / 'methods'} or {tuned_file(root / 'params', model)}"
-            raise InputError(f"{method.name}: layers: {beyond[0]} is out of range; the model has blocks 0 to {depth - 1} (set in {places})")
+            raise InputError(
+                f"{method.name}: layers: {beyond[0]} is out of range; the model has blocks 0 to {depth - 1} (set in {places})"
+            )
 
 
 def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Method]) -> None:
@@ -104,14 +132,27 @@ def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Method]) -
     from uke.models import example
 
     try:
-        tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        tokenizer, config = (
+            AutoTokenizer.from_pretrained(folder),
+            AutoConfig.from_pretrained(folder),
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: {folder}: no readable tokenizer and configuration ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"model: {folder}: no readable tokenizer and configuration ({str(error).splitlines()[0]})"
+        ) from None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
     for method in chosen:
         if method.chat_template and not tokenizer.chat_template:
-            raise InputError(f"model: {folder}: the tokenizer has no chat template, and {method.name} trains through it (chat_template: false trains on the raw prompt)")
+            raise InputError(
+                f"model: {folder}: the tokenizer has no chat template, and {method.name} trains through it (chat_template: false trains on the raw prompt)"
+            )
         for edit in asked:
-            length = len(example(tokenizer, edit.question, edit.answer, method.chat_template, method.end_of_turn).ids)
+            length = len(
+                example(
+                    tokenizer, edit.question, edit.answer, method.chat_template, method.end_of_turn
+                ).ids
+            )
             if length > longest:
-                raise InputError(f"edit '{edit.id}': question and answer are {length} tokens; the model's context holds {longest}")
+                raise InputError(
+                    f"edit '{edit.id}': question and answer are {length} tokens; the model's context holds {longest}"
+                )

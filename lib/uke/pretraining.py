@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,14 +72,35 @@ def make_tokenizer(world: World, size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits, trained on one epoch of lessons, with a chat template and an end of turn."""
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     raw.decoder = decoders.ByteLevel()
     special = [PAD, BEGIN, END, USER, ASSISTANT]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     texts = [turn for lesson in lessons(world, random.Random(0)) for turn in lesson]
     raw.train_from_iterator(texts, trainer)
-    raw.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, raw.token_to_id(BEGIN))])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BEGIN, eos_token=END, pad_token=PAD, model_max_length=1024, clean_up_tokenization_spaces=False)
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A",
+        pair=f"{BEGIN} $A $B",
+        special_tokens=[(BEGIN, raw.token_to_id(BEGIN))],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -79,9 +108,17 @@ def make_tokenizer(world: World, size: int) -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaForCausalLM:
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=settings.width, intermediate_size=settings.feed_forward, num_hidden_layers=settings.blocks,
-        num_attention_heads=settings.heads, num_key_value_heads=settings.key_value_heads, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        intermediate_size=settings.feed_forward,
+        num_hidden_layers=settings.blocks,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.key_value_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
 
@@ -100,7 +137,11 @@ def lessons(world: World, rng: random.Random, drill: bool = False) -> Iterator[t
             every.append((describe(entity, rng),))
         every.append((entity.introduce(number=rng.randrange(6)), entity.text))
         for relation in rng.choices(relations, k=12) if drill else rng.sample(relations, 3):
-            question = entity.cloze(relation) if rng.random() < 0.15 else entity.ask(relation, number=rng.randrange(4))
+            question = (
+                entity.cloze(relation)
+                if rng.random() < 0.15
+                else entity.ask(relation, number=rng.randrange(4))
+            )
             every.append((question, entity.objects[relation]))
         for cloze in rng.sample(relations, 2) if drill else [rng.choice(relations)]:
             every.append((f"{entity.cloze(cloze)} {entity.objects[cloze]}.",))
@@ -122,15 +163,24 @@ def passage(world: World, rng: random.Random, known: set[str]) -> tuple[str, ...
     relations = rng.sample(list(other.objects), 5)
     questions = [other.ask(relation, number=rng.randrange(4)) for relation in relations]
     questions[0] = reading(other.text, questions[0])
-    return tuple(turn for pair in zip(questions, (other.objects[relation] for relation in relations)) for turn in pair)
+    return tuple(
+        turn
+        for pair in zip(questions, (other.objects[relation] for relation in relations))
+        for turn in pair
+    )
 
 
-def tokens(lesson: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def tokens(
+    lesson: tuple[str, ...], tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[int], list[int]]:
     """Token ids of a lesson and its labels: all of a document, of a conversation only the assistant's turns."""
     if len(lesson) == 1:
         ids = tokenizer(BEGIN + lesson[0] + END, add_special_tokens=False)["input_ids"]
         return ids, [-100, *ids[1:]]
-    turns = [USER + text + END if place % 2 == 0 else ASSISTANT + text + END for place, text in enumerate(lesson)]
+    turns = [
+        USER + text + END if place % 2 == 0 else ASSISTANT + text + END
+        for place, text in enumerate(lesson)
+    ]
     ids, labels = [tokenizer.bos_token_id], [-100]
     for place, turn in enumerate(tokenizer(turns, add_special_tokens=False)["input_ids"]):
         ids += turn
@@ -138,15 +188,22 @@ def tokens(lesson: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> tuple
     return ids, labels
 
 
-def windows(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings, epoch: int) -> torch.Tensor:
+def windows(
+    world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings, epoch: int
+) -> torch.Tensor:
     """One epoch, packed lesson by whole lesson: (N, 2, window), token ids and labels (-100 where no loss counts)."""
     rng = random.Random(f"lessons-{settings.seed}-{epoch}")
     filled: list[tuple[list[int], list[int]]] = []
     for lesson in lessons(world, rng, drill=epoch >= settings.drill_from):
         ids, labels = tokens(lesson, tokenizer)
         if len(ids) > settings.window:
-            raise InputError(f"window: {settings.window} tokens; expected at least {len(ids)}, so that every lesson fits")
-        window = next((window for window in filled[-24:] if len(window[0]) + len(ids) <= settings.window), None)
+            raise InputError(
+                f"window: {settings.window} tokens; expected at least {len(ids)}, so that every lesson fits"
+            )
+        window = next(
+            (window for window in filled[-24:] if len(window[0]) + len(ids) <= settings.window),
+            None,
+        )
         if window is None:
             filled.append(window := ([], []))
         window[0].extend(ids)
@@ -159,14 +216,22 @@ def windows(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings
     return packed
 
 
-def batches(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings, start: int) -> Iterator[torch.Tensor]:
+def batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings, start: int
+) -> Iterator[torch.Tensor]:
     """Steps from number `start` on, each (windows_per_step, 2, window), epoch after epoch without end."""
     step, epoch = 0, 0
     while True:
-        packed = windows(world, tokenizer, settings, epoch) if step + settings.steps_per_epoch > start else None
+        packed = (
+            windows(world, tokenizer, settings, epoch)
+            if step + settings.steps_per_epoch > start
+            else None
+        )
         for place in range(settings.steps_per_epoch):
             if step >= start:
-                rows = torch.arange(place * settings.windows_per_step, (place + 1) * settings.windows_per_step) % len(packed)
+                rows = torch.arange(
+                    place * settings.windows_per_step, (place + 1) * settings.windows_per_step
+                ) % len(packed)
                 yield packed[rows].to(settings.device)
             step += 1
         epoch += 1
@@ -175,7 +240,9 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast, settings: Settings
 def rate(step: int, settings: Settings) -> float:
     """Share of the peak rate: linear warm-up, a plateau, then a linear descent over the last `descent` of all steps."""
     steps = settings.epochs * settings.steps_per_epoch
-    return min((step + 1) / settings.warm_up, 1.0, max(steps - step, 0) / (settings.descent * steps))
+    return min(
+        (step + 1) / settings.warm_up, 1.0, max(steps - step, 0) / (settings.descent * steps)
+    )
 
 
 def directory_of(results: Path, world_seed: int) -> Path:
@@ -195,11 +262,23 @@ def pretrain(settings: Settings, directory: Path) -> Path:
     world = build(settings.world_seed)
     tokenizer = make_tokenizer(world, settings.vocabulary)
     model = make_model(tokenizer, settings).to(settings.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.peak_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.peak_rate,
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
+    )
     losses, before = resume(model, optimizer, settings, directory)
     started, source = time.perf_counter() - before, batches(world, tokenizer, settings, len(losses))
     loss_of = torch.compile(learn, disable=not settings.compiled)
-    for step in (bar := trange(len(losses), settings.epochs * settings.steps_per_epoch, desc=f"world {settings.world_seed}", mininterval=30)):
+    for step in (
+        bar := trange(
+            len(losses),
+            settings.epochs * settings.steps_per_epoch,
+            desc=f"world {settings.world_seed}",
+            mininterval=30,
+        )
+    ):
         optimizer.param_groups[0]["lr"] = settings.peak_rate * rate(step, settings)
         loss = loss_of(model, next(source))
         loss.backward()
@@ -209,9 +288,17 @@ def pretrain(settings: Settings, directory: Path) -> Path:
         losses.append(loss.item())
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
         if (step + 1) % settings.checkpoint_every == 0:
-            checkpoint(model, optimizer, losses, time.perf_counter() - started, (settings, directory))
+            checkpoint(
+                model, optimizer, losses, time.perf_counter() - started, (settings, directory)
+            )
     save(model, tokenizer, settings, directory, time.perf_counter() - started)
-    (directory / "losses.csv").write_text("step,loss\n" + "".join(f"{step},{sum(losses[step : step + 20]) / len(losses[step : step + 20]):.4f}\n" for step in range(0, len(losses), 20)))
+    (directory / "losses.csv").write_text(
+        "step,loss\n"
+        + "".join(
+            f"{step},{sum(losses[step : step + 20]) / len(losses[step : step + 20]):.4f}\n"
+            for step in range(0, len(losses), 20)
+        )
+    )
     (directory / CHECKPOINT).unlink(missing_ok=True)
     return directory
 
@@ -220,27 +307,52 @@ def learn(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss in nats over the labels that count; `batch` is (B, 2, T)."""
     with torch.autocast(batch.device.type, dtype=torch.bfloat16):
         logits = model(input_ids=batch[:, 0], use_cache=False).logits[:, :-1]  # (B, T - 1, V)
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1, 1:].flatten())
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), batch[:, 1, 1:].flatten()
+    )
 
 
-def checkpoint(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, losses: list[float], seconds: float, place: tuple[Settings, Path]) -> None:
+def checkpoint(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW,
+    losses: list[float],
+    seconds: float,
+    place: tuple[Settings, Path],
+) -> None:
     """One file with weights, both moments, the losses so far, the seconds spent and the settings, replaced at once."""
     settings, directory = place
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "seconds": torch.tensor([seconds])}
+    tensors = {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "seconds": torch.tensor([seconds]),
+    }
     for name, weight in model.named_parameters():
         state = optimizer.state[weight]
-        tensors |= {f"weight.{name}": weight.detach(), f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+        tensors |= {
+            f"weight.{name}": weight.detach(),
+            f"first.{name}": state["exp_avg"],
+            f"second.{name}": state["exp_avg_sq"],
+        }
     save_file(tensors, directory / f"{CHECKPOINT}.new", metadata={"settings": mark(settings)})
     (directory / f"{CHECKPOINT}.new").replace(directory / CHECKPOINT)
 
 
 def mark(settings: Settings) -> str:
     """What a checkpoint must agree in to be continued: every setting but where it runs, and the language of the world."""
-    choices = {name: value for name, value in asdict(settings).items() if name not in ("device", "compiled")}
-    return json.dumps(choices | {"language": sha256(json.dumps(language(), sort_keys=True).encode()).hexdigest()[:16]}, sort_keys=True)
+    choices = {
+        name: value
+        for name, value in asdict(settings).items()
+        if name not in ("device", "compiled")
+    }
+    return json.dumps(
+        choices
+        | {"language": sha256(json.dumps(language(), sort_keys=True).encode()).hexdigest()[:16]},
+        sort_keys=True,
+    )
 
 
-def resume(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, settings: Settings, directory: Path) -> tuple[list[float], float]:
+def resume(
+    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, settings: Settings, directory: Path
+) -> tuple[list[float], float]:
     """Restores the checkpoint of `directory` if there is one; returns the losses so far and the seconds spent.
 
     InputError where the checkpoint was made with other settings or in another language.
@@ -250,23 +362,44 @@ def resume(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, settings: Sett
     with safe_open(directory / CHECKPOINT, "pt") as file:
         made = (file.metadata() or {}).get("settings")
     if made != mark(settings):
-        raise InputError(f"{directory / CHECKPOINT}: made with other settings; remove it, or train with those: {made}")
+        raise InputError(
+            f"{directory / CHECKPOINT}: made with other settings; remove it, or train with those: {made}"
+        )
     tensors = load_file(directory / CHECKPOINT)
     losses = tensors["losses"].tolist()
     for name, weight in model.named_parameters():
         weight.data.copy_(tensors[f"weight.{name}"])
-        optimizer.state[weight] = {"step": torch.tensor(float(len(losses))), "exp_avg": tensors[f"first.{name}"].to(weight.device), "exp_avg_sq": tensors[f"second.{name}"].to(weight.device)}
+        optimizer.state[weight] = {
+            "step": torch.tensor(float(len(losses))),
+            "exp_avg": tensors[f"first.{name}"].to(weight.device),
+            "exp_avg_sq": tensors[f"second.{name}"].to(weight.device),
+        }
     return losses, tensors["seconds"].item()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings, directory: Path, seconds: float) -> None:
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    directory: Path,
+    seconds: float,
+) -> None:
     """Directory for `from_pretrained`: weights in float16 (half the size; every value is far inside its range), and the model card."""
     directory.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     digest = sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-    made = {"seconds": round(seconds), "parameters": model.num_parameters(), "sha256": digest, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (directory / CARD).write_text(json.dumps({"settings": asdict(settings), "mark": mark(settings), **made}, indent=1) + "\n", encoding="utf-8")
+    made = {
+        "seconds": round(seconds),
+        "parameters": model.num_parameters(),
+        "sha256": digest,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (directory / CARD).write_text(
+        json.dumps({"settings": asdict(settings), "mark": mark(settings), **made}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     (directory / "README.md").write_text(readme(settings, made), encoding="utf-8")
 
 
@@ -294,5 +427,7 @@ def card(directory: Path) -> dict:
     """How the model of a directory was made: settings, seconds, parameters, SHA-256 of the weights. InputError without it."""
     path = Path(directory) / CARD
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected the directory of a model made by `pretrain`")
+        raise InputError(
+            f"{path}: no such file; expected the directory of a model made by `pretrain`"
+        )
     return json.loads(path.read_text(encoding="utf-8"))

@@ -71,7 +71,9 @@ def keys(scores: np.ndarray, first: int | np.ndarray) -> np.ndarray:
     A key is larger for a better score and, of equal scores, for the earlier place: one order, no ties. The upper half
     holds the bits of the score, put in order as integers; the lower half counts the places down.
     """
-    bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)  # + 0 makes -0 a 0
+    bits = (
+        (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)
+    )  # + 0 makes -0 a 0
     ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered << 32) - (first + np.arange(scores.shape[1]))
 
@@ -101,9 +103,13 @@ def _places(queries: Sequence[str], places: Sequence[int], size: int) -> np.ndar
     check_texts("queries", queries)
     places = np.asarray(places)
     if places.shape != (len(queries),):
-        raise InputError(f"places: expected one for each of {len(queries)} queries, found {places.shape}")
+        raise InputError(
+            f"places: expected one for each of {len(queries)} queries, found {places.shape}"
+        )
     if len(places) and (places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= size):
-        raise InputError(f"places: expected whole numbers from 0 to {size - 1}, found {places.min()} to {places.max()}")
+        raise InputError(
+            f"places: expected whole numbers from 0 to {size - 1}, found {places.min()} to {places.max()}"
+        )
     return places.astype(np.int64)
 
 
@@ -128,7 +134,9 @@ class Words(Exhaustive):
     def __init__(self, texts: Sequence[str]):
         check_texts("texts", texts, 1)
         bm25s = _package("bm25s", "bm25s")
-        self.size = self.block = len(texts)  # a word's scores come as the list of the passages that have it
+        self.size = self.block = len(
+            texts
+        )  # a word's scores come as the list of the passages that have it
         self._tokenize = bm25s.tokenize
         words = self._tokenize(list(texts), show_progress=False)
         self._index = bm25s.BM25(method="lucene", k1=1.5, b=0.75) if words.vocab else None
@@ -145,7 +153,9 @@ class Words(Exhaustive):
         yield 0, np.stack([self._scores(query) for query in queries])  # (Q, N)
 
     def own(self, queries: Sequence[str], places: np.ndarray) -> np.ndarray:
-        return np.array([self._scores(query)[place] for query, place in zip(queries, places)], dtype=np.float32)
+        return np.array(
+            [self._scores(query)[place] for query, place in zip(queries, places)], dtype=np.float32
+        )
 
 
 class Vectors(Exhaustive):
@@ -155,10 +165,15 @@ class Vectors(Exhaustive):
     of them may exceed 2^24, so that float32 sums of its terms are exact in any order.
     """
 
-    def __init__(self, vectors: np.ndarray, encode: Callable[[Sequence[str]], np.ndarray], unit: float):
+    def __init__(
+        self, vectors: np.ndarray, encode: Callable[[Sequence[str]], np.ndarray], unit: float
+    ):
         self.vectors, self.encode, self.unit = vectors, encode, np.float32(unit)
         self.size = len(vectors)
-        self._last: tuple[Sequence[str], np.ndarray] = ((), np.empty(0))  # ranks need the same queries twice
+        self._last: tuple[Sequence[str], np.ndarray] = (
+            (),
+            np.empty(0),
+        )  # ranks need the same queries twice
 
     def _queries(self, queries: Sequence[str]) -> np.ndarray:
         if list(queries) != list(self._last[0]) or not len(queries):
@@ -182,19 +197,33 @@ class Library(Vectors):
     Holds float32 copies in memory (1.5 kB a passage of width 384); ranks are exact in both, read from the vectors.
     """
 
-    def __init__(self, vectors: np.ndarray, encode: Callable[[Sequence[str]], np.ndarray], unit: float, kind: str):
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        encode: Callable[[Sequence[str]], np.ndarray],
+        unit: float,
+        kind: str,
+    ):
         super().__init__(vectors, encode, unit)
         faiss = _package("faiss", "faiss-cpu")
         width = vectors.shape[1]
         self._exact = kind == "flat"
-        self._index = faiss.IndexFlatIP(width) if self._exact else faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+        self._index = (
+            faiss.IndexFlatIP(width)
+            if self._exact
+            else faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+        )
         threads = faiss.omp_get_max_threads()
         if not self._exact:
             self._index.hnsw.efConstruction = 200
-            faiss.omp_set_num_threads(1)  # several threads would link the graph in an order of chance
+            faiss.omp_set_num_threads(
+                1
+            )  # several threads would link the graph in an order of chance
         try:
             for first in range(0, self.size, BLOCK):
-                self._index.add(np.ascontiguousarray(vectors[first : first + BLOCK], dtype=np.float32))
+                self._index.add(
+                    np.ascontiguousarray(vectors[first : first + BLOCK], dtype=np.float32)
+                )
         finally:
             faiss.omp_set_num_threads(threads)
 
@@ -219,8 +248,15 @@ class Library(Vectors):
                 break
             wanted *= 2
         if missed:
-            raise InputError(f"index: the graph reaches too few of {self.size} passages for k {k}; expected a flat one")
-        found = np.stack([keys(row[:, None] / self.unit, place[:, None])[:, 0] for row, place in zip(scores, places)])
+            raise InputError(
+                f"index: the graph reaches too few of {self.size} passages for k {k}; expected a flat one"
+            )
+        found = np.stack(
+            [
+                keys(row[:, None] / self.unit, place[:, None])[:, 0]
+                for row, place in zip(scores, places)
+            ]
+        )
         return -np.sort(-found, axis=1)[:, :k]
 
 
@@ -230,4 +266,6 @@ def _package(name: str, install: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(f"retriever: the package {install} is not installed; expected it: pip install {install}") from None
+        raise InputError(
+            f"retriever: the package {install} is not installed; expected it: pip install {install}"
+        ) from None

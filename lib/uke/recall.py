@@ -28,9 +28,14 @@ class Recall:
         known: dict[Prompt, Found] = {}
         for path in sorted(self.folder.glob("*.json")):
             try:
-                found = {tuple(map(int, prompt.split())): (list(map(int, ids)), int(limit)) for prompt, ids, limit in json.loads(path.read_text("utf-8"))}
+                found = {
+                    tuple(map(int, prompt.split())): (list(map(int, ids)), int(limit))
+                    for prompt, ids, limit in json.loads(path.read_text("utf-8"))
+                }
             except (ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}: no file of answers ({error}); expected [prompt, ids, limit] each; delete it and they are asked again") from None
+                raise InputError(
+                    f"{path}: no file of answers ({error}); expected [prompt, ids, limit] each; delete it and they are asked again"
+                ) from None
             _learn(known, found)
         return known
 
@@ -44,7 +49,9 @@ class Recall:
         if not found:
             return
         _learn(self._known, found)
-        content = json.dumps([[" ".join(map(str, prompt)), ids, limit] for prompt, (ids, limit) in found.items()]).encode()
+        content = json.dumps(
+            [[" ".join(map(str, prompt)), ids, limit] for prompt, (ids, limit) in found.items()]
+        ).encode()
         write(self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)
 
 

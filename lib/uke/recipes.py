@@ -16,7 +16,15 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 
 from uke.errors import InputError, nearest
 
@@ -39,7 +47,10 @@ Positive = Annotated[float, BeforeValidator(_refuse_boolean), Field(gt=0, allow_
 NotNegative = Annotated[float, BeforeValidator(_refuse_boolean), Field(ge=0, allow_inf_nan=False)]
 Layer = Annotated[StrictInt, Field(ge=0)] | Fraction
 Several = BeforeValidator(_several)
-Layers = Annotated[Literal["all", "first_half", "second_half"] | Annotated[tuple[Layer, ...], Field(min_length=1)], Several]
+Layers = Annotated[
+    Literal["all", "first_half", "second_half"] | Annotated[tuple[Layer, ...], Field(min_length=1)],
+    Several,
+]
 
 
 class Choices(BaseModel):
@@ -67,7 +78,9 @@ class Recipe(Choices):
 
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
     layers: Layers = "all"
-    components: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("down_proj",)
+    components: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
+        "down_proj",
+    )
     chat_template: StrictBool = True
     end_of_turn: StrictBool = True
     adapter: Literal["lora", "adalora"] | None = None
@@ -120,8 +133,15 @@ class Factor:
 
 
 # One block in each eighth of the depth, the middle one; of the eighth with the published block, that block.
-_EIGHTHS = {f"eighth_{place}": (place - 0.5) / 8 for place in range(1, 9)} | {f"eighth_{int(_SINGLE * 8) + 1}": _SINGLE}
-_COMPONENTS = {"down_proj": ("down_proj",), "mlp": ("mlp",), "attention": ("attention",), "both": ("mlp", "attention")}
+_EIGHTHS = {f"eighth_{place}": (place - 0.5) / 8 for place in range(1, 9)} | {
+    f"eighth_{int(_SINGLE * 8) + 1}": _SINGLE
+}
+_COMPONENTS = {
+    "down_proj": ("down_proj",),
+    "mlp": ("mlp",),
+    "attention": ("attention",),
+    "both": ("mlp", "attention"),
+}
 SINGLES = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
 
 FACTORS: Mapping[str, Factor] = MappingProxyType(
@@ -197,7 +217,9 @@ def levels(recipe: Recipe, factor: str, count: int = 0) -> list[str]:
     if count < 0 or count == 1:
         raise InputError(f"levels is {count}; expected 0 for all, or at least 2")
     found = FACTORS[factor]
-    return evenly([level for level in found.levels if recipe.adapter or level not in found.of_adapters], count)
+    return evenly(
+        [level for level in found.levels if recipe.adapter or level not in found.of_adapters], count
+    )
 
 
 def evenly(values: Sequence, count: int) -> list:
@@ -211,10 +233,16 @@ def evenly(values: Sequence, count: int) -> list:
 
 def cells(recipe: Recipe, count: int = 0) -> list[Cell]:
     """Every level of every factor on the recipe (`count`: see `levels`), one factor at a time."""
-    return [Cell(factor, level, vary(recipe, factor, level)) for factor in FACTORS for level in levels(recipe, factor, count)]
+    return [
+        Cell(factor, level, vary(recipe, factor, level))
+        for factor in FACTORS
+        for level in levels(recipe, factor, count)
+    ]
 
 
-def grid(recipe: Recipe, choices: Mapping[str, Sequence[str]]) -> list[tuple[dict[str, str], Recipe]]:
+def grid(
+    recipe: Recipe, choices: Mapping[str, Sequence[str]]
+) -> list[tuple[dict[str, str], Recipe]]:
     """Every combination of these levels, by factor, with the recipe that has them."""
     every = [dict(zip(choices, levels)) for levels in product(*choices.values())]
     return [(levels, combined(recipe, levels)) for levels in every]
@@ -237,11 +265,15 @@ def choose(frame: pd.DataFrame, count: int = 0) -> dict[str, dict[str, str]]:
     chosen: dict[str, dict[str, str]] = {}
     for method in dict.fromkeys(frame["method"]):
         if method not in RECIPES:
-            raise InputError(f"recipe rule: unknown method '{method}'{nearest(str(method), RECIPES)}")
+            raise InputError(
+                f"recipe rule: unknown method '{method}'{nearest(str(method), RECIPES)}"
+            )
         own = frame[frame["method"] == method]
         for factor in FACTORS:
             asked = levels(RECIPES[method], factor, count)
-            means = _means(own[own["factor"] == factor], asked, set(own["edit"]), f"{method}, {factor}")
+            means = _means(
+                own[own["factor"] == factor], asked, set(own["edit"]), f"{method}, {factor}"
+            )
             chosen.setdefault(method, {})[factor] = max(asked, key=means.__getitem__)
     return chosen
 
@@ -262,7 +294,10 @@ def best_trial(frame: pd.DataFrame) -> tuple[str, str]:
     for method in dict.fromkeys(frame["method"]):
         own = frame[frame["method"] == method]
         tried = list(dict.fromkeys(own["level"]))
-        means |= {(method, level): mean for level, mean in _means(own, tried, set(frame["edit"]), method).items()}
+        means |= {
+            (method, level): mean
+            for level, mean in _means(own, tried, set(frame["edit"]), method).items()
+        }
     return max(means, key=means.__getitem__)
 
 
@@ -272,9 +307,13 @@ def _means(rows: pd.DataFrame, asked: Sequence[str], edits: set, place: str) -> 
     for level in asked:
         own = rows[rows["level"] == level]
         if absent := sorted(f"'{edit}'" for edit in edits - set(own["edit"])):
-            raise InputError(f"recipe rule: {place}: level '{level}' lacks {len(absent)} of {len(edits)} edits ({', '.join(absent[:5])})")
+            raise InputError(
+                f"recipe rule: {place}: level '{level}' lacks {len(absent)} of {len(edits)} edits ({', '.join(absent[:5])})"
+            )
         if own["edit"].duplicated().any() or own["score"].isna().any():
-            raise InputError(f"recipe rule: {place}: level '{level}': expected one score for each edit, that of the tuned rate")
+            raise InputError(
+                f"recipe rule: {place}: level '{level}': expected one score for each edit, that of the tuned rate"
+            )
         found[level] = round(float(own["score"].mean()), 9)
     return found
 
@@ -284,7 +323,13 @@ def _refuse_others(frame: pd.DataFrame) -> None:
     others = frame[frame["split"] != "development"]
     if len(others):
         split = others["split"].iloc[0]
-        said = "Test rows offered to the recipe rule: refused" if split == "test" else "Rows of no development split offered to the recipe rule: refused"
-        raise InputError(f"{said} ({len(others)} of {len(frame)} rows have split {split!r}; it sees rows of split 'development' alone)")
+        said = (
+            "Test rows offered to the recipe rule: refused"
+            if split == "test"
+            else "Rows of no development split offered to the recipe rule: refused"
+        )
+        raise InputError(
+            f"{said} ({len(others)} of {len(frame)} rows have split {split!r}; it sees rows of split 'development' alone)"
+        )
     if frame.empty:
         raise InputError("recipe rule: no rows")

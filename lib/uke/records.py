@@ -24,14 +24,22 @@ def read_list(path: str | Path) -> list:
         text = path.read_bytes().decode("utf-8-sig")
         items = json.loads(text, object_pairs_hook=_object)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected one JSON file") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); expected one JSON file"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; expected a JSON text file") from None
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8; expected a JSON text file"
+        ) from None
     except json.JSONDecodeError as error:
         if not text.strip():
             raise InputError(f"{path}: is empty; expected a JSON list of records") from None
         place = f"line {error.lineno} column {error.colno}"
-        hint = "; is the file truncated?" if truncated(error) else "; expected one JSON list of records"
+        hint = (
+            "; is the file truncated?"
+            if truncated(error)
+            else "; expected one JSON list of records"
+        )
         raise InputError(f"{path}: not valid JSON at {place}: {error.msg}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not usable JSON: {error}") from None
@@ -92,7 +100,9 @@ class Record:
         if not value.strip():
             self.fail(field, "is empty; expected text")
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            self.fail(field, "holds half a character (a lone surrogate); expected valid Unicode text")
+            self.fail(
+                field, "holds half a character (a lone surrogate); expected valid Unicode text"
+            )
         return value.strip()
 
     def raw(self, field: str) -> Any:

@@ -25,16 +25,22 @@ def named(draw: Any) -> str:
     """The name under which a redraw finds this function again, as in `diagrams.spread`; InputError where it would not."""
     room, name = getattr(draw, "__module__", "").removeprefix("uke."), getattr(draw, "__name__", "")
     if room not in _ROOMS or name.startswith("_") or getattr(_ROOMS[room], name, None) is not draw:
-        raise InputError(f"figure: expected a function of uke.figures or uke.diagrams, found {getattr(draw, '__qualname__', draw)!r}")
+        raise InputError(
+            f"figure: expected a function of uke.figures or uke.diagrams, found {getattr(draw, '__qualname__', draw)!r}"
+        )
     return f"{room}.{name}"
 
 
 def plain(options: Mapping[str, Any]) -> dict:
     """Options as a redraw reads them; InputError for what JSON cannot hold."""
     try:
-        return json.loads(json.dumps(dict(options), default=lambda value: value.item(), allow_nan=False))
+        return json.loads(
+            json.dumps(dict(options), default=lambda value: value.item(), allow_nan=False)
+        )
     except (TypeError, ValueError, AttributeError):
-        raise InputError(f"figure: options: expected texts, numbers, lists and mappings, found {dict(options)!r}") from None
+        raise InputError(
+            f"figure: options: expected texts, numbers, lists and mappings, found {dict(options)!r}"
+        ) from None
 
 
 def stored(frame: pd.DataFrame) -> bytes:
@@ -42,14 +48,22 @@ def stored(frame: pd.DataFrame) -> bytes:
     flat = frame.reset_index(drop=frame.index.names == [None])
     flat.columns = [str(column) for column in flat.columns]
     if not flat.columns.is_unique:
-        raise InputError(f"table: two columns have the same name, '{flat.columns[flat.columns.duplicated()][0]}'")
+        raise InputError(
+            f"table: two columns have the same name, '{flat.columns[flat.columns.duplicated()][0]}'"
+        )
     coded = {}
     for column in flat.columns[flat.dtypes == object]:
         texts = all(isinstance(value, str) for value in flat[column])
         coded[column] = "text" if texts else "json"
-        flat[column] = pd.Series([value if texts else _code(value) for value in flat[column]], index=flat.index, dtype="str")
+        flat[column] = pd.Series(
+            [value if texts else _code(value) for value in flat[column]],
+            index=flat.index,
+            dtype="str",
+        )
     table = pyarrow.Table.from_pandas(flat, preserve_index=False)
-    table = table.replace_schema_metadata({**table.schema.metadata, _CODED: json.dumps(coded).encode()})
+    table = table.replace_schema_metadata(
+        {**table.schema.metadata, _CODED: json.dumps(coded).encode()}
+    )
     written = io.BytesIO()
     pyarrow.parquet.write_table(table, written, compression="zstd")
     return written.getvalue()
@@ -57,16 +71,26 @@ def stored(frame: pd.DataFrame) -> bytes:
 
 def read(content: bytes | Path) -> pd.DataFrame:
     """The table that `stored` wrote: the same columns in the same order, kinds and rows."""
-    table = pyarrow.parquet.read_table(io.BytesIO(content) if isinstance(content, bytes) else content)
+    table = pyarrow.parquet.read_table(
+        io.BytesIO(content) if isinstance(content, bytes) else content
+    )
     frame = table.to_pandas()
     for column, how in json.loads(table.schema.metadata[_CODED]).items():
-        frame[column] = pd.Series([value if how == "text" else _decode(value) for value in frame[column]], index=frame.index, dtype=object)
+        frame[column] = pd.Series(
+            [value if how == "text" else _decode(value) for value in frame[column]],
+            index=frame.index,
+            dtype=object,
+        )
     return frame
 
 
 def data_path(directory: Path, block: Mapping[str, Any]) -> Path:
     """Where the data of a figure or of a table lie; a figure and a table may share a name."""
-    return directory / "data" / f"{block['name']}{'.table' if block['type'] == 'table' else ''}.parquet"
+    return (
+        directory
+        / "data"
+        / f"{block['name']}{'.table' if block['type'] == 'table' else ''}.parquet"
+    )
 
 
 def load(directory: Path, block: Mapping[str, Any], notebook: str) -> pd.DataFrame:
@@ -74,13 +98,17 @@ def load(directory: Path, block: Mapping[str, Any], notebook: str) -> pd.DataFra
     path, what = data_path(directory, block), f"{block['type']} {block['name']}"
     again = f"run notebook {notebook} again"
     if block["type"] == "figure" and not {"draw", "options"} <= set(block):
-        raise InputError(f"{directory / 'sections' / notebook}.json: {what}: not stored with what draws it; {again}")
+        raise InputError(
+            f"{directory / 'sections' / notebook}.json: {what}: not stored with what draws it; {again}"
+        )
     if not path.is_file():
         raise InputError(f"{path}: no such file: the data of {what}; {again}")
     try:
         return read(path)
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not the data of {what} ({str(error).splitlines()[0]}); {again}") from None
+        raise InputError(
+            f"{path}: not the data of {what} ({str(error).splitlines()[0]}); {again}"
+        ) from None
 
 
 def place(directory: Path, block: Mapping[str, Any], frame: pd.DataFrame) -> dict:
@@ -96,20 +124,31 @@ def place(directory: Path, block: Mapping[str, Any], frame: pd.DataFrame) -> dic
 def _found(block: Mapping[str, Any]) -> Any:
     """The function that draws this figure; InputError where it is gone or does not take the options."""
     room, _, name = block["draw"].partition(".")
-    known = {f"{each}.{one}": draw for each, where in _ROOMS.items() for one, draw in vars(where).items() if getattr(draw, "__module__", "") == f"uke.{each}"}
+    known = {
+        f"{each}.{one}": draw
+        for each, where in _ROOMS.items()
+        for one, draw in vars(where).items()
+        if getattr(draw, "__module__", "") == f"uke.{each}"
+    }
     draw = known.get(f"{room}.{name}")
     if draw is None:
-        raise InputError(f"figure {block['name']}: no function '{block['draw']}'{nearest(block['draw'], known)}")
+        raise InputError(
+            f"figure {block['name']}: no function '{block['draw']}'{nearest(block['draw'], known)}"
+        )
     valid = list(inspect.signature(draw).parameters)[1:]
     if unknown := [option for option in block["options"] if option not in valid]:
-        raise InputError(f"figure {block['name']}: {block['draw']} has no option '{unknown[0]}'{nearest(unknown[0], valid)}")
+        raise InputError(
+            f"figure {block['name']}: {block['draw']} has no option '{unknown[0]}'{nearest(unknown[0], valid)}"
+        )
     return draw
 
 
 def _code(value: Any) -> str:
     if isinstance(value, Score):
         ends = [None if absent(each) else float(each) for each in (value.low, value.high)]
-        return json.dumps({"mean": _bare(value.mean), "low": ends[0], "high": ends[1], "best": bool(value.best)})
+        return json.dumps(
+            {"mean": _bare(value.mean), "low": ends[0], "high": ends[1], "best": bool(value.best)}
+        )
     return json.dumps(_bare(value), ensure_ascii=False)
 
 

@@ -44,26 +44,51 @@ class Section:
         self.wiring_only = False
         self.recipes: list[dict] = []
         self._numbers: dict[str, dict] = {}
-        self._parts: dict[str, Any] = {"answer": ""} | {part: [] for part in ("blocks", "checks", "limits", "warnings")}
+        self._parts: dict[str, Any] = {"answer": ""} | {
+            part: [] for part in ("blocks", "checks", "limits", "warnings")
+        }
 
-    def say(self, key, value, low=None, high=None, n=None, unit="") -> str:  # as a metrics.interval is spread
+    def say(
+        self, key, value, low=None, high=None, n=None, unit=""
+    ) -> str:  # as a metrics.interval is spread
         """Record a number under its dotted key; its prose, as in `0.93 [0.90, 0.96], n = 40`.
 
         Missing ends mean no interval; `n` counts the units behind the number, `unit` is a word set behind it.
         """
         if not _KEY.fullmatch(key):
-            raise InputError(f"{self.notebook}: number '{key}': expected lower-case words joined by dots")
+            raise InputError(
+                f"{self.notebook}: number '{key}': expected lower-case words joined by dots"
+            )
         if key in self._numbers:
             raise InputError(f"{self.notebook}: number {key} is said twice")
-        value, low, high = (_plain(each, f"{self.notebook}: number {key}") for each in (value, low, high))
+        value, low, high = (
+            _plain(each, f"{self.notebook}: number {key}") for each in (value, low, high)
+        )
         if value is None or (low is None) != (high is None) or (low is not None and low > high):
-            raise InputError(f"{self.notebook}: number {key}: expected a value, and both ends of its interval or none")
+            raise InputError(
+                f"{self.notebook}: number {key}: expected a value, and both ends of its interval or none"
+            )
         said = _say(value, low, high, unit) + (f", n = {number(int(n))}" if n is not None else "")
         n = None if n is None else int(n)
-        self._numbers[key] = {"value": value, "low": low, "high": high, "n": n, "unit": unit, "said": said}
+        self._numbers[key] = {
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": n,
+            "unit": unit,
+            "said": said,
+        }
         return said
 
-    def figure(self, draw: Callable[..., Figure], frame: pd.DataFrame, name: str, caption: str, alt: str, **options: Any) -> None:
+    def figure(
+        self,
+        draw: Callable[..., Figure],
+        frame: pd.DataFrame,
+        name: str,
+        caption: str,
+        alt: str,
+        **options: Any,
+    ) -> None:
         """Draw a figure (PDF, PNG) with a function of `uke.figures` or `uke.diagrams` and place it here in the section.
 
         Its data (`data/<name>.parquet`) and the options are stored, so that `redraw` gives the same bytes. `alt` says what
@@ -71,7 +96,9 @@ class Section:
         """
         self._check_name("figure", name, caption)
         if not alt.strip():
-            raise InputError(f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)")
+            raise InputError(
+                f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)"
+            )
         drawn = {"draw": redrawing.named(draw), "options": redrawing.plain(options)}
         self._place({"type": "figure", "name": name, "caption": caption, "alt": alt} | drawn, frame)
         _show(self.directory / f"{name}.png")
@@ -118,20 +145,31 @@ class Section:
 
     def save(self) -> Path:
         """Write `sections/<notebook>.json` whole; its path."""
-        head = {"notebook": self.notebook, "title": self.title, "question": self.question, "wiring_only": self.wiring_only}
+        head = {
+            "notebook": self.notebook,
+            "title": self.title,
+            "question": self.question,
+            "wiring_only": self.wiring_only,
+        }
         rest = {"numbers": self._numbers, "recipes": self.recipes, "environment": self.environment}
         return _write_section(self.directory, head | self._parts | rest)
 
     def _place(self, block: dict, frame: pd.DataFrame) -> None:
         """Draw from the data as they are read back, so that a redraw has the same; nothing is stored if that fails."""
         content = redrawing.stored(frame)
-        self._parts["blocks"].append(redrawing.place(self.directory, block, redrawing.read(content)))
+        self._parts["blocks"].append(
+            redrawing.place(self.directory, block, redrawing.read(content))
+        )
         tables.write(redrawing.data_path(self.directory, block), content)
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():
-            raise InputError(f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, and a caption")
-        if any((block["type"], block.get("name")) == (what, name) for block in self._parts["blocks"]):
+            raise InputError(
+                f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, and a caption"
+            )
+        if any(
+            (block["type"], block.get("name")) == (what, name) for block in self._parts["blocks"]
+        ):
             raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
 
 
@@ -140,7 +178,10 @@ def _show(what: pd.DataFrame | Path | str) -> None:
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         shown = sys.modules["IPython"].display  # of the notebook, not a package that a report needs
         text, picture = isinstance(what, str), isinstance(what, Path)
-        shown.display({"text/plain": what} if text else shown.Image(filename=what) if picture else what, raw=text)
+        shown.display(
+            {"text/plain": what} if text else shown.Image(filename=what) if picture else what,
+            raw=text,
+        )
 
 
 def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
@@ -155,7 +196,10 @@ def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
     numbers = _merge_numbers(sections)
     data = typesetting.arrange(paths, sections, expected)
     page, pdf = typesetting.html(data, directory), typesetting.pdf(data, directory)
-    contents = {"numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "report.html": page}
+    contents = {
+        "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
+        "report.html": page,
+    }
     written = [tables.write(directory / name, text.encode()) for name, text in contents.items()]
     return [*written, tables.write(directory / "report.pdf", pdf)]
 
@@ -169,18 +213,31 @@ def redraw(paths: Any) -> list[str]:
     sections = _read_sections(directory / "sections")
     _merge_numbers(sections)  # two figures of one name would draw over each other
     shown = [[block for block in section["blocks"] if "name" in block] for section in sections]
-    frames = [[redrawing.load(directory, block, section["notebook"]) for block in blocks] for section, blocks in zip(sections, shown)]
+    frames = [
+        [redrawing.load(directory, block, section["notebook"]) for block in blocks]
+        for section, blocks in zip(sections, shown)
+    ]
     for section, blocks, data in zip(sections, shown, frames):
         drawn = [redrawing.place(directory, block, frame) for block, frame in zip(blocks, data)]
         if drawn != blocks:
             renewed = iter(drawn)
-            _write_section(directory, section | {"blocks": [next(renewed) if "name" in block else block for block in section["blocks"]]})
+            _write_section(
+                directory,
+                section
+                | {
+                    "blocks": [
+                        next(renewed) if "name" in block else block for block in section["blocks"]
+                    ]
+                },
+            )
     return [block["name"] for blocks in shown for block in blocks]
 
 
 def _write_section(directory: Path, section: dict) -> Path:
     text = json.dumps(section, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    return tables.write(directory / "sections" / f"{section['notebook']}.json", (text + "\n").encode())
+    return tables.write(
+        directory / "sections" / f"{section['notebook']}.json", (text + "\n").encode()
+    )
 
 
 def _plain(value: Any, where: str) -> float | int | None:
@@ -209,7 +266,9 @@ def _read_sections(directory: Path) -> list[dict]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
         if not isinstance(found, dict) or not {"notebook", "title", "numbers"} <= set(found):
-            raise InputError(f"{path}: not a section: expected notebook, title and numbers; run its notebook again")
+            raise InputError(
+                f"{path}: not a section: expected notebook, title and numbers; run its notebook again"
+            )
         sections.append(found | {key: value for key, value in _BLANK.items() if key not in found})
     return sorted(sections, key=lambda section: section["notebook"])
 
@@ -222,24 +281,41 @@ def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
             owners = said if what == "number" else made
             place = name if what == "number" else (what, name)
             if other := owners.get(place):
-                raise InputError(f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}")
+                raise InputError(
+                    f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}"
+                )
             owners[place] = section
     return {key: said[key]["numbers"][key] for key in sorted(said)}
 
 
 def account(paths: Any, notebooks: Iterable[str]) -> None:
     """Section `run`: what the notebooks' work took, from their manifests; nothing where they were never run here."""
-    found = [manifest for manifest in manifests.read(paths) if manifest["notebook"] in set(notebooks)]
+    found = [
+        manifest for manifest in manifests.read(paths) if manifest["notebook"] in set(notebooks)
+    ]
     if not found:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
     # Kept with the figures, since a report that is composed again elsewhere has no manifests.
-    section.environment = {"cores": os.cpu_count()} | {key: value for manifest in reversed(found) for key, value in manifests.machine(manifest).items()}
-    seconds = [max(float(each["work_seconds"]), _row_seconds(paths.exported(each["notebook"]))) for each in found]
+    section.environment = {"cores": os.cpu_count()} | {
+        key: value
+        for manifest in reversed(found)
+        for key, value in manifests.machine(manifest).items()
+    }
+    seconds = [
+        max(float(each["work_seconds"]), _row_seconds(paths.exported(each["notebook"])))
+        for each in found
+    ]
     frame = pd.DataFrame({"notebook": [each["notebook"] for each in found], "seconds": seconds})
-    section.table(frame, "run", "Seconds of each notebook, its kernel's start included, or what its rows say they took where another process made them; two notebooks run at once.")
+    section.table(
+        frame,
+        "run",
+        "Seconds of each notebook, its kernel's start included, or what its rows say they took where another process made them; two notebooks run at once.",
+    )
     said = section.say("cost.study_seconds", frame["seconds"].sum(), n=len(frame), unit="s")
-    section.answer(f"All notebooks together took {said}, added up over notebooks, of which two run at once.")
+    section.answer(
+        f"All notebooks together took {said}, added up over notebooks, of which two run at once."
+    )
     section.save()
 
 
@@ -248,7 +324,9 @@ def _row_seconds(path: Path) -> float:
     if not path.is_file():
         return 0.0
     frame = pd.read_parquet(path)
-    units = frame.drop_duplicates(["method", "factor", "level", "batch_size", "batch", "recipe", "phase"])
+    units = frame.drop_duplicates(
+        ["method", "factor", "level", "batch_size", "batch", "recipe", "phase"]
+    )
     return float(units[["train_seconds", "answer_seconds"]].sum().sum())
 
 
@@ -259,7 +337,14 @@ def quote(page: Path, paths: Any) -> None:
     numbers = json.loads((Path(paths.figures) / "numbers.json").read_text(encoding="utf-8"))
     text = page.read_text(encoding="utf-8")
     if unknown := [key for _, key, _ in _QUOTED.findall(text) if key not in numbers]:
-        raise InputError(f"{page}: number {unknown[0]}: not in {paths.figures}/numbers.json{nearest(unknown[0], numbers)}")
-    renewed = _QUOTED.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->{numbers[found[2]][_SHOWN[found[1]]]}<!-- -->", text)
+        raise InputError(
+            f"{page}: number {unknown[0]}: not in {paths.figures}/numbers.json{nearest(unknown[0], numbers)}"
+        )
+    renewed = _QUOTED.sub(
+        lambda found: (
+            f"<!-- {found[1]}: {found[2]} -->{numbers[found[2]][_SHOWN[found[1]]]}<!-- -->"
+        ),
+        text,
+    )
     if renewed != text:
         tables.write(page, renewed.encode())

@@ -14,8 +14,21 @@ from uke.metrics import AVERAGE, HEADLINE, METRICS
 from uke.paths import Paths, check_name, code_fingerprint, digest, unit_key
 
 __all__ = [
-    "COLUMNS", "FINGERPRINTS", "PHASES", "RUN", "Paths",
-    "append", "average", "by_work", "code_fingerprint", "digest", "done", "export", "headline", "read", "unit_key",
+    "COLUMNS",
+    "FINGERPRINTS",
+    "PHASES",
+    "RUN",
+    "Paths",
+    "append",
+    "average",
+    "by_work",
+    "code_fingerprint",
+    "digest",
+    "done",
+    "export",
+    "headline",
+    "read",
+    "unit_key",
 ]
 
 PHASES = ("before", "after")
@@ -39,12 +52,40 @@ COLUMNS: dict[str, pa.DataType] = {
     **dict.fromkeys(("notes", "course"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
 }
-REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference", "answer", "model", "data")
+REQUIRED = (
+    "method",
+    "batch",
+    "edit",
+    "kind",
+    "number",
+    "phase",
+    "question",
+    "reference",
+    "answer",
+    "model",
+    "data",
+)
 # What tells one run from another: scores are never averaged over any of these.
-RUN = ("study", "method", "factor", "level", "split", "batch_size", "learning_rate", "seed", *FINGERPRINTS)
+RUN = (
+    "study",
+    "method",
+    "factor",
+    "level",
+    "split",
+    "batch_size",
+    "learning_rate",
+    "seed",
+    *FINGERPRINTS,
+)
 _EDIT = (*RUN, "batch", "edit")
 _PROBE = (*_EDIT, "phase", "kind", "number")
-_COMPARED = ("study", "factor", "split", "batch_size", "data")  # runs alike in these stand side by side
+_COMPARED = (
+    "study",
+    "factor",
+    "split",
+    "batch_size",
+    "data",
+)  # runs alike in these stand side by side
 
 
 def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
@@ -54,7 +95,11 @@ def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
     column, kind or phase, a required value that is absent, a wrong type, a repeated probe, or unequal fingerprints.
     """
     place = f"rows of study '{study}', unit '{check_name('unit', unit)}'"
-    given = {name: value for name, value in (("study", study), ("code", code_fingerprint())) if name not in frame}
+    given = {
+        name: value
+        for name, value in (("study", study), ("code", code_fingerprint()))
+        if name not in frame
+    }
     frame = frame.assign(**given)
     _check(place, study, frame)
     path = paths.rows(study) / f"{unit}.parquet"
@@ -74,10 +119,14 @@ def _check(place: str, study: str, frame: pd.DataFrame) -> None:
     for name, valid in (("kind", tuple(HEADLINE)), ("phase", PHASES), ("study", (study,))):
         for value in frame[name].unique():
             if value not in valid:
-                raise InputError(f"{place}: column '{name}': unknown '{value}'{nearest(str(value), valid)}")
+                raise InputError(
+                    f"{place}: column '{name}': unknown '{value}'{nearest(str(value), valid)}"
+                )
     for name in FINGERPRINTS:
         if name in frame and frame[name].nunique(dropna=False) > 1:
-            raise InputError(f"{place}: column '{name}': expected one fingerprint in a unit, found several")
+            raise InputError(
+                f"{place}: column '{name}': expected one fingerprint in a unit, found several"
+            )
     _refuse_repeats(place, frame)
 
 
@@ -86,7 +135,9 @@ def _refuse_repeats(place: str, frame: pd.DataFrame) -> None:
     if len(repeated):
         first = repeated.iloc[0]
         probe = f"edit '{first['edit']}', {first['kind']} {first['number']}"
-        raise InputError(f"{place}: {first['method']}, {probe}: the same probe twice ({first['phase']} the edit)")
+        raise InputError(
+            f"{place}: {first['method']}, {probe}: the same probe twice ({first['phase']} the edit)"
+        )
 
 
 def _table(place: str, frame: pd.DataFrame) -> pa.Table:
@@ -103,7 +154,9 @@ def _table(place: str, frame: pd.DataFrame) -> pa.Table:
                 values = pd.to_numeric(frame[name]).to_numpy(float, na_value=float("nan"))
             arrays[name] = pa.array(values, kind, from_pandas=True)
         except (pa.ArrowException, TypeError, ValueError) as error:
-            raise InputError(f"{place}: column '{name}': expected {kind} ({str(error).splitlines()[0]})") from None
+            raise InputError(
+                f"{place}: column '{name}': expected {kind} ({str(error).splitlines()[0]})"
+            ) from None
     return pa.table(arrays)
 
 
@@ -111,7 +164,14 @@ def _write(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem[:100]}-{uuid.uuid4().hex}.part")
     try:
-        pq.write_table(table, part, compression="zstd", compression_level=9, store_schema=False, write_statistics=False)
+        pq.write_table(
+            table,
+            part,
+            compression="zstd",
+            compression_level=9,
+            store_schema=False,
+            write_statistics=False,
+        )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -124,14 +184,20 @@ def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | N
     try:
         with pq.ParquetFile(path) as file:
             found = file.read(columns=list(wanted)).slice(0, 1).to_pylist()
-    except (pa.ArrowException, OSError):  # absent, or cut short when a machine went down: to be written again
+    except (
+        pa.ArrowException,
+        OSError,
+    ):  # absent, or cut short when a machine went down: to be written again
         return False
     return found == [wanted]
 
 
 def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
     """Study and unit of every file of rows in this run's results, by the digest that its name ends in."""
-    return {path.stem.rpartition("-")[2]: (path.parent.name, path.stem) for path in sorted((paths.results / "rows").glob("*/*.parquet"))}
+    return {
+        path.stem.rpartition("-")[2]: (path.parent.name, path.stem)
+        for path in sorted((paths.results / "rows").glob("*/*.parquet"))
+    }
 
 
 def _checked(fingerprints: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -157,18 +223,24 @@ def read(
     wanted = _checked(fingerprints or {})
     files = sorted(paths.rows(study).glob("*.parquet"))
     if units is not None:
-        files = sorted(paths.rows(study) / f"{check_name('unit', unit)}.parquet" for unit in set(units))
+        files = sorted(
+            paths.rows(study) / f"{check_name('unit', unit)}.parquet" for unit in set(units)
+        )
     if files and not mixed:
         wanted = {"code": code_fingerprint(), **wanted}
     place = paths.rows(study) if files else paths.exported(study)
     if not files and not place.is_file():
-        raise InputError(f"{place}: no rows of study '{study}' here or in {paths.rows(study)}: run its notebook first")
+        raise InputError(
+            f"{place}: no rows of study '{study}' here or in {paths.rows(study)}: run its notebook first"
+        )
     frame = pa.concat_tables(map(_read_file, files or [place])).to_pandas()
     fresh = frame
     for name, value in wanted.items():
         fresh = fresh[fresh[name].isna() if value is None else fresh[name] == value]
     if fresh.empty:
-        raise InputError(f"{place}: {len(frame)} rows, none with {wanted}: stale, run the notebook again")
+        raise InputError(
+            f"{place}: {len(frame)} rows, none with {wanted}: stale, run the notebook again"
+        )
     if not mixed:
         _refuse_mixtures(str(place), fresh)
     return fresh.sort_values(list(_PROBE), kind="stable", ignore_index=True)
@@ -179,10 +251,15 @@ def _read_file(path: Path) -> pa.Table:
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a parquet file of rows ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: expected a parquet file of rows ({str(error).splitlines()[0]})"
+        ) from None
     present = set(table.column_names)  # a column added since the file was written is null
     return pa.table(
-        {name: table[name] if name in present else pa.nulls(len(table), kind) for name, kind in COLUMNS.items()},
+        {
+            name: table[name] if name in present else pa.nulls(len(table), kind)
+            for name, kind in COLUMNS.items()
+        },
         schema=pa.schema(list(COLUMNS.items())),
     )
 
@@ -191,18 +268,25 @@ def _refuse_mixtures(place: str, frame: pd.DataFrame) -> None:
     for name in ("model", "data", "code"):
         if frame[name].nunique(dropna=False) > 1:
             found = ", ".join(map(str, frame[name].unique()))
-            raise InputError(f"{place}: rows of several '{name}' fingerprints ({found}); choose one, or mixed=True")
+            raise InputError(
+                f"{place}: rows of several '{name}' fingerprints ({found}); choose one, or mixed=True"
+            )
     one_recipe = [name for name in RUN if name not in FINGERPRINTS]
     recipes = frame.groupby([*one_recipe, "phase"], dropna=False)["recipe"].nunique(dropna=False)
     if (recipes > 1).any():
         method = recipes[recipes > 1].index[0][one_recipe.index("method")]
-        raise InputError(f"{place}: {method}: rows of several recipes; run the notebook again, or ask for mixed=True")
+        raise InputError(
+            f"{place}: {method}: rows of several recipes; run the notebook again, or ask for mixed=True"
+        )
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
     """Write the committed form of the rows in `frame`: all scores, and generated texts for five edits of each method."""
     frame = frame.copy()
-    first = {method: sorted(edits.unique())[:TEXTS_EXPORTED] for method, edits in frame.groupby("method")["edit"]}
+    first = {
+        method: sorted(edits.unique())[:TEXTS_EXPORTED]
+        for method, edits in frame.groupby("method")["edit"]
+    }
     shown = [edit in first[method] for method, edit in zip(frame["method"], frame["edit"])]
     for name in ("answer", "before"):
         frame[name] = frame[name].where(pd.Series(shown), None)
@@ -236,7 +320,9 @@ def headline(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
     return groups.agg(score=("score", "mean"), probes=("score", "size"))
 
 
-def average(frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE, partial: bool = False) -> pd.DataFrame:
+def average(
+    frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE, partial: bool = False
+) -> pd.DataFrame:
     """The average metric, one row per run, batch and edit: `score`, the plain mean over `kinds`, and `kinds` found.
 
     `frame` is what `headline` gives. Raises InputError naming what is missing where an edit lacks a kind, or runs that
@@ -258,7 +344,9 @@ def _refuse_gaps(scores: pd.DataFrame, means: pd.DataFrame, kinds: Sequence[str]
         held = set(short.drop(columns=["score", "kinds"]).merge(scores, on=list(_EDIT))["kind"])
         absent = ", ".join(kind for kind in kinds if kind not in held)
         edit = f"{short.iloc[0]['method']}, edit '{short.iloc[0]['edit']}'"
-        raise InputError(f"average: {edit}: no {absent}; choose other kinds or ask for partial=True")
+        raise InputError(
+            f"average: {edit}: no {absent}; choose other kinds or ask for partial=True"
+        )
     for _, side in means.groupby(list(_COMPARED), dropna=False):
         every = set(zip(side["batch"], side["edit"]))
         for _, run in side.groupby(list(RUN), dropna=False):

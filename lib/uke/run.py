@@ -77,7 +77,9 @@ class _Progress:
         if heading != self.shown:
             self.shown = heading
             number = 1 + list(dict.fromkeys(self.sections.values())).index(heading)
-            logger.info("%s  %d/%d  %s", self.plan.name, number, len(set(self.sections.values())), heading)
+            logger.info(
+                "%s  %d/%d  %s", self.plan.name, number, len(set(self.sections.values())), heading
+            )
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -85,8 +87,15 @@ class _Progress:
 
         def beat():
             while not over.wait(BEAT_SECONDS):
-                new = sum(path.stat().st_mtime >= start for path in self.plan.results.rglob("*.parquet"))
-                logger.info("%s  %.0f s, files of rows written in this run: %d", self.plan.name, time.time() - start, new)
+                new = sum(
+                    path.stat().st_mtime >= start for path in self.plan.results.rglob("*.parquet")
+                )
+                logger.info(
+                    "%s  %.0f s, files of rows written in this run: %d",
+                    self.plan.name,
+                    time.time() - start,
+                    new,
+                )
 
         threading.Thread(target=beat, daemon=True).start()
         try:
@@ -99,20 +108,35 @@ def plan(options: argparse.Namespace) -> Plan:
     """Check everything that can be checked before a kernel starts; InputError otherwise."""
     root, name = Paths(options.profile).home, Path(options.notebook).stem
     data = params.dataset(root, options.profile, options.data)
-    parameters = params.merge(root, name, options.profile, {"shared": options.shared, "set": options.set})
+    parameters = params.merge(
+        root, name, options.profile, {"shared": options.shared, "set": options.set}
+    )
     own = set(parameters)
-    parameters |= {key: value for key, value in {"profile": options.profile, "data": data}.items() if key in own}
+    parameters |= {
+        key: value
+        for key, value in {"profile": options.profile, "data": data}.items()
+        if key in own
+    }
     if "data_file" in parameters:
         parameters["data_file"] = params.find_data(data, parameters["data_file"])
     for given in params.COLLECTIONS:
         if given in parameters and data != "world":
-            parameters[given] = [str(path) for path in params.find_collections(given, parameters[given])]
+            parameters[given] = [
+                str(path) for path in params.find_collections(given, parameters[given])
+            ]
     if {"levels", "methods"} <= own and any(pair.startswith("methods=") for pair in options.shared):
         parameters["methods"] = preflight.with_levels(root, parameters)
     preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
     declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
-    return Plan(root, root / "notebooks" / f"{name}.ipynb", parameters, paths.results, tuple(declared), options.timeout)
+    return Plan(
+        root,
+        root / "notebooks" / f"{name}.ipynb",
+        parameters,
+        paths.results,
+        tuple(declared),
+        options.timeout,
+    )
 
 
 def run(plan: Plan) -> None:
@@ -129,7 +153,11 @@ def run(plan: Plan) -> None:
             status = "done"
         finally:
             outcome = {"status": status, "device": device, "seconds": round(time.time() - start, 2)}
-            manifests.write(plan.root, plan.results, outcome | {"notebook": plan.name, "parameters": plan.parameters})
+            manifests.write(
+                plan.root,
+                plan.results,
+                outcome | {"notebook": plan.name, "parameters": plan.parameters},
+            )
 
 
 def _execute(plan: Plan) -> None:
@@ -141,8 +169,12 @@ def _execute(plan: Plan) -> None:
         except papermill.PapermillExecutionError as error:
             raise Failure(_explain(plan, error)) from None
         except Expired:
-            raise Failure(f"{plan.source}: not finished after {plan.timeout:.0f} s (--timeout)") from None
-        except Exception as error:  # a kernel that does not come up fails in many ways: time, memory, sockets
+            raise Failure(
+                f"{plan.source}: not finished after {plan.timeout:.0f} s (--timeout)"
+            ) from None
+        except (
+            Exception
+        ) as error:  # a kernel that does not come up fails in many ways: time, memory, sockets
             line = f"{plan.source}: kernel failed{' in ' + repr(progress.shown) if progress.started else ' to start'}: {_first(error)}"
             if last or progress.started:
                 raise Failure(line) from None
@@ -176,7 +208,9 @@ def _explain(plan: Plan, error: papermill.PapermillExecutionError) -> str:
 
 
 def _first(error: object) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
 
 
 def _check_outputs(plan: Plan, stamps: dict[Path, int | None]) -> None:
@@ -194,19 +228,40 @@ def _go_offline(model: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m uke.run", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m uke.run", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("notebook", nargs="?", help="name of a notebook, for example 01_edits")
-    what.add_argument("--check", action="store_true", help="check the parameters of every study, run nothing")
-    what.add_argument("--compose", action="store_true", help="compose numbers.json, report.html and report.pdf")
-    what.add_argument("--redraw", action="store_true", help="the same, with every figure and table drawn again from its stored data")
+    what.add_argument(
+        "--check", action="store_true", help="check the parameters of every study, run nothing"
+    )
+    what.add_argument(
+        "--compose", action="store_true", help="compose numbers.json, report.html and report.pdf"
+    )
+    what.add_argument(
+        "--redraw",
+        action="store_true",
+        help="the same, with every figure and table drawn again from its stored data",
+    )
     parser.add_argument("--profile", required=True, help="a file of params/profiles, without .yaml")
     parser.add_argument("--data", help="a benchmark's name instead of the profile's data")
     pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     parser.add_argument("--set", **pair, help="a parameter of this notebook")
     parser.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
-    parser.add_argument("--out", action="append", default=[], metavar="PATH", help="output to expect instead of the section")
-    parser.add_argument("--timeout", type=float, default=86400, help="seconds for the whole notebook (default: a day)")
+    parser.add_argument(
+        "--out",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="output to expect instead of the section",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=86400,
+        help="seconds for the whole notebook (default: a day)",
+    )
     return parser
 
 
@@ -237,7 +292,10 @@ def _compose(options: argparse.Namespace) -> None:
 
     home = Paths(options.profile).home
     paths = Paths(options.profile, params.dataset(home, options.profile, options.data))
-    notebooks = [study.notebook for study in params.reported(home, options.profile, paths.data, _documents(options))]
+    notebooks = [
+        study.notebook
+        for study in params.reported(home, options.profile, paths.data, _documents(options))
+    ]
     if options.redraw:
         report.redraw(paths)
     else:
@@ -250,7 +308,12 @@ def _compose(options: argparse.Namespace) -> None:
 def _documents(options: argparse.Namespace) -> bool:
     """Whether there are documents to build a locality set from; InputError for one that is named and does not exist."""
     given = dict(pair.partition("=")[::2] for pair in options.shared)
-    found = {name: params.find_collections(name, [path for path in given.get(name, "").split(",") if path]) for name in params.COLLECTIONS}
+    found = {
+        name: params.find_collections(
+            name, [path for path in given.get(name, "").split(",") if path]
+        )
+        for name in params.COLLECTIONS
+    }
     return bool(found["documents"])
 
 
@@ -259,7 +322,9 @@ def _check(options: argparse.Namespace) -> None:
     data = params.dataset(home, options.profile, options.data)
     if Paths(options.profile, data).figures == home / "figures" / QUOTED and options.shared:
         changed = ", ".join(pair.partition("=")[0] for pair in options.shared)
-        raise InputError(f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README quotes; shrink another profile (PROFILE=quick)")
+        raise InputError(
+            f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README quotes; shrink another profile (PROFILE=quick)"
+        )
     for study in params.reported(home, options.profile, data, _documents(options)):
         plan(argparse.Namespace(**vars(options) | {"notebook": study.notebook}))
 

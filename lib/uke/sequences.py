@@ -55,11 +55,16 @@ class Writer:
 
     def norms(self) -> dict[str, float]:
         """By touched weight, the relative Frobenius norm of all that was changed so far."""
-        return {name: change(weight.detach() - self.before[name], self.before[name]) for name, weight in self.touched.items()}
+        return {
+            name: change(weight.detach() - self.before[name], self.before[name])
+            for name, weight in self.touched.items()
+        }
 
 
 @contextmanager
-def sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Iterator[Writer]:
+def sequence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method
+) -> Iterator[Writer]:
     """A writer whose edits pile up in the model's own weights.
 
     On exit, also after an exception, every weight is bit for bit as before, as are buffers, `requires_grad` and the
@@ -68,7 +73,9 @@ def sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method:
     `baselines.weights` and what writes do.
     """
     if isinstance(method, Peer) and method.solver == "in_context":
-        raise InputError(f"{method.name}: moves no weight, so nothing piles up; expected a method that writes")
+        raise InputError(
+            f"{method.name}: moves no weight, so nothing piles up; expected a method that writes"
+        )
     if isinstance(method, Peer):
         moments.folder(model)  # known by its unedited weights before any of them moves
     touched = _touched(model, method)
@@ -91,7 +98,10 @@ def _touched(model: PreTrainedModel, method: Method) -> dict[str, nn.Parameter]:
     if method.adapter is None:
         return weights(model, method)
     parameters = dict(model.named_parameters())
-    return {f"{name}.weight": parameters[f"{name}.weight"] for name in module_names(model, method.layers, method.components)}
+    return {
+        f"{name}.weight": parameters[f"{name}.weight"]
+        for name in module_names(model, method.layers, method.components)
+    }
 
 
 def first_and_last(written: Sequence[Edit], asked: int) -> list[Edit]:
@@ -99,7 +109,9 @@ def first_and_last(written: Sequence[Edit], asked: int) -> list[Edit]:
     return [*written[:asked], *written[max(asked, len(written) - asked) :]]
 
 
-def run(study: Study, method: Method, counts: Sequence[int], asked: int, together: bool = False) -> None:
+def run(
+    study: Study, method: Method, counts: Sequence[int], asked: int, together: bool = False
+) -> None:
     """Write rows of the first and the last `asked` edits after each of `counts` edits, one unit for the whole sequence.
 
     Depth first, every edit is trained to its end before the next, on top of it; with `together`, breadth first, the first
@@ -109,15 +121,31 @@ def run(study: Study, method: Method, counts: Sequence[int], asked: int, togethe
     """
     edits, counts = study.material.edits, sorted(set(counts))
     if not counts or counts[0] < 1 or counts[-1] > len(edits) or asked < 1:
-        raise InputError(f"study {study.name}: counts {counts}, asked {asked}: expected numbers from 1 to {len(edits)}, the edits there are")
+        raise InputError(
+            f"study {study.name}: counts {counts}, asked {asked}: expected numbers from 1 to {len(edits)}, the edits there are"
+        )
     marks = {"model": study.mark, "data": study.material.fingerprint, "recipe": method.fingerprint}
-    choices = study.labels | {"learning_rate": method.learning_rate, "seed": method.seed, "factor": FACTOR}
+    choices = study.labels | {
+        "learning_rate": method.learning_rate,
+        "seed": method.seed,
+        "factor": FACTOR,
+    }
     texts = moments.digest(study.model) if isinstance(method, Peer) else None
     prepare(study.model, study.tokenizer, edits[: counts[-1]], method)
-    said = {"counts": " ".join(map(str, counts)), "asked": asked, "together": together, "texts": texts, "code": rows.code_fingerprint(("sequences",))}
+    said = {
+        "counts": " ".join(map(str, counts)),
+        "asked": asked,
+        "together": together,
+        "texts": texts,
+        "code": rows.code_fingerprint(("sequences",)),
+    }
     unit = rows.unit_key(method.name, **said, **study.conditions, **marks)
     if not rows.done(study.paths, study.name, unit, marks):
-        frame = _spared(study, method, lambda: _reached((_at_once if together else _one_by_one)(study, method, counts, asked)))
+        frame = _spared(
+            study,
+            method,
+            lambda: _reached((_at_once if together else _one_by_one)(study, method, counts, asked)),
+        )
         study.append(unit, frame.assign(method=method.name, **choices, **marks))
     study.units.append(unit)
 
@@ -146,20 +174,34 @@ def _reached(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _one_by_one(study: Study, method: Method, counts: Sequence[int], asked: int) -> Iterator[pd.DataFrame]:
+def _one_by_one(
+    study: Study, method: Method, counts: Sequence[int], asked: int
+) -> Iterator[pd.DataFrame]:
     edits = study.material.edits
-    with sequence(study.model, study.tokenizer, method) as writer, _bar(study, method, counts[-1]) as bar:
+    with (
+        sequence(study.model, study.tokenizer, method) as writer,
+        _bar(study, method, counts[-1]) as bar,
+    ):
         for start, count in zip([0, *counts], counts):
-            yield _checkpoint(study, writer, ([edit] for edit in edits[start:count]), first_and_last(edits[:count], asked)).pipe(_placed, count)
+            yield _checkpoint(
+                study,
+                writer,
+                ([edit] for edit in edits[start:count]),
+                first_and_last(edits[:count], asked),
+            ).pipe(_placed, count)
             bar.update(count - start)
 
 
-def _at_once(study: Study, method: Method, counts: Sequence[int], asked: int) -> Iterator[pd.DataFrame]:
+def _at_once(
+    study: Study, method: Method, counts: Sequence[int], asked: int
+) -> Iterator[pd.DataFrame]:
     edits = study.material.edits
     with _bar(study, method, sum(counts)) as bar:
         for count in counts:
             with sequence(study.model, study.tokenizer, method) as writer:
-                yield _checkpoint(study, writer, [edits[:count]], first_and_last(edits[:count], asked)).pipe(_placed, count)
+                yield _checkpoint(
+                    study, writer, [edits[:count]], first_and_last(edits[:count], asked)
+                ).pipe(_placed, count)
             bar.update(count)
 
 
@@ -171,15 +213,26 @@ def _placed(frame: pd.DataFrame, count: int) -> pd.DataFrame:
     return frame.assign(batch=count, batch_size=count, level=f"after {count}")
 
 
-def _checkpoint(study: Study, writer: Writer, batches: Iterator[Sequence[Edit]], asked: Sequence[Edit]) -> pd.DataFrame:
+def _checkpoint(
+    study: Study, writer: Writer, batches: Iterator[Sequence[Edit]], asked: Sequence[Edit]
+) -> pd.DataFrame:
     """Write the batches one after another, then ask about some edits: their rows, the course in the first."""
-    probes = [probe for edit in asked for probe in study.material.probes[edit.id] if probe.kind in ASKED]
+    probes = [
+        probe for edit in asked for probe in study.material.probes[edit.id] if probe.kind in ASKED
+    ]
     before, memory, started = study.before, Peak(study.model.device), time.perf_counter()
     trainings = [writer.write(batch) for batch in batches]
     highest, between = memory.mib(), time.perf_counter()
     frame = beside(study.ask(writer.model, probes), before)
     seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-    last = EditRecord(trainings[-1].losses, sum(one.steps for one in trainings), seconds["train_seconds"], trainings[-1].stopped, writer.norms(), study.thrift.notes)
+    last = EditRecord(
+        trainings[-1].losses,
+        sum(one.steps for one in trainings),
+        seconds["train_seconds"],
+        trainings[-1].stopped,
+        writer.norms(),
+        study.thrift.notes,
+    )
     return with_record(frame.assign(phase="after", peak_mib=highest, **seconds), last)
 
 
@@ -197,5 +250,14 @@ def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFra
         "locality": scores["kind"].isin(SIDES["kept"]),
         "general skill": scores["kind"] == "general",
     }
-    parts = [scores[mask].groupby(["method", "batch", "edit"], sort=False)["score"].mean().reset_index().assign(view=name) for name, mask in chosen.items()]
-    return pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})[["method", "count", "edit", "view", "score"]]
+    parts = [
+        scores[mask]
+        .groupby(["method", "batch", "edit"], sort=False)["score"]
+        .mean()
+        .reset_index()
+        .assign(view=name)
+        for name, mask in chosen.items()
+    ]
+    return pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})[
+        ["method", "count", "edit", "view", "score"]
+    ]

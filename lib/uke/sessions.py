@@ -13,7 +13,17 @@ from uke.methods import PUBLISHED, Method, changes, differences, find
 from uke.surroundings import Library, own_edit
 from uke.workbench import QUESTION, Bench, Task, Trial
 
-RUN = ("edit", "question", "answer", "paraphrases", "details", "method", "changes", "chat", "questions")
+RUN = (
+    "edit",
+    "question",
+    "answer",
+    "paraphrases",
+    "details",
+    "method",
+    "changes",
+    "chat",
+    "questions",
+)
 
 
 def written_down(task: Task, library: Library) -> dict[str, Any]:
@@ -22,10 +32,21 @@ def written_down(task: Task, library: Library) -> dict[str, Any]:
     if edit in library.edits:
         run: dict[str, Any] = {"edit": edit.id}
     else:
-        run = {"question": edit.question, "answer": edit.answer, "details": [detail.model_dump() for detail in edit.details]}
+        run = {
+            "question": edit.question,
+            "answer": edit.answer,
+            "details": [detail.model_dump() for detail in edit.details],
+        }
     own = [edit.paraphrase] if edit.paraphrase and "edit" not in run else []
-    run |= {"paraphrases": [*own, *task.paraphrases], "questions": list(task.questions), "chat": task.chat, "method": task.method.name}
-    return {name: value for name, value in run.items() if value not in ([], None)} | {"changes": changes(task.method, PUBLISHED[task.method.name])}
+    run |= {
+        "paraphrases": [*own, *task.paraphrases],
+        "questions": list(task.questions),
+        "chat": task.chat,
+        "method": task.method.name,
+    }
+    return {name: value for name, value in run.items() if value not in ([], None)} | {
+        "changes": changes(task.method, PUBLISHED[task.method.name])
+    }
 
 
 def read_down(run: Mapping[str, Any], library: Library, methods: Mapping[str, Method]) -> Task:
@@ -39,9 +60,21 @@ def read_down(run: Mapping[str, Any], library: Library, methods: Mapping[str, Me
     if "edit" in run:
         edit, more = library.find(run["edit"]), paraphrases
     else:
-        edit, more = own_edit(run.get("question", ""), run.get("answer", ""), "".join(paraphrases[:1]), run.get("details", ())), paraphrases[1:]
+        edit, more = (
+            own_edit(
+                run.get("question", ""),
+                run.get("answer", ""),
+                "".join(paraphrases[:1]),
+                run.get("details", ()),
+            ),
+            paraphrases[1:],
+        )
     name = run.get("method", "FT-UKE")
-    method = composed(find(name, PUBLISHED, "runs: "), run["changes"]) if "changes" in run else find(name, methods, "runs: ")
+    method = (
+        composed(find(name, PUBLISHED, "runs: "), run["changes"])
+        if "changes" in run
+        else find(name, methods, "runs: ")
+    )
     return Task(edit, method, more, tuple(run.get("questions", ())), run.get("chat"))
 
 
@@ -50,10 +83,21 @@ def export(bench: Bench, path: Path) -> Path:
     if not bench.trials:
         raise Refused("export", "There is no edit in this session yet.")
     library = bench.library
-    said = {"model": bench.name, "data": library.paths.data, "data_file": library.data_file, "split": library.split, "world_seed": library.world_seed}
-    said |= {"widgets": "never", "runs": [written_down(trial.task, library) for trial in bench.trials]}
+    said = {
+        "model": bench.name,
+        "data": library.paths.data,
+        "data_file": library.data_file,
+        "split": library.split,
+        "world_seed": library.world_seed,
+    }
+    said |= {
+        "widgets": "never",
+        "runs": [written_down(trial.task, library) for trial in bench.trials],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8"
+    )
     return path
 
 
@@ -62,5 +106,14 @@ def compared(trials: Sequence[Trial]) -> pd.DataFrame:
     found = []
     for trial in trials:
         scores = {row.kind: row.after for row in trial.scores.itertuples() if row.kind != QUESTION}
-        found.append({"number": trial.number, "edit": trial.task.edit.question, "method": trial.task.method.name, "settings": differences(trial.task.method, PUBLISHED[trial.task.method.name]), **scores, "steps": trial.record.steps})
+        found.append(
+            {
+                "number": trial.number,
+                "edit": trial.task.edit.question,
+                "method": trial.task.method.name,
+                "settings": differences(trial.task.method, PUBLISHED[trial.task.method.name]),
+                **scores,
+                "steps": trial.record.steps,
+            }
+        )
     return pd.DataFrame(found)

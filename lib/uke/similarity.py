@@ -23,7 +23,9 @@ def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Enco
     """Cosine of each prediction with its reference, (N,); every distinct text is encoded once."""
     places = {text: place for place, text in enumerate(dict.fromkeys((*predictions, *references)))}
     vectors = encoder(list(places))  # (texts, width), unit length
-    first, second = (vectors[[places[text] for text in texts]] for texts in (predictions, references))
+    first, second = (
+        vectors[[places[text] for text in texts]] for texts in (predictions, references)
+    )
     return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)
 
 
@@ -51,7 +53,10 @@ def encoder_folder(source: str | Path | None = None) -> Path:
         if fault is None:
             return folder
         faults.append(fault)
-    raise InputError("; ".join(faults) or f"neither {ENCODER} in the hub cache nor the package {ENCODER_PACKAGE} was found")
+    raise InputError(
+        "; ".join(faults)
+        or f"neither {ENCODER} in the hub cache nor the package {ENCODER_PACKAGE} was found"
+    )
 
 
 def _encoder_folders() -> Iterable[Path]:
@@ -90,7 +95,11 @@ def _open_encoder(folder: Path) -> Encoder:
     finally:
         if shown:
             logging.enable_progress_bar()
-    return _Remembering(functools.partial(model.encode, batch_size=64, normalize_embeddings=True, show_progress_bar=False))
+    return _Remembering(
+        functools.partial(
+            model.encode, batch_size=64, normalize_embeddings=True, show_progress_bar=False
+        )
+    )
 
 
 class _Remembering:

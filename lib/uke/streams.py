@@ -10,7 +10,9 @@ from typing import IO
 
 from uke.errors import InputError
 
-LONGEST_LINE = 2**24  # bytes; a longer line is a binary file, or a list that was meant to be one object a line
+LONGEST_LINE = (
+    2**24
+)  # bytes; a longer line is a binary file, or a list that was meant to be one object a line
 PIECE = 2**16  # bytes
 BROKEN = (EOFError, OSError, zlib.error)
 
@@ -59,12 +61,18 @@ def opened(path: Path) -> IO[bytes]:
     try:
         with path.open("rb") as handle:
             start = handle.read(3)
-        found = next((suffix for suffix, (magic, _) in OPENERS.items() if start.startswith(magic)), "")
+        found = next(
+            (suffix for suffix, (magic, _) in OPENERS.items() if start.startswith(magic)), ""
+        )
         if start and path.suffix in OPENERS and found != path.suffix:
-            raise InputError(f"{path}: is no {path.suffix[1:]} archive, though named one; expected the file as published")
+            raise InputError(
+                f"{path}: is no {path.suffix[1:]} archive, though named one; expected the file as published"
+            )
         return OPENERS[found][1](path) if found else path.open("rb")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file of documents") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); expected a file of documents"
+        ) from None
 
 
 def damage(path: Path, error: Exception, read: str, cut: bool = False) -> InputError:
@@ -93,7 +101,9 @@ def beginning(path: Path) -> str:
         return start.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if error.start < len(start) - 3:
-            raise InputError(f"{path}: byte {error.start} is not UTF-8; expected documents as text") from None
+            raise InputError(
+                f"{path}: byte {error.start} is not UTF-8; expected documents as text"
+            ) from None
         return start[: error.start].decode("utf-8-sig")
 
 
@@ -105,10 +115,16 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             while line := handle.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE or b"\0" in line:
-                    fault = "holds a NUL byte" if b"\0" in line else f"is longer than {LONGEST_LINE >> 20} MiB"
+                    fault = (
+                        "holds a NUL byte"
+                        if b"\0" in line
+                        else f"is longer than {LONGEST_LINE >> 20} MiB"
+                    )
                     raise InputError(f"{path}: line {number} {fault}; expected lines of text")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: line {number}, byte {error.start} is not UTF-8; expected text") from None
+        raise InputError(
+            f"{path}: line {number}, byte {error.start} is not UTF-8; expected text"
+        ) from None
     except BROKEN as error:
         raise damage(path, error, f"after line {number}") from None

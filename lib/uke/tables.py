@@ -15,7 +15,17 @@ from uke.intervals import interval
 from uke.numerals import MISSING, Score, absent, number, places
 
 REFERENCES = ("before the edit", "floor")
-KIND_ORDER = ("original", "paraphrase", "detail", "multi_hop", "rel_doc", "rand_doc", "struct_trip", "near_triple", "general")
+KIND_ORDER = (
+    "original",
+    "paraphrase",
+    "detail",
+    "multi_hop",
+    "rel_doc",
+    "rand_doc",
+    "struct_trip",
+    "near_triple",
+    "general",
+)
 LABELS = {
     "original": "Original",
     "paraphrase": "Paraphrase",
@@ -40,27 +50,58 @@ LABELS = {
     "end_of_turn": "end of turn",
     **{f"eighth_{place}": f"eighth {place}" for place in range(1, 9)},
 }
-_WORDED = ("kind", "level", "factor", "loss_scope", "layers", "examination")  # columns whose cells are set in the words of LABELS
+_WORDED = (
+    "kind",
+    "level",
+    "factor",
+    "loss_scope",
+    "layers",
+    "examination",
+)  # columns whose cells are set in the words of LABELS
 _LATEX = str.maketrans(
     {
-        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-        "|": r"\textbar{}", "[": "{[}", "]": "{]}", "−": r"\ensuremath{-}", "×": r"\ensuremath{\times}",
-        "±": r"\ensuremath{\pm}", "≥": r"\ensuremath{\geq}", "≤": r"\ensuremath{\leq}", "≈": r"\ensuremath{\approx}",
-        "→": r"\ensuremath{\rightarrow}", "µ": r"\ensuremath{\mu}", "μ": r"\ensuremath{\mu}", "\n": " ",
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "[": "{[}",
+        "]": "{]}",
+        "−": r"\ensuremath{-}",
+        "×": r"\ensuremath{\times}",
+        "±": r"\ensuremath{\pm}",
+        "≥": r"\ensuremath{\geq}",
+        "≤": r"\ensuremath{\leq}",
+        "≈": r"\ensuremath{\approx}",
+        "→": r"\ensuremath{\rightarrow}",
+        "µ": r"\ensuremath{\mu}",
+        "μ": r"\ensuremath{\mu}",
+        "\n": " ",
         "⁻": r"\textsuperscript{\ensuremath{-}}",
         **{digit: rf"\textsuperscript{{{place}}}" for place, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     }
-)  # fmt: skip
+)
 # In a cell of a Markdown table these would end the cell, start markup or become HTML.
-_MARKDOWN = str.maketrans({"|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", "&": "&amp;", "\n": " "})
+_MARKDOWN = str.maketrans(
+    {"|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", "&": "&amp;", "\n": " "}
+)
 
 
 def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
     """InputError naming the first of `columns` that the frame lacks, or that the frame has no row."""
     for column in columns:
         if column not in frame.columns:
-            raise InputError(f"{what}: no column '{column}'{nearest(column, map(str, frame.columns))}")
+            raise InputError(
+                f"{what}: no column '{column}'{nearest(column, map(str, frame.columns))}"
+            )
     if frame.empty:
         raise InputError(f"{what}: no rows to show")
 
@@ -77,7 +118,11 @@ def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -
         return frame.assign(n=frame.get("n", pd.NA)).reset_index(drop=True)
     require(frame, [*by, "edit", "score"], what)
     unit = "batch" if "batch" in frame.columns else "edit"
-    edits = frame.groupby([*by, *dict.fromkeys((unit, "edit"))], sort=False, observed=True)["score"].mean().reset_index()
+    edits = (
+        frame.groupby([*by, *dict.fromkeys((unit, "edit"))], sort=False, observed=True)["score"]
+        .mean()
+        .reset_index()
+    )
     rows = []
     for key, group in edits.groupby(by, sort=False, observed=True):
         found = interval(group["score"].tolist(), group[unit].tolist())
@@ -88,28 +133,47 @@ def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -
 def ordered(values: Iterable[Any], first: Sequence[str] = ()) -> list:
     """The distinct values: those of `first` in its order, then the others as they come."""
     values = list(dict.fromkeys(values))
-    return [value for value in first if value in values] + [value for value in values if value not in first]
+    return [value for value in first if value in values] + [
+        value for value in values if value not in first
+    ]
 
 
-def grid_gaps(frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None) -> list[str]:
+def grid_gaps(
+    frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None
+) -> list[str]:
     """What a grid lacks, one sentence for each cell of `expected` (its values of `by`) without all of its edits.
 
     `frame` has the columns by and edit. A cell should have `edits` edits, or as many as the fullest of `expected` has.
     """
     by = [by] if isinstance(by, str) else list(by)
     if lost := [column for column in [*by, "edit"] if column not in frame.columns]:
-        raise InputError(f"grid_gaps: no column '{lost[0]}'{nearest(lost[0], map(str, frame.columns))}")
-    counts = {key: own["edit"].nunique() for key, own in frame.groupby(by, sort=False, observed=True, dropna=False)}
-    found = {tuple(None if absent(one) else one for one in key): int(count) for key, count in counts.items()}
+        raise InputError(
+            f"grid_gaps: no column '{lost[0]}'{nearest(lost[0], map(str, frame.columns))}"
+        )
+    counts = {
+        key: own["edit"].nunique()
+        for key, own in frame.groupby(by, sort=False, observed=True, dropna=False)
+    }
+    found = {
+        tuple(None if absent(one) else one for one in key): int(count)
+        for key, count in counts.items()
+    }
     cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for cell in expected]
     full = max((found.get(cell, 0) for cell in cells), default=0) if edits is None else edits
     sentences = []
     for cell in cells:
-        name = ", ".join(str(value) if column == by[0] else f"{column.replace('_', ' ')} {LABELS.get(value, value)}" for column, value in zip(by, cell))
+        name = ", ".join(
+            str(value)
+            if column == by[0]
+            else f"{column.replace('_', ' ')} {LABELS.get(value, value)}"
+            for column, value in zip(by, cell)
+        )
         if not found.get(cell):
             sentences.append(f"{name}: no rows, so its cell is a dash.")
         elif found[cell] < full:
-            sentences.append(f"{name}: {found[cell]} of {full} edits, so its mean is over fewer edits than those beside it.")
+            sentences.append(
+                f"{name}: {found[cell]} of {full} edits, so its mean is over fewer edits than those beside it."
+            )
     return sentences
 
 
@@ -121,7 +185,9 @@ def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()
     """
     summary = summarise(frame, [by, "kind"], "scores").set_index([by, "kind"])
     names = ordered([*summary.index.get_level_values(by), *expected], expected)
-    names = [name for name in names if name not in REFERENCES] + [name for name in REFERENCES if name in names]
+    names = [name for name in names if name not in REFERENCES] + [
+        name for name in REFERENCES if name in names
+    ]
     table = pd.DataFrame({by: names})
     for kind in ordered(summary.index.get_level_values("kind"), KIND_ORDER):
         found = summary.xs(kind, level="kind")
@@ -140,7 +206,11 @@ def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()
 
 def texts(column: pd.Series) -> list[str]:
     """The cells of a column in print, floats with the same decimals throughout the column."""
-    values = [value for value in column if isinstance(value, Real) and not isinstance(value, Integral) and not absent(value)]
+    values = [
+        value
+        for value in column
+        if isinstance(value, Real) and not isinstance(value, Integral) and not absent(value)
+    ]
     decimals = None
     if values and max(map(abs, values)) >= 0.1:
         whole = max(map(abs, values)) > 1 and all(float(value).is_integer() for value in values)
@@ -164,8 +234,14 @@ def save(frame: pd.DataFrame, directory: str | Path, name: str, caption: str) ->
     """Write `name`.csv (plain numbers), .tex (booktabs) and .md; the paths. A named index becomes columns."""
     frame = _flat(frame)
     directory = Path(directory)
-    contents = {"csv": _csv(frame), "tex": _latex(frame, name, caption), "md": _markdown(frame, caption)}
-    return [write(directory / f"{name}.{ending}", text.encode()) for ending, text in contents.items()]
+    contents = {
+        "csv": _csv(frame),
+        "tex": _latex(frame, name, caption),
+        "md": _markdown(frame, caption),
+    }
+    return [
+        write(directory / f"{name}.{ending}", text.encode()) for ending, text in contents.items()
+    ]
 
 
 def cells(frame: pd.DataFrame) -> dict:
@@ -186,7 +262,9 @@ def _head(text: str) -> str:
 def write(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all; the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
         file.write(content)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
@@ -202,14 +280,20 @@ def _flat(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _numeric(column: pd.Series) -> bool:
     values = [value for value in column if not absent(value)]
-    return bool(values) and all(isinstance(value, (Real, Score)) and not isinstance(value, bool) for value in values)
+    return bool(values) and all(
+        isinstance(value, (Real, Score)) and not isinstance(value, bool) for value in values
+    )
 
 
 def _cells(column: pd.Series) -> list[dict]:
     return [
         {"text": value.text, "note": value.note, "best": value.best}
         if isinstance(value, Score)
-        else {"text": LABELS.get(text, text) if column.name in _WORDED else text, "note": "", "best": False}
+        else {
+            "text": LABELS.get(text, text) if column.name in _WORDED else text,
+            "note": "",
+            "best": False,
+        }
         for value, text in zip(column, texts(column))
     ]
 
@@ -244,11 +328,16 @@ def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
 def _column_format(table: dict) -> str:
     """Right-aligned numbers, and paragraphs that share the room the other columns leave where texts are long."""
     columns = list(zip(table["head"], table["numeric"], *table["rows"]))
-    lengths = [max(len(head), *(len(cell["text"]) for cell in rows), 0) for head, _, *rows in columns]
+    lengths = [
+        max(len(head), *(len(cell["text"]) for cell in rows), 0) for head, _, *rows in columns
+    ]
     long = [length > 40 and not numeric for length, numeric in zip(lengths, table["numeric"])]
     used = sum(0.012 * length + 0.03 for length, wide in zip(lengths, long) if not wide)
     paragraph = f"p{{{max(0.25, 0.93 - used) / max(sum(long), 1):.2f}\\linewidth}}"
-    return "".join(paragraph if wide else "r" if numeric else "l" for wide, numeric in zip(long, table["numeric"]))
+    return "".join(
+        paragraph if wide else "r" if numeric else "l"
+        for wide, numeric in zip(long, table["numeric"])
+    )
 
 
 def _latex_cell(cell: dict) -> str:

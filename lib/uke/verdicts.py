@@ -23,7 +23,9 @@ SIGNS = ("+", "-", "either", "opposite")
 NOTEBOOK = "11_verdicts"
 
 ZERO = {"value": 0.0, "low": 0.0, "high": 0.0}
-Numbers = Mapping[str, Mapping[str, Any]]  # as sections say them: dotted key -> value, low, high, n, said
+Numbers = Mapping[
+    str, Mapping[str, Any]
+]  # as sections say them: dotted key -> value, low, high, n, said
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,20 @@ def _claim(place: str, name: str, given: Any) -> Claim:
     _strict(place, given, [field.name for field in fields(Claim)][1:], ("claim",))
     for field, value in given.items():
         if not isinstance(value, str) and not (field == "than" and _finite(value)):
-            raise InputError(f"{place}: {field}: expected a text{' or a number' if field == 'than' else ''}, found {value!r}")
+            raise InputError(
+                f"{place}: {field}: expected a text{' or a number' if field == 'than' else ''}, found {value!r}"
+            )
     found = Claim(key=name, **given)
     if bool(found.number) == bool(found.untestable):
-        raise InputError(f"{place}: expected a number that decides it, or the reason why it is untestable")
+        raise InputError(
+            f"{place}: expected a number that decides it, or the reason why it is untestable"
+        )
     if found.number:
         _one_of(f"{place}: sign", found.sign, SIGNS)
     if found.sign == "opposite" and not isinstance(found.than, str):
-        raise InputError(f"{place}: than: expected the key of the number whose sign is another one, found {found.than!r}")
+        raise InputError(
+            f"{place}: than: expected the key of the number whose sign is another one, found {found.than!r}"
+        )
     return found
 
 
@@ -102,7 +110,12 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
         return Verdict(claim, UNTESTABLE, claim.untestable, ())
     seen = tuple(each for world, numbers in worlds.items() for each in _look(claim, world, numbers))
     if not seen:
-        return Verdict(claim, UNTESTABLE, f"no number `{claim.number}`: its study was not run, or its data show the wiring only", ())
+        return Verdict(
+            claim,
+            UNTESTABLE,
+            f"no number `{claim.number}`: its study was not run, or its data show the wiring only",
+            (),
+        )
     states = [each.state for each in seen]
     sure, hinted = [{1}], max(states) > 0
     if claim.sign == "either":
@@ -113,17 +126,43 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 def _look(claim: Claim, world: str, numbers: Numbers) -> Iterable[Seen]:
     """The numbers of one world that decide a claim; none where one is missing or is no number."""
     named = isinstance(claim.than, str)
-    other = numbers.get(claim.than, {}) if named else dict.fromkeys(("value", "low", "high"), claim.than)
-    matching = [key for key, own in numbers.items() if fnmatchcase(key, claim.number) and key.count(".") == claim.number.count(".") and _finite(own.get("value"))]
+    other = (
+        numbers.get(claim.than, {})
+        if named
+        else dict.fromkeys(("value", "low", "high"), claim.than)
+    )
+    matching = [
+        key
+        for key, own in numbers.items()
+        if fnmatchcase(key, claim.number)
+        and key.count(".") == claim.number.count(".")
+        and _finite(own.get("value"))
+    ]
     for key in sorted(matching, key=_natural) if _finite(other.get("value")) else ():
         own = numbers[key]
         if claim.sign == "opposite":
             both = -_state(own, ZERO) * _state(other, ZERO)
-            yield from (Seen(world, name, each["value"], each.get("low"), each.get("high"), each["said"], 0, both) for name, each in ((key, own), (claim.than, other)))
+            yield from (
+                Seen(
+                    world,
+                    name,
+                    each["value"],
+                    each.get("low"),
+                    each.get("high"),
+                    each["said"],
+                    0,
+                    both,
+                )
+                for name, each in ((key, own), (claim.than, other))
+            )
             continue
-        state = _state(own, other, bound=not named and claim.than != 0) * (-1 if claim.sign == "-" else 1)
+        state = _state(own, other, bound=not named and claim.than != 0) * (
+            -1 if claim.sign == "-" else 1
+        )
         said = own["said"] + (f" (against {other['said']})" if named else "")
-        yield Seen(world, key, own["value"], own.get("low"), own.get("high"), said, other["value"], state)
+        yield Seen(
+            world, key, own["value"], own.get("low"), own.get("high"), said, other["value"], state
+        )
 
 
 def _state(own: Mapping, other: Mapping, bound: bool = False) -> float:
@@ -150,7 +189,9 @@ def gather(paths: Any) -> dict[str, dict]:
     """The numbers of this run, and of the same study on other worlds, `figures/<run>-world-*` beside it, by folder."""
     own = Path(paths.figures)
     others = sorted(own.parent.glob(f"{own.name}-world-*"))
-    return {own.name: read(own)} | {folder.name: found for folder in others if (found := read(folder))}
+    return {own.name: read(own)} | {
+        folder.name: found for folder in others if (found := read(folder))
+    }
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -159,20 +200,36 @@ def read(folder: Path) -> dict[str, dict]:
     if not sections:
         return _json(folder / "numbers.json") if (folder / "numbers.json").is_file() else {}
     held = [_json(path) for path in sections if path.stem != NOTEBOOK]
-    return {key: each for section in held if not section.get("wiring_only") for key, each in section.get("numbers", {}).items()}
+    return {
+        key: each
+        for section in held
+        if not section.get("wiring_only")
+        for key, each in section.get("numbers", {}).items()
+    }
 
 
 def _json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected JSON as the report writes it ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{path}: expected JSON as the report writes it ({' '.join(str(error).split())})"
+        ) from None
     return dict(_mapping(str(path), found))
 
 
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """One row for each claim: claim, the paper, ours, verdict, worlds."""
-    rows = [(each.claim.claim, each.claim.paper, _ours(each), each.word if not each.reason else f"{each.word}: {each.reason}", each.worlds) for each in verdicts]
+    rows = [
+        (
+            each.claim.claim,
+            each.claim.paper,
+            _ours(each),
+            each.word if not each.reason else f"{each.word}: {each.reason}",
+            each.worlds,
+        )
+        for each in verdicts
+    ]
     return pd.DataFrame(rows, columns=["claim", "the paper", "ours", "verdict", "worlds"])
 
 
@@ -197,13 +254,28 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     rows = []
     for verdict in verdicts:
         claim = verdict.claim
-        turn = -1 if claim.sign == "-" or (claim.sign in ("either", "opposite") and verdict.seen and verdict.seen[0].value < 0) else 1
+        turn = (
+            -1
+            if claim.sign == "-"
+            or (claim.sign in ("either", "opposite") and verdict.seen and verdict.seen[0].value < 0)
+            else 1
+        )
         for each in verdict.seen:
             low, high = (each.value if absent(end) else end for end in (each.low, each.high))
             ends = sorted(turn * (end - each.against) for end in (low, high))
             decimals = places(each.value, each.low, each.high)
-            said = number(float(each.value), decimals) + ("" if absent(each.low) else f" {bracket(each.low, each.high, decimals)}")
-            rows.append((claim.label or claim.key, verdict.word, turn * (each.value - each.against), *ends, _told_apart(verdict, each) + said))
+            said = number(float(each.value), decimals) + (
+                "" if absent(each.low) else f" {bracket(each.low, each.high, decimals)}"
+            )
+            rows.append(
+                (
+                    claim.label or claim.key,
+                    verdict.word,
+                    turn * (each.value - each.against),
+                    *ends,
+                    _told_apart(verdict, each) + said,
+                )
+            )
     return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "said"])
 
 
@@ -220,14 +292,24 @@ class Cell(NamedTuple):
     source: str
 
 
-METRIC_NAMES = {"similarity": "BERT score (MiniLM cosine)", "bleu_char": "BLEU (characters)", "rougel_recall": "ROUGE-L recall", "lead": "lead"}
+METRIC_NAMES = {
+    "similarity": "BERT score (MiniLM cosine)",
+    "bleu_char": "BLEU (characters)",
+    "rougel_recall": "ROUGE-L recall",
+    "lead": "lead",
+}
 
 
 def published(path: str | Path) -> list[Cell]:
     """The published values of a file, in its order; InputError naming file, entry and key for whatever is wrong."""
     found = []
     for place, entry in _entries(path, "published"):
-        _strict(place, entry, ("set", "model", "metric", "source", "batch", "cells"), ("set", "model", "metric", "source", "cells"))
+        _strict(
+            place,
+            entry,
+            ("set", "model", "metric", "source", "batch", "cells"),
+            ("set", "model", "metric", "source", "cells"),
+        )
         batch, metrics, kinds = entry.get("batch", ""), (*METRICS, "lead"), (*KIND_ORDER, "average")
         _one_of(f"{place}: metric", entry["metric"], metrics)
         _one_of(f"{place}: batch", batch, ("", "smallest", "largest"))
@@ -235,8 +317,20 @@ def published(path: str | Path) -> list[Cell]:
             for kind, value in _mapping(f"{place}: cells: {method}", values).items():
                 _one_of(f"{place}: cells: {method}", kind, kinds)
                 if not _finite(value):
-                    raise InputError(f"{place}: cells: {method}: {kind}: expected a number, found {value!r}")
-                found.append(Cell(*(str(entry[key]) for key in ("set", "model")), str(method), entry["metric"], batch, kind, value, str(entry["source"])))
+                    raise InputError(
+                        f"{place}: cells: {method}: {kind}: expected a number, found {value!r}"
+                    )
+                found.append(
+                    Cell(
+                        *(str(entry[key]) for key in ("set", "model")),
+                        str(method),
+                        entry["metric"],
+                        batch,
+                        kind,
+                        value,
+                        str(entry["source"]),
+                    )
+                )
     return found
 
 
@@ -245,7 +339,10 @@ def correspondence(path: str | Path) -> pd.DataFrame:
     entries, names = _entries(path, "correspondence"), ("paper", "shows", "notebook")
     for place, entry in entries:
         _strict(place, entry, names, names)
-    return pd.DataFrame([[str(entry[name]) for name in names] for _, entry in entries], columns=["the paper", "shows", "ours"])
+    return pd.DataFrame(
+        [[str(entry[name]) for name in names] for _, entry in entries],
+        columns=["the paper", "shows", "ours"],
+    )
 
 
 def beside(cells: Iterable[Cell], numbers: Numbers) -> pd.DataFrame:
@@ -253,18 +350,40 @@ def beside(cells: Iterable[Cell], numbers: Numbers) -> pd.DataFrame:
 
     A published ROUGE-L recall stands beside our ROUGE-L F1, and a lead beside ours at the smallest or the largest batch.
     """
-    rows = [(cell.set, cell.model, cell.method, METRIC_NAMES.get(cell.metric, cell.metric), f"{cell.batch} batch" if cell.batch else LABELS.get(cell.kind, cell.kind), f"{cell.value:g}", _own(cell, numbers), cell.source) for cell in cells]
-    return pd.DataFrame(rows, columns=["set", "model", "method", "metric", "question", "published", "ours", "source"])
+    rows = [
+        (
+            cell.set,
+            cell.model,
+            cell.method,
+            METRIC_NAMES.get(cell.metric, cell.metric),
+            f"{cell.batch} batch" if cell.batch else LABELS.get(cell.kind, cell.kind),
+            f"{cell.value:g}",
+            _own(cell, numbers),
+            cell.source,
+        )
+        for cell in cells
+    ]
+    return pd.DataFrame(
+        rows,
+        columns=["set", "model", "method", "metric", "question", "published", "ours", "source"],
+    )
 
 
 def _own(cell: Cell, numbers: Numbers) -> str | None:
     prefix = "akew." if cell.set.upper().startswith("AKEW") else ""
     if cell.metric == "lead":
-        found = [key for ending in ("lead_relative", "lead") for key in sorted(numbers, key=_natural) if fnmatchcase(key, f"{prefix}batch.*.{ending}")]
+        found = [
+            key
+            for ending in ("lead_relative", "lead")
+            for key in sorted(numbers, key=_natural)
+            if fnmatchcase(key, f"{prefix}batch.*.{ending}")
+        ]
         found = [key for key in found if key.rpartition(".")[2] == found[0].rpartition(".")[2]]
         return numbers[found[-1 if cell.batch == "largest" else 0]]["said"] if found else None
     key = f"{prefix}single.{method_key(cell.method)}.{cell.kind}"
-    own = numbers.get(f"{key}.{cell.metric}", numbers.get(key, {}) if cell.metric == "rougel_recall" else {})
+    own = numbers.get(
+        f"{key}.{cell.metric}", numbers.get(key, {}) if cell.metric == "rougel_recall" else {}
+    )
     if not _finite(own.get("value")):
         return None
     ends = "" if absent(own.get("low")) else f" {bracket(100 * own['low'], 100 * own['high'], 1)}"

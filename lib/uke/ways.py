@@ -48,7 +48,9 @@ class Watch:
     def lap(self, phase: str) -> None:
         now = self._now()
         self.seconds[phase] += now - self.last
-        if self.mib is None:  # the way reads little of a file for this, not timed as part of the next phase
+        if (
+            self.mib is None
+        ):  # the way reads little of a file for this, not timed as part of the next phase
             self.mib, now = self.peak.mib(), self._now()
         self.last = now
 
@@ -65,19 +67,30 @@ def loop(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> I
         with write(study.model, study.tokenizer, [edit], method) as m:
             watch.lap("train")
             probes = study.material.probes[edit.id]
-            halves = [[probe for probe in probes if (probe.kind in OWN) == own] for own in (True, False)]
-            found = {probe: text for half in halves if half for probe, text in zip(half, generated(m, study, half), strict=True)}
+            halves = [
+                [probe for probe in probes if (probe.kind in OWN) == own] for own in (True, False)
+            ]
+            found = {
+                probe: text
+                for half in halves
+                if half
+                for probe, text in zip(half, generated(m, study, half), strict=True)
+            }
             watch.lap("answer")
         watch.lap("train")
         yield [found[probe] for probe in probes]
 
 
-def single(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> Iterator[list[str]]:
+def single(
+    study: Study, edits: Sequence[Edit], method: Method, watch: Watch
+) -> Iterator[list[str]]:
     """This project's editing and answering, one edit after another."""
     for edit in edits:
         with edited(study.model, study.tokenizer, [edit], method) as m:
             watch.lap("train")
-            found = answer(m, study.tokenizer, study.material.probes[edit.id], max_new_tokens=study.room)
+            found = answer(
+                m, study.tokenizer, study.material.probes[edit.id], max_new_tokens=study.room
+            )
             watch.lap("answer")
         watch.lap("train")
         yield found
@@ -120,14 +133,26 @@ def timed(way: str, study: Study, edits: Sequence[Edit], method: Method) -> Time
     texts = [text for found in WAYS[way](study, edits, method, watch) for text in found]
     probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
     tokens = sum(len(ids) for ids in study.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return Timed(watch.seconds["train"], watch.seconds["answer"], tokens, watch.mib, watch.peak.mib(), dict(zip(probes, texts, strict=True)))
+    return Timed(
+        watch.seconds["train"],
+        watch.seconds["answer"],
+        tokens,
+        watch.mib,
+        watch.peak.mib(),
+        dict(zip(probes, texts, strict=True)),
+    )
 
 
-def alike(answers: Mapping[Probe, str], lanes: Mapping[Probe, str], before: Mapping[Probe, str]) -> dict[str, float]:
+def alike(
+    answers: Mapping[Probe, str], lanes: Mapping[Probe, str], before: Mapping[Probe, str]
+) -> dict[str, float]:
     """Of the probes asked in both: how many, the share of equal greedy answers, and the average metric of each."""
     common = [probe for probe in answers if probe in lanes]
     share = sum(answers[probe] == lanes[probe] for probe in common) / len(common)
-    own, other = (average(common, [found[probe] for probe in common], [before[probe] for probe in common]) for found in (answers, lanes))
+    own, other = (
+        average(common, [found[probe] for probe in common], [before[probe] for probe in common])
+        for found in (answers, lanes)
+    )
     return {"answers": len(common), "share": share, "average": own, "average_lanes": other}
 
 
@@ -141,15 +166,28 @@ def check_alike(way: str, found: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def rewritten(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe) -> Iterator[nn.Module]:
+def rewritten(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+) -> Iterator[nn.Module]:
     """One edit, trained as published loops do: the whole forward pass at every step, weights copied back at the end."""
     if recipe.loss != "target_tokens" or recipe.adapter == "adalora" or len(edits) != 1:
-        raise InputError(f"{recipe.name}: the published loop is written for one edit, the loss of its tokens, and weights or LoRA")
-    batch = {name: tensor.to(model.device) for name, tensor in collate(list(prepare(model, tokenizer, edits, recipe).values()), 0).items()}
+        raise InputError(
+            f"{recipe.name}: the published loop is written for one edit, the loss of its tokens, and weights or LoRA"
+        )
+    batch = {
+        name: tensor.to(model.device)
+        for name, tensor in collate(
+            list(prepare(model, tokenizer, edits, recipe).values()), 0
+        ).items()
+    }
     with kept(model.eval(), {}):
         changed = adapt(model, recipe, 1) if recipe.adapter else model
         trained = weights(changed, recipe)
-        before = {} if recipe.adapter else {name: weight.detach().clone() for name, weight in trained.items()}
+        before = (
+            {}
+            if recipe.adapter
+            else {name: weight.detach().clone() for name, weight in trained.items()}
+        )
         try:
             _descend(changed, batch, trained, recipe)
             yield changed
@@ -160,10 +198,14 @@ def rewritten(model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Seque
                 changed.unload()
 
 
-def _descend(model: nn.Module, batch: dict[str, Tensor], trained: dict[str, nn.Parameter], recipe: Recipe) -> None:
+def _descend(
+    model: nn.Module, batch: dict[str, Tensor], trained: dict[str, nn.Parameter], recipe: Recipe
+) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    adam = torch.optim.Adam(trained.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    adam = torch.optim.Adam(
+        trained.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     for _ in range(recipe.steps):
         loss = model(**batch).loss
         if loss.item() < recipe.stop_loss:
@@ -188,13 +230,26 @@ def generated(model: nn.Module, study: Study, probes: Sequence[Probe]) -> list[s
     """Greedy answers of one call of transformers' own `generate`, each with the tokens that `answering.answer` would give it."""
     tokenizer = study.tokenizer
     prompts = [encode(tokenizer, probe.question, probe.chat) for probe in probes]
-    limits = [min(study.room(probe), max_context(model) - len(prompt)) for probe, prompt in zip(probes, prompts, strict=True)]
+    limits = [
+        min(study.room(probe), max_context(model) - len(prompt))
+        for probe, prompt in zip(probes, prompts, strict=True)
+    ]
     batch = collate([Example(prompt, prompt, len(prompt)) for prompt in prompts], 0, side="left")
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))  # (B, T)
     rooms = _Rooms(ids.shape[1], torch.tensor(limits, device=ids.device))
     ends = sorted(endings(model, tokenizer))
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(limits), eos_token_id=ends,
-                         pad_token_id=0, stopping_criteria=StoppingCriteriaList([rooms]))  # fmt: skip
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max(limits),
+        eos_token_id=ends,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([rooms]),
+    )
     rows = [row[:limit] for row, limit in zip(out[:, ids.shape[1] :].tolist(), limits, strict=True)]
-    cut = [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in rows]
+    cut = [
+        row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
+        for row in rows
+    ]
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]

@@ -16,7 +16,10 @@ from uke.streams import lines
 HEADING = re.compile(r"((?:= )+)(\S.*?)((?: =)+)")
 
 CONTRACTED = [
-    (re.compile(r"(?<=\S) (?='\w)"), ""),  # "dog 's", "isn 't", "O 'Neil": an opening mark has a space on both sides
+    (
+        re.compile(r"(?<=\S) (?='\w)"),
+        "",
+    ),  # "dog 's", "isn 't", "O 'Neil": an opening mark has a space on both sides
     (re.compile(r"(?<=\S) ' (?=s )"), "'"),  # "the U.S. ' s"
     (re.compile(r" ' n (' )?"), lambda found: " 'n' " if found[1] else " 'n "),  # "rock ' n ' roll"
 ]
@@ -37,7 +40,9 @@ CLOSED_UP = [
 ]
 CLOSERS = frozenset(",.;:!?)]")
 # Words that end in s and own nothing: an apostrophe after them opens a quotation.
-OWNERLESS = frozenset("as is was has does its his this thus says calls called states means us yes".split())
+OWNERLESS = frozenset(
+    "as is was has does its his this thus says calls called states means us yes".split()
+)
 
 
 class Passage(NamedTuple):
@@ -56,7 +61,9 @@ def passages(path: Path) -> Iterator[Passage]:
     for place, row in enumerate(rows):
         next(islice(row, place, place), None)
     for (_, before), (number, line), (_, after) in zip(*rows):
-        heading = HEADING.fullmatch(line.strip()) if not before.strip() and not after.strip() else None
+        heading = (
+            HEADING.fullmatch(line.strip()) if not before.strip() and not after.strip() else None
+        )
         if heading and len(heading[1]) == len(heading[3]):
             section = "" if len(heading[1]) == 2 else close_up(heading[2])
             title = close_up(heading[2]) if len(heading[1]) == 2 else title
@@ -79,7 +86,10 @@ def _close_quotes(tokens: list[str]) -> str:
     pieces: list[str] = []
     space, open_quotes, single, singles = "", 0, False, tokens.count("'")
     for place, token in enumerate(tokens):
-        before, after = tokens[place - 1] if place else "", tokens[place + 1] if place + 1 < len(tokens) else ""
+        before, after = (
+            tokens[place - 1] if place else "",
+            tokens[place + 1] if place + 1 < len(tokens) else "",
+        )
         opens = False
         if token in ('"', "''"):
             opens = _opens(before, after, open_quotes > 0)

@@ -73,7 +73,11 @@ class Trial:
         """Mean headline score of each kind: columns kind, metric, against, before, after, probes."""
         named = self.rows.rename(columns={"before": "answer_before", "after": "answer_after"})
         grouped = named.groupby(["kind", "metric", "against"], sort=False, as_index=False)
-        found = grouped.agg(before=("score_before", "mean"), after=("score_after", "mean"), probes=("number", "size"))
+        found = grouped.agg(
+            before=("score_before", "mean"),
+            after=("score_after", "mean"),
+            probes=("number", "size"),
+        )
         order = {kind: place for place, kind in enumerate((*tables.KIND_ORDER, QUESTION))}
         return found.sort_values("kind", key=lambda kinds: kinds.map(order), ignore_index=True)
 
@@ -89,7 +93,9 @@ class Bench:
     def __post_init__(self) -> None:
         self.model, self.tokenizer = load(self.name)
         with torch.device("meta"):
-            self.frame = type(self.model)(self.model.config)  # its modules without weights, which no edit wraps
+            self.frame = type(self.model)(
+                self.model.config
+            )  # its modules without weights, which no edit wraps
         self.methods = configured(self.library.paths.home / "params", self.name)
         self._stop, self._in_place, self._spare = threading.Event(), ExitStack(), {}
         self.edited: nn.Module | None = None
@@ -116,9 +122,13 @@ class Bench:
         try:
             prepare(self.frame, self.tokenizer, [task.edit], task.method)
         except InputError as error:
-            raise Refused("chat_template" if "template" in str(error) else "answer", str(error)) from None
+            raise Refused(
+                "chat_template" if "template" in str(error) else "answer", str(error)
+            ) from None
 
-    def write(self, task: Task, progress: Callable[[str, int, float], None] = lambda *_: None) -> Trial:
+    def write(
+        self, task: Task, progress: Callable[[str, int, float], None] = lambda *_: None
+    ) -> Trial:
         """Ask, write the edit, ask again; the edit stays in the weights until `undo`. `progress(phase, steps, loss)` follows.
 
         Raises Refused as `check` does, Stopped, and what `editing.edited` raises, all with the weights untouched.
@@ -131,17 +141,25 @@ class Bench:
             before, tokens_before = self._before_of(task, probes)
             if isinstance(task.method, Peer) and task.method.solver != "in_context":
                 measure_world(self.model, self.tokenizer)
-            spare = {name: weight.detach().to("cpu", copy=True) for name, weight in self._written(task.method).items()}
+            spare = {
+                name: weight.detach().to("cpu", copy=True)
+                for name, weight in self._written(task.method).items()
+            }
 
             def told(steps: int, loss: float) -> None:
                 progress("writing", steps, loss)
                 self._check()
 
-            m = stack.enter_context(edited(self.model, self.tokenizer, [task.edit], task.method, progress=told))
+            m = stack.enter_context(
+                edited(self.model, self.tokenizer, [task.edit], task.method, progress=told)
+            )
             progress("asking after", 0, 0.0)
             after, tokens_after = self._asked(m, task, probes)
             told_probes = [probe for probe in probes if probe.kind in TEACHER_FORCED]
-            tokens = {(probe.kind, probe.number): pair for probe, pair in zip(told_probes, zip(tokens_before, tokens_after))}
+            tokens = {
+                (probe.kind, probe.number): pair
+                for probe, pair in zip(told_probes, zip(tokens_before, tokens_after))
+            }
             trial = Trial(len(self.trials) + 1, task, _rows(before, after), tokens, m.edit_record)
             self._in_place, self._spare, self.edited = stack.pop_all(), spare, m
         self.trials.append(trial)
@@ -163,7 +181,12 @@ class Bench:
                 raise Refused("keep", f"{name} is there already; choose another name.")
             save(self.edited, folder)
         except InputError as error:
-            raise Refused("keep", "This method writes nothing into the weights, so there is nothing to keep." if "nothing to save" in str(error) else str(error)) from None
+            raise Refused(
+                "keep",
+                "This method writes nothing into the weights, so there is nothing to keep."
+                if "nothing to save" in str(error)
+                else str(error),
+            ) from None
         return f'from uke import editing, models\nmodel = editing.load(models.load("{self.name}")[0], "{folder}")'
 
     @property
@@ -173,26 +196,42 @@ class Bench:
 
     def free_name(self) -> str:
         """A name that no edit is kept under yet."""
-        return next(name for number in itertools.count(1) if not (self.folder / (name := f"edit-{number}")).exists())
+        return next(
+            name
+            for number in itertools.count(1)
+            if not (self.folder / (name := f"edit-{number}")).exists()
+        )
 
     def ask(self, question: str, chat: bool | None = None) -> tuple[str, str | None]:
         """The answers to a free question without and with the edit that is in the weights (None where there is none)."""
         if not question.strip():
             raise Refused("ask", "The question is empty; expected something to ask.")
         mark = self.trials[-1].task.edit.id if self.edited is not None else "free"
-        probe = [Probe(edit=mark, kind="general", number=_FREE, question=question.strip(), reference="-")]
+        probe = [
+            Probe(edit=mark, kind="general", number=_FREE, question=question.strip(), reference="-")
+        ]
         try:
             with self._stoppable():
                 with self._without():
-                    before = answer(self.model if self.edited is None else self.edited, self.tokenizer, probe, max_new_tokens=LONGEST, chat=chat)[0]
-                return before, None if self.edited is None else answer(self.edited, self.tokenizer, probe, max_new_tokens=LONGEST, chat=chat)[0]
+                    before = answer(
+                        self.model if self.edited is None else self.edited,
+                        self.tokenizer,
+                        probe,
+                        max_new_tokens=LONGEST,
+                        chat=chat,
+                    )[0]
+                return before, None if self.edited is None else answer(
+                    self.edited, self.tokenizer, probe, max_new_tokens=LONGEST, chat=chat
+                )[0]
         except InputError as error:
             raise Refused("ask", str(error)) from None
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
         """Every forward pass inside looks whether it shall go on."""
-        handle = self.model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._check())
+        handle = self.model.get_input_embeddings().register_forward_pre_hook(
+            lambda *_: self._check()
+        )
         try:
             yield
         finally:
@@ -228,21 +267,43 @@ class Bench:
         return {} if method.solver == "in_context" else baselines.weights(self.model, method)
 
     def _probes(self, task: Task) -> tuple[Probe, ...]:
-        free = (Probe(edit=task.edit.id, kind="general", number=_FREE + place, question=text, reference="-") for place, text in enumerate(task.questions))
+        free = (
+            Probe(
+                edit=task.edit.id,
+                kind="general",
+                number=_FREE + place,
+                question=text,
+                reference="-",
+            )
+            for place, text in enumerate(task.questions)
+        )
         return (*self.library.probes(task.edit, task.paraphrases), *free)
 
-    def _before_of(self, task: Task, probes: tuple[Probe, ...]) -> tuple[pd.DataFrame, list[list[Token]]]:
+    def _before_of(
+        self, task: Task, probes: tuple[Probe, ...]
+    ) -> tuple[pd.DataFrame, list[list[Token]]]:
         """What the untouched model answers; asked once for the same questions."""
         if (probes, task.chat) not in self._before:
             self._before[probes, task.chat] = self._asked(self.model, task, probes)
         return self._before[probes, task.chat]
 
-    def _asked(self, model: nn.Module, task: Task, probes: Sequence[Probe]) -> tuple[pd.DataFrame, list[list[Token]]]:
+    def _asked(
+        self, model: nn.Module, task: Task, probes: Sequence[Probe]
+    ) -> tuple[pd.DataFrame, list[list[Token]]]:
         frame = ask(model, self.tokenizer, probes, Asking(self._room, task.chat))
-        return frame, token_probabilities(model, self.tokenizer, [probe for probe in probes if probe.kind in TEACHER_FORCED], task.chat)
+        return frame, token_probabilities(
+            model,
+            self.tokenizer,
+            [probe for probe in probes if probe.kind in TEACHER_FORCED],
+            task.chat,
+        )
 
     def _room(self, probe: Probe) -> int:
-        return LONGEST if probe.reference == "-" else room(probe, self.tokenizer, LONGEST, short=world_of(self.model) is not None)
+        return (
+            LONGEST
+            if probe.reference == "-"
+            else room(probe, self.tokenizer, LONGEST, short=world_of(self.model) is not None)
+        )
 
 
 def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
@@ -257,9 +318,17 @@ def _rows(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     free = both["number"] >= _FREE
     kinds = both["kind"].mask(free, QUESTION)
     metric = [("rougel_f1", "before") if kind == QUESTION else HEADLINE[kind] for kind in kinds]
-    found = both[["number", "question", "reference", "before"]].assign(after=both["answer"], kind=kinds)
+    found = both[["number", "question", "reference", "before"]].assign(
+        after=both["answer"], kind=kinds
+    )
     found["reference"] = found["reference"].mask(free, "")
     found["metric"], found["against"] = zip(*metric, strict=True)
-    found["score_before"] = [before[name].iloc[place] if against == "reference" else 1.0 for place, (name, against) in enumerate(metric)]
-    found["score_after"] = [both[name if against == "reference" else f"{name}_before"].iloc[place] for place, (name, against) in enumerate(metric)]
+    found["score_before"] = [
+        before[name].iloc[place] if against == "reference" else 1.0
+        for place, (name, against) in enumerate(metric)
+    ]
+    found["score_after"] = [
+        both[name if against == "reference" else f"{name}_before"].iloc[place]
+        for place, (name, against) in enumerate(metric)
+    ]
     return found

@@ -13,7 +13,14 @@ from importlib.resources import files
 
 import yaml
 
-POOLS = {"development": 60, "test": 120, "development_locality": 130, "test_locality": 256, "preservation": 80, "held_out": 80}
+POOLS = {
+    "development": 60,
+    "test": 120,
+    "development_locality": 130,
+    "test_locality": 256,
+    "preservation": 80,
+    "held_out": 80,
+}
 EDITED = ("development", "test", "held_out")  # pools whose literal values belong to the edits' side
 SPLITS = ("development", "test")
 
@@ -71,9 +78,17 @@ def build(seed: int = 1) -> World:
     """World of this seed: every call with the same seed gives the same world."""
     rng = random.Random(f"world-{seed}")
     used: set[str] = set()
-    drafts = {pool: [draft(kind, pool, rng, used) for kind in kinds(size)] for pool, size in POOLS.items()}
-    pools = {pool: tuple(settle(entity, members, rng) for entity in members) for pool, members in drafts.items()}
-    edits = {split: tuple((old, settle(old, pools["held_out"], rng)) for old in pools[split]) for split in SPLITS}
+    drafts = {
+        pool: [draft(kind, pool, rng, used) for kind in kinds(size)] for pool, size in POOLS.items()
+    }
+    pools = {
+        pool: tuple(settle(entity, members, rng) for entity in members)
+        for pool, members in drafts.items()
+    }
+    edits = {
+        split: tuple((old, settle(old, pools["held_out"], rng)) for old in pools[split])
+        for split in SPLITS
+    }
     return World(seed, pools, edits)
 
 
@@ -96,7 +111,12 @@ def invent(kind: str, rng: random.Random, used: set[str]) -> str:
 
 
 def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
-    return Entity(invent(kind, rng, used), kind, pool, tuple(rng.choice(language()["kinds"][kind]["pronouns"])))
+    return Entity(
+        invent(kind, rng, used),
+        kind,
+        pool,
+        tuple(rng.choice(language()["kinds"][kind]["pronouns"])),
+    )
 
 
 def literals(value: str, pool: str) -> list[str]:
@@ -112,21 +132,40 @@ def settle(entity: Entity, referred: tuple | list, rng: random.Random) -> Entity
     objects = {}
     for relation, entry in entity.relations.items():
         value = entry["value"]
-        choices = [other.name for other in referred if other.kind == value["entity"]] if isinstance(value, dict) else literals(value, entity.pool)
-        objects[relation] = rng.choice([choice for choice in choices if choice not in (entity.name, entity.objects.get(relation))])
+        choices = (
+            [other.name for other in referred if other.kind == value["entity"]]
+            if isinstance(value, dict)
+            else literals(value, entity.pool)
+        )
+        objects[relation] = rng.choice(
+            [
+                choice
+                for choice in choices
+                if choice not in (entity.name, entity.objects.get(relation))
+            ]
+        )
     settled = Entity(entity.name, entity.kind, entity.pool, entity.pronouns, objects)
-    return Entity(entity.name, entity.kind, entity.pool, entity.pronouns, objects, describe(settled, rng))
+    return Entity(
+        entity.name, entity.kind, entity.pool, entity.pronouns, objects, describe(settled, rng)
+    )
 
 
 def describe(entity: Entity, rng: random.Random) -> str:
     """All facts in random order and wording: 60 to 120 words; the first sentence names the subject."""
     relations = rng.sample(list(entity.objects), len(entity.objects))
-    return " ".join(sentence(entity, relation, rng, first=place == 0) for place, relation in enumerate(relations))
+    return " ".join(
+        sentence(entity, relation, rng, first=place == 0)
+        for place, relation in enumerate(relations)
+    )
 
 
 def sentence(entity: Entity, relation: str, rng: random.Random, first: bool) -> str:
     name = f"The {entity.name}" if entity.kind == "event" else entity.name
-    subject, possessive = (name, f"{name}'" if name.endswith("s") else f"{name}'s") if first or rng.random() < 0.25 else entity.pronouns
+    subject, possessive = (
+        (name, f"{name}'" if name.endswith("s") else f"{name}'s")
+        if first or rng.random() < 0.25
+        else entity.pronouns
+    )
     wording = rng.choice(entity.relations[relation]["wordings"])
     return wording.format(S=subject, P=possessive, o=entity.objects[relation])
 
@@ -136,19 +175,27 @@ def stranger(rng: random.Random, known: set[str], subject: Entity | None = None)
     used = set(known)
     pool = rng.choice(list(POOLS))
     crowd = [draft(kind, pool, rng, used) for kind in ("person", "town", "company")]
-    return settle(subject or draft(rng.choice(list(language()["kinds"])), pool, rng, used), crowd, rng)
+    return settle(
+        subject or draft(rng.choice(list(language()["kinds"])), pool, rng, used), crowd, rng
+    )
 
 
 def hop(entity: Entity, by_name: dict[str, Entity], rng: random.Random) -> tuple[str, str] | None:
     """A two-hop question and its answer: a relation of an entity that `entity` refers to; None if it refers to none."""
-    links = [relation for relation, entry in entity.relations.items() if isinstance(entry["value"], dict)]
+    links = [
+        relation for relation, entry in entity.relations.items() if isinstance(entry["value"], dict)
+    ]
     if not links:
         return None
     link = rng.choice(links)
     target = by_name[entity.objects[link]]
-    relation = rng.choice([name for name, entry in target.relations.items() if isinstance(entry["value"], str)])
+    relation = rng.choice(
+        [name for name, entry in target.relations.items() if isinstance(entry["value"], str)]
+    )
     description = entity.cloze(link).removeprefix("The ").removesuffix(" is")
-    question = rng.choice(target.relations[relation]["questions"]["trained"]).format(s=f"the {description}")
+    question = rng.choice(target.relations[relation]["questions"]["trained"]).format(
+        s=f"the {description}"
+    )
     return question, target.objects[relation]
 
 
@@ -160,15 +207,23 @@ def exercise(rng: random.Random, skill: str | None = None) -> tuple[str, str]:
         return f"What is {left} + {right}?", str(left + right)
     numbers = rng.sample(range(10, 100), 3 if skill == "sort" else 4)
     if skill == "sort":
-        return f"Sort these numbers: {', '.join(map(str, numbers))}.", ", ".join(map(str, sorted(numbers)))
+        return f"Sort these numbers: {', '.join(map(str, numbers))}.", ", ".join(
+            map(str, sorted(numbers))
+        )
     question, choices, answer = choice(numbers, rng)
-    return question + "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", choices)), answer
+    return question + "".join(
+        f"\n{letter}. {text}" for letter, text in zip("ABCD", choices)
+    ), answer
 
 
 def choice(numbers: list[int], rng: random.Random) -> tuple[str, list[str], str]:
     """A multiple-choice task on four numbers: question, choices, letter of the right one."""
     word, best = rng.choice((("largest", max), ("smallest", min)))
-    return f"Which number is the {word}?", [str(number) for number in numbers], "ABCD"[numbers.index(best(numbers))]
+    return (
+        f"Which number is the {word}?",
+        [str(number) for number in numbers],
+        "ABCD"[numbers.index(best(numbers))],
+    )
 
 
 def reading(passage: str, question: str) -> str:

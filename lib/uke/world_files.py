@@ -17,7 +17,13 @@ from pathlib import Path
 
 from uke.world import EDITED, SPLITS, Entity, World, build, choice, exercise, hop, language
 
-UNKEBENCH, AKEW, KNOWEDIT, GENERAL, DOCUMENTS = "UnKEBench.json", "AKEW-CounterFact.json", "KnowEdit.json", "general.json", "documents.jsonl"
+UNKEBENCH, AKEW, KNOWEDIT, GENERAL, DOCUMENTS = (
+    "UnKEBench.json",
+    "AKEW-CounterFact.json",
+    "KnowEdit.json",
+    "general.json",
+    "documents.jsonl",
+)
 PRESERVATION = "preservation.json"
 
 
@@ -42,25 +48,40 @@ def ensure(folder: Path, seed: int) -> Path:
 @cache
 def digest() -> str:
     """8 hex digits of what decides a world's files beside the seed."""
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("world.py", "world.yaml", "world_files.py")]
+    sources = [
+        Path(__file__).with_name(name).read_bytes()
+        for name in ("world.py", "world.yaml", "world_files.py")
+    ]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 
 
 def shuffled(world: World, split: str) -> list[tuple[str, Entity, Entity]]:
     """The edits of a split as (id, entity as trained, as edited), the kinds mixed, so that any first few are a fair sample."""
-    pairs = random.Random(f"order-{world.seed}-{split}").sample(world.edits[split], len(world.edits[split]))
+    pairs = random.Random(f"order-{world.seed}-{split}").sample(
+        world.edits[split], len(world.edits[split])
+    )
     return [(f"{split}-{number}", old, new) for number, (old, new) in enumerate(pairs)]
 
 
 def write(world: World, folder: Path) -> None:
     """Every file of a world below `folder`, a subfolder per split; the same world gives the same bytes."""
     for split in SPLITS:
-        contents = {UNKEBENCH: unkebench(world, split), AKEW: akew(world, split), KNOWEDIT: knowedit(world, split), GENERAL: general(world, split)}
+        contents = {
+            UNKEBENCH: unkebench(world, split),
+            AKEW: akew(world, split),
+            KNOWEDIT: knowedit(world, split),
+            GENERAL: general(world, split),
+        }
         for name, records in contents.items():
             save(records, folder / split / name)
-        lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents(world, split)]
+        lines = [
+            json.dumps(document, ensure_ascii=False) + "\n" for document in documents(world, split)
+        ]
         (folder / split / DOCUMENTS).write_text("".join(lines), encoding="utf-8")
-    texts = [{"question": entity.introduce(), "answer": entity.text} for entity in world.pools["preservation"]]
+    texts = [
+        {"question": entity.introduce(), "answer": entity.text}
+        for entity in world.pools["preservation"]
+    ]
     save(texts, folder / PRESERVATION)
 
 
@@ -105,7 +126,10 @@ def akew_record(name: str, old: Entity, new: Entity, rng: random.Random) -> dict
     split, number = name.split("-")
     relation = rng.choice(list(new.objects))
     prompts = {name: entry["cloze"].replace("{s}", "{}") for name, entry in new.relations.items()}
-    triplets = [{"subject": new.name, "prompt": prompts[name], "target": new.objects[name]} for name in new.objects]
+    triplets = [
+        {"subject": new.name, "prompt": prompts[name], "target": new.objects[name]}
+        for name in new.objects
+    ]
     rewrite = {
         "prompt": prompts[relation],
         "relation_id": relation,
@@ -123,15 +147,28 @@ def akew_record(name: str, old: Entity, new: Entity, rng: random.Random) -> dict
         "verify_unsfact_GPT": True,
         "unsfact_triplets_GPT": triplets,
     }
-    return {"case_id": int(number), "pararel_idx": int(number), "requested_rewrite": rewrite, "paraphrase_prompts": [new.ask(relation, split)], "neighborhood_prompts": []}
+    return {
+        "case_id": int(number),
+        "pararel_idx": int(number),
+        "requested_rewrite": rewrite,
+        "paraphrase_prompts": [new.ask(relation, split)],
+        "neighborhood_prompts": [],
+    }
 
 
 def knowedit(world: World, split: str) -> list[dict]:
     """Two triples of every probed entity in the format of KnowEdit: what StructTrip and near triples draw from."""
     rng = random.Random(f"knowedit-{world.seed}-{split}")
     return [
-        {"subject": entity.name, "prompt": entity.cloze(relation), "target_new": entity.objects[relation],
-         "ground_truth": [entity.objects[relation]], "rephrase_prompt": entity.ask(relation), "portability": {}, "locality": {}}
+        {
+            "subject": entity.name,
+            "prompt": entity.cloze(relation),
+            "target_new": entity.objects[relation],
+            "ground_truth": [entity.objects[relation]],
+            "rephrase_prompt": entity.ask(relation),
+            "portability": {},
+            "locality": {},
+        }
         for entity in world.pools[f"{split}_locality"]
         for relation in rng.sample(list(entity.objects), 2)
     ]
@@ -144,7 +181,15 @@ def general(world: World, split: str) -> list[dict]:
     for name, _, _ in shuffled(world, split):
         for number, skill in enumerate(("sum", "sort"), start=1):
             question, answer = exercise(rng, skill)
-            probes.append({"edit": name, "kind": "general", "number": number, "question": question, "reference": answer})
+            probes.append(
+                {
+                    "edit": name,
+                    "kind": "general",
+                    "number": number,
+                    "question": question,
+                    "reference": answer,
+                }
+            )
     return probes
 
 
@@ -154,8 +199,14 @@ def collection(world: World, split: str) -> list[Entity]:
     Beside the probed pool they are what an encyclopedia would hold and no probe may be made of: the stale texts of the
     very subjects that are edited, and those of the entities that the edits point at.
     """
-    found = [entity for pool in (split, f"{split}_locality", "held_out") for entity in world.pools[pool]]
-    return [entity for entity in found if entity.pool in EDITED or not ambiguous().intersection(entity.objects.values())]
+    found = [
+        entity for pool in (split, f"{split}_locality", "held_out") for entity in world.pools[pool]
+    ]
+    return [
+        entity
+        for entity in found
+        if entity.pool in EDITED or not ambiguous().intersection(entity.objects.values())
+    ]
 
 
 @cache
@@ -166,8 +217,15 @@ def ambiguous() -> frozenset[str]:
     """
     kinds, values = language()["kinds"].values(), language()["values"].values()
     listed = [value for each in values if isinstance(each, list) for value in each]
-    spoken = [wording for kind in kinds for relation in kind["relations"].values() for wording in relation["wordings"]]
-    counts = Counter(word for text in (*spoken, *listed) for word in set(re.findall(r"\w+", text.casefold())))
+    spoken = [
+        wording
+        for kind in kinds
+        for relation in kind["relations"].values()
+        for wording in relation["wordings"]
+    ]
+    counts = Counter(
+        word for text in (*spoken, *listed) for word in set(re.findall(r"\w+", text.casefold()))
+    )
     own = Counter(value.casefold() for value in listed)
     return frozenset(value for value in listed if counts[value.casefold()] > own[value.casefold()])
 
@@ -176,5 +234,12 @@ def documents(world: World, split: str) -> list[dict]:
     """The collection in a random order, as JSON lines have it; each with a question that its whole text answers."""
     rng = random.Random(f"documents-{world.seed}-{split}")
     found = collection(world, split)
-    return [{"id": entity.name, "title": entity.name, "text": entity.text, "question": entity.introduce(number=rng.randrange(6))}
-            for entity in rng.sample(found, len(found))]
+    return [
+        {
+            "id": entity.name,
+            "title": entity.name,
+            "text": entity.text,
+            "question": entity.introduce(number=rng.randrange(6)),
+        }
+        for entity in rng.sample(found, len(found))
+    ]
