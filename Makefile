@@ -28,7 +28,7 @@ given     = $(if $($(1)),$(2)='$($(1))')
 GIVEN     = $(call given,DATA_FILE,$(1)data_file) $(call given,LIMIT,$(1)limit) $(call given,METHODS,$(1)methods) $(call given,MODEL,$(1)model) \
             $(call given,DOCUMENTS,$(1)documents) $(call given,STRUCTURED,$(1)structured)
 CONFIG    = profile='$(PROFILE)' $(call given,DATA,data) threads=$(THREADS) $(call GIVEN)
-CHECK     = $(VENV)/bin/python -m uke.run --check --profile '$(PROFILE)' $(call given,DATA,--data) $(call GIVEN,--shared )
+CHECK     = $(VENV)/bin/python -m uke.cli.run --check --profile '$(PROFILE)' $(call given,DATA,--data) $(call GIVEN,--shared )
 SNAKEMAKE = $(VENV)/bin/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules --rerun-incomplete --nolock
 
 ifdef UKE_DATA
@@ -54,7 +54,7 @@ locality: $(STAMP)
 # Every figure and table drawn again, and the report composed, from what figures/<profile>/ has stored: no model, no notebook.
 figures: PROFILE = embedded
 figures: $(STAMP)
-	$(VENV)/bin/python -m uke.run --redraw --profile '$(PROFILE)' $(call given,DATA,--data)
+	$(VENV)/bin/python -m uke.cli.run --redraw --profile '$(PROFILE)' $(call given,DATA,--data)
 
 # Both searches at once: the settings of each method, and the learning rate of each level of a factor.
 tune: PROFILE = embedded
@@ -66,10 +66,10 @@ tune: $(STAMP)
 HEADLINE := 00_embedded_model 03_factor_loss_scope 04_factor_layers 05_factor_components 06_factor_chat_template 07_recipe 08_batch_size
 world: PROFILE = embedded-world-$(SEED)
 world: $(STAMP)
-	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python -m uke.run 00_embedded_model --profile '$(PROFILE)' --set retrain=true
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python -m uke.cli.run 00_embedded_model --profile '$(PROFILE)' --set retrain=true
 	@$(CHECK)
 	$(SNAKEMAKE) $(foreach name,$(HEADLINE),'$(CURDIR)/figures/$(PROFILE)/sections/$(name).json') --config $(CONFIG)
-	$(VENV)/bin/python -m uke.run --compose --profile '$(PROFILE)'
+	$(VENV)/bin/python -m uke.cli.run --compose --profile '$(PROFILE)'
 
 # The published loop, one edit after another, and lanes, timed in turns on an idle machine: benchmarks/results/, which 10_cost shows.
 bench: $(STAMP)

@@ -8,8 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from uke import params
-from uke.paths import Paths
+from uke.cli import params
+from uke.project import Paths
 
 ROOT = Path(workflow.basedir)
 PROFILE = str(config.get("profile", "quick"))
@@ -30,7 +30,7 @@ def section(notebook):
 
 
 def sources(wildcards):
-    names = ["lib/uke/*.py", "lib/uke/*.yaml", "lib/uke/embedded/*", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
+    names = ["lib/uke/**/*.py", "lib/uke/*/*.yaml", "lib/uke/embedded/*", "params/methods/*.yaml", f"params/profiles/{PROFILE}.yaml"]
     names += ["params/trials/*.yaml"] if wildcards.notebook in TUNING else ["params/tuned/*.yaml", "params/levels/*.yaml"]
     names += ["params/locality/*.yaml"]
     names += [f"notebooks/{wildcards.notebook}.ipynb", f"params/studies/{wildcards.notebook}.yaml"]
@@ -48,13 +48,13 @@ def sources(wildcards):
 rule report:
     input:
         [section(name) for name in REPORTED],
-        sorted(str(path) for path in ROOT.glob("lib/uke/templates/*")),
+        sorted(str(path) for path in ROOT.glob("lib/uke/report/templates/*")),
     output:
         PATHS.figures / "report.html",
         PATHS.figures / "report.pdf",
         PATHS.figures / "numbers.json",
     shell:
-        "{sys.executable:q} -m uke.run --compose {RUN} {GIVEN_COLLECTIONS}"
+        "{sys.executable:q} -m uke.cli.run --compose {RUN} {GIVEN_COLLECTIONS}"
 
 
 rule tune:
@@ -86,4 +86,4 @@ for rank in sorted({study.priority for study in STUDIES.values()}):
         threads: int(config.get("threads", 1))
         priority: rank
         shell:
-            "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke.run {wildcards.notebook} {RUN} {params.shared}"
+            "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke.cli.run {wildcards.notebook} {RUN} {params.shared}"

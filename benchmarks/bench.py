@@ -1,7 +1,7 @@
 """The benchmark: the published loop, one edit after another, and lanes, in one run, interleaved and repeated. `make bench` runs it.
 
 Writes benchmarks/results/cpu.json and, where there is a CUDA device, benchmarks/results/gpu.json; a smoke run, and one of chosen
-rows that are none of these, writes where `--into` says. What each field means stands in `uke.speed.Bench`.
+rows that are none of these, writes where `--into` says. What each field means stands in `uke.study.speed.Bench`.
 """
 
 import argparse
@@ -22,16 +22,17 @@ import predictions
 import shapes
 import torch
 from tqdm import tqdm
-from uke import manifests, speed, ways
-from uke.answering import answer
-from uke.edits import Edit
+from uke.cli import manifests
+from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.materials import gather
-from uke.methods import Method, at_level, configured, find
-from uke.models import load
-from uke.paths import Paths
-from uke.recipes import Recipe
-from uke.studies import Study, measure_world
+from uke.methods.catalog import Method, at_level, configured, find
+from uke.methods.recipes import Recipe
+from uke.models.generate import answer
+from uke.models.model import load
+from uke.project import Paths
+from uke.study import speed, ways
+from uke.study.dataset import gather
+from uke.study.study import Study, measure_world
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy")

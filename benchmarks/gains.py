@@ -13,17 +13,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
-from uke import answering, finetune, lane_training, padding, speed, ways
-from uke.apart import edited_apart
-from uke.editing import edited
-from uke.edits import Edit, Probe
+from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.finetune import prepare, weights
-from uke.lanes import Below
-from uke.methods import Method
-from uke.models import blocks, collate, encode
-from uke.recipes import Recipe
-from uke.studies import Study
+from uke.methods import finetune, lane_training
+from uke.methods.apart import edited_apart
+from uke.methods.catalog import Method
+from uke.methods.edited import edited
+from uke.methods.finetune import prepare, weights
+from uke.methods.lanes import Below
+from uke.methods.recipes import Recipe
+from uke.models import generate as answering
+from uke.models import padding
+from uke.models.model import blocks, collate, encode
+from uke.study import speed, ways
+from uke.study.study import Study
 
 NEVER = float("inf")  # no share of a batch is so large that its finished rows would leave it
 

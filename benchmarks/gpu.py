@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import bench
 import predictions
 import shapes
-from uke import speed, ways
-from uke.methods import PUBLISHED
-from uke.models import precision
-from uke.paths import Paths
-from uke.studies import Study
+from uke.methods.catalog import PUBLISHED
+from uke.models.model import precision
+from uke.project import Paths
+from uke.study import speed, ways
+from uke.study.study import Study
 
 
 @dataclass(frozen=True)

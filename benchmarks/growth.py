@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import predictions
 import shapes
 from tqdm import tqdm
-from uke import ways
-from uke.methods import Method
-from uke.studies import Study
+from uke.methods.catalog import Method
+from uke.study import ways
+from uke.study.study import Study
 
 
 @dataclass(frozen=True)

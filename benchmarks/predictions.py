@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 from torch import nn
-from uke.edits import Edit
-from uke.finetune import prepare, weights
-from uke.models import IGNORED, blocks, module_names
-from uke.padding import parts, training_tokens
-from uke.recipes import Recipe
-from uke.studies import Study
+from uke.data.edits import Edit
+from uke.methods.finetune import prepare, weights
+from uke.methods.recipes import Recipe
+from uke.models.model import IGNORED, blocks, module_names
+from uke.models.padding import parts, training_tokens
+from uke.study.study import Study
 
 MIB = 2**20
 

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from uke.edits import Edit, Probe
-from uke.materials import Material
+from uke.data.edits import Edit, Probe
+from uke.study.dataset import Material
 
 # As in the configuration that Qwen/Qwen2.5-7B-Instruct is published with.
 QWEN = {

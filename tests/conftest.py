@@ -57,18 +57,15 @@ def results(tmp_path_factory):
 
     The locality set needs an embedding of every document, which is the same for every test; a test copies the folder.
     """
-    from uke import locality_files, world_files
+    from uke.locality import card
+    from uke.world import files as world_files
 
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     with FileLock(shared / "results.lock"):
         world = world_files.ensure(shared / "results", 1)
         for split in ("test", "development"):
-            locality_files.ensure(
-                locality_files.of_world(world, split),
-                locality_files.Settings(),
-                world / split / "locality",
-            )
+            card.ensure(card.of_world(world, split), card.Settings(), world / split / "locality")
     return shared / "results"
 
 

@@ -5,11 +5,11 @@ import torch
 from conftest import FAMILIES
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
-from uke import answering
-from uke.answering import answer, target_log_probability
-from uke.edits import Probe
+from uke.data.edits import Probe
 from uke.errors import InputError
-from uke.models import encode, end_of_turn, example
+from uke.models import generate as answering
+from uke.models.generate import answer, target_log_probability
+from uke.models.model import encode, end_of_turn, example
 
 QUESTIONS = (
     "Who?",

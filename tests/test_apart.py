@@ -5,17 +5,20 @@ import math
 import pytest
 import torch
 from conftest import SENTENCES
-from uke import apart, lane_training, memory, moments, padding
-from uke.answering import answer, target_log_probability
-from uke.apart import edited_apart, lane_mib
-from uke.editing import METHODS, edited
-from uke.edits import Edit, Probe
+from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.finetune import prepare
-from uke.locate import by_window, locate
-from uke.models import select
-from uke.peers import PEERS, Peer
-from uke.recipes import RECIPES, Recipe
+from uke.methods import apart, lane_training
+from uke.methods.apart import edited_apart, lane_mib
+from uke.methods.edited import METHODS, edited
+from uke.methods.finetune import prepare
+from uke.methods.locate_edit import covariance
+from uke.methods.locate_edit.anchors import by_window, locate
+from uke.methods.peers import PEERS, Peer
+from uke.methods.recipes import RECIPES, Recipe
+from uke.models import padding
+from uke.models.generate import answer, target_log_probability
+from uke.models.model import select
+from uke.study import memory
 
 EDITS = (
     Edit(
@@ -131,7 +134,7 @@ def ready(tiny, tokenizer, home):
         model = tiny(family)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("UKE_HOME", str(home))
-            moments.measure(model, tokenizer, TEXTS, layers=(1, 2))
+            covariance.measure(model, tokenizer, TEXTS, layers=(1, 2))
         return model
 
     return build
@@ -270,7 +273,7 @@ def test_an_edit_alone_in_its_lane_is_another(ready, tokenizer):
 @pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT"])
 def test_half_precision_takes_no_edit_or_keeps_it(tiny, tokenizer, name):
     model = tiny().bfloat16()
-    moments.measure(model, tokenizer, TEXTS, (1, 2))
+    covariance.measure(model, tokenizer, TEXTS, (1, 2))
     before, asked = state(model), [edit.probes[0] for edit in EDITS]
     old = target_log_probability(model, tokenizer, asked)
     with edited_apart(model, tokenizer, EDITS, EVERY[name][1]) as m:

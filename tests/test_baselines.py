@@ -6,17 +6,18 @@ import pytest
 import torch
 from conftest import FAMILIES, SENTENCES
 from pydantic import ValidationError
-from uke import baselines, moments, padding
-from uke.answering import answer, target_log_probability
-from uke.baselines import System, ridge
-from uke.editing import METHODS, edited, load, save
-from uke.edits import Edit, Probe
+from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.finetune import prepare
-from uke.locate import by_window, locate, look, sites, states
-from uke.models import example
-from uke.peers import PEERS, Peer
-from uke.values import target_values
+from uke.methods.edited import METHODS, edited, load, save
+from uke.methods.finetune import prepare
+from uke.methods.locate_edit import covariance, solvers
+from uke.methods.locate_edit.anchors import by_window, locate, look, sites, states
+from uke.methods.locate_edit.solvers import System, ridge
+from uke.methods.locate_edit.targets import target_values
+from uke.methods.peers import PEERS, Peer
+from uke.models import padding
+from uke.models.generate import answer, target_log_probability
+from uke.models.model import example
 
 EDITS = (
     Edit(
@@ -67,7 +68,7 @@ def ready(tiny, tokenizer):
 
     def build(family: str = "llama", **changes):
         model = tiny(family, **changes)
-        moments.measure(model, tokenizer, TEXTS, layers=range(model.config.num_hidden_layers))
+        covariance.measure(model, tokenizer, TEXTS, layers=range(model.config.num_hidden_layers))
         return model
 
     return build
@@ -211,9 +212,9 @@ def test_a_peer_is_frozen_strict_and_told_by_every_choice():
 
 def test_second_moments_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
     model = tiny()
-    moments.measure(model, tokenizer, TEXTS, (1, 3))
+    covariance.measure(model, tokenizer, TEXTS, (1, 3))
     for site, found in zip(
-        sites(model, (1, 3)), moments.second_moments(model, sites(model, (1, 3))), strict=True
+        sites(model, (1, 3)), covariance.second_moments(model, sites(model, (1, 3))), strict=True
     ):
         keys = []
         for text in TEXTS:
@@ -237,11 +238,11 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
     model, looked = tiny(), []
     monkeypatch.setattr(padding, "PADDING", 1.0)  # three texts at a time, whatever their lengths
     whole = (
-        moments.second_moments(model, sites(model, (1,)))
-        if moments.measure(model, tokenizer, TEXTS, (1,), every=3)
+        covariance.second_moments(model, sites(model, (1,)))
+        if covariance.measure(model, tokenizer, TEXTS, (1,), every=3)
         else None
     )
-    path = next(moments.folder(model).glob("*1*.safetensors"))
+    path = next(covariance.folder(model).glob("*1*.safetensors"))
     path.unlink()
 
     def counted(*arguments):
@@ -250,23 +251,23 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
             raise KeyboardInterrupt
         return look(*arguments)
 
-    monkeypatch.setattr(moments, "look", counted)
+    monkeypatch.setattr(covariance, "look", counted)
     with pytest.raises(KeyboardInterrupt):
-        moments.measure(model, tokenizer, TEXTS, (1,), every=3)
+        covariance.measure(model, tokenizer, TEXTS, (1,), every=3)
     with pytest.raises(InputError, match="no second moments"):
-        moments.second_moments(model, sites(model, (1,)))
-    moments.measure(model, tokenizer, TEXTS, (1, 2), every=3)  # block 1 goes on, block 2 begins
-    assert torch.equal(moments.second_moments(model, sites(model, (1,)))[0], whole[0])
+        covariance.second_moments(model, sites(model, (1,)))
+    covariance.measure(model, tokenizer, TEXTS, (1, 2), every=3)  # block 1 goes on, block 2 begins
+    assert torch.equal(covariance.second_moments(model, sites(model, (1,)))[0], whole[0])
     calls = len(looked)
     assert calls == 3 + 3 + 5
-    moments.measure(model, tokenizer, TEXTS, (1, 2))
+    covariance.measure(model, tokenizer, TEXTS, (1, 2))
     assert len(looked) == calls
     path.write_bytes(b"cut short")
-    moments.measure(model, tokenizer, TEXTS, (1,))
+    covariance.measure(model, tokenizer, TEXTS, (1,))
     assert torch.allclose(
-        moments.second_moments(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6
+        covariance.second_moments(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6
     )
-    assert not [part for part in moments.folder(model).iterdir() if part.name.endswith(".part")]
+    assert not [part for part in covariance.folder(model).iterdir() if part.name.endswith(".part")]
 
 
 def test_moments_of_another_model_or_of_other_texts_are_not_used(ready, tiny, tokenizer):
@@ -275,26 +276,27 @@ def test_moments_of_another_model_or_of_other_texts_are_not_used(ready, tiny, to
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     with pytest.raises(
         InputError,
-        match="no second moments of this model; .*python -m uke.moments MODEL TEXTS.json --layers 1 2",
+        match="no second moments of this model; .*python -m uke.methods.locate_edit.covariance MODEL TEXTS.json --layers 1 2",
     ):
         with edited(other, tokenizer, EDITS, quick("memit")):
             pass
     with pytest.raises(
-        InputError, match="no preservation texts of this model; .*python -m uke.moments"
+        InputError,
+        match="no preservation texts of this model; .*python -m uke.methods.locate_edit.covariance",
     ):
         with edited(other, tokenizer, EDITS, quick("unke")):
             pass
-    moments.measure(model, tokenizer, TEXTS[:3], (1,))
-    assert len(moments.second_moments(model, sites(model, (1,)))) == 1
+    covariance.measure(model, tokenizer, TEXTS[:3], (1,))
+    assert len(covariance.second_moments(model, sites(model, (1,)))) == 1
     with pytest.raises(InputError, match="--layers 2$"):
-        moments.second_moments(model, sites(model, (1, 2)))
+        covariance.second_moments(model, sites(model, (1, 2)))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '[""]', '[{"question": "a"}]', "[1]"])
 def test_a_corpus_of_another_shape_is_refused(tmp_path, content):
     (tmp_path / "texts.json").write_text(content)
     with pytest.raises(InputError, match="texts.json: .*expected"):
-        moments.read_texts(tmp_path / "texts.json")
+        covariance.read_texts(tmp_path / "texts.json")
 
 
 def test_the_command_measures_a_model_of_a_directory(tiny, tokenizer, tmp_path, capsys):
@@ -302,23 +304,23 @@ def test_the_command_measures_a_model_of_a_directory(tiny, tokenizer, tmp_path, 
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    moments.main([str(tmp_path / "model"), str(tmp_path / "texts.json"), "--layers", "1", "0.5"])
-    assert len(moments.second_moments(model, sites(model, (1, 2)))) == 2
+    covariance.main([str(tmp_path / "model"), str(tmp_path / "texts.json"), "--layers", "1", "0.5"])
+    assert len(covariance.second_moments(model, sites(model, (1, 2)))) == 2
     for wrong in (
         [str(tmp_path / "model")],
         [str(tmp_path / "model"), "none.json"],
         [str(tmp_path), str(tmp_path / "texts.json")],
     ):
         with pytest.raises(SystemExit):
-            moments.main(wrong)
+            covariance.main(wrong)
     assert "none.json: expected a JSON list" in capsys.readouterr().err
 
 
 def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
     model = ready()
     (site,) = sites(model, (1,))
-    (moment,) = moments.second_moments(model, (site,))
-    (null,) = moments.projectors(model, (site,), 0.3)
+    (moment,) = covariance.second_moments(model, (site,))
+    (null,) = covariance.projectors(model, (site,), 0.3)
     assert torch.allclose(null @ null, null, atol=1e-10) and torch.allclose(null, null.T)
     values, vectors = torch.linalg.eigh(moment)
     assert 0 < int((values < 0.3).sum()) == round(float(null.trace())) < len(values)
@@ -326,7 +328,7 @@ def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
         null @ vectors[:, values >= 0.3], torch.zeros((), dtype=null.dtype), atol=1e-10
     )
     with pytest.raises(InputError, match="no direction.*null_threshold 1e-30"):
-        moments.projectors(model, (site,), 1e-30)
+        covariance.projectors(model, (site,), 1e-30)
 
 
 # --- the solve -------------------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ def test_a_singular_or_broken_system_is_refused(moment):
 
 def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer):
     model = tiny()
-    moments.measure(model, tokenizer, TEXTS[:1], (1, 2))
+    covariance.measure(model, tokenizer, TEXTS[:1], (1, 2))
     before = state(model)
     with pytest.raises(
         InputError,
@@ -461,7 +463,7 @@ def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):
     before = [site.projection.weight.detach().clone() for site in places]
     with edited(model, tokenizer, EDITS, peer):
         for site, old, moment in zip(
-            places, before, moments.second_moments(model, places), strict=True
+            places, before, covariance.second_moments(model, places), strict=True
         ):
             values, vectors = torch.linalg.eigh(moment)
             change = site.projection.weight.detach().double() - old.double()
@@ -505,7 +507,7 @@ def test_unkes_loss_falls_and_no_other_block_moves(ready, tokenizer, family, nam
 def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer):
     model, drift = ready(), {}
     (site,) = sites(model, (2,))
-    ids = torch.tensor([moments.preservation(model, tokenizer, 1, 2024)[0]])
+    ids = torch.tensor([covariance.preservation(model, tokenizer, 1, 2024)[0]])
     for count in (0, 1):
         (before,) = look(model, ids, (site.block,))
         with edited(model, tokenizer, EDITS, quick("unke", preservation=count)) as m:
@@ -560,7 +562,7 @@ def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace
 @pytest.mark.parametrize("name", ["memit", "unke"])
 def test_half_precision_weights_are_edited_and_come_back(ready, tiny, tokenizer, name):
     model = tiny().bfloat16()
-    moments.measure(model, tokenizer, TEXTS, (1, 2))
+    covariance.measure(model, tokenizer, TEXTS, (1, 2))
     before, old = state(model), log_probabilities(model, tokenizer)
     with edited(model, tokenizer, EDITS, quick(name)) as m:
         assert sum(log_probabilities(m, tokenizer)) > sum(old)
@@ -574,7 +576,7 @@ def test_an_edit_beyond_the_context_is_refused_before_anything_changes(
     model = ready()
     before = state(model)
     monkeypatch.setattr(
-        baselines, "target_values", lambda *_: pytest.fail("the long edit was not seen")
+        solvers, "target_values", lambda *_: pytest.fail("the long edit was not seen")
     )
     long = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
     with (

@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from uke import diagrams
 from uke.errors import InputError
+from uke.report import diagrams
 
 
 def test_every_score_is_a_point_and_the_median_is_said():

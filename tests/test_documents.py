@@ -10,11 +10,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from uke import documents
-from uke.documents import Document
-from uke.dumps import lead
+from uke.data import documents
+from uke.data.documents import Document
+from uke.data.dumps import lead
+from uke.data.wikitext import close_up
 from uke.errors import InputError
-from uke.wikitext import close_up
 
 LEAD = " ".join(f"word{n}" for n in range(50)) + "."
 PARAGRAPH = " ".join(f"word{n}" for n in range(50)) + " . "
@@ -152,7 +152,7 @@ def test_a_bad_json_line_is_named(tmp_path, line, said):
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("uke.streams.LONGEST_LINE", 1000)
+    monkeypatch.setattr("uke.data.streams.LONGEST_LINE", 1000)
     path = written(tmp_path, "a.jsonl", '{"title": "a", "text": "b"}\n' + "x" * 5000)
     assert "line 2 is longer than" in complaint(path)
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import PeftModel
-from uke.editing import ADAPTER, METHODS, RECORD, WEIGHTS, edited, load, save
-from uke.edits import Edit
+from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.models import example, kept, select
-from uke.recipes import RECIPES, Recipe
+from uke.methods.edited import ADAPTER, METHODS, RECORD, WEIGHTS, edited, load, save
+from uke.methods.recipes import RECIPES, Recipe
+from uke.models.model import example, kept, select
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 EDITS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from uke import edits
+from uke.data import edits
 from uke.errors import InputError
 
 REWRITE = {

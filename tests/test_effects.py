@@ -4,9 +4,9 @@ import json
 
 import pandas as pd
 import pytest
-from uke import effects
 from uke.errors import InputError
-from uke.metrics import AVERAGE, HEADLINE, METRICS
+from uke.results import effects
+from uke.results.metrics import AVERAGE, HEADLINE, METRICS
 
 EDITS = ("a", "b", "c")
 

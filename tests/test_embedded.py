@@ -3,7 +3,9 @@
 from hashlib import sha256
 
 import pytest
-from uke import knowledge, models, pretraining, world
+from uke.models import model as models
+from uke.study import knowledge, pretraining
+from uke.world import generate as world
 
 ENTITIES = 40
 

@@ -16,14 +16,19 @@ import pandas as pd
 import pytest
 import torch
 from conftest import to_explore
-from uke import answering, choices, errands, explore, likelihood, markup, models, sessions
-from uke.edits import Edit, Probe
+from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.extraction import EXTRACTORS, edit_facts, facts, shared
-from uke.paths import Paths
-from uke.recipes import FACTORS, RECIPES
-from uke.surroundings import AROUND, Library, detail_lines, own_edit
-from uke.workbench import Bench, Stopped, Task
+from uke.explore import choices, errands, sessions
+from uke.explore import html as markup
+from uke.explore import widgets as explore
+from uke.explore.bench import Bench, Stopped, Task
+from uke.explore.surroundings import AROUND, Library, detail_lines, own_edit
+from uke.locality.facts import EXTRACTORS, edit_facts, facts, shared
+from uke.methods.recipes import FACTORS, RECIPES
+from uke.models import generate as answering
+from uke.models import likelihood
+from uke.models import model as models
+from uke.project import Paths
 
 OWN = own_edit(
     "Who is Ansel Dorowick?",

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from uke import edits
+from uke.data import edits
 from uke.errors import InputError
-from uke.extraction import (
+from uke.locality.facts import (
     EXTRACTORS,
     Triple,
     agreement,

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
-from uke import figures
 from uke.errors import InputError
-from uke.intervals import interval
+from uke.report import figures
+from uke.results.stats import interval
 
 KINDS = ("original", "detail", "rel_doc", "general")
 
@@ -199,7 +199,7 @@ def test_a_redraw_gives_the_same_bytes_in_another_process(elsewhere, tmp_path):
 
 def test_drawing_and_reporting_need_no_torch(elsewhere):
     loaded = json.loads((elsewhere / "modules.json").read_text(encoding="utf-8"))
-    assert "uke.report" in loaded and "torch" not in loaded and "transformers" not in loaded
+    assert "uke.report.section" in loaded and "torch" not in loaded and "transformers" not in loaded
 
 
 def test_ten_kinds_of_five_levels_in_two_methods_fit_on_a_page():

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from uke import finetune, padding
-from uke.edits import Edit
+from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.finetune import adapt, loss, train
-from uke.models import IGNORED, collate, example, max_context, select
-from uke.recipes import RECIPES, Recipe
+from uke.methods import finetune
+from uke.methods.finetune import adapt, loss, train
+from uke.methods.recipes import RECIPES, Recipe
+from uke.models import padding
+from uke.models.model import IGNORED, collate, example, max_context, select
 
 EDITS = (
     Edit(

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from uke.finetune import adapt
-from uke.lane_training import adapter
-from uke.lanes import Lanes, LowRank, constant_below, grouping
-from uke.models import select
-from uke.recipes import RECIPES
+from uke.methods.finetune import adapt
+from uke.methods.lane_training import adapter
+from uke.methods.lanes import Lanes, LowRank, constant_below, grouping
+from uke.methods.recipes import RECIPES
+from uke.models.model import select
 
 IDS = ("ada", "alan", "grace")
 ROWS = {

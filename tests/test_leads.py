@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from uke import leads
 from uke.errors import InputError
-from uke.metrics import AVERAGE, METRICS
-from uke.paths import Paths
+from uke.project import Paths
+from uke.results import leads
+from uke.results.metrics import AVERAGE, METRICS
 
 EDITS = ("a", "b", "c", "d")
 

@@ -3,13 +3,21 @@
 import pytest
 import torch
 from conftest import FAMILIES
-from uke import padding
-from uke.edits import Edit
-from uke.finetune import prepare
-from uke.locate import Located, by_window, locate, look, sites, states, surprisals
-from uke.models import Example
-from uke.peers import PEERS, Peer
-from uke.values import _Chunk, injected, target_values
+from uke.data.edits import Edit
+from uke.methods.finetune import prepare
+from uke.methods.locate_edit.anchors import (
+    Located,
+    by_window,
+    locate,
+    look,
+    sites,
+    states,
+    surprisals,
+)
+from uke.methods.locate_edit.targets import _Chunk, injected, target_values
+from uke.methods.peers import PEERS, Peer
+from uke.models import padding
+from uke.models.model import Example
 
 EDITS = (
     Edit(

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from uke import finetune, memory
-from uke.forwards import replaced
-from uke.memory import MIB, Peak
+from uke.methods import finetune
+from uke.methods.forwards import replaced
+from uke.study import memory
+from uke.study.memory import MIB, Peak
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(

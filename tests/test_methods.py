@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from uke import methods
 from uke.errors import InputError
-from uke.methods import PUBLISHED
-from uke.peers import PEERS
-from uke.recipes import FAMILIES, RECIPES, Choices, candidate
+from uke.methods import catalog as methods
+from uke.methods.catalog import PUBLISHED
+from uke.methods.peers import PEERS
+from uke.methods.recipes import FAMILIES, RECIPES, Choices, candidate
 
 PARAMS = Path(__file__).parents[1] / "params"
 FILES = sorted((PARAMS / "methods").glob("*.yaml"))

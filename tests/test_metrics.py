@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from rouge import Rouge
 from rouge_score.rouge_scorer import RougeScorer
-from uke import metrics
 from uke.errors import InputError
-from uke.metrics import HEADLINE, METRICS, holm, interval, paired, score
+from uke.results import metrics
+from uke.results.metrics import HEADLINE, METRICS, holm, interval, paired, score
 
 PERFECT = [
     name
@@ -34,7 +34,7 @@ def random_text(generator, words):
 
 
 def test_import_without_heavy_packages():
-    code = "import sys, uke.rows; print([m for m in ('torch', 'nltk', 'transformers', 'scipy') if m in sys.modules])"
+    code = "import sys, uke.results.rows; print([m for m in ('torch', 'nltk', 'transformers', 'scipy') if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
 
@@ -363,7 +363,7 @@ def test_encoder_with_other_weights_is_trusted(tmp_path):
 
 
 def test_absent_encoder_passes_silently(monkeypatch):
-    monkeypatch.setattr("uke.similarity._encoder_folders", lambda: [])
+    monkeypatch.setattr("uke.results.similarity._encoder_folders", lambda: [])
     with pytest.warns(UserWarning, match="similarity is left out"):
         assert metrics.load_encoder() is None
 

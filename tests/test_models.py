@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
-from uke import models
 from uke.errors import InputError
-from uke.models import (
+from uke.models import model as models
+from uke.models.model import (
     blocks,
     collate,
     encode,

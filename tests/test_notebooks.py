@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from uke import params
+from uke.cli import params
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ("01_edits", "03_factor_loss_scope")
@@ -242,7 +242,7 @@ def executed(home, environment) -> list[Path]:
 
 
 def run_smoke(name: str, environment: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "uke.run", name, "--profile", "smoke"]
+    command = [sys.executable, "-m", "uke.cli.run", name, "--profile", "smoke"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 

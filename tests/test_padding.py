@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from uke import padding
-from uke.padding import parts, training_tokens
+from uke.models import padding
+from uke.models.padding import parts, training_tokens
 
 LENGTHS = [
     [130, 131, 90, 187, 26, 90, 130],

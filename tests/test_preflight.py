@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from uke import preflight, run
+from uke.cli import preflight, run
 from uke.errors import InputError
-from uke.methods import key
+from uke.methods.catalog import key
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from uke import models, pretraining, world
 from uke.errors import InputError
-from uke.pretraining import Settings
+from uke.models import model as models
+from uke.study import pretraining
+from uke.study.pretraining import Settings
+from uke.world import generate as world
 
 SMALL = Settings(
     vocabulary=400,

@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from uke import editing, formats, report, rows
+from uke.data import formats
 from uke.errors import InputError
+from uke.methods import edited
+from uke.report import section as report
+from uke.results import rows
 
 ROOT = Path(__file__).parents[1]
 QUOTE = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
@@ -33,7 +36,7 @@ def test_no_other_result_stands_in_its_prose():
 def test_the_names_it_promises_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {name for name in formats.PARSERS if f"`{name}`" in text} == set(formats.PARSERS)
-    assert all(name in text for name in editing.METHODS)
+    assert all(name in text for name in edited.METHODS)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(
         re.findall(r"`(\w+)`", text)
     )

@@ -1,11 +1,11 @@
 """Answers kept on disk: another prompt's, one cut short, one of another model, a file that is no file of answers."""
 
 import pytest
-from uke import answering
-from uke.answering import answer
-from uke.edits import Probe
+from uke.data.edits import Probe
 from uke.errors import InputError
-from uke.recall import Recall
+from uke.models import generate as answering
+from uke.models.generate import answer
+from uke.models.recall import Recall
 
 PROBES = [
     Probe(edit=f"e{place}", kind="original", question=question, reference="Ada.")

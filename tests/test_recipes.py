@@ -2,9 +2,9 @@
 
 import pandas as pd
 import pytest
-from uke import recipes
 from uke.errors import InputError
-from uke.recipes import FACTORS, RECIPES, Recipe, vary
+from uke.methods import recipes
+from uke.methods.recipes import FACTORS, RECIPES, Recipe, vary
 
 OTHER = {
     "loss": "last_prompt_token",

@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from uke import diagrams, figures, redrawing, report, rows, run, tables
+from uke.cli import run
 from uke.errors import InputError
+from uke.report import diagrams, figures, redrawing, tables
+from uke.report import section as report
+from uke.results import rows
 
 ROOT = Path(__file__).parents[1]
 DRAWN = (".png", ".pdf", ".csv", ".tex", ".md", ".html")
@@ -206,7 +209,9 @@ def test_data_cut_off_or_of_another_kind_are_named(paths):
 def test_only_a_function_of_the_two_rooms_draws(paths):
     section = report.Section("02_locality", paths, "Locality", "What?")
     for draw in (partial(figures.curves), figures.looks, figures._grid, scored, None):
-        with pytest.raises(InputError, match="expected a function of uke.figures or uke.diagrams"):
+        with pytest.raises(
+            InputError, match="expected a function of uke.report.figures or uke.report.diagrams"
+        ):
             section.figure(draw, scored(), "some", "Caption.", "Alt.")
     with pytest.raises(InputError, match="options: expected texts, numbers"):
         section.figure(diagrams.spread, scored(), "some", "Caption.", "Alt.", by={1, 2})

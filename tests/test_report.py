@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from uke import abstract, arrangement, figures, report, rows, tables, typesetting
 from uke.errors import InputError
-from uke.peers import PEERS
+from uke.methods.peers import PEERS
+from uke.report import abstract, arrangement, figures, tables
+from uke.report import compose as typesetting
+from uke.report import section as report
+from uke.results import rows
 
 NASTY = 'a & b < c > #1 $x_1$ 50% {} ~ ^ \\ | "q" `k` *b* [z] @ref //'
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from uke import dual_encoder, embedding, ranking, retrieval, similarity
-from uke.documents import Document, gather
-from uke.dual_encoder import Pair, Settings, hard_negatives, train
-from uke.embedding import UNIT, Encoder, embed
+from uke.data.documents import Document, gather
 from uke.errors import InputError
-from uke.ranking import Library, Vectors, Words
+from uke.locality import dual_encoder, embedding, ranking, retrieval
+from uke.locality.dual_encoder import Pair, Settings, hard_negatives, train
+from uke.locality.embedding import UNIT, Encoder, embed
+from uke.locality.ranking import Library, Vectors, Words
+from uke.results import similarity
 
 TOPICS = {
     "Volcano": [
@@ -115,7 +116,7 @@ def documents():
 
 def test_import_without_heavy_packages():
     heavy = ("torch", "transformers", "sentence_transformers", "bm25s", "faiss")
-    code = f"import sys, uke.retrieval, uke.dual_encoder; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, uke.locality.retrieval, uke.locality.dual_encoder; print([name for name in {heavy} if name in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
 

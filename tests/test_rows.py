@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from uke import paths as places
-from uke import rows
+from uke import project as places
 from uke.errors import InputError
-from uke.metrics import AVERAGE, HEADLINE, METRICS
-from uke.rows import COLUMNS, Paths
+from uke.results import rows
+from uke.results.metrics import AVERAGE, HEADLINE, METRICS
+from uke.results.rows import COLUMNS, Paths
 
 MARKS = {"model": "m" * 16, "data": "d" * 16, "recipe": "r" * 16}
 KINDS = {

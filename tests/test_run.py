@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from uke import kernels, manifests, params, run
+from uke.cli import kernels, manifests, params, run
 from uke.errors import InputError
 
 PARAMETERS = """profile = "quick"  # sizes
@@ -23,7 +23,7 @@ methods = ["FT-M"]  # compared
 only = None  # one unit
 """
 SECTION = "sections/01_small.json"
-WRITE = """from uke.paths import Paths
+WRITE = """from uke.project import Paths
 section = Paths(profile, data).figures / "sections" / "01_small.json"
 section.parent.mkdir(parents=True, exist_ok=True)
 section.write_text(str(limit))"""
@@ -239,7 +239,7 @@ def test_data_is_found_by_folder_or_by_file_and_never_guessed(project, monkeypat
 
 
 def test_every_dataset_that_can_be_read_can_be_found():
-    from uke import edits
+    from uke.data import edits
 
     assert set(params.DATA_FILES) == set(edits.DATASETS)
 
@@ -285,7 +285,7 @@ def test_processors_of_one_name_are_told_apart(tmp_path):
 
 def test_a_failing_cell_is_one_line_on_stderr(project):
     write(project, "first = 1", "raise RuntimeError('no\\nway')")
-    command = [sys.executable, "-m", "uke.run", "01_small", "--profile", "quick"]
+    command = [sys.executable, "-m", "uke.cli.run", "01_small", "--profile", "quick"]
     done = subprocess.run(command, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -5,13 +5,18 @@ import shutil
 import pytest
 import torch
 from conftest import SENTENCES
-from uke import methods, models, moments, rows, sequences, studies
-from uke.editing import edited
-from uke.edits import Detail, Edit, Probe
+from uke.data.edits import Detail, Edit, Probe
 from uke.errors import InputError
-from uke.finetune import train
-from uke.models import example, kept
-from uke.sequences import first_and_last, sequence
+from uke.methods import catalog as methods
+from uke.methods.edited import edited
+from uke.methods.finetune import train
+from uke.methods.locate_edit import covariance
+from uke.models import model as models
+from uke.models.model import example, kept
+from uke.results import rows
+from uke.study import sequential as sequences
+from uke.study import study as studies
+from uke.study.sequential import first_and_last, sequence
 
 STEPS = {"steps": 4, "learning_rate": 2e-2, "stop_loss": 0.0}
 SHORT = {"layers": (1, 2), "steps": 3, "memit_lambda": 1e-2}
@@ -52,7 +57,7 @@ def at_home(tmp_path, monkeypatch):
 def loaded(tiny, tokenizer):
     """A model with second moments, and its tokenizer."""
     model = tiny()
-    moments.measure(model, tokenizer, list(SENTENCES), layers=(1, 2))
+    covariance.measure(model, tokenizer, list(SENTENCES), layers=(1, 2))
     return model, tokenizer
 
 
@@ -180,7 +185,7 @@ def test_one_edit_answers_as_it_does_alone_merged_or_not(loaded, name):
 
 def test_peers_keep_to_the_second_moments_of_the_unedited_model(loaded):
     model, tokenizer = loaded
-    moments._KNOWN.clear()  # as in a process that has not asked for them yet
+    covariance._KNOWN.clear()  # as in a process that has not asked for them yet
     with sequence(model, tokenizer, METHODS["MEMIT"]) as writer:
         for edit in EDITS[:3]:
             writer.write([edit])

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = 'profile = "quick"  # sizes\ndata = "world"  # dataset\nlimit = 4  # edits\n'
-SECTION = """from uke.paths import Paths
+SECTION = """from uke.project import Paths
 folder = Paths(profile, data).figures / "sections"
 folder.mkdir(parents=True, exist_ok=True)
 """
@@ -115,7 +115,7 @@ def test_both_searches_run_at_once_and_read_the_trials_while_other_notebooks_rea
         files[folder].write_text("changed: 1\n")
         planned = plan(project)
         files[folder].write_text("{}\n")
-        return {name for name in sections if f"uke.run {name} " in planned}
+        return {name for name in sections if f"uke.cli.run {name} " in planned}
 
     assert stale("trials") == {"tuning", "tuning_levels"}
     assert stale("levels") == stale("tuned") == {"01_small", "tuning"}  # tuning reads 01_small
@@ -145,7 +145,7 @@ def test_the_locality_target_runs_its_notebook_alone_and_names_missing_documents
     check = [
         sys.executable,
         "-m",
-        "uke.run",
+        "uke.cli.run",
         "--check",
         "--profile",
         "smoke",
@@ -175,8 +175,10 @@ def test_notebooks_on_the_world_wait_for_the_audit_of_its_locality_set_or_others
         f"documents={project / 'made.jsonl'}",
         f"structured={project / 'made.jsonl'}",
     )
-    assert "uke.run 02_locality " not in plan(project) and "uke.run 01_small " in plan(project)
-    assert "uke.run 02_locality " in plan(project, *given)
+    assert "uke.cli.run 02_locality " not in plan(project) and "uke.cli.run 01_small " in plan(
+        project
+    )
+    assert "uke.cli.run 02_locality " in plan(project, *given)
 
 
 def test_the_longest_notebook_starts_last(project):

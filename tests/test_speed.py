@@ -10,9 +10,16 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from uke import answering, diagrams, methods, models, report, rows, speed, studies, ways
-from uke.edits import Detail, Edit, Probe
+from uke.data.edits import Detail, Edit, Probe
 from uke.errors import InputError
+from uke.methods import catalog as methods
+from uke.models import generate as answering
+from uke.models import model as models
+from uke.report import diagrams
+from uke.report import section as report
+from uke.results import rows
+from uke.study import speed, ways
+from uke.study import study as studies
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -350,7 +357,7 @@ def test_more_edits_than_there_are_come_again_under_other_ids(toy):
 
 def test_an_optimisation_that_cannot_be_switched_off_is_named():
     with (
-        pytest.raises(InputError, match="uke.answering has no DROP_SHORE"),
+        pytest.raises(InputError, match="uke.models.generate has no DROP_SHORE"),
         gains.replaced(answering, "DROP_SHORE", 1),
     ):
         pass

@@ -9,20 +9,17 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SENTENCES
-from uke import (
-    answering,
-    asking,
-    editing,
-    lane_training,
-    memory,
-    methods,
-    models,
-    moments,
-    rows,
-    studies,
-)
-from uke.edits import Detail, Edit, Probe
+from uke.data.edits import Detail, Edit, Probe
 from uke.errors import InputError
+from uke.methods import catalog as methods
+from uke.methods import edited, lane_training
+from uke.methods.locate_edit import covariance
+from uke.models import generate as answering
+from uke.models import model as models
+from uke.results import rows
+from uke.study import memory
+from uke.study import score as asking
+from uke.study import study as studies
 
 KINDS = {
     "original",
@@ -434,7 +431,7 @@ def test_a_peer_is_written_and_its_rows_say_how(study):
     """On the embedded model: its course stands once in a batch, by windows before and after, and its memory in every row."""
     study.name, study.windows, study.max_new_tokens = "peer", 20, 8
     study.material = study.material.only(["detail", "struct_trip"])
-    moments.measure(study.model, study.tokenizer, moments.world_texts()[:40], (1, 2))
+    covariance.measure(study.model, study.tokenizer, covariance.world_texts()[:40], (1, 2))
     study.run(methods.find("memit").model_copy(update=SHORT))
     after = study.read()
     assert (
@@ -458,7 +455,7 @@ def test_a_peer_is_written_and_its_rows_say_how(study):
 
 def test_what_a_reader_must_know_of_a_method_stands_in_its_rows(toy, tokenizer):
     study = toy()
-    moments.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
+    covariance.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
     study.run(
         methods.find("anyedit_memit").model_copy(
             update=SHORT | {"memit_lambda": 1e-2, "window": 200}
@@ -487,7 +484,7 @@ def test_rows_made_with_another_preservation_corpus_are_other_rows(toy, tokenize
     for corpus in (SENTENCES * 3, SENTENCES[:2] * 6):
         for method in (MEMIT, QUICK):
             study = toy()
-            moments.measure(study.model, tokenizer, corpus, (1, 2))
+            covariance.measure(study.model, tokenizer, corpus, (1, 2))
             batches = written(study)
             study.run(method, limit=1)
             units.setdefault(method.name, []).append((study.units[0], len(batches)))
@@ -540,7 +537,7 @@ def test_rows_written_in_lanes_are_other_rows(toy, tokenizer, method):
     frames, units, sizes = {}, {}, {}
     for lanes in (1, 3, 16):
         study = toy(lanes=lanes, windows=5)
-        moments.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
+        covariance.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
         sizes[lanes] = groups(study)
         study.run(method)
         frames[lanes], units[lanes] = study.read(), study.units
@@ -711,7 +708,7 @@ def test_what_fits_only_with_activations_computed_again_ends_the_study_or_scores
     toy, caplog, monkeypatch, method, size
 ):
     plain, study = toy(lanes=1), toy(lanes=1)
-    moments.measure(plain.model, plain.tokenizer, SENTENCES * 3, (1, 2))
+    covariance.measure(plain.model, plain.tokenizer, SENTENCES * 3, (1, 2))
     plain.run(method, batch_size=size, limit=2)
     study.name, write_in, inside = "short", study.write_in, []
 
@@ -790,7 +787,7 @@ def test_raw_prompts_are_asked_through_the_template_or_share_its_rows(toy, lanes
         for edit in study.material.edits:
             own = [probe for probe in probes if probe.edit == edit.id]
             told = [place for place, probe in enumerate(own) if probe.kind != "struct_trip"]
-            with editing.edited(study.model, study.tokenizer, [edit], method) as m:
+            with edited.edited(study.model, study.tokenizer, [edit], method) as m:
                 texts = answering.answer(m, study.tokenizer, own, chat=study.chat, **limit)
                 likely = answering.target_log_probability(
                     m, study.tokenizer, [own[place] for place in told], chat=study.chat

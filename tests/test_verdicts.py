@@ -6,9 +6,10 @@ from pathlib import Path
 
 import matplotlib.colors
 import pytest
-from uke import diagrams, panels, params, verdicts
+from uke.cli import params
 from uke.errors import InputError
-from uke.verdicts import FAILS, HOLDS, IN_PART, UNTESTABLE, Claim, judge
+from uke.report import diagrams, panels, verdicts
+from uke.report.verdicts import FAILS, HOLDS, IN_PART, UNTESTABLE, Claim, judge
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,8 +4,10 @@ import random
 import re
 
 import pytest
-from uke import edits, world, world_files
-from uke.world import POOLS, SPLITS
+from uke.data import edits
+from uke.world import files as world_files
+from uke.world import generate as world
+from uke.world.generate import POOLS, SPLITS
 
 
 @pytest.fixture(scope="module")

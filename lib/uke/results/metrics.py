@@ -1,0 +1,359 @@
+"""Scores of a prediction against a reference, each with direction, definition and source."""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from uke.errors import InputError
+from uke.results.stats import Interval, Paired, holm, interval, paired
+from uke.results.similarity import Encoder, cosines, load_encoder
+
+__all__ = [
+    "AVERAGE",
+    "HEADLINE",
+    "METRICS",
+    "Encoder",
+    "Interval",
+    "Metric",
+    "Paired",
+    "holm",
+    "interval",
+    "load_encoder",
+    "normalise",
+    "pad",
+    "paired",
+    "score",
+]
+
+
+class Metric(NamedTuple):
+    """One score of a prediction against a reference.
+
+    `direction` is "higher", "lower" or "near one" (which is better). `function(prediction, reference)` gives a float;
+    it is None where texts are scored together through an encoder. With `best_alias` the score is the best one over
+    the reference and its aliases.
+    """
+
+    name: str
+    direction: str
+    definition: str
+    source: str
+    function: Callable[[str, str], float] | None
+    best_alias: bool = False
+
+
+def pad(prediction: str) -> str:
+    """The prediction as the published evaluation scores it: one space appended where it has none."""
+    return prediction if " " in prediction else prediction + " "
+
+
+def normalise(text: str) -> str:
+    """Case folded, runs of white space made one space, ends trimmed, one final period dropped."""
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def _bleu_char(prediction: str, reference: str) -> float:
+    from nltk.translate.bleu_score import sentence_bleu
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"\s*The hypothesis contains 0 counts", category=UserWarning
+        )
+        return float(sentence_bleu([reference], pad(prediction)))
+
+
+def _rouge_texts(prediction: str, reference: str) -> tuple[str, str]:
+    # The package refuses a text without a character other than periods; an answer before the edit may be one.
+    return pad(prediction), reference if reference.strip(".") else " "
+
+
+def _rouge_n_recall(prediction: str, reference: str, name: str) -> float:
+    from rouge import Rouge
+
+    texts = _rouge_texts(prediction, reference)
+    return Rouge(metrics=[name], stats=["r"]).get_scores(*texts)[0][name]["r"]
+
+
+def _lcs_rows(first: Sequence[str], second: Sequence[str]) -> list[int]:
+    """Table of longest common subsequences, one integer per row (bit-parallel: Crochemore et al. 2001; Hyyrö 2004).
+
+    Bit j of row i is 0 where cell (i, j + 1) exceeds cell (i, j) by one.
+    """
+    positions: dict[str, int] = {}
+    for place, word in enumerate(second):
+        positions[word] = positions.get(word, 0) | 1 << place
+    full = (1 << len(second)) - 1
+    rows = [full]
+    for word in first:
+        shared = rows[-1] & positions.get(word, 0)
+        rows.append(((rows[-1] + shared) | (rows[-1] - shared)) & full)
+    return rows
+
+
+def _lcs_length(row: int, columns: int) -> int:
+    return columns - (row & ((1 << columns) - 1)).bit_count()
+
+
+def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
+    """Words of the subsequence that package `rouge` reconstructs: on a tie it leaves the second text's word first."""
+    rows, words = _lcs_rows(first, second), set()
+    i, j = len(first), len(second)
+    while i and j:
+        if first[i - 1] == second[j - 1]:
+            i, j = i - 1, j - 1
+            words.add(first[i])
+        elif _lcs_length(rows[i - 1], j) > _lcs_length(rows[i], j - 1):
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def _rougel_recall(prediction: str, reference: str) -> float:
+    predicted, wanted = (
+        [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+        for text in _rouge_texts(prediction, reference)
+    )
+    found = set().union(*(_lcs_words(one, other) for one in wanted for other in predicted))
+    return len(found) / len(set().union(*wanted))
+
+
+def _rougel_f1(prediction: str, reference: str) -> float:
+    from rouge_score.tokenize import tokenize
+
+    predicted, wanted = tokenize(prediction, None), tokenize(reference, None)
+    if (
+        not predicted or not wanted
+    ):  # the package says 0, but an unchanged answer must count as kept
+        return float(prediction == reference)
+    common = _lcs_length(_lcs_rows(wanted, predicted)[-1], len(predicted))
+    return 2 * common / (len(predicted) + len(wanted))
+
+
+@functools.cache
+def _sacrebleu() -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)
+
+
+def _bleu_token(prediction: str, reference: str) -> float:
+    return _sacrebleu().sentence_score(prediction, [reference]).score / 100
+
+
+def _exact(prediction: str, reference: str) -> float:
+    return float(normalise(prediction) == normalise(reference))
+
+
+def _mention(prediction: str, reference: str) -> float:
+    wanted = normalise(reference)
+    if not wanted:
+        return _exact(prediction, reference)
+    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(prediction)) is not None)
+
+
+# How an answer to a question with lettered choices says its letter, the plainest way first.
+_ALONE = re.compile(r"\W*([A-Za-z])\W*")
+_FIRST = re.compile(r"[\s*_(\[\"']*([A-Z])(?:[\s*_\"']*[.):\],;](?!\w\.)|\s+[-–—=]|\s*\n)")
+_NAMED = re.compile(
+    r"(?i:\b(?:answer|choice|option)(?:\s+(?:is|would be))?)[\s*_:(\[\"']*([A-Z])(?![\w'’])"
+)
+# A capital on its own that is no initial, and neither an article nor a pronoun.
+_SOMEWHERE = re.compile(
+    r"(?<![\w'’.])(?:([B-HJ-Z])(?![\w'’]|\.\w)|A(?![\w'’]|\.\w|\s+(?!is\b|was\b)[A-Za-z])|I(?![\w'’]|\.\w|\s+[a-z]))"
+)
+
+
+def _letter(text: str, anywhere: bool = False) -> str | None:
+    """The choice that a text states as its letter, in one of the plain ways or `anywhere`; None where it states none."""
+    found = _ALONE.fullmatch(text) or _FIRST.match(text) or _NAMED.search(text)
+    if found:
+        return found[1].upper()
+    found = _SOMEWHERE.search(text) if anywhere else None
+    return found and found[0]
+
+
+def _choice(prediction: str, reference: str) -> float:
+    wanted = _letter(reference)
+    if wanted is None:
+        return _exact(prediction, reference)
+    stated = _letter(prediction, anywhere=True)
+    if stated is None:  # an alias has the text of the choice behind its letter
+        return float(bool(rest := _FIRST.sub("", reference, count=1)) and _exact(prediction, rest))
+    return float(stated == wanted)
+
+
+def _length_ratio(prediction: str, reference: str) -> float:
+    predicted, wanted = len(prediction.split()), len(reference.split())
+    return 1.0 if predicted == wanted else predicted / max(wanted, 1)
+
+
+def _repetition(prediction: str, reference: str = "") -> float:
+    words = prediction.split()
+    triples = list(zip(words, words[1:], words[2:]))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+PUBLISHED = "published evaluation of UnKE and AnyEdit (PAPER, section 2)"
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "bleu_char",
+            "higher",
+            "NLTK sentence_bleu of raw strings: character 1- to 4-grams, unsmoothed.",
+            PUBLISHED,
+            _bleu_char,
+        ),
+        Metric(
+            "rouge1_recall",
+            "higher",
+            "Share of the reference's distinct words found; package rouge.",
+            PUBLISHED,
+            functools.partial(_rouge_n_recall, name="rouge-1"),
+        ),
+        Metric(
+            "rouge2_recall",
+            "higher",
+            "Share of the reference's distinct word pairs found; package rouge.",
+            PUBLISHED,
+            functools.partial(_rouge_n_recall, name="rouge-2"),
+        ),
+        Metric(
+            "rougel_recall",
+            "higher",
+            "Share of the reference's distinct words in longest common subsequences of its sentences; equals "
+            "package rouge, with bit-parallel tables.",
+            PUBLISHED,
+            _rougel_recall,
+        ),
+        Metric(
+            "similarity",
+            "higher",
+            "Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT score.",
+            PUBLISHED,
+            None,
+        ),
+        Metric(
+            "rougel_f1",
+            "higher",
+            "F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9 only, no "
+            "stemmer), with bit-parallel tables; equal texts without a token score 1.",
+            "Lin 2004; rouge-score",
+            _rougel_f1,
+        ),
+        Metric(
+            "bleu_token",
+            "higher",
+            "Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1.",
+            "Post 2018; sacrebleu",
+            _bleu_token,
+        ),
+        Metric(
+            "exact",
+            "higher",
+            "1 if prediction and reference (or an alias) are equal with case folded, white space collapsed and one "
+            "final period dropped.",
+            "this project",
+            _exact,
+            best_alias=True,
+        ),
+        Metric(
+            "mention",
+            "higher",
+            "1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words.",
+            "this project",
+            _mention,
+            best_alias=True,
+        ),
+        Metric(
+            "choice",
+            "higher",
+            "1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the "
+            "reference's; only for questions with lettered choices. The same as exact where the reference states no letter.",
+            "this project",
+            _choice,
+            best_alias=True,
+        ),
+        Metric(
+            "length_ratio",
+            "near one",
+            "Words of the prediction per word of the reference.",
+            "this project",
+            _length_ratio,
+        ),
+        Metric(
+            "repetition",
+            "lower",
+            "Share of the prediction's word triples that occurred before: 1 - distinct-3.",
+            "Li et al. 2016 (distinct-n)",
+            _repetition,
+        ),
+    )
+}
+
+# The comparison that counts for each kind of probe, fixed before any row existed (DESIGN, section 9).
+HEADLINE: dict[str, tuple[str, str]] = {
+    "original": ("rougel_f1", "reference"),
+    "paraphrase": ("rougel_f1", "reference"),
+    "detail": ("exact", "reference"),
+    "rel_doc": ("rougel_f1", "before"),
+    "rand_doc": ("rougel_f1", "before"),
+    "struct_trip": ("exact", "before"),
+    "near_triple": ("exact", "before"),
+    "multi_hop": ("exact", "reference"),
+    "general": ("exact", "before"),
+}
+AVERAGE: tuple[str, ...] = (
+    "original",
+    "paraphrase",
+    "detail",
+    "rel_doc",
+    "rand_doc",
+    "struct_trip",
+)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _score_pair(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
+    return {
+        metric.name: max(
+            metric.function(prediction, one)
+            for one in references[: None if metric.best_alias else 1]
+        )
+        for metric in METRICS.values()
+        if metric.function
+    }
+
+
+def score(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    aliases: Sequence[Sequence[str]] | None = None,
+    encoder: Encoder | None = None,
+) -> pd.DataFrame:
+    """Score each prediction against its reference: one row per pair, in order, one column per metric of METRICS.
+
+    `aliases` holds other right answers for each pair (exact and mention accept them). The column `similarity` is there
+    only with an `encoder`. Raises InputError where the lengths differ or a text is not a string.
+    """
+    aliases = [()] * len(predictions) if aliases is None else aliases
+    if not len(predictions) == len(references) == len(aliases):
+        counts = f"{len(predictions)} predictions, {len(references)} references and {len(aliases)} alias lists"
+        raise InputError(
+            f"score: expected one reference (and alias list) for each prediction, found {counts}"
+        )
+    pairs = [(one, (other, *names)) for one, other, names in zip(predictions, references, aliases)]
+    for place, (prediction, wanted) in enumerate(pairs):
+        for text in (prediction, *wanted):
+            if not isinstance(text, str):
+                raise InputError(f"score: pair {place}: expected text, found {type(text).__name__}")
+    names = [name for name in METRICS if name != "similarity" or encoder]
+    frame = pd.DataFrame([_score_pair(*pair) for pair in pairs], columns=names, dtype=float)
+    if encoder and pairs:
+        frame["similarity"] = cosines([pad(one) for one in predictions], references, encoder)
+    return frame

@@ -1,0 +1,264 @@
+"""Edits written one after another into the same weights, or the first of them at once; asked on the way, undone at the end."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from uke.data.edits import Edit
+from uke.errors import InputError
+from uke.methods.catalog import Method
+from uke.methods.edited import EditRecord, change
+from uke.methods.finetune import Training, adapt, prepare, train, weights
+from uke.methods.locate_edit import covariance, solvers
+from uke.methods.peers import Peer
+from uke.models.model import kept, module_names
+from uke.results import rows
+from uke.results.effects import SIDES
+from uke.results.metrics import HEADLINE
+from uke.study.memory import Peak
+from uke.study.score import beside
+from uke.study.study import Study, with_record
+
+FACTOR = "count"  # what the rows vary: how many edits the weights hold
+ASKED = tuple(kind for kind in HEADLINE if kind != "multi_hop")
+
+
+@dataclass
+class Writer:
+    """Writes edits on top of what it wrote before; `before` holds the touched weights as they were at first."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    touched: dict[str, nn.Parameter]
+    before: dict[str, Tensor]
+
+    def write(self, edits: Sequence[Edit]) -> Training:
+        """Write these edits together into the weights as they are now; an adapter is a fresh one, merged when it is trained."""
+        if isinstance(self.method, Peer):
+            return solvers.write(self.model, self.tokenizer, edits, self.method)
+        if self.method.adapter is None:
+            return train(self.model, self.tokenizer, edits, self.method)
+        wrapped = adapt(self.model, self.method, len(edits))
+        try:
+            training = train(wrapped, self.tokenizer, edits, self.method)
+            wrapped.merge_adapter()
+        finally:
+            wrapped.unload()
+        return training
+
+    def norms(self) -> dict[str, float]:
+        """By touched weight, the relative Frobenius norm of all that was changed so far."""
+        return {
+            name: change(weight.detach() - self.before[name], self.before[name])
+            for name, weight in self.touched.items()
+        }
+
+
+@contextmanager
+def sequence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method
+) -> Iterator[Writer]:
+    """A writer whose edits pile up in the model's own weights.
+
+    On exit, also after an exception, every weight is bit for bit as before, as are buffers, `requires_grad` and the
+    training mode; only the weights that the method touches are copied for that. Peers keep to the second moments of the
+    model as it is on entry. Raises InputError for the in-context method, which writes nothing, and as `finetune.weights`,
+    `baselines.weights` and what writes do.
+    """
+    if isinstance(method, Peer) and method.solver == "in_context":
+        raise InputError(
+            f"{method.name}: moves no weight, so nothing piles up; expected a method that writes"
+        )
+    if isinstance(method, Peer):
+        covariance.folder(model)  # known by its unedited weights before any of them moves
+    touched = _touched(model, method)
+    storages = {name: weight.data for name, weight in touched.items()}
+    before = {name: weight.detach().clone() for name, weight in touched.items()}
+    with kept(model, {}):
+        try:
+            yield Writer(model.eval(), tokenizer, method, touched, before)
+        finally:
+            for name, weight in touched.items():
+                # Merging may have put another tensor in the weight's place.
+                weight.data = storages[name]
+                weight.data.copy_(before[name])
+
+
+def _touched(model: PreTrainedModel, method: Method) -> dict[str, nn.Parameter]:
+    """The model's own weights that the method changes; for an adapter those it is merged into."""
+    if isinstance(method, Peer):
+        return solvers.weights(model, method)
+    if method.adapter is None:
+        return weights(model, method)
+    parameters = dict(model.named_parameters())
+    return {
+        f"{name}.weight": parameters[f"{name}.weight"]
+        for name in module_names(model, method.layers, method.components)
+    }
+
+
+def first_and_last(written: Sequence[Edit], asked: int) -> list[Edit]:
+    """The first `asked` edits and the last `asked`, each once."""
+    return [*written[:asked], *written[max(asked, len(written) - asked) :]]
+
+
+def run(
+    study: Study, method: Method, counts: Sequence[int], asked: int, together: bool = False
+) -> None:
+    """Write rows of the first and the last `asked` edits after each of `counts` edits, one unit for the whole sequence.
+
+    Depth first, every edit is trained to its end before the next, on top of it; with `together`, breadth first, the first
+    n edits are trained at once from the unedited weights, for each n anew. Seconds are those since the count before. Where
+    a method breaks down on the way, the rows end with the last count it reached, and their notes say why; it raises where
+    it reached none. Raises InputError for counts or `asked` below 1, or more edits than the study has.
+    """
+    edits, counts = study.material.edits, sorted(set(counts))
+    if not counts or counts[0] < 1 or counts[-1] > len(edits) or asked < 1:
+        raise InputError(
+            f"study {study.name}: counts {counts}, asked {asked}: expected numbers from 1 to {len(edits)}, the edits there are"
+        )
+    marks = {"model": study.mark, "data": study.material.fingerprint, "recipe": method.fingerprint}
+    choices = study.labels | {
+        "learning_rate": method.learning_rate,
+        "seed": method.seed,
+        "factor": FACTOR,
+    }
+    texts = covariance.digest(study.model) if isinstance(method, Peer) else None
+    prepare(study.model, study.tokenizer, edits[: counts[-1]], method)
+    said = {
+        "counts": " ".join(map(str, counts)),
+        "asked": asked,
+        "together": together,
+        "texts": texts,
+        "code": rows.code_fingerprint(("study.sequential",)),
+    }
+    unit = rows.unit_key(method.name, **said, **study.conditions, **marks)
+    if not rows.done(study.paths, study.name, unit, marks):
+        frame = _spared(
+            study,
+            method,
+            lambda: _reached((_at_once if together else _one_by_one)(study, method, counts, asked)),
+        )
+        study.append(unit, frame.assign(method=method.name, **choices, **marks))
+    study.units.append(unit)
+
+
+def _spared(study: Study, method: Method, written: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The rows of a whole sequence, begun anew in a way that takes less where memory runs out."""
+    while True:
+        try:
+            with study.thrift.used():
+                return written()
+        except torch.OutOfMemoryError:
+            if not study.spare(method, 1):
+                raise
+
+
+def _reached(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of all checkpoints, or of those before a method broke down, which the last one's notes then say."""
+    frames: list[pd.DataFrame] = []
+    try:
+        for frame in checkpoints:
+            frames.append(frame)
+    except (FloatingPointError, InputError) as error:
+        if not frames:
+            raise
+        frames[-1] = frames[-1].assign(notes=f"broke down before the next count: {error}")
+    return pd.concat(frames, ignore_index=True)
+
+
+def _one_by_one(
+    study: Study, method: Method, counts: Sequence[int], asked: int
+) -> Iterator[pd.DataFrame]:
+    edits = study.material.edits
+    with (
+        sequence(study.model, study.tokenizer, method) as writer,
+        _bar(study, method, counts[-1]) as bar,
+    ):
+        for start, count in zip([0, *counts], counts):
+            yield _checkpoint(
+                study,
+                writer,
+                ([edit] for edit in edits[start:count]),
+                first_and_last(edits[:count], asked),
+            ).pipe(_placed, count)
+            bar.update(count - start)
+
+
+def _at_once(
+    study: Study, method: Method, counts: Sequence[int], asked: int
+) -> Iterator[pd.DataFrame]:
+    edits = study.material.edits
+    with _bar(study, method, sum(counts)) as bar:
+        for count in counts:
+            with sequence(study.model, study.tokenizer, method) as writer:
+                yield _checkpoint(
+                    study, writer, [edits[:count]], first_and_last(edits[:count], asked)
+                ).pipe(_placed, count)
+            bar.update(count)
+
+
+def _bar(study: Study, method: Method, edits: int) -> tqdm:
+    return tqdm(desc=f"{study.name}: {method.name}", total=edits, mininterval=5)
+
+
+def _placed(frame: pd.DataFrame, count: int) -> pd.DataFrame:
+    return frame.assign(batch=count, batch_size=count, level=f"after {count}")
+
+
+def _checkpoint(
+    study: Study, writer: Writer, batches: Iterator[Sequence[Edit]], asked: Sequence[Edit]
+) -> pd.DataFrame:
+    """Write the batches one after another, then ask about some edits: their rows, the course in the first."""
+    probes = [
+        probe for edit in asked for probe in study.material.probes[edit.id] if probe.kind in ASKED
+    ]
+    before, memory, started = study.before, Peak(study.model.device), time.perf_counter()
+    trainings = [writer.write(batch) for batch in batches]
+    highest, between = memory.mib(), time.perf_counter()
+    frame = beside(study.ask(writer.model, probes), before)
+    seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
+    last = EditRecord(
+        trainings[-1].losses,
+        sum(one.steps for one in trainings),
+        seconds["train_seconds"],
+        trainings[-1].stopped,
+        writer.norms(),
+        study.thrift.notes,
+    )
+    return with_record(frame.assign(phase="after", peak_mib=highest, **seconds), last)
+
+
+def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFrame:
+    """What happens to the first edits and to the last, to locality and to a general skill, as edits pile up.
+
+    `scores` is what `rows.headline` gives of this module's rows. Columns: method, count, edit, view and score; of `first
+    edits` and `last edits` (the same where all are few) it is that of the original question.
+    """
+    number = scores["edit"].map({edit.id: place for place, edit in enumerate(edits)})
+    original = scores["kind"] == "original"
+    chosen = {
+        "first edits": original & (number < asked),
+        "last edits": original & (number >= scores["batch"] - asked),
+        "locality": scores["kind"].isin(SIDES["kept"]),
+        "general skill": scores["kind"] == "general",
+    }
+    parts = [
+        scores[mask]
+        .groupby(["method", "batch", "edit"], sort=False)["score"]
+        .mean()
+        .reset_index()
+        .assign(view=name)
+        for name, mask in chosen.items()
+    ]
+    return pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})[
+        ["method", "count", "edit", "view", "score"]
+    ]
