@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from uke.cli import params
+from uke.data.documents import COLLECTIONS as COLLECTION_FOLDERS, find_collections
+from uke.data.edits import find_data
 from uke.project import Paths
 
 ROOT = Path(workflow.basedir)
@@ -18,9 +20,9 @@ PATHS = Paths(PROFILE, DATA)
 STUDIES = {study.notebook: study for study in params.studies(ROOT)}
 TUNING = [name for name in STUDIES if name.split("_")[0] == "tuning"]
 SHARED = {key: value for key, value in config.items() if key not in ("profile", "data", "threads")}
-COLLECTIONS = {name: params.find_collections(name, [path for path in str(config.get(name, "")).split(",") if path]) for name in params.COLLECTIONS}
+COLLECTIONS = {name: find_collections(name, [path for path in str(config.get(name, "")).split(",") if path]) for name in COLLECTION_FOLDERS}
 REPORTED = [study.notebook for study in params.reported(ROOT, PROFILE, DATA, bool(COLLECTIONS["documents"]))]
-FILE = [path] if (path := params.find_data(DATA, str(config.get("data_file", "")))) else []
+FILE = [path] if (path := find_data(DATA, str(config.get("data_file", "")))) else []
 GIVEN_COLLECTIONS = " ".join(f"--shared {shlex.quote(f'{name}={config[name]}')}" for name in COLLECTIONS if name in config)
 RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from uke.cli import kernels, manifests, params, run
+from uke.data.documents import find_collections
+from uke.data.edits import DATA_FILES, find_data
 from uke.errors import InputError
 
 PARAMETERS = """profile = "quick"  # sizes
@@ -227,21 +229,21 @@ def test_data_is_found_by_folder_or_by_file_and_never_guessed(project, monkeypat
     (folder / "structured").mkdir(parents=True)
     monkeypatch.setenv("UKE_DATA", str(folder))
     with pytest.raises(InputError, match="expected one file structured/zsre"):
-        params.find_data("zsre")
+        find_data("zsre")
     first = folder / "structured" / "zsre_a.json"
     first.write_text("[]")
-    assert params.find_data("zsre") == str(first)
+    assert find_data("zsre") == str(first)
     (folder / "structured" / "zsre_b.json").write_text("[]")
     with pytest.raises(InputError, match="zsre_a.json, zsre_b.json; name it with DATA_FILE"):
-        params.find_data("zsre")
-    assert params.find_data("zsre", str(first)) == str(first)
-    assert params.find_data("world") == ""
+        find_data("zsre")
+    assert find_data("zsre", str(first)) == str(first)
+    assert find_data("world") == ""
 
 
 def test_every_dataset_that_can_be_read_can_be_found():
     from uke.data import edits
 
-    assert set(params.DATA_FILES) == set(edits.DATASETS)
+    assert set(DATA_FILES) == set(edits.DATASETS)
 
 
 def test_a_run_uses_this_interpreter_and_writes_outputs_and_manifest(project, monkeypatch):
@@ -417,15 +419,14 @@ def test_a_profile_of_its_own_has_its_own_report_and_a_set_needs_documents(proje
 
 def test_collections_are_those_given_else_those_of_the_folder(project, monkeypatch):
     monkeypatch.delenv("UKE_DATA", raising=False)
-    assert params.find_collections("documents") == ()
+    assert find_collections("documents") == ()
     (project / "wikipedia").mkdir()
     for name in ("b.jsonl", "a.txt", ".hidden"):
         (project / "wikipedia" / name).write_text("x")
     monkeypatch.setenv("UKE_DATA", str(project))
-    assert [path.name for path in params.find_collections("documents")] == ["a.txt", "b.jsonl"]
+    assert [path.name for path in find_collections("documents")] == ["a.txt", "b.jsonl"]
     assert [
-        path.name
-        for path in params.find_collections("documents", [str(project / "wikipedia/b.jsonl")])
+        path.name for path in find_collections("documents", [str(project / "wikipedia/b.jsonl")])
     ] == ["b.jsonl"]
     with pytest.raises(InputError, match="documents: nowhere.jsonl: no such file"):
-        params.find_collections("documents", ["nowhere.jsonl"])
+        find_collections("documents", ["nowhere.jsonl"])

@@ -7,7 +7,6 @@ Every name and type is checked against the literals of the parameters cell, so n
 
 import ast
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from uke.data.edits import DATA_FILES
 from uke.errors import InputError, nearest
 
 Value = bool | int | float | str | list | None
@@ -24,23 +24,6 @@ Value = bool | int | float | str | list | None
 RESERVED = ("profile", "data")
 
 LOCALITY = "02_locality"  # the notebook that builds locality sets
-COLLECTIONS = {
-    "documents": "wikipedia",
-    "structured": "structured",
-}  # its parameters, and where UKE_DATA has their files
-
-# Where a benchmark's file lies below the folder UKE_DATA; "world" is generated and needs none.
-DATA_FILES = {
-    "unkebench": "unkebench/final_data_v*.json",
-    "akew-counterfact": "akew/CounterFact*.json",
-    "akew-mquake": "akew/MQuAKE-CF*.json",
-    "akew-wikiupdate": "akew/WikiUpdate*.json",
-    "editeverything": "editeverything/editevery*.json",
-    "zsre": "structured/zsre*.json",
-    "counterfact": "structured/counterfact*.json",
-    "wikibigedit": "structured/wikibigedit*.json",
-    "knowedit": "structured/knowedit*.json",
-}
 
 
 class _Loader(yaml.SafeLoader):
@@ -312,47 +295,3 @@ def parse(place: str, name: str, text: str, default: Value) -> Value:
     except (yaml.YAMLError, ValueError):
         value = text
     return value if isinstance(value, Value) else text
-
-
-def find_data(data: str, data_file: str = "") -> str:
-    """Absolute path of the file that holds the benchmark `data`; "" for the generated world.
-
-    `data_file` if given, otherwise the one file of that name in the folder named by the environment variable UKE_DATA.
-    """
-    if data == "world" and not data_file:
-        return ""
-    if data == "world":
-        raise InputError(
-            f"data_file: {data_file}: the world is generated; name the benchmark that this file is of with DATA="
-        )
-    if data_file:
-        if not Path(data_file).is_file():
-            raise InputError(f"data_file: {data_file}: no such file")
-        return str(Path(data_file).resolve())
-    folder = os.environ.get("UKE_DATA", "")
-    if not folder or not Path(folder).is_dir():
-        said = f"UKE_DATA names no folder: '{folder}'" if folder else "UKE_DATA is not set"
-        raise InputError(
-            f"data: {data} needs a file, and {said}; set it, or give the file itself as DATA_FILE"
-        )
-    found = sorted(Path(folder).glob(DATA_FILES[data]))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise InputError(
-            f"{folder}: data: {data}: expected one file {DATA_FILES[data]}, found {names}; name it with DATA_FILE"
-        )
-    return str(found[0].resolve())
-
-
-def find_collections(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
-    """The files of one of COLLECTIONS: those given, else all in its folder of UKE_DATA, none where that names no folder.
-
-    Raises InputError for a given file that does not exist.
-    """
-    if missing := [path for path in given if not Path(path).expanduser().is_file()]:
-        raise InputError(f"{name}: {missing[0]}: no such file")
-    if (folder := os.environ.get("UKE_DATA", "")) and not given:
-        given = sorted(
-            path for path in (Path(folder) / COLLECTIONS[name]).glob("[!.]*") if path.is_file()
-        )
-    return tuple(Path(path).expanduser().resolve() for path in given)

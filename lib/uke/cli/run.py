@@ -22,6 +22,8 @@ import papermill
 
 from uke.cli import manifests, params, preflight
 from uke.cli.kernels import Expired, Kernel, leased_device, time_limit
+from uke.data.documents import COLLECTIONS, find_collections
+from uke.data.edits import find_data
 from uke.errors import InputError
 from uke.project import Paths
 
@@ -118,12 +120,10 @@ def plan(options: argparse.Namespace) -> Plan:
         if key in own
     }
     if "data_file" in parameters:
-        parameters["data_file"] = params.find_data(data, parameters["data_file"])
-    for given in params.COLLECTIONS:
+        parameters["data_file"] = find_data(data, parameters["data_file"])
+    for given in COLLECTIONS:
         if given in parameters and data != "world":
-            parameters[given] = [
-                str(path) for path in params.find_collections(given, parameters[given])
-            ]
+            parameters[given] = [str(path) for path in find_collections(given, parameters[given])]
     if {"levels", "methods"} <= own and any(pair.startswith("methods=") for pair in options.shared):
         parameters["methods"] = preflight.with_levels(root, parameters)
     preflight.check(root, data, parameters)
@@ -309,10 +309,8 @@ def _documents(options: argparse.Namespace) -> bool:
     """Whether there are documents to build a locality set from; InputError for one that is named and does not exist."""
     given = dict(pair.partition("=")[::2] for pair in options.shared)
     found = {
-        name: params.find_collections(
-            name, [path for path in given.get(name, "").split(",") if path]
-        )
-        for name in params.COLLECTIONS
+        name: find_collections(name, [path for path in given.get(name, "").split(",") if path])
+        for name in COLLECTIONS
     }
     return bool(found["documents"])
 

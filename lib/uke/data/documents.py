@@ -4,12 +4,13 @@ Every form is streamed, but for `xquad`, one JSON value that is read whole. What
 """
 
 import json
+import os
 import random
 import re
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -303,3 +304,21 @@ def _growth(count: int, folder: Path, form: str) -> dict[str, float]:
         "peak_mib": peak / 2**20,
         "seconds": seconds,
     }
+
+
+# Parameters that name collections of files, and where UKE_DATA has them.
+COLLECTIONS = {"documents": "wikipedia", "structured": "structured"}
+
+
+def find_collections(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
+    """The files of one of COLLECTIONS: those given, else all in its folder of UKE_DATA, none where that names no folder.
+
+    Raises InputError for a given file that does not exist.
+    """
+    if missing := [path for path in given if not Path(path).expanduser().is_file()]:
+        raise InputError(f"{name}: {missing[0]}: no such file")
+    if (folder := os.environ.get("UKE_DATA", "")) and not given:
+        given = sorted(
+            path for path in (Path(folder) / COLLECTIONS[name]).glob("[!.]*") if path.is_file()
+        )
+    return tuple(Path(path).expanduser().resolve() for path in given)

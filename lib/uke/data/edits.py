@@ -7,6 +7,7 @@ edit itself; `rel_doc`, `rand_doc`, `struct_trip` and `near_triple` for what mus
 
 import hashlib
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -289,3 +290,47 @@ def fingerprint(edits: Iterable[Edit], probes: Iterable[Probe] = ()) -> str:
     """16 hex digits that change with any field, and with the order, of these edits and probes."""
     groups = [[value.model_dump(mode="json") for value in group] for group in (edits, probes)]
     return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Where a benchmark's file lies below the folder UKE_DATA; "world" is generated and needs none.
+DATA_FILES = {
+    "unkebench": "unkebench/final_data_v*.json",
+    "akew-counterfact": "akew/CounterFact*.json",
+    "akew-mquake": "akew/MQuAKE-CF*.json",
+    "akew-wikiupdate": "akew/WikiUpdate*.json",
+    "editeverything": "editeverything/editevery*.json",
+    "zsre": "structured/zsre*.json",
+    "counterfact": "structured/counterfact*.json",
+    "wikibigedit": "structured/wikibigedit*.json",
+    "knowedit": "structured/knowedit*.json",
+}
+
+
+def find_data(data: str, data_file: str = "") -> str:
+    """Absolute path of the file that holds the benchmark `data`; "" for the generated world.
+
+    `data_file` if given, otherwise the one file of that name in the folder named by the environment variable UKE_DATA.
+    """
+    if data == "world" and not data_file:
+        return ""
+    if data == "world":
+        raise InputError(
+            f"data_file: {data_file}: the world is generated; name the benchmark that this file is of with DATA="
+        )
+    if data_file:
+        if not Path(data_file).is_file():
+            raise InputError(f"data_file: {data_file}: no such file")
+        return str(Path(data_file).resolve())
+    folder = os.environ.get("UKE_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        said = f"UKE_DATA names no folder: '{folder}'" if folder else "UKE_DATA is not set"
+        raise InputError(
+            f"data: {data} needs a file, and {said}; set it, or give the file itself as DATA_FILE"
+        )
+    found = sorted(Path(folder).glob(DATA_FILES[data]))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(
+            f"{folder}: data: {data}: expected one file {DATA_FILES[data]}, found {names}; name it with DATA_FILE"
+        )
+    return str(found[0].resolve())

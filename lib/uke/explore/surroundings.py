@@ -7,9 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from uke.cli import params
 from uke.data import edits as edit_files
-from uke.data.edits import Detail, Edit, Probe
+from uke.data.edits import Detail, Edit, Probe, find_data
 from uke.errors import InputError, nearest
 from uke.explore.choices import Refused
 from uke.locality import card
@@ -50,7 +49,7 @@ class Library:
             self.edits = edit_files.load(self.order.dataset, self.order.edit_file)
             exercises = self._exercises
         else:
-            file = params.find_data(paths.data, data_file)
+            file = find_data(paths.data, data_file)
             self.edits = tuple(
                 edit
                 for edit in edit_files.load(paths.data, file)

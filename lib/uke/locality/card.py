@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from uke.cli import params
 from uke.data import documents, edits
-from uke.data.edits import Item
+from uke.data.documents import COLLECTIONS, find_collections
+from uke.data.edits import Item, find_data
 from uke.errors import InputError, nearest
 from uke.locality.build import Settings, Sources, build, fitted
 from uke.project import Paths, code_fingerprint
@@ -100,15 +101,15 @@ def of_world(folder: Path, split: str, dataset: str = "unkebench") -> Order:
 def of_files(data: str, data_file: str, given: Sequence[str], structured: Sequence[str]) -> Order:
     """The set of a benchmark's file: what is given, else what the folder UKE_DATA has; InputError where nothing is."""
     found = {
-        "documents": params.find_collections("documents", given),
-        "structured": params.find_collections("structured", structured),
+        "documents": find_collections("documents", given),
+        "structured": find_collections("structured", structured),
     }
-    for name, folder in params.COLLECTIONS.items():
+    for name, folder in COLLECTIONS.items():
         if not found[name]:
             raise InputError(
                 f"locality: no file to take {name} from; name them with {name.upper()}=, or have them in {folder}/ of the folder UKE_DATA"
             )
-    return Order(data, Path(params.find_data(data, data_file)), **found)
+    return Order(data, Path(find_data(data, data_file)), **found)
 
 
 def built(paths: Paths) -> Path:
