@@ -96,14 +96,14 @@ def test_windows_show_the_median_over_edits_before_and_after():
 
 def test_a_plane_has_a_point_for_each_method_and_a_cross_for_the_unedited_model():
     frame = pd.DataFrame(
-        {"method": ["FT-M", "before the edit"], "kept": [0.9, 1.0], "written": [0.5, 0.1]}
+        {"method": ["FT-M", "no edit"], "kept": [0.9, 1.0], "written": [0.5, 0.1]}
     )
     marks = {
         line.get_label(): (line.get_marker(), line.get_xdata()[0])
         for line in diagrams.plane(frame).axes[0].get_lines()
         if not line.get_label().startswith("_")
     }
-    assert marks == {"FT-M": ("o", 0.9), "before the edit": ("x", 1.0)}
+    assert marks == {"FT-M": ("o", 0.9), "no edit": ("x", 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ ACROSS = pd.DataFrame(
         for level, score in (("all", start + 0.2), ("eighth 1", start), ("eighth 2", start + 0.1))
         for edit in (0, 1)
     ]
-    + [("before the edit", "before the edit", "average", edit, 0.25) for edit in (0, 1)],
+    + [("no edit", "no edit", "average", edit, 0.25) for edit in (0, 1)],
     columns=["level", "method", "kind", "edit", "score"],
 )
 
@@ -227,7 +227,7 @@ def test_levels_that_stand_alone_are_points_beside_the_line_and_not_on_it():
     points = [list(line.get_ydata()) for line in ax.get_lines() if line.get_marker() in ("o", "s")]
     assert points == [pytest.approx([0.35, 0.45, 0.55]), pytest.approx([0.15, 0.25, 0.35])]
     assert any(
-        list(line.get_ydata()) == [0.25, 0.25] and line.get_label() == "before the edit"
+        list(line.get_ydata()) == [0.25, 0.25] and line.get_label() == "no edit"
         for line in ax.get_lines()
     )
 
@@ -241,7 +241,7 @@ def test_a_level_that_a_method_lacks_leaves_its_place_empty():
 
 
 def test_rows_of_panels_are_kept_apart():
-    frame = ACROSS[ACROSS["method"] != "before the edit"].assign(trained="with")
+    frame = ACROSS[ACROSS["method"] != "no edit"].assign(trained="with")
     axes = diagrams.across(frame, by="trained", row="method").axes
     assert [ax.get_title(loc="left") for ax in axes] == ["FT-M: Average", "LoRA: Average"]
     assert [

@@ -65,21 +65,21 @@ def test_details_of_one_edit_do_not_count_as_several_edits():
 
 
 def test_the_model_before_the_edit_is_a_reference_and_no_method():
-    frame = scores("FT-M", "before the edit", "floor")
+    frame = scores("FT-M", "no edit", "floor")
     fig = figures.levels(frame)
     ax = panels(fig)["RelDoc"]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["FT-M"]
-    before = frame[(frame["method"] == "before the edit") & (frame["kind"] == "rel_doc")][
+    before = frame[(frame["method"] == "no edit") & (frame["kind"] == "rel_doc")][
         "score"
     ].mean()
     dashed = [line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2]
     assert dashed == [pytest.approx(before)]
     assert {text.get_text() for text in fig.legends[0].get_texts()} == {
-        "before the edit",
+        "no edit",
         "below the floor",
     }
     with pytest.raises(InputError, match="besides the references"):
-        figures.levels(scores("before the edit"))
+        figures.levels(scores("no edit"))
 
 
 def test_a_method_keeps_its_colour_whatever_stands_beside_it():

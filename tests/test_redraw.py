@@ -37,7 +37,7 @@ def scored() -> pd.DataFrame:
     drawn = np.random.default_rng(3)
     lines = [
         (method, kind, f"e{edit}", drawn.uniform())
-        for method in ("FT-M", "LoRA", "before the edit")
+        for method in ("FT-M", "LoRA", "no edit")
         for kind in ("original", "detail", "rel_doc")
         for edit in range(5)
     ]

@@ -225,7 +225,7 @@ def test_markup_in_the_data_stays_text_in_page_pdf_and_table(paths):
     made = section(paths)
     frame = pd.DataFrame({"answer": [NASTY, "<script>alert(1)</script>"], NASTY: [1.5, None]})
     made.table(frame, "answers", f"Caption {NASTY}")
-    for write in (made.finding, made.limit, made.warn, made.answer):
+    for write in (made.observe, made.limit, made.warn, made.answer):
         write(NASTY)
     made.check(True, NASTY)
     made.method({"name": NASTY, "extra_field": NASTY})
@@ -286,7 +286,7 @@ def scored():
     rows = [
         (method, kind, f"e{edit}", value + 0.01 * edit)
         for method, values in {
-            "before the edit": {"original": 0.9, "detail": 0.1},
+            "no edit": {"original": 0.9, "detail": 0.1},
             "FT-L": {"original": 0.3, "detail": 0.1},
             "FT-M": {"original": 0.8},
         }.items()
@@ -298,7 +298,7 @@ def scored():
 
 def test_the_best_method_is_bold_and_the_unedited_model_never_is(tmp_path):
     table = tables.scores(scored())
-    assert table["method"].tolist() == ["FT-L", "FT-M", "before the edit"]
+    assert table["method"].tolist() == ["FT-L", "FT-M", "no edit"]
     assert [cell.best for cell in table["original"]] == [False, True, False]
     tables.save(table, tmp_path, "scores", "Scores.")
     markdown = (tmp_path / "scores.md").read_text(encoding="utf-8")
@@ -315,7 +315,7 @@ def test_the_best_method_is_bold_and_the_unedited_model_never_is(tmp_path):
 
 def test_a_row_that_was_expected_has_dashes_and_the_gaps_of_a_grid_are_said():
     table = tables.scores(scored(), expected=["FT-M", "MEMIT", "FT-L"])
-    assert table["method"].tolist() == ["FT-M", "MEMIT", "FT-L", "before the edit"]
+    assert table["method"].tolist() == ["FT-M", "MEMIT", "FT-L", "no edit"]
     assert [cell["text"] for cell in tables.cells(table)["rows"][1]] == ["MEMIT", "–", "–"]
     frame = scored()[["method", "kind", "edit"]].assign(batch_size=8)
     cells = [(method, size) for method in ("FT-M", "MEMIT") for size in (1, 8)]
@@ -368,7 +368,7 @@ def test_a_wiring_run_says_so_on_top_and_no_other_run_does(paths):
     made.save()
     report.compose(paths)
     assert "Wiring only" not in words(paths)
-    made.wiring_only = True
+    made.smoke_run = True
     made.save()
     report.compose(paths)
     text = words(paths)
@@ -530,7 +530,7 @@ def spoken(**said):
         text = str(value) + (f" [{ends[0]}, {ends[1]}]" if ends else "") + ", n = 20"
         numbers[key.replace("__", ".")] = {"value": value, "n": 20, "unit": "", "said": text}
     return [
-        {"notebook": "07_recipe", "numbers": numbers, "answer": "An answer.", "wiring_only": False}
+        {"notebook": "07_recipe", "numbers": numbers, "answer": "An answer.", "smoke_run": False}
     ]
 
 
@@ -602,7 +602,7 @@ def test_few_edits_and_a_single_size_are_said_as_such():
 
 
 def test_the_abstract_of_a_wiring_run_has_no_result_and_one_without_results_has_the_answers():
-    wiring = [section | {"wiring_only": True} for section in spoken(**STUDY)]
+    wiring = [section | {"smoke_run": True} for section in spoken(**STUDY)]
     assert (
         "support no verdict" in abstract.write(wiring)
         and "16.5" not in abstract.write(wiring)

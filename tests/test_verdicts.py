@@ -180,7 +180,7 @@ def section(folder, name, numbers, **more):
 def test_numbers_come_from_this_run_and_from_the_other_worlds_beside_it(tmp_path):
     own, other = tmp_path / "embedded", tmp_path / "embedded-world-2"
     section(own, "07_recipe", {"single.lead": said(*SURE)})
-    section(own, "08_batch_size", {"batch.trend": said(*SURE)}, wiring_only=True)
+    section(own, "08_batch_size", {"batch.trend": said(*SURE)}, smoke_run=True)
     section(own, verdicts.NOTEBOOK, {"verdict.a": said(1)})
     other.mkdir()
     (other / "numbers.json").write_text(json.dumps({"single.lead": said(*HINT)}))

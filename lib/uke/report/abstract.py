@@ -37,7 +37,7 @@ def write(sections: Iterable[Mapping[str, Any]]) -> str:
     """
     sections = list(sections)
     numbers = {key: said for section in sections for key, said in section["numbers"].items()}
-    if any(section["wiring_only"] for section in sections):
+    if any(section["smoke_run"] for section in sections):
         return _join(
             OPENING,
             _material(numbers),

@@ -24,7 +24,7 @@ SUBTITLE = (
     "Reassessing Knowledge Editing for Unstructured Data”"
 )
 FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
-WIRING_ONLY = (
+SMOKE_RUN = (
     "This run shows that loading, asking and scoring work on these data. It supports no verdict."
 )
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -80,7 +80,7 @@ def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> d
         "profile": str(getattr(paths, "profile", None) or Path(paths.figures).name),
         "data": str(getattr(paths, "data", None) or ""),
         "fourth_factor": FOURTH_FACTOR,
-        "wiring_only": WIRING_ONLY if any(section["wiring_only"] for section in sections) else "",
+        "smoke_run": SMOKE_RUN if any(section["smoke_run"] for section in sections) else "",
         "warnings": warnings,
         "environment": _environment(sections, ran),
     }

@@ -258,7 +258,7 @@ def plane(
 ) -> Figure:
     """One score against another, a point for each `by`; on a dashed line the mean of both is the same.
 
-    `frame` has one row for each `by`; the row called `before the edit` is drawn as a cross.
+    `frame` has one row for each `by`; the row called `no edit` is drawn as a cross.
     """
     require(frame, [by, x, y], "plane")
     with matplotlib.rc_context(RC):
@@ -303,7 +303,7 @@ def across(
     """Mean score with its 95% interval at each level of `x`, a line for each `by`, a column of panels for each `panel`, a row for each `row`.
 
     `frame` has the columns x, by, panel, (row,) edit and score, in the order of the levels. Levels that are `alone` stand beside
-    the line and not on it. Rows whose `by` is `before the edit` become a dashed line, their level does not count.
+    the line and not on it. Rows whose `by` is `no edit` become a dashed line, their level does not count.
     """
     row = row or panel
     summary = summarise(frame, dict.fromkeys((x, by, panel, row)), "across")
@@ -343,8 +343,8 @@ def _across(
     ax: Axes, own: pd.DataFrame, places: Mapping[str, float], look: Mapping, alone: Sequence[str]
 ) -> None:
     """One panel: a line for each name over the levels in their places, names side by side."""
-    for mean in own.loc[own["name"] == "before the edit", "mean"]:
-        ax.axhline(mean, color=GREY, lw=1, ls=(0, (3, 2)), zorder=1, label="before the edit")
+    for mean in own.loc[own["name"] == "no edit", "mean"]:
+        ax.axhline(mean, color=GREY, lw=1, ls=(0, (3, 2)), zorder=1, label="no edit")
     for turn, (name, (colour, mark)) in enumerate(look.items()):
         found = own[own["name"] == name].set_index("place").reindex(list(places))
         where = pd.Series(places) + 0.14 * (turn - (len(look) - 1) / 2)

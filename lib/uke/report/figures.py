@@ -1,6 +1,6 @@
 """Figures: one style, fixed colours, one function per kind of figure that takes a tidy table and returns a figure.
 
-Widths are those of a paper: COLUMN (3.4 in) and FULL (6.8 in). The kinds of probe, `before the edit` and `floor` are
+Widths are those of a paper: COLUMN (3.4 in) and FULL (6.8 in). The kinds of probe, `no edit` and `floor` are
 named as in `tables`; colours are those of `drawing`. No figure stays in pyplot's memory.
 """
 
@@ -30,7 +30,7 @@ def levels(
     """A panel per kind of probe: mean score with its 95% interval for each `by`, dodged and coloured by `within`.
 
     `frame` has the columns by, kind, edit, score (within, batch where used), or by, kind, mean, low, high. Rows whose
-    `by` is `before the edit` or `floor` become a dashed line and a shaded range. Raises InputError for a missing column.
+    `by` is `no edit` or `floor` become a dashed line and a shaded range. Raises InputError for a missing column.
     """
     within = within or by
     summary = summarise(frame, dict.fromkeys((by, within, "kind")), "levels")
@@ -105,9 +105,9 @@ def _grid(kinds: Sequence[str], count: int) -> tuple[dict[str, tuple[int, int]],
 def _draw_references(ax: Axes, references: pd.DataFrame) -> None:
     if "floor" in references.index:
         ax.axvspan(-9, references.loc["floor", "mean"], color=PALE, alpha=0.75, lw=0, zorder=0)
-    if "before the edit" in references.index:
+    if "no edit" in references.index:
         ax.axvline(
-            references.loc["before the edit", "mean"], color=GREY, lw=1, ls=(0, (3, 2)), zorder=1
+            references.loc["no edit", "mean"], color=GREY, lw=1, ls=(0, (3, 2)), zorder=1
         )
 
 
@@ -172,8 +172,8 @@ def _explain(fig: Figure, names: Iterable[str], look: dict) -> None:
         Line2D([], [], color=colour, marker=mark, label=LABELS.get(name, name))
         for name, (colour, mark) in look.items()
     ]
-    if "before the edit" in set(names):
-        handles.append(Line2D([], [], color=GREY, lw=1, ls=(0, (3, 2)), label="before the edit"))
+    if "no edit" in set(names):
+        handles.append(Line2D([], [], color=GREY, lw=1, ls=(0, (3, 2)), label="no edit"))
     if "floor" in set(names):
         handles.append(Patch(color=PALE, alpha=0.75, lw=0, label="below the floor"))
     if handles:

@@ -26,7 +26,7 @@ _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
 _SHOWN = {"number": "said", "word": "unit"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_BLANK = {"question": "", "answer": "", "wiring_only": False, "environment": {}} | {
+_BLANK = {"question": "", "answer": "", "smoke_run": False, "environment": {}} | {
     part: [] for part in ("blocks", "checks", "limits", "warnings", "recipes")
 }
 
@@ -34,7 +34,7 @@ _BLANK = {"question": "", "answer": "", "wiring_only": False, "environment": {}}
 class Section:
     """What one notebook contributes to the report; `paths.figures` is the directory everything is written to.
 
-    `environment` (a dict) and `wiring_only` (a flag) may be set; the rest is collected by the methods. Texts are plain,
+    `environment` (a dict) and `smoke_run` (a flag) may be set; the rest is collected by the methods. Texts are plain,
     words between backticks are code. A notebook shows figures, tables, findings and warnings where they are placed, also
     within an `if` or a loop. Raises InputError for a bad key or name, a repeated one, or a number that is none.
     """
@@ -43,7 +43,7 @@ class Section:
         self.notebook, self.title, self.question = notebook, title, question
         self.directory = Path(paths.figures)
         self.environment: dict[str, Any] = {}
-        self.wiring_only = False
+        self.smoke_run = False
         self.recipes: list[dict] = []
         self._numbers: dict[str, dict] = {}
         self._parts: dict[str, Any] = {"answer": ""} | {
@@ -119,10 +119,16 @@ class Section:
         self._parts["answer"] = text
         return text
 
-    def finding(self, text: str) -> None:
-        """A paragraph of what is seen, placed here in the section."""
+    def observe(self, text: str, expected: bool | None = None) -> str:
+        """Say here what a figure or a table shows, and whether that is as expected.
+
+        `expected` puts "As expected:" or "Not as expected:" in front of the sentence.
+        """
+        prefix = {None: "", True: "As expected: ", False: "Not as expected: "}
+        text = prefix[None if expected is None else bool(expected)] + text
         self._parts["blocks"].append({"type": "finding", "text": text})
         _show(text)
+        return text
 
     def check(self, ok: bool, text: str) -> str:
         """Record that a condition holds; raise InputError where it does not, since then the conclusion is void."""
@@ -151,7 +157,7 @@ class Section:
             "notebook": self.notebook,
             "title": self.title,
             "question": self.question,
-            "wiring_only": self.wiring_only,
+            "smoke_run": self.smoke_run,
         }
         rest = {"numbers": self._numbers, "recipes": self.recipes, "environment": self.environment}
         return _write_section(self.directory, head | self._parts | rest)

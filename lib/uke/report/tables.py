@@ -14,7 +14,7 @@ from uke.errors import InputError, nearest
 from uke.report.numerals import MISSING, Score, absent, number, places
 from uke.results.stats import interval
 
-REFERENCES = ("before the edit", "floor")
+REFERENCES = ("no edit", "floor")
 KIND_ORDER = (
     "original",
     "paraphrase",

@@ -203,7 +203,7 @@ def read(folder: Path) -> dict[str, dict]:
     return {
         key: each
         for section in held
-        if not section.get("wiring_only")
+        if not section.get("smoke_run")
         for key, each in section.get("numbers", {}).items()
     }
 

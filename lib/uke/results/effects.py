@@ -11,7 +11,7 @@ from uke.errors import InputError, nearest
 from uke.results.stats import holm, paired
 from uke.results.metrics import AVERAGE, METRICS
 
-BEFORE = "before the edit"
+BEFORE = "no edit"
 SIDES = {
     "written": ("original", "paraphrase", "detail"),
     "kept": ("rel_doc", "rand_doc", "struct_trip"),
@@ -27,7 +27,7 @@ def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Scores of every cell (a method at a level) by kind of probe, and its average metric as the kind `average`.
 
     Columns: method, level, cell (both in words), edit, kind, score. The unedited model's cell, method and level are called
-    `before the edit`; cells keep the order of `after`. The average is over those of its kinds that the data has (`lacking` says which it has not). Raises
+    `no edit`; cells keep the order of `after`. The average is over those of its kinds that the data has (`lacking` says which it has not). Raises
     InputError where cells differ in their edits.
     """
     kinds = [kind for kind in AVERAGE if kind in set(after["kind"])]

@@ -148,7 +148,7 @@ class Study:
             "transformers": transformers.__version__,
         }
 
-    def wiring_only(self) -> bool:
+    def smoke_run(self) -> bool:
         """Whether model and data do not belong together, so that scores show the machinery and no more."""
         return world_of(self.model) != self.material.world_seed
 
@@ -455,11 +455,11 @@ def with_record(
 
 
 def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Headline scores of every method with those of the unedited model under the name `before the edit`.
+    """Headline scores of every method with those of the unedited model under the name `no edit`.
 
     Locality before the edit is 1 by definition. Columns: method, edit, kind, score.
     """
-    start = rows.headline(before, phase="before").assign(method="before the edit")
+    start = rows.headline(before, phase="before").assign(method="no edit")
     return pd.concat([rows.headline(after), start])[["method", "edit", "kind", "score"]]
 
 
