@@ -147,4 +147,6 @@ def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
     assert [edit.answer for edit in akew] == [edit.answer for edit in loaded]
     for edit in loaded:
         kinds = [probe.kind for probe in (*edit.probes, *exercises) if probe.edit == edit.id]
-        assert set(kinds) == {*edits.OWN, "multi_hop", "general"} and kinds.count("general") == 3
+        assert (
+            set(kinds) == {*edits.EFFICACY, "multi_hop", "general"} and kinds.count("general") == 3
+        )

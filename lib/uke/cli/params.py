@@ -7,16 +7,15 @@ Every name and type is checked against the literals of the parameters cell, so n
 
 import ast
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from uke.data.edits import DATA_FILES
 from uke.errors import InputError, nearest
+from uke.files import StrictLoader, read_yaml
 
 Value = bool | int | float | str | list | None
 
@@ -24,24 +23,6 @@ Value = bool | int | float | str | list | None
 RESERVED = ("profile", "data")
 
 LOCALITY = "02_locality"  # the notebook that builds locality sets
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `5e-4` as text and forgives a key written twice; neither is wanted here."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise InputError(f"{node.start_mark.name}: key '{twice[0]}' is written twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 @dataclass(frozen=True)
@@ -60,31 +41,6 @@ class Study:
     after: list[str] = field(default_factory=list)  # notebooks that must have run before
     priority: int = 0
     report: bool | str = True
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping; InputError (one line) if it is missing, broken or something else."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)
-    except FileNotFoundError:
-        valid = [other.stem for other in path.parent.glob("*.yaml")]
-        raise InputError(
-            f"{path}: no such file{nearest(path.stem, valid) if valid else ''}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(
-            f"{path}: expected a mapping of names to values, found {type(content).__name__}"
-        )
-    return content
 
 
 def study(root: Path, notebook: str) -> Study:
@@ -291,7 +247,7 @@ def parse(place: str, name: str, text: str, default: Value) -> Value:
             for i, item in enumerate(items)
         ]
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError):
         value = text
     return value if isinstance(value, Value) else text

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -30,20 +30,43 @@ from uke.data.formats import cloze
 from uke.data.records import Record, read_list
 from uke.errors import InputError, nearest
 
-Kind = Literal[
-    "original",
-    "paraphrase",
-    "detail",
-    "rel_doc",
-    "rand_doc",
-    "struct_trip",
-    "near_triple",
-    "multi_hop",
-    "general",
-]
-KINDS: tuple[str, ...] = get_args(Kind)
+
+class Kind(NamedTuple):
+    """What a kind of probe is called, what it measures and how an answer is scored.
+
+    `metric` is the primary metric, a name in `uke.results.metrics.METRICS`. It compares the answer
+    with `against`: the "reference", or the answer "before" the edit. `short`: the answer is a few words.
+    """
+
+    label: str
+    group: str
+    metric: str
+    against: str
+    short: bool
+
+
+# The one table of probe kinds, in the order of every table; fixed before any row existed.
+KINDS: Mapping[str, Kind] = {
+    "original": Kind("Original", "efficacy", "rougel_f1", "reference", short=False),
+    "paraphrase": Kind("Paraphrase", "efficacy", "rougel_f1", "reference", short=False),
+    "detail": Kind("Details", "efficacy", "exact", "reference", short=True),
+    "multi_hop": Kind("Multi-hop", "portability", "exact", "reference", short=True),
+    "rel_doc": Kind("RelDoc", "locality", "rougel_f1", "before", short=False),
+    "rand_doc": Kind("RandDoc", "locality", "rougel_f1", "before", short=False),
+    "struct_trip": Kind("StructTrip", "locality", "exact", "before", short=True),
+    "near_triple": Kind("Near triples", "nearby", "exact", "before", short=True),
+    "general": Kind("General skill", "skill", "exact", "before", short=True),
+}
+
+
+def in_group(*groups: str) -> tuple[str, ...]:
+    """Return the kinds of these groups ("efficacy", "locality", ...), in the order of `KINDS`."""
+    return tuple(name for name, kind in KINDS.items() if kind.group in groups)
+
+
+EFFICACY = in_group("efficacy")  # the kinds that an edit derives from its own fields
+AVERAGE = (*EFFICACY, *in_group("locality"))  # the six kinds of the paper's average
 SPLITS = ("development", "test")
-OWN = KINDS[:3]  # the kinds an edit derives from its own fields
 
 Text = Annotated[str, Field(pattern=r"\S")]
 Made = TypeVar("Made", bound=BaseModel)
@@ -78,7 +101,7 @@ class Probe(Frozen):
     """
 
     edit: Text
-    kind: Kind
+    kind: Literal[tuple(KINDS)]
     number: StrictInt = Field(default=0, ge=0)
     question: Text
     reference: Text
@@ -134,7 +157,7 @@ class Edit(Frozen):
     @model_validator(mode="after")
     def _check_extra(self) -> "Edit":
         for probe in self.extra:
-            if probe.edit != self.id or probe.kind in OWN:
+            if probe.edit != self.id or probe.kind in EFFICACY:
                 raise ValueError(
                     f"an extra probe is of edit {probe.edit!r} and kind '{probe.kind}'"
                 )
@@ -260,10 +283,10 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
         record = Record.at(path, position, values)
         plain = record.values | ({"edit": record.name("edit")} if "edit" in record.values else {})
         probe = _make(Item, plain, record.place)
-        if probe.kind in OWN:
+        if probe.kind in EFFICACY:
             record.fail(
                 "kind",
-                f"is '{probe.kind}', which the edit itself asks{nearest(probe.kind, KINDS[3:])}",
+                f"is '{probe.kind}', which the edit itself asks{nearest(probe.kind, set(KINDS) - set(EFFICACY))}",
             )
         if _key(probe) in taken:
             twin = (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from uke.cli import params
 from uke.data.edits import Edit, Item
 from uke.errors import InputError
+from uke.files import read_yaml
 from uke.locality.build import KINDS, Sources, text_of
 from uke.locality.facts import normal
 from uke.locality.retrieval import passage
@@ -251,7 +251,7 @@ def verdicts(path: Path, name: str, chosen: Sequence[Item], sources: Sources) ->
     The file holds `verdicts`, a list with the fields of a line of the sheet. Raises InputError for a field that is wrong; a RelDoc without
     a verdict on just these texts has none in the table, so the caller can count.
     """
-    found = params.read_yaml(path).get("verdicts")
+    found = read_yaml(path).get("verdicts")
     if not isinstance(found, list):
         raise InputError(f"{path}: verdicts: expected a list")
     for place, verdict in enumerate(found):

@@ -15,6 +15,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from uke.errors import InputError, nearest
+from uke.files import write_yaml
 from uke.methods.peers import PEERS, Peer
 from uke.methods.recipes import FACTORS, RECIPES, SINGLES, Recipe, candidate, vary
 
@@ -186,13 +187,7 @@ def _alone(path: Path, model: str) -> Iterator[None]:
 
 
 def _write(path: Path, said: str, held: Mapping) -> Path:
-    """Write the file whole or not at all, so that who reads it meanwhile finds the earlier one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dict(held), sort_keys=True, default_flow_style=None, width=110)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(f"# {said}\n{text}", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_yaml(path, dict(sorted(held.items())), said)
 
 
 def levels_file(folder: Path, model: str) -> Path:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from uke.errors import InputError
-from uke.report.tables import write
+from uke.files import write_atomic
 
 Prompt = tuple[int, ...]
 Found = tuple[list[int], int]  # token ids of an answer, and how many it could have had
@@ -52,7 +52,7 @@ class Recall:
         content = json.dumps(
             [[" ".join(map(str, prompt)), ids, limit] for prompt, (ids, limit) in found.items()]
         ).encode()
-        write(self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)
+        write_atomic(self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)
 
 
 def _learn(known: dict[Prompt, Found], found: Mapping[Prompt, Found]) -> None:

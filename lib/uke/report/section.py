@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 from uke.cli import manifests
 from uke.errors import InputError, nearest
+from uke.files import write_atomic
 from uke.report import compose as typesetting
-from uke.report import redrawing, tables
+from uke.report import redrawing
 from uke.report.numerals import absent, bracket, number, places
 
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
@@ -168,7 +169,7 @@ class Section:
         self._parts["blocks"].append(
             redrawing.place(self.directory, block, redrawing.read(content))
         )
-        tables.write(redrawing.data_path(self.directory, block), content)
+        write_atomic(redrawing.data_path(self.directory, block), content)
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():
@@ -208,8 +209,8 @@ def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
         "report.html": page,
     }
-    written = [tables.write(directory / name, text.encode()) for name, text in contents.items()]
-    return [*written, tables.write(directory / "report.pdf", pdf)]
+    written = [write_atomic(directory / name, text.encode()) for name, text in contents.items()]
+    return [*written, write_atomic(directory / "report.pdf", pdf)]
 
 
 def redraw(paths: Any) -> list[str]:
@@ -243,7 +244,7 @@ def redraw(paths: Any) -> list[str]:
 
 def _write_section(directory: Path, section: dict) -> Path:
     text = json.dumps(section, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    return tables.write(
+    return write_atomic(
         directory / "sections" / f"{section['notebook']}.json", (text + "\n").encode()
     )
 
@@ -355,4 +356,4 @@ def quote(page: Path, paths: Any) -> None:
         text,
     )
     if renewed != text:
-        tables.write(page, renewed.encode())
+        write_atomic(page, renewed.encode())

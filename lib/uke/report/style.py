@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from uke.report import tables
+from uke.files import write_atomic
 from uke.report.tables import LABELS
 
 COLUMN, FULL = 3.4, 6.8
@@ -148,5 +148,5 @@ def save(fig: Figure, directory: str | Path, name: str) -> list[Path]:
         for ending, metadata in undated.items():
             drawn = io.BytesIO()
             fig.savefig(drawn, format=ending, metadata=metadata)
-            saved.append(tables.write(Path(directory) / f"{name}.{ending}", drawn.getvalue()))
+            saved.append(write_atomic(Path(directory) / f"{name}.{ending}", drawn.getvalue()))
     return saved

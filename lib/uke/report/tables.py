@@ -1,7 +1,5 @@
 """Tables: scores with intervals, cells that are missing, and one table saved as CSV, LaTeX and Markdown."""
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from uke.errors import InputError, nearest
+from uke.files import write_atomic
 from uke.report.numerals import MISSING, Score, absent, number, places
 from uke.results.stats import interval
 
@@ -239,9 +238,7 @@ def save(frame: pd.DataFrame, directory: str | Path, name: str, caption: str) ->
         "tex": _latex(frame, name, caption),
         "md": _markdown(frame, caption),
     }
-    return [
-        write(directory / f"{name}.{ending}", text.encode()) for ending, text in contents.items()
-    ]
+    return [write_atomic(directory / f"{name}.{ending}", text) for ending, text in contents.items()]
 
 
 def cells(frame: pd.DataFrame) -> dict:
@@ -257,18 +254,6 @@ def cells(frame: pd.DataFrame) -> dict:
 
 def _head(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all; the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:

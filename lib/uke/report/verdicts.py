@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from uke.cli.params import read_yaml
 from uke.errors import InputError, nearest
+from uke.files import read_yaml
 from uke.methods.catalog import key as method_key
 from uke.report.numerals import absent, bracket, number, places
 from uke.report.tables import KIND_ORDER, LABELS

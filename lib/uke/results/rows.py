@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from uke.files import replacing
 from uke.errors import InputError, nearest
 from uke.results.metrics import AVERAGE, HEADLINE, METRICS
 from uke.project import Paths, check_name, code_fingerprint, digest, unit_key
@@ -161,9 +162,7 @@ def _table(place: str, frame: pd.DataFrame) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem[:100]}-{uuid.uuid4().hex}.part")
-    try:
+    with replacing(path) as part:
         pq.write_table(
             table,
             part,
@@ -172,9 +171,6 @@ def _write(table: pa.Table, path: Path) -> None:
             store_schema=False,
             write_statistics=False,
         )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | None]) -> bool:

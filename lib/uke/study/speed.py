@@ -10,9 +10,10 @@ import pandas as pd
 
 from uke.data.edits import Probe
 from uke.errors import InputError
+from uke.files import write_atomic
 from uke.methods.catalog import key
 from uke.report.numerals import Score, shortened
-from uke.report.tables import ordered, write
+from uke.report.tables import ordered
 from uke.results.metrics import AVERAGE, HEADLINE, score
 
 RESULTS = ("benchmarks", "results")
@@ -147,7 +148,7 @@ def save(content: Mapping[str, Any], path: Path) -> Path:
             else json.dumps(shortened(content[part], DIGITS), ensure_ascii=False)
         )
         parts.append(f' "{part}": {whole}')
-    return write(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+    return write_atomic(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
 
 
 def average(probes: Sequence[Probe], answers: Sequence[str], before: Sequence[str]) -> float:

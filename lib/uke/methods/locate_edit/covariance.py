@@ -7,13 +7,10 @@ world's preservation pool.
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
-import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from uke.errors import InputError
+from uke.files import replacing
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
 from uke.methods.peers import PEERS
 from uke.models.model import encode, example, fingerprint, load, max_context
@@ -112,7 +110,7 @@ def measure(
     target.mkdir(parents=True, exist_ok=True)
     sequences = [_ids(model, tokenizer, text) for text in texts]
     digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
-    with _whole(target / TEXTS) as part:
+    with replacing(target / TEXTS) as part:
         part.write_text(
             json.dumps({"digest": digest, "texts": list(texts)}, ensure_ascii=False),
             encoding="utf-8",
@@ -159,7 +157,7 @@ class _Sum:
         )
 
     def write(self) -> None:
-        with _whole(self.path) as part:
+        with replacing(self.path) as part:
             save_file(
                 {"sum": self.value},
                 part,
@@ -179,17 +177,6 @@ def _add(model: nn.Module, sequences: Sequence[Sequence[int]], together: dict[Si
             total.tokens += len(keys)
     for total in together.values():
         total.done += len(sequences)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when it is complete."""
-    part = path.with_name(f".{path.name}-{uuid.uuid4().hex}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def second_moments(model: nn.Module, places: Sequence[Site]) -> list[Tensor]:

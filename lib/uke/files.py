@@ -1,0 +1,103 @@
+"""Read and write whole files: atomic writing, strict YAML, digests."""
+
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uke.errors import InputError, nearest
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Read `5e-4` as a float, which YAML 1.1 takes for text, and refuse a key that is written twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise InputError(f"{node.start_mark.name}: key '{repeated[0]}' is written twice")
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file or folder that takes the place of `path` once the block succeeds.
+
+        with replacing(folder / "weights.safetensors") as part:
+            save_file(tensors, part)
+
+    After an exception nothing has changed, so a reader never finds half a file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name[:100]}-{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> Path:
+    """Write a file whole or not at all, text as UTF-8; return its path."""
+    path = Path(path)
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping of names to values; an empty file is an empty mapping.
+
+    Raises InputError, one line with the file and the place, if it is missing, broken or holds something else.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, Loader=StrictLoader)
+    except FileNotFoundError:
+        valid = [other.stem for other in path.parent.glob("*.yaml")]
+        hint = nearest(path.stem, valid) if valid else ""
+        raise InputError(f"{path}: no such file{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{path}{place}: not valid YAML: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        found = type(content).__name__
+        raise InputError(f"{path}: expected a mapping of names to values, found {found}")
+    return content
+
+
+def write_yaml(path: Path, mapping: Mapping[str, Any], comment: str = "") -> Path:
+    """Write a mapping as YAML in its own order, below a one-line comment; return the path."""
+    text = yaml.safe_dump(
+        dict(mapping), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
+    return write_atomic(path, f"# {comment}\n{text}" if comment else text)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hex digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
