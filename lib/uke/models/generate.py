@@ -1,46 +1,105 @@
-"""Decodes many prompts at once: length-sorted, padded left, finished rows dropped; and reads log-probabilities."""
+"""Generate greedy answers to many probes at once, read log-probabilities, and keep answers on disk.
 
-from collections.abc import Callable, Iterator, Sequence
+Prompts are sorted by length and padded left; rows that have ended are dropped from the batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from uke.data.edits import Probe
 from uke.errors import InputError
-from uke.models.model import IGNORED, Example, collate, encode, end_of_turn, example, max_context
-from uke.models.padding import TOKENS, parts
-from uke.models.recall import Prompt, Recall
-from uke.world.generate import reading
+from uke.files import write_atomic
+from uke.models.model import max_context, wide
+from uke.models.prompts import (
+    Example,
+    collate,
+    encode,
+    end_of_turn,
+    example,
+    group_by_length,
+    question_of,
+)
 
-# Dropping finished rows copies the cache, so it waits until this share of the batch can go.
+# Dropping finished rows copies the cache, so it waits until this share of the batch has finished.
 DROP_SHARE = 1 / 8
-ROOM = 32  # tokens that a cache can take before it is copied to a larger place
+SPARE_TOKENS = 32  # free positions behind a layer's cached keys and values
+
+Prompt = tuple[int, ...]
+CachedAnswer = tuple[list[int], int]  # token ids of an answer, and its limit of tokens
 
 
-class Question(NamedTuple):
-    """Token ids of a prompt, and the edit whose lane of the model answers it (None where the model has no lanes)."""
+class AnswerCache:
+    """Greedy answers of one unedited model by prompt, kept in a folder of small JSON files.
 
-    lane: str | None
-    prompt: Prompt
+    A file is written atomically and never changed, so several processes may add to a folder at once. The folder's
+    name must say what else decides an answer: weights, precision and code.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def _known(self) -> dict[Prompt, CachedAnswer]:
+        known: dict[Prompt, CachedAnswer] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                for prompt, ids, limit in json.loads(path.read_text("utf-8")):
+                    ids = list(map(int, ids)), int(limit)
+                    _keep_longer(known, tuple(map(int, prompt.split())), ids)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{path}: not a file of cached answers ({error}); expected [prompt, ids, limit] "
+                    "each; delete it and the answers are generated again"
+                ) from None
+        return known
+
+    def look_up(self, prompt: Prompt, limit: int) -> list[int] | None:
+        """Return the answer of at most `limit` tokens, or None where no answer that long is known."""
+        ids, known_limit = self._known.get(prompt, ([], -1))
+        # Greedy answers are prefixes of each other, and one below its own limit has ended.
+        return ids[:limit] if known_limit >= limit or len(ids) < known_limit else None
+
+    def add(self, answers: Mapping[Prompt, CachedAnswer]) -> None:
+        """Keep these answers, in memory and on disk."""
+        if not answers:
+            return
+        for prompt, answer_ids in answers.items():
+            _keep_longer(self._known, prompt, answer_ids)
+        rows = [[" ".join(map(str, prompt)), *answer_ids] for prompt, answer_ids in answers.items()]
+        content = json.dumps(rows)
+        name = hashlib.sha256(content.encode()).hexdigest()[:16]
+        write_atomic(self.folder / f"{name}.json", content)
+
+
+def _keep_longer(known: dict[Prompt, CachedAnswer], prompt: Prompt, new: CachedAnswer) -> None:
+    if prompt not in known or known[prompt][1] < new[1]:
+        known[prompt] = new
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How to ask: tokens an answer may have, template or not, tokens of prompts and answers held at once, answers known.
+class Generation:
+    """Options of `answer` and `target_log_probability`.
 
-    `max_new_tokens` is a number or a function of the probe. `chat` None asks as each probe says; True or False
-    overrules the probes that ask through the template, never those that are cloze prompts. `known` are answers of this
-    very model: what it holds is not decoded again, and what is decoded is added.
+    `max_new_tokens`: a number, or a function of the probe. `chat`: None follows each probe; False asks all of them
+    without the template; cloze probes never use it. `batch_tokens`: tokens of prompts and answers decoded together.
+    `cache`: answers of this very model, read before decoding and added to afterwards.
     """
 
     max_new_tokens: int | Callable[[Probe], int] = 160
     chat: bool | None = None
     batch_tokens: int = 65536
-    known: Recall | None = None
+    cache: AnswerCache | None = None
 
     def through_template(self, probe: Probe) -> bool:
         return probe.chat and self.chat is not False
@@ -49,93 +108,96 @@ class Asking:
         return self.max_new_tokens(probe) if callable(self.max_new_tokens) else self.max_new_tokens
 
 
+class Query(NamedTuple):
+    """Token ids of a prompt, and the edit whose lane answers it (None where the model has no lanes)."""
+
+    lane: str | None
+    prompt: Prompt
+
+
 def answer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[str]:
-    """Greedy answers in the order of the probes, special tokens and outer white space stripped.
+    """Answer every probe greedily, in order; special tokens and surrounding white space are stripped.
 
-    Options: the fields of `Asking`. A prompt asked twice is decoded once. An answer ends before the token that
-    ends a turn or the text, at its limit of tokens, or where the model's context ends. Raises InputError for a
-    prompt that leaves no room in the context.
+        model, tokenizer = load("embedded")
+        answer(model, tokenizer, edit.probes, max_new_tokens=80)
+
+    `options` are the fields of `Generation`. Each distinct prompt is decoded once. An answer ends at the token that
+    ends a turn or the text, at its limit of tokens, or at the end of the context. Raises InputError for a prompt
+    that fills the context.
     """
-    options = Asking(**asking)
-    laned = hasattr(model, "lanes")
-    questions = [
-        Question(
-            probe.edit if laned else None,
-            tuple(encode(tokenizer, asked(model, probe), options.through_template(probe))),
+    chosen = Generation(**options)
+    has_lanes, context = hasattr(model, "lanes"), max_context(model)
+    queries, limits = [], {}
+    for probe in probes:
+        text, chat = question_of(model, probe), chosen.through_template(probe)
+        prompt = tuple(encode(tokenizer, text, chat))
+        _check_length(probe, len(prompt) + 1, context)
+        queries.append(Query(probe.edit if has_lanes else None, prompt))
+        limit = min(chosen.limit(probe), context - len(prompt))
+        limits[queries[-1]] = max(limits.get(queries[-1], 0), limit)
+    answers = _cached(chosen.cache, limits)
+    missing = {query: limit for query, limit in limits.items() if query not in answers}
+    endings = end_tokens(model, tokenizer)
+    for batch in _batches(missing, chosen.batch_tokens):
+        rows = _decode(model, batch, [limits[query] for query in batch], endings)
+        answers.update(zip(batch, rows, strict=True))
+    if chosen.cache:
+        chosen.cache.add(
+            {query.prompt: (answers[query], limit) for query, limit in missing.items()}
         )
-        for probe in probes
+    # A prompt may occur with two limits: greedy answers are prefixes of each other.
+    return [
+        tokenizer.decode(answers[query][: chosen.limit(probe)], skip_special_tokens=True).strip()
+        for probe, query in zip(probes, queries, strict=True)
     ]
-    room = max_context(model)
-    limits: dict[Question, int] = {}
-    for probe, question in zip(probes, questions, strict=True):
-        _check_room(probe, len(question.prompt) + 1, room)
-        limits[question] = max(
-            limits.get(question, 0), min(options.limit(probe), room - len(question.prompt))
-        )
-    ends = endings(model, tokenizer)
-    decoded = {
-        question: ids
-        for question, limit in limits.items()
-        if options.known and (ids := options.known.look(question.prompt, limit)) is not None
-    }
-    asked_now = {question: limit for question, limit in limits.items() if question not in decoded}
-    for batch in _batches(asked_now, options.batch_tokens):
-        rows = _decode(model, batch, [limits[question] for question in batch], ends)
-        decoded.update(zip(batch, rows, strict=True))
-    if options.known:
-        options.known.add(
-            {question.prompt: (decoded[question], limit) for question, limit in asked_now.items()}
-        )
-    # The same prompt may be asked with two limits: greedy answers are prefixes of each other.
-    texts = (
-        decoded[question][: options.limit(probe)]
-        for probe, question in zip(probes, questions, strict=True)
-    )
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
 
 
-def read_as(model: nn.Module, edits: Sequence[str | None]) -> None:
-    """A model with lanes reads its next rows as these edits have it."""
+def _cached(cache: AnswerCache | None, limits: Mapping[Query, int]) -> dict[Query, list[int]]:
+    if cache is None:
+        return {}
+    known = {query: cache.look_up(query.prompt, limit) for query, limit in limits.items()}
+    return {query: ids for query, ids in known.items() if ids is not None}
+
+
+def select_lanes(model: nn.Module, edits: Sequence[str | None]) -> None:
+    """Let a model with lanes read its next rows with the weights of these edits, one id per row."""
     if hasattr(model, "lanes"):
         model.lanes.read(edits)
 
 
-def asked(model: nn.Module, probe: Probe) -> str:
-    """The probe's question, after the passage that an in-context edit (`editing.edited`) has this model read for it."""
-    passages = getattr(model, "passages", {})
-    return (
-        reading(passages[probe.edit], probe.question) if probe.edit in passages else probe.question
-    )
+def _check_length(probe: Probe, needed: int, context: int) -> None:
+    if needed > context:
+        raise InputError(
+            f"edit {probe.edit}, {probe.kind} {probe.number}: {needed} tokens; "
+            f"expected at most {context}, the model's context"
+        )
 
 
-def _check_room(probe: Probe, needed: int, room: int) -> None:
-    if needed > room:
-        place = f"edit {probe.edit}, {probe.kind} {probe.number}"
-        raise InputError(f"{place}: {needed} tokens; expected at most {room}, the model's context")
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of the tokens that end an answer: of a turn or of the text."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *configured} - {None}
 
 
-def endings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that end an answer: of a turn or of the text."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *own} - {None}
-
-
-def _batches(limits: dict[Question, int], tokens: int) -> Iterator[list[Question]]:
-    """Prompts of similar length together, as many as `tokens` hold with their answers, but at least one."""
-    batch: list[Question] = []
+def _batches(limits: Mapping[Query, int], tokens: int) -> Iterator[list[Query]]:
+    """Group prompts of similar length: at most `tokens` with their answers, but at least one prompt."""
+    batch: list[Query] = []
     longest = 0
+
+    def size_key(query: Query) -> tuple:
+        return len(query.prompt), limits[query], query
+
     # Longest first: a batch that does not fit in memory fails at once.
-    for question in sorted(
-        limits, key=lambda one: (len(one.prompt), limits[one], one), reverse=True
-    ):
-        size = max(longest, len(question.prompt) + limits[question])
+    for query in sorted(limits, key=size_key, reverse=True):
+        needed = len(query.prompt) + limits[query]
+        size = max(longest, needed)
         if batch and size * (len(batch) + 1) > tokens:
             yield batch
-            batch, size = [], len(question.prompt) + limits[question]
-        batch.append(question)
+            batch, size = [], needed
+        batch.append(query)
         longest = size
     if batch:
         yield batch
@@ -144,29 +206,28 @@ def _batches(limits: dict[Question, int], tokens: int) -> Iterator[list[Question
 # Not inference mode: rotary embeddings of some models renew buffers while reading, which training then needs.
 @torch.no_grad()
 def _decode(
-    model: nn.Module, questions: list[Question], limits: list[int], ends: set[int]
+    model: nn.Module, queries: list[Query], limits: list[int], endings: set[int]
 ) -> list[list[int]]:
-    """Greedy continuation of each prompt, without the token that ended it."""
-    written: list[list[int]] = [[] for _ in questions]
+    """Return the greedy continuation of each prompt, without the token that ended it."""
+    answers: list[list[int]] = [[] for _ in queries]
     rows = [row for row, limit in enumerate(limits) if limit > 0]
     if not rows:
-        return written
-    step = _Step(model, [questions[row] for row in rows])
-    going = set(rows)
+        return answers
+    step = _Step(model, [queries[row] for row in rows])
+    running = set(rows)
     while True:
-        tokens = step.tokens.tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            if row not in going:
+        for row, token in zip(rows, step.tokens.tolist(), strict=True):
+            if row not in running:
                 continue
-            if token not in ends:
-                written[row].append(token)
-            if token in ends or len(written[row]) == limits[row]:
-                going.remove(row)
-        if not going:
-            return written
-        if len(rows) - len(going) >= len(rows) * DROP_SHARE:
-            step.keep([place for place, row in enumerate(rows) if row in going])
-            rows = [row for row in rows if row in going]
+            if token not in endings:
+                answers[row].append(token)
+            if token in endings or len(answers[row]) == limits[row]:
+                running.remove(row)
+        if not running:
+            return answers
+        if len(rows) - len(running) >= len(rows) * DROP_SHARE:
+            step.keep([index for index, row in enumerate(rows) if row in running])
+            rows = [row for row in rows if row in running]
         step.forward()
 
 
@@ -176,15 +237,14 @@ class _Step:
     Every prompt counts its positions from 0, whatever padding stands before it.
     """
 
-    def __init__(self, model: nn.Module, questions: list[Question]):
+    def __init__(self, model: nn.Module, queries: list[Query]):
         device = model.get_input_embeddings().weight.device
-        batch = collate(
-            [Example(list(p), list(p), len(p)) for _, p in questions], pad_id=0, side="left"
-        )
-        self.model, self.lanes = model, [question.lane for question in questions]
-        read_as(model, self.lanes)
+        examples = [Example(list(prompt), list(prompt), len(prompt)) for _, prompt in queries]
+        batch = collate(examples, pad_id=0, side="left")
+        self.model, self.lanes = model, [query.lane for query in queries]
+        select_lanes(model, self.lanes)
         self.mask = batch["attention_mask"].to(device)  # (B, T)
-        self.cache = _cache(model)
+        self.cache = _empty_cache(model)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
         self._read(batch["input_ids"].to(device), positions)
 
@@ -201,25 +261,23 @@ class _Step:
         self.positions = positions[:, -1:]  # (B, 1)
 
     def forward(self) -> None:
-        """Reads the chosen tokens and chooses the next ones."""
+        """Read the chosen tokens and choose the next ones."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self._read(self.tokens[:, None], self.positions + 1)
 
-    def keep(self, places: list[int]) -> None:
-        """Drops every row of the batch but those at `places`."""
-        kept = torch.tensor(places, device=self.mask.device)
-        self.lanes = [self.lanes[place] for place in places]
-        read_as(self.model, self.lanes)
+    def keep(self, indices: list[int]) -> None:
+        """Drop every row of the batch but those at `indices`."""
+        self.lanes = [self.lanes[index] for index in indices]
+        select_lanes(self.model, self.lanes)
+        kept = torch.tensor(indices, device=self.mask.device)
         self.cache.batch_select_indices(kept)
-        self.mask, self.tokens, self.positions = (
-            self.mask[kept],
-            self.tokens[kept],
-            self.positions[kept],
-        )
+        self.mask = self.mask[kept]
+        self.tokens = self.tokens[kept]
+        self.positions = self.positions[kept]
 
 
-class _Roomy(DynamicLayer):
-    """Keys and values of one layer with free room behind them: one token more copies that token, not all before it."""
+class _SpareLayer(DynamicLayer):
+    """Keys and values of one layer with free positions behind them: a token more copies only itself."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -227,79 +285,128 @@ class _Roomy(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-            self.held = {"keys": self.keys, "values": self.values}
-        self.keys, self.values = (
-            self._longer("keys", key_states),
-            self._longer("values", value_states),
-        )
+            self.stored = {"keys": self.keys, "values": self.values}
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
         return self.keys, self.values
 
-    def _longer(self, name: str, new: Tensor) -> Tensor:
+    def _append(self, name: str, new: Tensor) -> Tensor:
         old = getattr(self, name)  # (B, H, T, D)
         end = old.shape[-2] + new.shape[-2]
-        if self.held[name].shape[-2] < end:
-            self.held[name] = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
-            self.held[name][..., : old.shape[-2], :] = old
-        self.held[name][..., old.shape[-2] : end, :] = new
-        return self.held[name][..., :end, :]
+        if self.stored[name].shape[-2] < end:
+            self.stored[name] = new.new_empty(*new.shape[:-2], end + SPARE_TOKENS, new.shape[-1])
+            self.stored[name][..., : old.shape[-2], :] = old
+        self.stored[name][..., old.shape[-2] : end, :] = new
+        return self.stored[name][..., :end, :]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for name, held in self.held.items():
+        for name, stored in self.stored.items():
             end = getattr(self, name).shape[-2]
-            self.held[name] = held[indices]
-            setattr(self, name, self.held[name][..., :end, :])
+            self.stored[name] = stored[indices]
+            setattr(self, name, self.stored[name][..., :end, :])
 
 
-def _cache(model: nn.Module) -> DynamicCache:
-    """The model's own kind of cache; layers that keep every token have room."""
+def _empty_cache(model: nn.Module) -> DynamicCache:
+    """Return the model's own kind of cache; layers that keep every token get spare positions."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [_Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        _SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
 @torch.no_grad()
-def target_log_probability(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **asking
-) -> list[float]:
-    """Mean log-probability (nats) of a token of each probe's reference after its prompt, in the probes' order.
+def surprisals(
+    model: nn.Module,
+    examples: Sequence[Example],
+    edits: Sequence[str | None],
+    tokens: int | None = None,
+) -> list[Tensor]:
+    """Return -log p (nats) of every target token of each example, teacher-forced, shape (tokens of its answer,).
 
-    Options: the fields of `Asking`; the token that ends a turn is not counted. Raises InputError where prompt
-    and reference exceed the context, or the reference is empty.
+    `edits` names the lane that reads each example, where the model has lanes; `tokens` limits one forward pass.
     """
-    options = Asking(**asking)
+    device = model.get_input_embeddings().weight.device
+    surprisal_of: dict[int, Tensor] = {}
+    for rows in group_by_length([len(one.ids) for one in examples], tokens):
+        select_lanes(model, [edits[row] for row in rows])
+        ids = collate([examples[row] for row in rows], pad_id=0)["input_ids"].to(device)  # (B, T)
+        first = min(examples[row].prompt_length for row in rows)
+        # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
+        logits = model(
+            input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - first
+        ).logits  # (B, S, V), each predicting the label at its place
+        labels = ids[:, first:]  # (B, S)
+        # Flattened, since along another axis than the last the softmax is three times slower.
+        surprisal = F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), reduction="none")
+        for row, values in zip(rows, surprisal.view_as(labels), strict=True):
+            start, stop = examples[row].prompt_length, len(examples[row].ids)
+            surprisal_of[row] = values[start - first : stop - first]
+    return [surprisal_of[row] for row in range(len(examples))]
+
+
+def _reference_surprisals(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    options: Mapping[str, Any],
+) -> tuple[list[Example], list[Tensor]]:
+    """Return each probe with its reference as an example, and the surprisal of the reference's tokens."""
+    chosen = Generation(**options)
     examples: list[Example] = []
     for probe in probes:
-        one = example(
-            tokenizer, asked(model, probe), probe.reference, options.through_template(probe), False
-        )
-        _check_room(probe, len(one.ids), max_context(model))
-        if one.prompt_length == len(one.ids):
+        text, chat = question_of(model, probe), chosen.through_template(probe)
+        examples.append(example(tokenizer, text, probe.reference, chat, False))
+        _check_length(probe, len(examples[-1].ids), max_context(model))
+        if examples[-1].prompt_length == len(examples[-1].ids):
             raise InputError(
                 f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text"
             )
-        examples.append(one)
-    found: dict[int, float] = {}
-    for batch in parts([len(one.ids) for one in examples], min(options.batch_tokens, TOKENS)):
-        read_as(model, [probes[i].edit for i in batch])
-        found.update(
-            zip(batch, _mean_log_probability(model, [examples[i] for i in batch]), strict=True)
+    edits = [probe.edit for probe in probes]
+    return examples, surprisals(model, examples, edits, chosen.batch_tokens)
+
+
+def target_log_probability(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
+) -> list[float]:
+    """Return the mean log-probability (nats) of a token of each probe's reference after its prompt, in order.
+
+    `options` are the fields of `Generation`; the token that ends a turn is not counted. Raises InputError where
+    prompt and reference exceed the context, and for an empty reference.
+    """
+    _, values = _reference_surprisals(model, tokenizer, probes, options)
+    return [-float(value.mean()) for value in values]
+
+
+class Token(NamedTuple):
+    """A token as it reads in its text, and its probability (0 to 1) after everything before it."""
+
+    text: str
+    probability: float
+
+
+def token_probabilities(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
+) -> list[list[Token]]:
+    """Return the tokens of each probe's reference with their probabilities; their texts joined are the reference.
+
+    Options and errors are those of `target_log_probability`.
+    """
+    examples, values = _reference_surprisals(model, tokenizer, probes, options)
+    return [
+        list(map(Token, _pieces(tokenizer, one.ids[one.prompt_length :]), (-value).exp().tolist()))
+        for one, value in zip(examples, values, strict=True)
+    ]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text; a character of several tokens is added by the last of them."""
+    pieces, text = [], ""
+    for end in range(1, len(ids) + 1):
+        longer = tokenizer.decode(
+            ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-    return [found[i] for i in range(len(examples))]
-
-
-def _mean_log_probability(model: nn.Module, examples: list[Example]) -> list[float]:
-    device = model.get_input_embeddings().weight.device
-    batch = {name: tensor.to(device) for name, tensor in collate(examples, pad_id=0).items()}
-    first = min(one.prompt_length for one in examples)
-    labels = batch["labels"][
-        :, first:
-    ]  # (B, S), from the first position that is a target in any row
-    # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
-    out = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=labels.shape[1] + 1)
-    logits = out.logits[:, :-1]  # (B, S, V), each predicting the label after it
-    targets = labels != IGNORED
-    nll = torch.nn.functional.cross_entropy(
-        logits[targets].float(), labels[targets], reduction="none"
-    )
-    sums = torch.zeros(len(examples), device=device).index_add_(0, targets.nonzero()[:, 0], nll)
-    return (-sums / targets.sum(-1)).tolist()
+        longer = longer if end == len(ids) else longer.rstrip("\ufffd")
+        pieces.append(longer[len(text) :])
+        text = longer
+    return pieces

@@ -1,18 +1,17 @@
-"""Loads a model, renders prompts with its own chat template, masks labels, selects weights and restores them."""
+"""Load a causal language model, name its weights by layer and component, restore and fingerprint it."""
 
 import hashlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,24 +23,18 @@ from uke.errors import InputError, nearest
 from uke.project import EMBEDDED
 
 logger = logging.getLogger(__name__)
-IGNORED, MARK = -100, "uke0mark"
-
-
-class Example(NamedTuple):
-    """One prompt with the answer to learn: T token ids, T labels (-100 on the prompt), prompt length."""
-
-    ids: list[int]
-    labels: list[int]
-    prompt_length: int
 
 
 def load(
     name: str, device: str = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in eval mode and its tokenizer.
+    """Load a model in eval mode, and its tokenizer.
 
-    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is read without touching
-    the network. Left "auto", `device` is CUDA if there is any, `dtype` its `precision`. InputError where `name` is no complete causal model.
+        model, tokenizer = load("embedded")
+
+    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is read
+    without touching the network. By default `device` is CUDA where there is any, and `dtype` its `precision`.
+    Raises InputError where `name` is no complete causal model.
     """
     source, local = _source(name)
     if device == "auto":
@@ -62,22 +55,18 @@ def load(
         raise InputError(
             f"{name}: expected a causal language model with its tokenizer; {reason}"
         ) from error
-    if report["missing_keys"]:
-        raise InputError(
-            f"{name}: the weights lack {sorted(report['missing_keys'])[0]}; expected the whole model"
-        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{name}: the weights lack {missing[0]}; expected the whole model")
     return model.to(device).eval(), tokenizer
 
 
 def precision(device: str) -> torch.dtype:
-    """What a model is held in: bfloat16 on a CUDA device that has it and does not emulate it, otherwise float32."""
+    """Return the dtype that models are loaded in: bfloat16 on CUDA devices with native support, else float32."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    return (
-        torch.bfloat16
-        if torch.cuda.is_bf16_supported(including_emulation=False)
-        else _full_precision()
-    )
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return _full_precision()
 
 
 @cache
@@ -87,6 +76,7 @@ def _full_precision() -> torch.dtype:
 
 
 def _source(name: str) -> tuple[str, bool]:
+    """Return what `from_pretrained` reads, and whether it is a local directory."""
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -99,135 +89,45 @@ def _source(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str:
-    """The prompt as text: through the tokenizer's chat template up to where the answer begins, or as it is."""
-    if not chat:
-        return question
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; expected one, or chat: false"
-        )
-    # Templates of reasoning models read `enable_thinking`; an answer to score begins at once. Others ignore it.
-    turn = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(
-        turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
-    """Token ids of the prompt, beginning-of-text token once: a chat template writes its own.
-
-    Raises InputError where chat is asked of a tokenizer without a template, or nothing is left to ask.
-    """
-    ids = _tokenise(tokenizer, render(tokenizer, question, chat), special=not chat)
-    if not ids:
-        raise InputError("question: empty; expected at least one token")
-    return ids
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-
-def example(
-    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool, end_of_turn: bool
-) -> Example:
-    """Prompt and answer as one sequence, the answer (and, if asked, the token that ends a turn) to be learnt.
-
-    A raw prompt is continued after one space. The prompt's ids are those that `encode` gives.
-    """
-    prompt = encode(tokenizer, question, chat)
-    text = render(tokenizer, question, chat)
-    space = "" if chat or text[-1:].isspace() or answer[:1].isspace() else " "
-    target = _continuation(tokenizer, (text, prompt), space + answer, special=not chat)
-    if end_of_turn:
-        target.append(_end_of_turn(tokenizer))
-    return Example(prompt + target, [IGNORED] * len(prompt) + target, len(prompt))
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: tuple[str, list[int]], answer: str, special: bool
-) -> list[int]:
-    text, ids = prompt
-    # Tokenising both together spares the answer the word-start mark that some tokenizers put before any text;
-    # where the seam would merge, the answer alone is what can follow the prompt.
-    together = _tokenise(tokenizer, text + answer, special)
-    if together[: len(ids)] == ids:
-        return together[len(ids) :]
-    return _tokenise(tokenizer, answer, special=False)
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that ends an assistant's turn: read off the chat template, else end of text.
-
-    Raises InputError where the tokenizer has neither.
-    """
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(MARK)[2].lstrip()
-        ids = _tokenise(tokenizer, tail, special=False) if tail else []
-        if ids and ids[0] in _marks(tokenizer):
-            return ids[0]
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no token ends a turn; expected an eos_token"
-        )
-    return tokenizer.eos_token_id
-
-
-_end_of_turn = end_of_turn  # `example` has an option of the same name
-
-
-def _marks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-
-
-def collate(
-    examples: Sequence[Example], pad_id: int, side: str = "right"
-) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (B, T), T the longest example; padded on `side`."""
-    longest = max(len(one.ids) for one in examples)
-
-    def pad(row: Sequence[int], value: int) -> list[int]:
-        filling = [value] * (longest - len(row))
-        return [*row, *filling] if side == "right" else [*filling, *row]
-
-    return {
-        "input_ids": torch.tensor([pad(one.ids, pad_id) for one in examples]),  # (B, T)
-        "attention_mask": torch.tensor([pad([1] * len(one.ids), 0) for one in examples]),  # (B, T)
-        "labels": torch.tensor([pad(one.labels, IGNORED) for one in examples]),  # (B, T)
-    }
-
-
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Decoder blocks with their names, first to last, found in the module tree.
+    """Return the decoder blocks with their names, first to last, found in the module tree.
 
     Raises InputError where no list of modules is as long as the configuration says.
     """
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
+    stacks = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
         and all(_part(kind, block) for block in module for kind in ("attention", "mlp"))
     ]
-    if not found:
+    if not stacks:
         raise InputError(
             f"{type(model).__name__}: no list of {depth} decoder blocks in the module tree"
         )
-    # A model that also sees has blocks of its own for that, and they are the smaller ones.
-    name, stack = max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    # A vision tower has blocks of its own, which are smaller.
+    name, stack = max(stacks, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
     return [(f"{name}.{i}", block) for i, block in enumerate(stack)]
 
 
+def _linear(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
 def _part(kind: str, block: nn.Module) -> list[str]:
-    """Names, within the block, of the linear projections of its attention or of its feed-forward part."""
-    linear = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if ("att" in name.partition(".")[0]) == (kind == "attention")]
+    """Return the names, within the block, of the projections of its attention or of its feed-forward part."""
+    return [
+        name
+        for name in _linear(block)
+        if ("att" in name.partition(".")[0]) == (kind == "attention")
+    ]
 
 
-def _indices(layers, depth: int) -> list[int]:
+Layers = str | int | float | Iterable[int | float]
+
+
+def _indices(layers: Layers, depth: int) -> list[int]:
     if isinstance(layers, str):
         half = depth // 2
         named = {"all": range(depth), "first_half": range(half), "second_half": range(half, depth)}
@@ -235,11 +135,14 @@ def _indices(layers, depth: int) -> list[int]:
             raise InputError(f"layers: unknown '{layers}'{nearest(layers, named)}")
         return list(named[layers])
     chosen = layers if isinstance(layers, Iterable) else [layers]
-    return sorted({index(layer, depth) for layer in chosen})
+    return sorted({layer_index(layer, depth) for layer in chosen})
 
 
-def index(layer: int | float, depth: int) -> int:
-    """Number of the block that a number or a fraction of the depth (0.0 the first, 1.0 the last) names; InputError out of range."""
+def layer_index(layer: int | float, depth: int) -> int:
+    """Return the index of the block that a number or a fraction of the depth (0.0 first, 1.0 last) names.
+
+    Raises InputError where it is out of range.
+    """
     if isinstance(layer, float) and 0 <= layer <= 1:
         return min(int(layer * depth), depth - 1)
     if type(layer) is int and 0 <= layer < depth:
@@ -250,37 +153,33 @@ def index(layer: int | float, depth: int) -> int:
 
 
 def _inside(block: nn.Module, component: str) -> list[str]:
-    """Names, within the block, of the modules a component stands for."""
-    linear = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    """Return the names, within the block, of the projections that a component stands for."""
     if component == "all":
-        return linear
+        return _linear(block)
     if component in ("mlp", "attention"):
         return _part(component, block)
-    own = {name.rpartition(".")[2] for name in linear}
-    if component not in own:
-        raise InputError(
-            f"components: unknown '{component}'{nearest(component, own | {'all', 'mlp', 'attention'})}"
-        )
-    return [name for name in linear if name.rpartition(".")[2] == component]
+    last_names = {name: name.rpartition(".")[2] for name in _linear(block)}
+    if component not in last_names.values():
+        valid = {*last_names.values(), "all", "mlp", "attention"}
+        raise InputError(f"components: unknown '{component}'{nearest(component, valid)}")
+    return [name for name, last in last_names.items() if last == component]
 
 
-def module_names(model: nn.Module, layers, components: Sequence[str]) -> list[str]:
-    """Names of the linear projections that `layers` and `components` stand for, in the model's order.
+def module_names(model: nn.Module, layers: Layers, components: str | Sequence[str]) -> list[str]:
+    """Return the names of the linear projections that `layers` and `components` select, in the model's order.
 
-    `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth (0.0 the first block,
-    1.0 the last), or a list of numbers and fractions. `components`: "mlp", "attention", "all", or a projection's
-    own name such as "down_proj". Raises InputError on a layer out of range, an unknown component (naming those
+    `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth (0.0 the first block, 1.0
+    the last), or a list of numbers and fractions. `components`: "mlp", "attention", "all", or the name of a
+    projection such as "down_proj". Raises InputError on a layer out of range, an unknown component (naming those
     that exist), and where nothing is selected.
     """
-    found = blocks(model)
+    decoder = blocks(model)
     components = [components] if isinstance(components, str) else components
-    names = [
-        f"{found[i][0]}.{inner}"
-        for i in _indices(layers, len(found))
-        for inner in dict.fromkeys(
-            inner for one in components for inner in _inside(found[i][1], one)
-        )
-    ]
+    names = []
+    for i in _indices(layers, len(decoder)):
+        prefix, block = decoder[i]
+        inside = dict.fromkeys(name for one in components for name in _inside(block, one))
+        names += [f"{prefix}.{name}" for name in inside]
     if not names:
         raise InputError(
             f"layers {layers!r}, components {list(components)!r}: they select no weight"
@@ -288,31 +187,33 @@ def module_names(model: nn.Module, layers, components: Sequence[str]) -> list[st
     return names
 
 
-def select(model: nn.Module, layers, components: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Parameters by name that `layers` and `components` stand for: as `module_names`, weights and biases.
+def select(
+    model: nn.Module, layers: Layers, components: str | Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Return the weights and biases, by name, of the projections that `module_names` returns.
 
-    "all" is every parameter of a block, norms included. Raises InputError as `module_names` does.
+    The component "all" stands for every parameter of a block, norms included. Raises InputError like `module_names`.
     """
     prefixes = module_names(model, layers, components)
     if "all" in components:
-        found = blocks(model)
-        prefixes = [found[i][0] for i in _indices(layers, len(found))]
+        decoder = blocks(model)
+        prefixes = [decoder[i][0] for i in _indices(layers, len(decoder))]
     wanted = tuple(f"{prefix}." for prefix in prefixes)
     return {name: p for name, p in model.named_parameters() if name.startswith(wanted)}
 
 
 @contextmanager
 def kept(
-    model: nn.Module, parameters: dict[str, nn.Parameter] | None = None
+    model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None
 ) -> Iterator[nn.Module]:
-    """On exit, also after an exception, `parameters` (all of them if None) are bit for bit as on entry.
+    """Restore `parameters` (all if None) bit for bit on exit, also after an exception.
 
-    So are the buffers, `requires_grad` of every parameter and the training mode; gradients are dropped.
-    A copy is kept of the given parameters only.
+    Buffers, `requires_grad` of every parameter and the training mode are restored too, and gradients are dropped.
+    Only the given parameters and the buffers are copied.
     """
     named = dict(model.named_parameters()) if parameters is None else parameters
     training = {module: module.training for module in model.modules()}
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    required = [(p, p.requires_grad) for p in model.parameters()]
     tensors = [*named.values(), *model.buffers()]
     saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
     try:
@@ -322,14 +223,14 @@ def kept(
             # Training may have put another tensor, of another dtype, in the parameter's place.
             tensor.data = storage
             tensor.data.copy_(value)
-        for parameter, required in wanted:
-            parameter.requires_grad_(required).grad = None
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad).grad = None
         for module, mode in training.items():
             module.training = mode
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hex digits that change with any weight and with the configuration, not with where the model lies."""
+    """Return 16 hex digits that change with any weight and with the configuration, not with the model's path."""
     config = model.config.to_diff_dict()
     for passing in ("_name_or_path", "architectures", "transformers_version", "dtype"):
         config.pop(passing, None)
@@ -341,8 +242,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def max_context(model: nn.Module) -> int:
-    """Positions the model was made for, in tokens; unbounded where the configuration gives none."""
-    return (
-        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        or sys.maxsize
-    )
+    """Return the positions the model was made for, in tokens; unbounded where the configuration gives none."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or in float64 where it already is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

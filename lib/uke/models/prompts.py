@@ -1,0 +1,155 @@
+"""Turn questions and answers into token ids: chat templates, labels, padding, batches of similar length."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from uke.data.edits import Probe
+from uke.errors import InputError
+
+IGNORED = -100  # label of a token that carries no loss
+PLACEHOLDER = "uke0mark"
+# Limits of one forward pass: tokens, padding included, and the share of them that may be padding.
+PASS_TOKENS, PADDING = 8192, 0.15
+# A training pass on a CPU keeps every activation. Larger passes were measured to be slower.
+TRAINING_TOKENS = 1024
+
+
+class Example(NamedTuple):
+    """One prompt with the answer to learn: T token ids, T labels (-100 on the prompt), prompt length."""
+
+    ids: list[int]
+    labels: list[int]
+    prompt_length: int
+
+
+def reading(passage: str, question: str) -> str:
+    """Return the prompt of a reading task: a passage, then the question about it."""
+    return f"Read this text: {passage}\n{question}"
+
+
+def question_of(model: nn.Module, probe: Probe) -> str:
+    """Return the probe's question, after the passage where the model was edited in context."""
+    passages = getattr(model, "passages", {})
+    passage = passages.get(probe.edit)
+    return probe.question if passage is None else reading(passage, probe.question)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str:
+    """Return the prompt as text: up to where the answer begins in the chat template, or unchanged."""
+    if not chat:
+        return question
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; expected one, or chat: false"
+        )
+    # Templates of reasoning models read `enable_thinking`, others ignore it: a scored answer begins at once.
+    turn = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
+    """Return the token ids of the prompt, with one beginning-of-text token (a chat template writes its own).
+
+    Raises InputError for `chat` without a template in the tokenizer, and for an empty prompt.
+    """
+    ids = _tokenize(tokenizer, render(tokenizer, question, chat), special=not chat)
+    if not ids:
+        raise InputError("question: empty; expected at least one token")
+    return ids
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def example(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool, end_of_turn: bool
+) -> Example:
+    """Join prompt and answer into one sequence whose labels are the answer.
+
+    With `end_of_turn` the token that ends a turn is learned too. A raw prompt is continued after one space.
+    The prompt's ids are exactly those that `encode` returns.
+    """
+    prompt = encode(tokenizer, question, chat)
+    text = render(tokenizer, question, chat)
+    space = "" if chat or text[-1:].isspace() or answer[:1].isspace() else " "
+    # Tokenizing both together spares the answer the word-start mark that some tokenizers put before any text.
+    # Where the two would merge into one token, the answer is tokenized alone.
+    together = _tokenize(tokenizer, text + space + answer, special=not chat)
+    if together[: len(prompt)] == prompt:
+        target = together[len(prompt) :]
+    else:
+        target = _tokenize(tokenizer, space + answer, special=False)
+    if end_of_turn:
+        target.append(_end_of_turn(tokenizer))
+    return Example(prompt + target, [IGNORED] * len(prompt) + target, len(prompt))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that ends an assistant's turn in the chat template, else of end-of-text.
+
+    Raises InputError where the tokenizer has neither.
+    """
+    if tokenizer.chat_template:
+        turns = [{"role": role, "content": PLACEHOLDER} for role in ("user", "assistant")]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        tail = text.rpartition(PLACEHOLDER)[2].lstrip()
+        ids = _tokenize(tokenizer, tail, special=False) if tail else []
+        added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        if ids and ids[0] in added:
+            return ids[0]
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: no token ends a turn; expected an eos_token"
+        )
+    return tokenizer.eos_token_id
+
+
+_end_of_turn = end_of_turn  # `example` has an option of the same name
+
+
+def collate(
+    examples: Sequence[Example], pad_id: int, side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `attention_mask` and `labels`, each (B, T), T the longest example, padded on `side`."""
+    longest = max(len(one.ids) for one in examples)
+
+    def pad(row: Sequence[int], value: int) -> list[int]:
+        filling = [value] * (longest - len(row))
+        return [*row, *filling] if side == "right" else [*filling, *row]
+
+    return {
+        "input_ids": torch.tensor([pad(one.ids, pad_id) for one in examples]),  # (B, T)
+        "attention_mask": torch.tensor([pad([1] * len(one.ids), 0) for one in examples]),  # (B, T)
+        "labels": torch.tensor([pad(one.labels, IGNORED) for one in examples]),  # (B, T)
+    }
+
+
+def training_tokens(device: torch.device) -> int:
+    """Return how many tokens one forward pass may hold where a backward pass follows it."""
+    return min(PASS_TOKENS, TRAINING_TOKENS) if device.type == "cpu" else PASS_TOKENS
+
+
+def group_by_length(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
+    """Split row indices into passes of similar length, longest first, so that little of a pass is padding.
+
+    Each pass holds at most `tokens` tokens, padding included and never more than PASS_TOKENS, but at least one row.
+    """
+    tokens = PASS_TOKENS if tokens is None else min(tokens, PASS_TOKENS)
+    passes: list[list[int]] = []
+    longest = real = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        rows = len(passes[-1]) + 1 if passes else 0
+        full = rows * longest > tokens
+        if not rows or full or real + lengths[row] < (1 - PADDING) * rows * longest:
+            passes.append([])
+            longest, real = lengths[row], 0
+        passes[-1].append(row)
+        real += lengths[row]
+    return passes
