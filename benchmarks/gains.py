@@ -23,8 +23,9 @@ from uke.methods.finetune import prepare, weights
 from uke.methods.lanes import Below
 from uke.methods.recipes import Recipe
 from uke.models import generate as answering
-from uke.models import padding
-from uke.models.model import blocks, collate, encode
+from uke.models import prompts
+from uke.models.model import blocks
+from uke.models.prompts import collate, encode
 from uke.study import speed, ways
 from uke.study.study import Study
 
@@ -248,7 +249,9 @@ def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amoun
         )
         predicted = 1 + copied / speed_of_copy / on()
         ratios = _in_turns(
-            replaced(answering, "_cache", lambda model: DynamicCache(config=model.config))(on),
+            replaced(answering, "_empty_cache", lambda model: DynamicCache(config=model.config))(
+                on
+            ),
             on,
             amount,
         )
@@ -260,13 +263,11 @@ def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amoun
     """As many edits as a study puts side by side. Predicted by counting: decoding steps in batches of a quarter of the tokens over those as it is, as if a step cost whatever its rows."""
     edits = study.material.edits[: study.lanes]
     probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
-    whole = answering.Asking().batch_tokens
+    whole = answering.Generation().batch_tokens
     with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         questions = [
-            answering.Question(
-                probe.edit, tuple(encode(study.tokenizer, probe.question, probe.chat))
-            )
+            answering.Query(probe.edit, tuple(encode(study.tokenizer, probe.question, probe.chat)))
             for probe in probes
         ]
         longest = dict(zip(questions, _lengths(study, texts), strict=True))
@@ -324,7 +325,7 @@ def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount:
     lengths = [
         len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()
     ]
-    padded = _padded(lengths, padding.training_tokens(study.model.device))
+    padded = _padded(lengths, prompts.training_tokens(study.model.device))
     on = partial(_trained, study, edits, recipe)
     ratios = _in_turns(
         replaced(lane_training, "parts", lambda lengths, tokens: [list(range(len(lengths)))])(on),
@@ -355,13 +356,15 @@ def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
         ]
         whole, few = (
             _padded(lengths, tokens)
-            for tokens in (padding.TOKENS, padding.training_tokens(study.model.device))
+            for tokens in (prompts.PASS_TOKENS, prompts.training_tokens(study.model.device))
         )
         on = partial(_trained, study, edits, given, write)
-        ratios = _in_turns(replaced(padding, "TRAINING_TOKENS", padding.TOKENS)(on), on, amount)
+        ratios = _in_turns(
+            replaced(prompts, "TRAINING_TOKENS", prompts.PASS_TOKENS)(on), on, amount
+        )
         found.append(
             _gain(
-                f"training {padding.TRAINING_TOKENS:,} tokens at a time, {name}",
+                f"training {prompts.TRAINING_TOKENS:,} tokens at a time, {name}",
                 recipe.name,
                 whole / few,
                 ratios,
@@ -375,7 +378,7 @@ def _padded(lengths: Sequence[int], tokens: int) -> int:
     """Tokens of rows of these lengths, with their padding, in parts of so many."""
     return sum(
         len(places) * max(lengths[place] for place in places)
-        for places in padding.parts(lengths, tokens)
+        for places in prompts.group_by_length(lengths, tokens)
     )
 
 

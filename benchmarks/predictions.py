@@ -7,8 +7,8 @@ from torch import nn
 from uke.data.edits import Edit
 from uke.methods.finetune import prepare, weights
 from uke.methods.recipes import Recipe
-from uke.models.model import IGNORED, blocks, module_names
-from uke.models.padding import parts, training_tokens
+from uke.models.model import blocks, module_names
+from uke.models.prompts import IGNORED, group_by_length, training_tokens
 from uke.study.study import Study
 
 MIB = 2**20
@@ -78,7 +78,7 @@ def memory(
         examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
         groups = [
             [examples[place] for place in places]
-            for places in parts(
+            for places in group_by_length(
                 [len(one.ids) for one in examples], training_tokens(study.model.device)
             )
         ]

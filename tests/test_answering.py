@@ -9,7 +9,7 @@ from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.models import generate as answering
 from uke.models.generate import answer, target_log_probability
-from uke.models.model import encode, end_of_turn, example
+from uke.models.prompts import encode, end_of_turn, example
 
 QUESTIONS = (
     "Who?",

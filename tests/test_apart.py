@@ -15,7 +15,7 @@ from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import by_window, locate
 from uke.methods.peers import PEERS, Peer
 from uke.methods.recipes import RECIPES, Recipe
-from uke.models import padding
+from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
 from uke.models.model import select
 from uke.study import memory
@@ -488,7 +488,7 @@ def test_what_becomes_of_a_lane_after_its_end_breaks_the_others(ready, tokenizer
         with edited(model, tokenizer, [edit], method) as m:
             alone[edit.id] = updates(m, before)
     monkeypatch.setattr(lane_training, "DROP_SHARE", 1)
-    monkeypatch.setattr(padding, "PADDING", 1.0)
+    monkeypatch.setattr(prompts, "PADDING", 1.0)
     breaking(
         monkeypatch, 1, 3, ended=1e-9
     )  # ada, of middle length, ends at once, and is not a number later on

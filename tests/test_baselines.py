@@ -15,9 +15,9 @@ from uke.methods.locate_edit.anchors import by_window, locate, look, sites, stat
 from uke.methods.locate_edit.solvers import System, ridge
 from uke.methods.locate_edit.targets import target_values
 from uke.methods.peers import PEERS, Peer
-from uke.models import padding
+from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
-from uke.models.model import example
+from uke.models.prompts import example
 
 EDITS = (
     Edit(
@@ -236,7 +236,7 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
     tiny, tokenizer, monkeypatch
 ):
     model, looked = tiny(), []
-    monkeypatch.setattr(padding, "PADDING", 1.0)  # three texts at a time, whatever their lengths
+    monkeypatch.setattr(prompts, "PADDING", 1.0)  # three texts at a time, whatever their lengths
     whole = (
         covariance.second_moments(model, sites(model, (1,)))
         if covariance.measure(model, tokenizer, TEXTS, (1,), every=3)

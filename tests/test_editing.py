@@ -10,7 +10,8 @@ from uke.data.edits import Edit
 from uke.errors import InputError
 from uke.methods.edited import ADAPTER, METHODS, RECORD, WEIGHTS, edited, load, save
 from uke.methods.recipes import RECIPES, Recipe
-from uke.models.model import example, kept, select
+from uke.models.model import kept, select
+from uke.models.prompts import example
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 EDITS = (

@@ -4,6 +4,7 @@ from hashlib import sha256
 
 import pytest
 from uke.models import model as models
+from uke.models.prompts import end_of_turn
 from uke.study import knowledge, pretraining
 from uke.world import generate as world
 
@@ -44,6 +45,6 @@ def test_it_is_as_small_as_promised_and_what_its_card_says(shipped):
     assert model.num_parameters() == made["parameters"] <= 6_000_000
     assert sha256(weights.read_bytes()).hexdigest() == made["sha256"]
     assert models.max_context(model) == 1024 and len(models.blocks(model)) == 8
-    assert tokenizer.chat_template and models.end_of_turn(
-        tokenizer
-    ) == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tokenizer.chat_template and end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(
+        "<|end|>"
+    )

@@ -26,8 +26,8 @@ from uke.explore.surroundings import AROUND, Library, detail_lines, own_edit
 from uke.locality.facts import EXTRACTORS, edit_facts, facts, shared
 from uke.methods.recipes import FACTORS, RECIPES
 from uke.models import generate as answering
-from uke.models import likelihood
 from uke.models import model as models
+from uke.models.generate import token_probabilities
 from uke.project import Paths
 
 OWN = own_edit(
@@ -96,7 +96,7 @@ def test_the_tokens_make_up_the_text_and_their_mean_is_the_one_that_studies_repo
         probe(question="Who is Ann?", reference="Ann’s café — naïve ☃, 1802."),
         probe(question="Tell me about the very long winter of Birchenhaven.", reference="No."),
     ]
-    found = likelihood.token_probabilities(model, tokenizer, asked)
+    found = token_probabilities(model, tokenizer, asked)
     assert ["".join(token.text for token in tokens) for tokens in found] == [
         one.reference for one in asked
     ]
@@ -107,12 +107,10 @@ def test_the_tokens_make_up_the_text_and_their_mean_is_the_one_that_studies_repo
     assert means == pytest.approx(
         answering.target_log_probability(model, tokenizer, asked), abs=1e-4
     )
-    raw = likelihood.token_probabilities(model, tokenizer, asked, chat=False)
+    raw = token_probabilities(model, tokenizer, asked, chat=False)
     assert raw[0][0].probability != found[0][0].probability
     with pytest.raises(InputError, match="original 0: .* context holds 1024"):
-        likelihood.token_probabilities(
-            model, tokenizer, [probe(question="Who?", reference="word " * 1100)]
-        )
+        token_probabilities(model, tokenizer, [probe(question="Who?", reference="word " * 1100)])
 
 
 @pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT", "in-context"])

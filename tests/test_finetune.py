@@ -9,8 +9,9 @@ from uke.errors import InputError
 from uke.methods import finetune
 from uke.methods.finetune import adapt, loss, train
 from uke.methods.recipes import RECIPES, Recipe
-from uke.models import padding
-from uke.models.model import IGNORED, collate, example, max_context, select
+from uke.models import prompts
+from uke.models.model import max_context, select
+from uke.models.prompts import IGNORED, collate, example
 
 EDITS = (
     Edit(
@@ -105,7 +106,7 @@ def test_training_is_adam_on_the_mean_loss_of_the_edits(tiny, tokenizer, scope):
 def test_a_batch_split_to_save_memory_trains_as_one(tiny, tokenizer, monkeypatch):
     whole, split = tiny(), tiny()
     one = train(whole, tokenizer, EDITS, recipe())
-    monkeypatch.setattr(padding, "TOKENS", 1)
+    monkeypatch.setattr(prompts, "PASS_TOKENS", 1)
     many = train(split, tokenizer, EDITS, recipe())
     assert many.losses == pytest.approx(one.losses, rel=1e-5) and many.steps == one.steps == 4
     for name, weight in down_proj(whole).items():

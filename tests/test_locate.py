@@ -5,19 +5,12 @@ import torch
 from conftest import FAMILIES
 from uke.data.edits import Edit
 from uke.methods.finetune import prepare
-from uke.methods.locate_edit.anchors import (
-    Located,
-    by_window,
-    locate,
-    look,
-    sites,
-    states,
-    surprisals,
-)
+from uke.methods.locate_edit.anchors import Located, by_window, locate, look, sites, states
 from uke.methods.locate_edit.targets import _Chunk, injected, target_values
 from uke.methods.peers import PEERS, Peer
-from uke.models import padding
-from uke.models.model import Example
+from uke.models import prompts
+from uke.models.generate import surprisals
+from uke.models.prompts import Example
 
 EDITS = (
     Edit(
@@ -92,7 +85,7 @@ def test_a_window_begins_where_surprisal_peaks(tiny, tokenizer):
     model, choices = tiny(), peer("anyedit_pp")
     found = located(model, tokenizer, choices)
     for one, windows, nll in zip(
-        found.examples, found.windows, surprisals(model, found.examples), strict=True
+        found.examples, found.windows, surprisals(model, found.examples, found.ids), strict=True
     ):
         assert nll.tolist() == pytest.approx(
             nll_by_hand(model, sites(model, (0,))[0], one, {}).tolist(), rel=1e-4
@@ -289,7 +282,7 @@ def test_a_target_value_that_diverges_names_its_edit_alone_and_leaves_no_hook(
         FloatingPointError, match="MEMIT: the target value of edit 'grace' diverges"
     ):
         target_values(model, located(model, tokenizer, choices), site, choices)
-    monkeypatch.setattr(padding, "PADDING", 1.0)
+    monkeypatch.setattr(prompts, "PADDING", 1.0)
     with pytest.raises(FloatingPointError, match="'ada', 'alan'.*learning_rate below 1e"):
         wild = choices.model_copy(update={"learning_rate": 1e38, "clamp": 1e38})
         target_values(

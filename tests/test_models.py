@@ -10,17 +10,8 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 from uke.errors import InputError
 from uke.models import model as models
-from uke.models.model import (
-    blocks,
-    collate,
-    encode,
-    end_of_turn,
-    example,
-    kept,
-    max_context,
-    module_names,
-    select,
-)
+from uke.models.model import blocks, kept, max_context, module_names, select
+from uke.models.prompts import collate, encode, end_of_turn, example
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from uke.models import padding
-from uke.models.padding import parts, training_tokens
+from uke.models import prompts
+from uke.models.prompts import group_by_length, training_tokens
 
 LENGTHS = [
     [130, 131, 90, 187, 26, 90, 130],
@@ -18,7 +18,7 @@ LENGTHS = [
 @pytest.mark.parametrize("lengths", LENGTHS, ids=range(len(LENGTHS)))
 @pytest.mark.parametrize("tokens", [1, 400, 8192])
 def test_a_row_is_read_twice_or_a_part_is_mostly_padding(lengths, tokens):
-    found = parts(lengths, tokens)
+    found = group_by_length(lengths, tokens)
     assert sorted(place for part in found for place in part) == list(range(len(lengths)))
     for part in found:
         own = [lengths[place] for place in part]
@@ -28,20 +28,25 @@ def test_a_row_is_read_twice_or_a_part_is_mostly_padding(lengths, tokens):
 
 
 def test_parts_are_smaller_than_they_need_be():
-    assert [len(part) for part in parts([100] * 9, 400)] == [4, 4, 1]
-    assert [len(part) for part in parts([100, 90, 80, 70], 10_000)] == [4] and [
-        len(part) for part in parts([100, 50, 50], 10_000)
+    assert [len(part) for part in group_by_length([100] * 9, 400)] == [4, 4, 1]
+    assert [len(part) for part in group_by_length([100, 90, 80, 70], 10_000)] == [4] and [
+        len(part) for part in group_by_length([100, 50, 50], 10_000)
     ] == [1, 2]
 
 
 def test_the_default_is_what_the_module_says_now(monkeypatch):
-    assert len(parts([10] * 4)) == 1
-    monkeypatch.setattr(padding, "TOKENS", 20)
-    assert len(parts([10] * 4)) == 2
+    assert len(group_by_length([10] * 4)) == 1
+    monkeypatch.setattr(prompts, "PASS_TOKENS", 20)
+    assert len(group_by_length([10] * 4)) == 2
 
 
 def test_a_cpu_trains_on_as_much_at_once_as_memory_holds_or_a_gpu_on_little(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
-    assert training_tokens(cpu) == padding.TRAINING_TOKENS < padding.TOKENS == training_tokens(gpu)
-    monkeypatch.setattr(padding, "TOKENS", 20)
+    assert (
+        training_tokens(cpu)
+        == prompts.TRAINING_TOKENS
+        < prompts.PASS_TOKENS
+        == training_tokens(gpu)
+    )
+    monkeypatch.setattr(prompts, "PASS_TOKENS", 20)
     assert training_tokens(cpu) == training_tokens(gpu) == 20

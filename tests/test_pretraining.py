@@ -6,6 +6,7 @@ import pytest
 import torch
 from uke.errors import InputError
 from uke.models import model as models
+from uke.models.prompts import end_of_turn
 from uke.study import pretraining
 from uke.study.pretraining import Settings
 from uke.world import generate as world
@@ -142,10 +143,7 @@ def test_the_directory_is_an_ordinary_model_with_a_card(small_world, tmp_path):
     made = pretraining.card(directory)
     assert made["parameters"] == model.num_parameters() and made["settings"]["window"] == 1024
     assert made["sha256"] in (directory / "README.md").read_text()
-    assert (
-        models.max_context(model) == 1024
-        and models.end_of_turn(tokenizer) == tokenizer.eos_token_id
-    )
+    assert models.max_context(model) == 1024 and end_of_turn(tokenizer) == tokenizer.eos_token_id
 
 
 def test_a_directory_without_a_card_is_refused(tmp_path):

@@ -4,8 +4,7 @@ import pytest
 from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.models import generate as answering
-from uke.models.generate import answer
-from uke.models.recall import Recall
+from uke.models.generate import AnswerCache, answer
 
 PROBES = [
     Probe(edit=f"e{place}", kind="original", question=question, reference="Ada.")
@@ -36,22 +35,23 @@ def test_a_prompt_is_decoded_again_or_answered_with_anothers_text(
     plain = answer(model, tokenizer, PROBES, max_new_tokens=8)
     decoded.clear()
     assert (
-        answer(model, tokenizer, PROBES[:2], max_new_tokens=8, known=Recall(tmp_path)) == plain[:2]
+        answer(model, tokenizer, PROBES[:2], max_new_tokens=8, cache=AnswerCache(tmp_path))
+        == plain[:2]
     )
     assert (
-        answer(model, tokenizer, PROBES[::-1], max_new_tokens=8, known=Recall(tmp_path))
+        answer(model, tokenizer, PROBES[::-1], max_new_tokens=8, cache=AnswerCache(tmp_path))
         == plain[::-1]
     )
-    assert answer(model, tokenizer, PROBES, max_new_tokens=8, known=Recall(tmp_path)) == plain
+    assert answer(model, tokenizer, PROBES, max_new_tokens=8, cache=AnswerCache(tmp_path)) == plain
     assert sum(decoded) == 3
 
 
 def test_an_answer_cut_short_is_given_where_a_longer_one_is_asked_for(
     tiny, tokenizer, tmp_path, decoded
 ):
-    model, known = tiny(), Recall(tmp_path)
+    model, known = tiny(), AnswerCache(tmp_path)
     short, long = (
-        answer(model, tokenizer, PROBES, max_new_tokens=room, known=known) for room in (3, 9)
+        answer(model, tokenizer, PROBES, max_new_tokens=room, cache=known) for room in (3, 9)
     )
     assert (
         all(
@@ -60,36 +60,39 @@ def test_an_answer_cut_short_is_given_where_a_longer_one_is_asked_for(
         )
         and sum(decoded) == 6
     )
-    assert answer(model, tokenizer, PROBES, max_new_tokens=3, known=Recall(tmp_path)) == short
+    assert answer(model, tokenizer, PROBES, max_new_tokens=3, cache=AnswerCache(tmp_path)) == short
     assert (
-        answer(model, tokenizer, PROBES, max_new_tokens=9, known=Recall(tmp_path)) == long
+        answer(model, tokenizer, PROBES, max_new_tokens=9, cache=AnswerCache(tmp_path)) == long
         and sum(decoded) == 6
     )
 
 
 def test_an_answer_that_ended_by_itself_is_asked_again_for_more_room(tmp_path):
-    known = Recall(tmp_path)
+    known = AnswerCache(tmp_path)
     known.add({(1, 2): ([7, 8], 5), (3,): ([4, 4, 4], 3)})
-    assert known.look((1, 2), 99) == [7, 8] and known.look((1, 2), 1) == [7]
+    assert known.look_up((1, 2), 99) == [7, 8] and known.look_up((1, 2), 1) == [7]
     assert (
-        known.look((3,), 3) == [4, 4, 4]
-        and known.look((3,), 4) is None
-        and known.look((1,), 1) is None
+        known.look_up((3,), 3) == [4, 4, 4]
+        and known.look_up((3,), 4) is None
+        and known.look_up((1,), 1) is None
     )
     known.add({(3,): ([4, 4, 4, 5], 8)})
-    assert Recall(tmp_path).look((3,), 8) == known.look((3,), 8) == [4, 4, 4, 5] and Recall(
-        tmp_path
-    ).look((3,), 2) == [4, 4]
+    assert AnswerCache(tmp_path).look_up((3,), 8) == known.look_up((3,), 8) == [
+        4,
+        4,
+        4,
+        5,
+    ] and AnswerCache(tmp_path).look_up((3,), 2) == [4, 4]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[["1 2", "x"]]', '[["1 a", [1], 2]]', '{"a": 1}'])
 def test_a_damaged_file_is_not_named(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(InputError, match="a.json: no file of answers.*delete it"):
-        Recall(tmp_path).look((1,), 1)
+    with pytest.raises(InputError, match="a.json: not a file of cached answers.*delete it"):
+        AnswerCache(tmp_path).look_up((1,), 1)
 
 
 def test_a_write_that_was_killed_is_read(tmp_path):
     (tmp_path / "a.1-2.part").write_text("[[")
-    Recall(tmp_path).add({(1,): ([2], 1)})
-    assert Recall(tmp_path).look((1,), 1) == [2] and len(list(tmp_path.glob("*.json"))) == 1
+    AnswerCache(tmp_path).add({(1,): ([2], 1)})
+    assert AnswerCache(tmp_path).look_up((1,), 1) == [2] and len(list(tmp_path.glob("*.json"))) == 1

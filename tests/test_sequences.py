@@ -12,7 +12,8 @@ from uke.methods.edited import edited
 from uke.methods.finetune import train
 from uke.methods.locate_edit import covariance
 from uke.models import model as models
-from uke.models.model import example, kept
+from uke.models.model import kept
+from uke.models.prompts import example
 from uke.results import rows
 from uke.study import sequential as sequences
 from uke.study import study as studies

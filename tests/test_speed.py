@@ -15,6 +15,7 @@ from uke.errors import InputError
 from uke.methods import catalog as methods
 from uke.models import generate as answering
 from uke.models import model as models
+from uke.models import prompts
 from uke.report import diagrams
 from uke.report import section as report
 from uke.results import rows
@@ -341,7 +342,7 @@ def test_what_needs_a_gpu_runs_on_a_tiny_shape(tmp_path):
 def test_texts_of_random_words_have_the_length_that_is_asked_for():
     _, tokenizer = shapes.qwen(shapes.TINY, "cpu", torch.float32)
     material = shapes.worded(2, shapes.TINY["vocab_size"], 130, (11, 128))
-    one = models.example(
+    one = prompts.example(
         tokenizer, material.edits[0].question, material.edits[0].answer, True, False
     )
     assert len(one.ids) == 130 and len(material.probes["e0"]) == 11

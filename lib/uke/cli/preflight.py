@@ -134,7 +134,7 @@ def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Method]) -
     """The tokenizer has the template that methods train through, and every edit fits into the context."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from uke.models.model import example
+    from uke.models.prompts import example
 
     try:
         tokenizer, config = (

@@ -26,8 +26,7 @@ from uke.methods.finetune import prepare, weights
 from uke.methods.locate_edit import solvers
 from uke.methods.peers import Peer
 from uke.methods.recipes import Recipe
-from uke.models.generate import Asking, answer
-from uke.models.likelihood import Token, token_probabilities
+from uke.models.generate import Generation, Token, answer, token_probabilities
 from uke.models.model import load
 from uke.project import Paths, check_name
 from uke.report import tables
@@ -291,7 +290,7 @@ class Bench:
     def _asked(
         self, model: nn.Module, task: Task, probes: Sequence[Probe]
     ) -> tuple[pd.DataFrame, list[list[Token]]]:
-        frame = ask(model, self.tokenizer, probes, Asking(self._room, task.chat))
+        frame = ask(model, self.tokenizer, probes, Generation(self._room, task.chat))
         return frame, token_probabilities(
             model,
             self.tokenizer,

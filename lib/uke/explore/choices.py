@@ -11,7 +11,7 @@ from uke.errors import InputError
 from uke.methods.catalog import Method
 from uke.methods.peers import Peer
 from uke.methods.recipes import FACTORS, Recipe, vary
-from uke.models.model import index, module_names
+from uke.models.model import layer_index, module_names
 
 NAMES = {
     "loss_scope": "Loss from",
@@ -52,7 +52,7 @@ def named(model: nn.Module, factor: str, level: str) -> str:
         FACTORS[factor].levels[level].get("layers"),
     )
     if isinstance(layers, float):
-        return f"block {index(layers, depth)}"
+        return f"block {layer_index(layers, depth)}"
     return LEVELS.get((factor, level), level.replace("_", " "))
 
 

@@ -24,7 +24,7 @@ BESIDE = {
 }
 ROW = {"flex_flow": "row wrap", "align_items": "center"}
 LABEL = {"description_width": "7.5rem"}
-ASKED = {"chat template": None, "raw prompt": False}  # as `Asking.chat` has it
+ASKED = {"chat template": None, "raw prompt": False}  # as `Generation.chat` has it
 
 line = partial(w.Text, layout=WIDE, style=LABEL)
 area = partial(w.Textarea, layout=WIDE, style=LABEL)

@@ -18,8 +18,8 @@ from uke.errors import Diverged, InputError
 from uke.methods.lanes import Below, constant_below
 from uke.methods.peers import Peer
 from uke.methods.recipes import Recipe
-from uke.models.model import IGNORED, Example, collate, example, max_context, module_names, select
-from uke.models.padding import parts, training_tokens
+from uke.models.model import max_context, module_names, select
+from uke.models.prompts import IGNORED, Example, collate, example, group_by_length, training_tokens
 
 # AdaLoRA starts with half as many ranks again and prunes them to `rank` in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
@@ -82,7 +82,7 @@ LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], scope: str) -> Tensor:
-    """Loss of each edit of a right-padded batch (see `models.collate`) in one scope, shape (B,), nats per token."""
+    """Loss of each edit of a right-padded batch (see `prompts.collate`) in one scope, shape (B,), nats per token."""
     return LOSSES[scope](model, batch)
 
 
@@ -218,7 +218,7 @@ def _passes(
 def _batch(ids: Sequence[str], examples: Mapping[str, Example], pad_id: int, tokens: int) -> Batch:
     each = [
         [ids[place] for place in part]
-        for part in parts([len(examples[edit].ids) for edit in ids], tokens)
+        for part in group_by_length([len(examples[edit].ids) for edit in ids], tokens)
     ]
     return Batch(
         [edit for part in each for edit in part],

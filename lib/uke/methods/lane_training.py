@@ -16,8 +16,7 @@ from uke.errors import Diverged
 from uke.methods.finetune import Training, adapt, diverged, loss, prepare, weights
 from uke.methods.lanes import Lanes, LowRank, constant_below
 from uke.methods.recipes import Recipe
-from uke.models.model import collate
-from uke.models.padding import parts, training_tokens
+from uke.models.prompts import collate, group_by_length, training_tokens
 
 DROP_SHARE = 1 / 8  # lanes that have ended leave the batch when they are at least this share of it
 
@@ -35,7 +34,9 @@ def train_apart(
     examples = prepare(model, tokenizer, edits, recipe)
     ids = list(examples)
     courses = []
-    for places in parts([len(one.ids) for one in examples.values()], training_tokens(model.device)):
+    for places in group_by_length(
+        [len(one.ids) for one in examples.values()], training_tokens(model.device)
+    ):
         lanes = _laid_out(model, recipe, [ids[place] for place in places])
         batch = collate([examples[edit] for edit in lanes.ids], tokenizer.pad_token_id or 0)
         courses.append(_Course(recipe, lanes.ids))

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Probe
 from uke.models.generate import answer
+from uke.models.prompts import reading
 from uke.results.metrics import Interval, interval, score
-from uke.world.generate import Entity, World, exercise, reading, stranger
+from uke.world.generate import Entity, World, exercise, stranger
 
 # The measure of each examination, and the least value the embedded model must reach before it ships.
 EXAMINATIONS = {

@@ -29,8 +29,9 @@ from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uke.errors import InputError
+from uke.models.prompts import reading
 from uke.project import EMBEDDED
-from uke.world.generate import World, build, describe, exercise, hop, language, reading, stranger
+from uke.world.generate import World, build, describe, exercise, hop, language, stranger
 
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHECKPOINT, CARD = "checkpoint.safetensors", "training.json"

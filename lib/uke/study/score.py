@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Probe
-from uke.models.generate import Asking, answer, target_log_probability
+from uke.models.generate import Generation, answer, target_log_probability
 from uke.results.metrics import Encoder, score
 
 SHORT_WORDS, SHORT_TOKENS = (
@@ -27,7 +27,7 @@ def ask(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     probes: Sequence[Probe],
-    asking: Asking,
+    asking: Generation,
     encoder: Encoder | None = None,
 ) -> pd.DataFrame:
     """Answers and scores against the reference: one row per probe, in order."""

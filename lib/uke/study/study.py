@@ -27,9 +27,8 @@ from uke.methods.finetune import prepare
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import by_window, locate
 from uke.methods.peers import PEERS, Peer
-from uke.models.generate import Asking
+from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
-from uke.models.recall import Recall
 from uke.report.numerals import shortened
 from uke.results import rows
 from uke.results.metrics import METRICS, Encoder, load_encoder
@@ -372,7 +371,7 @@ class Study:
         if not rows.done(self.paths, UNEDITED, unit, marks):
             started = time.perf_counter()
             frame = self.ask(
-                self.model, self.material.every_probe, Recall(self.paths.answers(self.mark))
+                self.model, self.material.every_probe, AnswerCache(self.paths.answers(self.mark))
             )
             frame = frame.assign(
                 method=UNEDITED,
@@ -387,11 +386,15 @@ class Study:
         )
 
     def ask(
-        self, model: nn.Module, probes: Sequence[Probe], known: Recall | None = None
+        self, model: nn.Module, probes: Sequence[Probe], known: AnswerCache | None = None
     ) -> pd.DataFrame:
         """Answers and scores against the reference: one row per probe, in order."""
         return ask(
-            model, self.tokenizer, probes, Asking(self.room, self.chat, known=known), self.encoder
+            model,
+            self.tokenizer,
+            probes,
+            Generation(self.room, self.chat, cache=known),
+            self.encoder,
         )
 
     def room(self, probe: Probe) -> int:

@@ -16,8 +16,9 @@ from uke.methods.catalog import Method
 from uke.methods.edited import edited
 from uke.methods.finetune import adapt, prepare, weights
 from uke.methods.recipes import Recipe
-from uke.models.generate import answer, endings
-from uke.models.model import Example, collate, encode, kept, max_context
+from uke.models.generate import answer, end_tokens
+from uke.models.model import kept, max_context
+from uke.models.prompts import Example, collate, encode
 from uke.results.effects import SIDES
 from uke.study.memory import Peak
 from uke.study.speed import ALIKE, WITHIN, average
@@ -237,7 +238,7 @@ def generated(model: nn.Module, study: Study, probes: Sequence[Probe]) -> list[s
     batch = collate([Example(prompt, prompt, len(prompt)) for prompt in prompts], 0, side="left")
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))  # (B, T)
     rooms = _Rooms(ids.shape[1], torch.tensor(limits, device=ids.device))
-    ends = sorted(endings(model, tokenizer))
+    ends = sorted(end_tokens(model, tokenizer))
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -224,8 +224,3 @@ def choice(numbers: list[int], rng: random.Random) -> tuple[str, list[str], str]
         [str(number) for number in numbers],
         "ABCD"[numbers.index(best(numbers))],
     )
-
-
-def reading(passage: str, question: str) -> str:
-    """The prompt that gives a passage to read before its question (in-context editing asks the same way)."""
-    return f"Read this text: {passage}\n{question}"

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uke.methods.peers import Peer
-from uke.models.generate import read_as
-from uke.models.model import Example, blocks, module_names
-from uke.models.padding import parts
+from uke.models.generate import surprisals
+from uke.models.model import blocks, module_names, wide
+from uke.models.prompts import Example, group_by_length
 
 
 class Site(NamedTuple):
@@ -104,7 +103,7 @@ def locate(model: nn.Module, examples: Mapping[str, Example], peer: Peer) -> Loc
     if peer.anchors == "last":
         cuts = [[span.start] for span in spans]
     elif peer.anchors == "surprisal":
-        surprisal = surprisals(model, every)
+        surprisal = surprisals(model, every, list(examples))
         cuts = [
             _peaks(values, peer.window, span.start)
             for values, span in zip(surprisal, spans, strict=True)
@@ -134,32 +133,6 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
     return [first + start for start in starts]
 
 
-@torch.no_grad()
-def surprisals(
-    model: nn.Module, examples: Sequence[Example], edits: Sequence[str] = ()
-) -> list[Tensor]:
-    """-log p of every target token of each example, teacher-forced, shape (tokens of its answer,), nats.
-
-    Where the model has lanes, `edits` says which of them reads each example.
-    """
-    found: dict[int, Tensor] = {}
-    for rows, ids in chunks([one.ids for one in examples], model.device):
-        if edits:
-            read_as(model, [edits[row] for row in rows])
-        read = min(examples[row].prompt_length for row in rows) - 1
-        logits = model(
-            input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - 1 - read
-        ).logits
-        nll = F.cross_entropy(
-            wide(logits).transpose(1, 2), ids[:, read + 1 :], reduction="none"
-        )  # (B, S)
-        for row, values in zip(rows, nll, strict=True):
-            found[row] = values[
-                examples[row].prompt_length - 1 - read : len(examples[row].ids) - 1 - read
-            ]
-    return [found[row] for row in range(len(examples))]
-
-
 def by_window(model: nn.Module, located: Located) -> list[list[float]]:
     """Mean log-probability (nats) of a token of each window of each edit: how far a method came, and where."""
     return [
@@ -180,7 +153,7 @@ def chunks(
     sequences: Sequence[Sequence[int]], device: torch.device
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Rows of like length with their ids (B, T), padded right: causality alone keeps padding from what is read."""
-    for rows in parts([len(sequence) for sequence in sequences]):
+    for rows in group_by_length([len(sequence) for sequence in sequences]):
         yield rows, padded([sequences[row] for row in rows], device)
 
 
@@ -198,11 +171,6 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _Enough(Exception):

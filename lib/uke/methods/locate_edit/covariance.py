@@ -25,7 +25,8 @@ from uke.errors import InputError
 from uke.files import replacing
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
 from uke.methods.peers import PEERS
-from uke.models.model import encode, example, fingerprint, load, max_context
+from uke.models.model import fingerprint, load, max_context
+from uke.models.prompts import encode, example
 from uke.project import EMBEDDED, Paths
 from uke.study.pretraining import card
 from uke.world import files as world_files

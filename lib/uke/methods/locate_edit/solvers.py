@@ -17,10 +17,11 @@ from uke.errors import Diverged, InputError
 from uke.methods.finetune import Progress, Training, prepare
 from uke.methods.lanes import Lanes
 from uke.methods.locate_edit import covariance
-from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states, wide
+from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
 from uke.methods.locate_edit.targets import Values, target_values
 from uke.methods.peers import Peer
-from uke.models.padding import TOKENS
+from uke.models.model import wide
+from uke.models.prompts import PASS_TOKENS
 
 
 def weights(model: nn.Module, peer: Peer) -> dict[str, nn.Parameter]:

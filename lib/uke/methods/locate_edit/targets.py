@@ -15,10 +15,10 @@ from transformers import DynamicCache
 
 from uke.errors import Diverged
 from uke.methods.lanes import Below, constant_below
-from uke.methods.locate_edit.anchors import Located, Site, padded, states, wide
+from uke.methods.locate_edit.anchors import Located, Site, padded, states
 from uke.methods.peers import Peer
-from uke.models.model import kept
-from uke.models.padding import parts
+from uke.models.model import kept, wide
+from uke.models.prompts import group_by_length
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _rows(located: Located, turn: int) -> Iterator[list[int]]:
     rows = [row for row, windows in enumerate(located.windows) if len(windows) > turn]
     # What an edit's rows end with: the last window in the loss.
     ends = [located.windows[row][-1 if located.nested else turn].stop for row in rows]
-    return ([rows[place] for place in part] for part in parts(ends))
+    return ([rows[place] for place in part] for part in group_by_length(ends))
 
 
 def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Tensor:
