@@ -86,9 +86,9 @@ def test_a_cache_that_outgrows_its_room_loses_no_token_and_mixes_no_rows(
     model = tiny(family)
     model.generation_config.eos_token_id = enders(model, tokenizer, probes)
     with monkeypatch.context() as plain:
-        plain.setattr(answering, "_cache", lambda model: DynamicCache(config=model.config))
+        plain.setattr(answering, "_empty_cache", lambda model: DynamicCache(config=model.config))
         expected = answer(model, tokenizer, probes, max_new_tokens=NEW)
-    monkeypatch.setattr(answering, "ROOM", room)
+    monkeypatch.setattr(answering, "SPARE_TOKENS", room)
     assert answer(model, tokenizer, probes, max_new_tokens=NEW) == expected
 
 

@@ -380,7 +380,7 @@ def test_a_broken_edit_is_not_named_or_takes_the_others_with_it(
         with edited(model, tokenizer, [edit], method) as m:
             alone[edit.id] = updates(m, before)
     monkeypatch.setattr(
-        padding, "PADDING", 1.0
+        prompts, "PADDING", 1.0
     )  # all in one batch, the longest first: grace, ada, alan
     breaking(monkeypatch, 1, 3, once=True)
     with edited_apart(model, tokenizer, EDITS, method) as m:
@@ -442,7 +442,7 @@ def test_a_block_that_diverges_is_not_named_or_another_is(ready, tokenizer, toke
         return values
 
     monkeypatch.setattr(apart, "target_values", broken)
-    monkeypatch.setattr(apart.baselines, "TOKENS", tokens)
+    monkeypatch.setattr(apart.baselines, "PASS_TOKENS", tokens)
     with edited_apart(model, tokenizer, EDITS, quick("anyedit_unke")) as m:
         assert m.failed == {
             "alan": "AnyEdit (UnKE): the block's error of edit 'alan' is not finite after 0 steps; expected an unke_rate below 0.005"
@@ -463,7 +463,7 @@ def test_an_edit_depends_on_how_many_blocks_are_trained_at_once(
     for edit in EDITS:
         with edited(model, tokenizer, [edit], method) as m:
             alone[edit.id] = updates(m, before)
-    monkeypatch.setattr(apart.baselines, "TOKENS", tokens)
+    monkeypatch.setattr(apart.baselines, "PASS_TOKENS", tokens)
     with edited_apart(model, tokenizer, EDITS, method) as m:
         for lane, edit in enumerate(EDITS):
             assert far(of_lane(m.lanes, lane, before), alone[edit.id]) < 1e-2

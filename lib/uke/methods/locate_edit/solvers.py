@@ -220,7 +220,7 @@ class BlockSteps:
             self._held(),
             max(len(one.ids) for located, _ in alone for one in located.examples),
         )
-        size = max(1, TOKENS // max([longest, *(part.share.numel() for part in held)]))
+        size = max(1, PASS_TOKENS // max([longest, *(part.share.numel() for part in held)]))
         fitted = [
             self._fit(alone[start : start + size], held) for start in range(0, len(alone), size)
         ]
