@@ -54,7 +54,7 @@ locality: $(STAMP)
 # Every figure and table drawn again, and the report composed, from what figures/<profile>/ has stored: no model, no notebook.
 figures: PROFILE = embedded
 figures: $(STAMP)
-	$(VENV)/bin/python -m uke.cli.run --redraw --profile '$(PROFILE)' $(call given,DATA,--data)
+	$(VENV)/bin/python -m uke.cli.run --compose --profile '$(PROFILE)' $(call given,DATA,--data)
 
 # Both searches at once: the settings of each method, and the learning rate of each level of a factor.
 tune: PROFILE = embedded
@@ -68,7 +68,7 @@ world: PROFILE = embedded-world-$(SEED)
 world: $(STAMP)
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python -m uke.cli.run 00_embedded_model --profile '$(PROFILE)' --set retrain=true
 	@$(CHECK)
-	$(SNAKEMAKE) $(foreach name,$(HEADLINE),'$(CURDIR)/figures/$(PROFILE)/sections/$(name).json') --config $(CONFIG)
+	$(SNAKEMAKE) $(foreach name,$(HEADLINE),'$(CURDIR)/results/$(PROFILE)/sections/$(name).json') --config $(CONFIG)
 	$(VENV)/bin/python -m uke.cli.run --compose --profile '$(PROFILE)'
 
 # The published loop, one edit after another, and lanes, timed in turns on an idle machine: benchmarks/results/, which 10_cost shows.

@@ -28,7 +28,7 @@ RUN = shlex.join(["--profile", PROFILE, "--data", DATA])
 
 
 def section(notebook):
-    return str(PATHS.figures / "sections" / f"{notebook}.json")
+    return str(PATHS.sections / f"{notebook}.json")
 
 
 def sources(wildcards):

@@ -122,8 +122,8 @@ def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
         [3.5 / 6, 3.3 / 6, (0.2 + 0.5 * (len(AVERAGE) - kept - 1) + kept) / 6]
     )
     halves = effects.sides(found).groupby(["cell", "kind"])["score"].mean()
-    assert halves["FT-M, all", "written"] == pytest.approx(1.8 / 3) and halves[
-        "FT-M, all", "kept"
+    assert halves["FT-M, all", "efficacy"] == pytest.approx(1.8 / 3) and halves[
+        "FT-M, all", "locality"
     ] == pytest.approx(0.5)
 
 
@@ -171,4 +171,4 @@ def test_the_course_of_a_training_is_read_from_its_row():
     ],
 )
 def test_levels_are_said_in_words(level, words):
-    assert effects.worded(level) == words
+    assert effects.label(level) == words

@@ -289,7 +289,7 @@ def test_a_notebook_shows_every_figure_table_and_finding_of_its_section(executed
     """Also those placed within an `if` or a loop, which a cell shows no value of."""
     for path in executed:
         section = json.loads(
-            (home / "figures" / "smoke" / "sections" / path.with_suffix(".json").name).read_text()
+            (home / "results" / "smoke" / "sections" / path.with_suffix(".json").name).read_text()
         )
         outputs = [
             output

@@ -26,7 +26,7 @@ only = None  # one unit
 """
 SECTION = "sections/01_small.json"
 WRITE = """from uke.project import Paths
-section = Paths(profile, data).figures / "sections" / "01_small.json"
+section = Paths(profile, data).sections / "01_small.json"
 section.parent.mkdir(parents=True, exist_ok=True)
 section.write_text(str(limit))"""
 
@@ -255,7 +255,7 @@ def test_a_run_uses_this_interpreter_and_writes_outputs_and_manifest(project, mo
     monkeypatch.setenv("JUPYTER_PATH", str(project / "share"))
     write(project, WRITE, "import sys; sys.executable")
     assert small("--set", "limit=3") == 0
-    assert (project / "figures/quick" / SECTION).read_text() == "3"
+    assert (project / "results/quick" / SECTION).read_text() == "3"
     assert sys.executable in executed(project)[-1].outputs[0].data["text/plain"]
     manifest = json.loads((project / "results/quick/manifests/01_small.json").read_text())
     assert manifest["status"] == "done" and manifest["parameters"]["limit"] == 3
@@ -312,7 +312,7 @@ def test_a_missing_or_old_declared_output_fails_the_run(project, caplog):
     write(project, "limit")
     assert small() == 1
     assert "finished without writing its declared output" in caplog.messages[-1]
-    section = project / "figures/quick" / SECTION
+    section = project / "results/quick" / SECTION
     section.write_text("old")
     assert small() == 1
     assert "finished without renewing its declared output" in caplog.messages[-1]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PARAMETERS = 'profile = "quick"  # sizes\ndata = "world"  # dataset\nlimit = 4  # edits\n'
 SECTION = """from uke.project import Paths
-folder = Paths(profile, data).figures / "sections"
+folder = Paths(profile, data).sections
 folder.mkdir(parents=True, exist_ok=True)
 """
 
@@ -73,7 +73,7 @@ def plan(project: Path, *config: str) -> str:
 def test_notebooks_run_in_order_once_and_are_planned_again_when_a_parameter_changes(project):
     done = tune(project)
     assert done.returncode == 0, done.stderr
-    assert (project / "figures/smoke/sections/tuning.json").read_text() == "after 2"
+    assert (project / "results/smoke/sections/tuning.json").read_text() == "after 2"
     assert "Nothing to be done" in plan(project)
     planned = plan(project, "limit=3")
     assert "Params have changed" in planned and "--shared limit=3" in planned
@@ -89,7 +89,7 @@ def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(proje
     ]
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stderr
     assert (project / "results/smoke/notebooks/01_small.ipynb").exists()
-    assert not (project / "figures/smoke/sections/tuning.json").exists()
+    assert not (project / "results/smoke/sections/tuning.json").exists()
 
 
 def test_both_searches_run_at_once_and_read_the_trials_while_other_notebooks_read_what_they_found(
@@ -108,7 +108,7 @@ def test_both_searches_run_at_once_and_read_the_trials_while_other_notebooks_rea
         path.write_text("{}\n")
     done = tune(project)
     assert done.returncode == 0, done.stderr
-    sections = sorted(path.stem for path in (project / "figures/smoke/sections").iterdir())
+    sections = sorted(path.stem for path in (project / "results/smoke/sections").iterdir())
     assert sections == ["01_small", "tuning", "tuning_levels"]
 
     def stale(folder):
@@ -139,7 +139,7 @@ def test_the_locality_target_runs_its_notebook_alone_and_names_missing_documents
         command, cwd=project, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (project / "figures/smoke/sections").iterdir()] == [
+    assert [path.name for path in (project / "results/smoke/sections").iterdir()] == [
         "02_locality.json"
     ]
     check = [
@@ -193,7 +193,7 @@ def test_the_longest_notebook_starts_last(project):
         sys.executable,
         "-m",
         "snakemake",
-        *(str(project / f"figures/smoke/sections/{name}.json") for name in ("00_short", "09_long")),
+        *(str(project / f"results/smoke/sections/{name}.json") for name in ("00_short", "09_long")),
         "--cores",
         "1",
         "--config",
@@ -209,7 +209,7 @@ def test_the_longest_notebook_starts_last(project):
     )
     assert done.returncode == 0, done.stderr
     short, long = (
-        int((project / f"figures/smoke/sections/{name}.json").read_text())
+        int((project / f"results/smoke/sections/{name}.json").read_text())
         for name in ("00_short", "09_long")
     )
     assert long < short

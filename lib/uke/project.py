@@ -52,6 +52,11 @@ class Paths:
             / (self.profile if self.data == "world" else f"{self.profile}-{self.data}")
         )
 
+    @property
+    def sections(self) -> Path:
+        """Folder of what the notebooks contribute to the report."""
+        return self.results / "sections"
+
     def answers(self, mark: str) -> Path:
         """Folder of the answers of an unedited model, shared by all runs; `mark` says which model."""
         return (

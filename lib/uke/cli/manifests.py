@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "typst")
 _VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
@@ -62,6 +64,25 @@ def machine(manifest: dict) -> dict:
         if versions
         else {}
     )
+
+
+def account(paths: Any, manifest: dict) -> dict:
+    """Return notebook, status, seconds and machine of a run, as the report accounts for it."""
+    seconds = max(
+        float(manifest["work_seconds"]), _row_seconds(paths.exported(manifest["notebook"]))
+    )
+    names = {"notebook": manifest["notebook"], "status": manifest.get("status"), "seconds": seconds}
+    return names | machine(manifest)
+
+
+def _row_seconds(path: Path) -> float:
+    """Seconds of editing and answering that the rows of a study record, once for each unit."""
+    if not path.is_file():
+        return 0.0
+    frame = pd.read_parquet(path)
+    keys = ["method", "factor", "level", "batch_size", "batch", "recipe", "phase"]
+    units = frame.drop_duplicates(keys)
+    return float(units[["train_seconds", "answer_seconds"]].sum().sum())
 
 
 def processor(told: Path = Path("/proc/cpuinfo")) -> str:

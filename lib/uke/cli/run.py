@@ -1,7 +1,6 @@
 """Runs one notebook headlessly: strict parameters, this environment's kernel, declared outputs, a manifest.
 
 `python -m uke.cli.run 01_edits --profile quick --set limit=4`; `python -m uke.cli.run --compose --profile quick` makes the report,
-`--redraw` draws its figures and tables again first, from what the sections stored.
 Exit status: 0 done, 1 the notebook failed, 2 bad input (nothing was started). Papermill's own gaps are closed here: it only
 warns of an unknown parameter, never checks outputs, and can hang on a killed kernel.
 """
@@ -128,7 +127,7 @@ def plan(options: argparse.Namespace) -> Plan:
         parameters["methods"] = preflight.with_levels(root, parameters)
     preflight.check(root, data, parameters)
     paths = Paths(options.profile, data)
-    declared = [root / out for out in options.out] or [paths.figures / "sections" / f"{name}.json"]
+    declared = [root / out for out in options.out] or [paths.sections / f"{name}.json"]
     return Plan(
         root,
         root / "notebooks" / f"{name}.ipynb",
@@ -239,11 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--compose", action="store_true", help="compose numbers.json, report.html and report.pdf"
     )
-    what.add_argument(
-        "--redraw",
-        action="store_true",
-        help="the same, with every figure and table drawn again from its stored data",
-    )
     parser.add_argument("--profile", required=True, help="a file of params/profiles, without .yaml")
     parser.add_argument("--data", help="a benchmark's name instead of the profile's data")
     pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
@@ -272,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     for loud in ("papermill", "filelock", "traitlets", "fontTools"):
         logging.getLogger(loud).setLevel(logging.WARNING)
     try:
-        if options.compose or options.redraw:
+        if options.compose:
             _compose(options)
         elif options.check:
             _check(options)
@@ -288,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compose(options: argparse.Namespace) -> None:
-    from uke.report import section as report
+    from uke.report import compose as report
 
     home = Paths(options.profile).home
     paths = Paths(options.profile, params.dataset(home, options.profile, options.data))
@@ -296,11 +290,9 @@ def _compose(options: argparse.Namespace) -> None:
         study.notebook
         for study in params.reported(home, options.profile, paths.data, _documents(options))
     ]
-    if options.redraw:
-        report.redraw(paths)
-    else:
-        report.account(paths, notebooks)
-    report.compose(paths, notebooks)
+    runs = [manifests.account(paths, each) for each in manifests.read(paths)]
+    report.account(paths, [each for each in runs if each["notebook"] in notebooks])
+    report.compose(paths, notebooks, runs)
     if paths.figures == home / "figures" / QUOTED:
         report.quote(home / "README.md", paths)
 

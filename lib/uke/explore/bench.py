@@ -29,7 +29,7 @@ from uke.methods.recipes import Recipe
 from uke.models.generate import Generation, Token, answer, token_probabilities
 from uke.models.model import load
 from uke.project import Paths, check_name
-from uke.report import tables
+from uke.data.edits import KINDS
 from uke.results.metrics import HEADLINE, score
 from uke.study.score import TEACHER_FORCED, ask, beside, room
 from uke.study.study import measure_world, world_of
@@ -78,7 +78,7 @@ class Trial:
             after=("score_after", "mean"),
             probes=("number", "size"),
         )
-        order = {kind: place for place, kind in enumerate((*tables.KIND_ORDER, QUESTION))}
+        order = {kind: place for place, kind in enumerate((*KINDS, QUESTION))}
         return found.sort_values("kind", key=lambda kinds: kinds.map(order), ignore_index=True)
 
 

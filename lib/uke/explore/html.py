@@ -13,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from uke.report.tables import KIND_ORDER, LABELS
+from uke.data.edits import KINDS as KIND_ORDER
+from uke.results.effects import LABELS
 
 OWN = ("original", "paraphrase", "detail", "multi_hop")
 GROUPS = (

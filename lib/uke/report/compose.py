@@ -1,22 +1,25 @@
-"""The report as a document: sections arranged and numbered, recipes put into words, set as HTML and as PDF."""
+"""Make the report: numbers.json, and one Markdown text of all sections that pandoc turns into HTML and PDF.
 
-import base64
+compose(Paths("quick"))     # figures/quick/numbers.json, report.html, report.pdf
+"""
+
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
+import pandas as pd
+import pypandoc
 import typst
-from markupsafe import Markup, escape
 
-from uke.cli import manifests
-from uke.report import abstract, arrangement
-from uke.report.numerals import number
+from uke.errors import InputError, nearest
+from uke.files import write_atomic
+from uke.project import Paths
+from uke.report.section import Section, prose, table_markdown
+from uke.report.tables import number
 
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
 SUBTITLE = (
@@ -24,336 +27,283 @@ SUBTITLE = (
     "Reassessing Knowledge Editing for Unstructured Data”"
 )
 FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
-SMOKE_RUN = (
-    "This run shows that loading, asking and scoring work on these data. It supports no verdict."
+SMOKE_RUN = "This run shows that loading, generating and scoring work on these data. It supports no verdict."
+NOTE = (
+    "Brackets are 95 % bootstrap intervals; n counts what was drawn: edits, or batches where edits "
+    f"share a training. This study is a reconstruction ({FOURTH_FACTOR})."
 )
-_TEMPLATES = Path(__file__).parent / "templates"
-# A fixed day, the paper's, so that the same sections give the same bytes.
-_DATED = datetime(2025, 6, 11, tzinfo=UTC)
-_SCOPES = {
-    "target_tokens": "every target token, teacher-forced",
-    "last_prompt_token": "the last prompt token only",
-}
-COMPARISON = (
-    "07_recipe"  # the notebook whose recipes are described; the others are told as differences
-)
-_ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA"}
+FIRST, APPENDIX = "11_verdicts", ("run", "tuning", "tuning_levels")  # sections out of turn
+_TEMPLATES = Path(__file__).with_name("templates")
+_DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
+_FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
+_QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
+_SHOWN = {"number": "said", "word": "unit"}
+_TYPST_ATTRIBUTE = re.compile(r' typst:[\w:]+="[^"]*"')
+_NEEDED = {"notebook", "title", "numbers", "body"}
 
 
-def arrange(paths: Any, sections: list[dict], expected: Iterable[str] = ()) -> dict:
-    """Everything both forms of the report show, as JSON; what stands where is decided by `arrangement`.
+def compose(
+    paths: Paths, expected: Iterable[str] = (), runs: Sequence[Mapping[str, Any]] = ()
+) -> list[Path]:
+    """Write numbers.json, report.html and report.pdf from the sections of a run; return their paths.
 
-    Notebooks of `expected` without a section, failed runs and missing figures become warnings.
+    Notebooks in `expected` without a section, failed `runs` (each with notebook, status and where it
+    ran) and missing figures become warnings. Raises InputError where there is no section or one is
+    unreadable, or where two say the same number or have a figure or table of the same name.
     """
-    ran = manifests.read(paths)
+    sections = read_sections(paths)
+    numbers = _merge_numbers(sections)
+    text = markdown(paths, sections, expected, runs)
+    contents = {
+        "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
+        "report.html": _html(paths, text),
+        "report.pdf": _pdf(paths, text),
+    }
+    return [write_atomic(paths.figures / name, content) for name, content in contents.items()]
+
+
+def read_sections(paths: Paths) -> list[dict]:
+    """Return the sections of a run in the order of the report."""
+    files = sorted(paths.sections.glob("*.json"))
+    if not files:
+        raise InputError(f"{paths.sections}: no sections; run the notebooks of this profile first")
+    sections = []
+    for path in files:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
+        if not isinstance(found, dict) or not _NEEDED <= set(found):
+            names = ", ".join(sorted(_NEEDED))
+            raise InputError(f"{path}: not a section: expected {names}; run its notebook again")
+        sections.append(found)
+    order = [FIRST, *(each["notebook"] for each in sections)]
+    return sorted(sections, key=lambda each: order.index(each["notebook"]))
+
+
+def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
+    """Return the numbers of all sections, sorted by key; InputError for what two sections name alike."""
+    owners: dict[tuple[str, str], str] = {}
+    for section in sections:
+        named = [(block["type"], block["name"]) for block in section["body"] if "name" in block]
+        for what, name in [("number", key) for key in section["numbers"]] + named:
+            owner = owners.setdefault((what, name), section["notebook"])
+            if owner != section["notebook"]:
+                raise InputError(
+                    f"{what} {name} is in two sections: {owner} and {section['notebook']}"
+                )
+    numbers = {key: found for each in sections for key, found in each["numbers"].items()}
+    return dict(sorted(numbers.items()))
+
+
+def markdown(
+    paths: Paths,
+    sections: Sequence[Mapping],
+    expected: Iterable[str] = (),
+    runs: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return the whole report as Markdown: answers first, then sections, methods, limits, appendix."""
     present = {section["notebook"] for section in sections}
-    absent = [name for name in dict.fromkeys(expected) if name not in present]
-    failed = sorted(manifest["notebook"] for manifest in ran if manifest.get("status") == "failed")
-    warnings = [
-        f"Notebook `{name}` has no section: it has not been run on this profile." for name in absent
+    missing = [
+        f"Notebook `{name}` has no section: it has not been run on this profile."
+        for name in dict.fromkeys(expected)
+        if name not in present
     ]
-    warnings += [
-        f"The last run of notebook `{name}` failed: what it shows is of an earlier run."
-        for name in failed
+    missing += [
+        f"The last run of notebook `{run['notebook']}` failed: its section is of an earlier run."
+        for run in runs
+        if run.get("status") == "failed"
     ]
-    methods = _methods(sections)
-    # Before the widths of columns are found, since what holds together cannot be broken.
-    verdicts, main, appendix = arrangement.split(
-        arrangement.hold_together([*sections, *_recipes(methods)]), Path(paths.figures)
-    )
-    arranged = {
-        "abstract": abstract.write(sections),
-        "verdicts": verdicts,
-        "sections": main,
-        "appendix": appendix,
-        "limits": [
-            [section["title"], section["limits"]] for section in sections if section["limits"]
-        ],
-        "numbers": [
-            [key, said["said"]] for section in sections for key, said in section["numbers"].items()
-        ],
-        "methods": [[name, describe(variants[0]["own"])] for name, variants in methods],
-    }
-    return arrangement.hold_together(arranged) | {
-        "title": TITLE,
-        "subtitle": SUBTITLE,
-        "profile": str(getattr(paths, "profile", None) or Path(paths.figures).name),
-        "data": str(getattr(paths, "data", None) or ""),
-        "fourth_factor": FOURTH_FACTOR,
-        "smoke_run": SMOKE_RUN if any(section["smoke_run"] for section in sections) else "",
-        "warnings": warnings,
-        "environment": _environment(sections, ran),
-    }
+    answers = [
+        f"- [**{prose(each['title'])}.**](#{each['notebook']}) {prose(each['answer'])}"
+        for each in sections
+        if each["answer"] and each["notebook"] not in APPENDIX
+    ]
+    smoke = any(section["smoke_run"] for section in sections)
+    about = f"Profile {paths.profile}, data {paths.data}. {FOURTH_FACTOR.capitalize()}."
+    parts = [
+        f"::: {{#about}}\n{prose(about)}\n:::",
+        *([_box("warning", "Smoke run.", SMOKE_RUN)] if smoke else []),
+        *(_box("warning", "Warning.", each) for each in missing),
+        "# Answers {#abstract}",
+        *answers,
+        prose(NOTE),
+        *(_section(paths, each) for each in sections if each["notebook"] not in APPENDIX),
+        *_methods(sections),
+        "# Limits {#limits}",
+        *_limits(sections),
+        *(_section(paths, each) for each in sections if each["notebook"] in APPENDIX),
+        *_environment(sections, runs),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def html(data: dict, directory: Path) -> str:
-    """The report as one self-contained HTML page; figures are read from `directory`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "prose": _prose,
-        "picture": lambda name: _data_uri(directory / f"{name}.png"),
-    }
-    return environment.get_template("report.html.j2").render(data)
+def _section(paths: Paths, section: Mapping) -> str:
+    warnings, body = list(section["warnings"]), []
+    for block in section["body"]:
+        if block["type"] == "figure" and not (paths.figures / f"{block['name']}.svg").is_file():
+            warnings.append(f"The figure `{block['name']}` is missing from the directory.")
+        else:
+            body.append(block["markdown"])
+    checks = [f"- {'✓' if each['ok'] else '✗'} {prose(each['text'])}" for each in section["checks"]]
+    parts = [
+        f"# {prose(section['title'])} {{#{section['notebook']}}}",
+        *([f"*{prose(section['question'])}*"] if section["question"] else []),
+        *([_box("answer", "Answer.", section["answer"])] if section["answer"] else []),
+        *(_box("warning", "Warning.", each) for each in warnings),
+        *body,
+        *(["**Checks**\n\n" + "\n".join(checks)] if checks else []),
+    ]
+    return "\n\n".join(parts)
 
 
-def pdf(data: dict, directory: Path) -> bytes:
-    """The report as a PDF, byte for byte the same for the same data and figures.
-
-    The template reads `data` as JSON, so no text of it is ever read as markup.
-    """
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    with tempfile.TemporaryDirectory() as root:
-        for section in [*data["sections"], *data["appendix"]]:
-            for block in section["blocks"]:
-                if block["type"] == "figure":
-                    shutil.copy(directory / f"{block['name']}.pdf", root)
-        shutil.copy(_TEMPLATES / "report.typ", root)
-        (Path(root) / "report.json").write_text(json.dumps(data), encoding="utf-8")
-        compiler = typst.Compiler(
-            str(Path(root) / "report.typ"),
-            root=root,
-            font_paths=[str(fonts)],
-            ignore_system_fonts=True,
-        )
-        return compiler.compile(format="pdf", timestamp=_DATED)
+def _box(kind: str, label: str, text: str) -> str:
+    """Return a text in a box, whose colours in the PDF are attributes (pandoc's Typst properties)."""
+    colours = {"answer": ("e8f1f7", "0b4a75"), "warning": ("fdf1de", "a35a00")}[kind]
+    look = f'typst:fill="rgb(\\"#{colours[0]}\\")"'
+    look += f' typst:stroke="(left: 2.5pt + rgb(\\"#{colours[1]}\\"))"'
+    look += ' typst:inset="9pt" typst:width="100%" typst:breakable="false"'
+    return f"::: {{.box .{kind} {look}}}\n**{label}** {prose(text)}\n:::"
 
 
-def _environment(sections: list[dict], ran: list[dict]) -> list[list[str]]:
-    """Names and values; where notebooks differ, one line each. Manifests fill in what no section says.
+def _limits(sections: Iterable[Mapping]) -> list[str]:
+    return [
+        f"**{prose(each['title'])}**\n\n" + "\n".join(f"- {prose(text)}" for text in each["limits"])
+        for each in sections
+        if each["limits"]
+    ]
 
-    The commit is left out: a committed report would change with every commit of itself. Fingerprints identify the code.
-    """
-    found: dict[str, dict[str, list[str]]] = {}
+
+def _methods(sections: Iterable[Mapping]) -> list[str]:
+    """Return a table of every recipe: the first one of a method in full, others as differences."""
+    found: dict[str, dict[str, dict]] = {}
+    for section in sections:
+        for recipe in section["recipes"]:
+            own = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
+            variants = found.setdefault(str(recipe.get("name", "unnamed")), {})
+            settings = json.dumps(own, sort_keys=True)
+            variant = variants.setdefault(settings, {"own": own, "batches": {}, "used": {}})
+            variant["batches"] |= {recipe["batch"]: None} if "batch" in recipe else {}
+            variant["used"][section["notebook"]] = None
+    rows = []
+    for name, variants in found.items():
+        base: Mapping[str, Any] = {}
+        for each in variants.values():
+            changed = {key: value for key, value in each["own"].items() if value != base.get(key)}
+            base = base or each["own"]
+            settings = [
+                f"{key.replace('_', ' ')} {_value(value)}" for key, value in changed.items()
+            ]
+            batches = ", ".join(str(size) for size in sorted(each["batches"]))
+            rows.append((name, "; ".join(settings), batches, ", ".join(each["used"])))
+    if not rows:
+        return []
+    frame = pd.DataFrame(rows, columns=["method", "settings", "batches of", "used in"])
+    caption = "Every recipe: the first of a method in full, the others by what differs from it."
+    return ["# Methods {#methods}", table_markdown(frame, "recipes_as_run", caption, files=False)]
+
+
+def _environment(sections: Iterable[Mapping], runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a table of model, data and code fingerprints, device and versions."""
+    found: dict[tuple[str, str], list[str]] = {}
     for section in sections:
         for key, value in section["environment"].items():
-            found.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
-    for manifest in ran:
-        for key, value in manifests.machine(manifest).items():
-            found.setdefault(key, {_value(value): []})
-    lines = []
-    for key, values in found.items():
-        for value, notebooks in values.items():
-            lines.append(
-                [key.replace("_", " "), value, ", ".join(notebooks) if len(values) > 1 else ""]
-            )
-    return lines
+            found.setdefault((key, _value(value)), []).append(section["notebook"])
+    known = {key for key, _ in found}
+    for run in runs:
+        for key, value in run.items():
+            if key not in known | {"notebook", "status", "seconds"}:
+                found.setdefault((key, _value(value)), [])
+    if not found:
+        return []
+    several = {key for key, _ in found if sum(key == other for other, _ in found) > 1}
+    rows = [
+        (key.replace("_", " "), value, ", ".join(used) if key in several else "")
+        for (key, value), used in found.items()
+    ]
+    frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
+    caption = "Model, data and code (fingerprints), device and versions."
+    heading = "# Environment {#environment}"
+    return [heading, table_markdown(frame, "environment", caption, files=False)]
 
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_value(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_value, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+        return ", ".join(map(_value, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _methods(sections: list[dict]) -> list[tuple[str, list[dict]]]:
-    """Each method with its recipes, the one of single edits (else the first) in front: `own` (fields), `batches` (sizes), `used` (notebooks)."""
-    found: dict[str, dict[str, dict]] = {}
-    for section in sorted(sections, key=lambda section: section["notebook"] != COMPARISON):
-        for recipe in section["recipes"]:
-            own = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
-            variants = found.setdefault(str(recipe.get("name", "unnamed")), {})
-            variant = variants.setdefault(
-                json.dumps(own, sort_keys=True), {"own": own, "batches": set(), "used": set()}
-            )
-            variant["batches"] |= {recipe["batch"]} if "batch" in recipe else set()
-            variant["used"].add(section["notebook"])
-    return [(name, list(variants.values())) for name, variants in found.items()]
+def _html(paths: Paths, text: str) -> str:
+    """Return one self-contained page, figures embedded."""
+    text = _TYPST_ATTRIBUTE.sub("", text.replace('\\"#', "'#").replace('\\")', "')"))
+    arguments = ["--standalone", "--embed-resources", "--toc", "--toc-depth=1"]
+    arguments += [f"--template={_TEMPLATES / 'report.html'}", f"--metadata=subtitle:{SUBTITLE}"]
+    return _pandoc(paths, text, "html5", arguments)
 
 
-def _recipes(methods: list[tuple[str, list[dict]]]) -> list[dict]:
-    """A section of the appendix with one table: every recipe as it differs from the one that Methods describe; none where none was used."""
-    head = ["Method", "Settings", "Batches of", "Used in"]
-    rows = []
-    for name, variants in methods:
-        for each in variants:
-            batches = ", ".join(str(size) for size in sorted(each["batches"]))
-            texts = (
-                name,
-                _changes(variants[0]["own"], each["own"]),
-                batches,
-                ", ".join(sorted(each["used"])),
-            )
-            rows.append([{"text": text, "note": "", "best": False} for text in texts])
-    caption = "Every recipe: how it differs from the one described under Methods, sizes of its batches where edits are written together, and where it was used."
-    block = {
-        "type": "table",
-        "name": "every_recipe",
-        "caption": caption,
-        "head": head,
-        "numeric": [False] * 4,
-        "rows": rows,
-        "unsaved": True,
-    }
-    empty = {"question": "", "answer": "", "blocks": [block], "warnings": [], "checks": []}
-    return [{"notebook": arrangement.RECIPES, "title": "Recipes as run"} | empty] if rows else []
-
-
-def _changes(base: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What differs between two recipes, in a few words; "as described" where nothing does."""
-    keys = [key for key in other if other[key] != base.get(key)]
-    words = {
-        "layers": _say_layers,
-        "loss": lambda loss: _SCOPES.get(loss, loss),
-        "learning_rate": lambda rate: number(float(rate)),
-    }
-    return (
-        "; ".join(f"{key.replace('_', ' ')} {words.get(key, _value)(other[key])}" for key in keys)
-        or "as described"
+def _pdf(paths: Paths, text: str) -> bytes:
+    """Return the report as a PDF, byte-identical for the same sections and figures."""
+    arguments = ["--standalone", f"--template={_TEMPLATES / 'report.typ'}"]
+    arguments += [f"--metadata=subtitle:{SUBTITLE}", f"--metadata=profile:{paths.profile}"]
+    source = _pandoc(paths, text, "typst", arguments)
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    compiler = typst.Compiler(
+        source.encode(), root=paths.figures, font_paths=[str(fonts)], ignore_system_fonts=True
     )
+    return compiler.compile(format="pdf", timestamp=_DATED)
 
 
-def describe(recipe: Mapping[str, Any]) -> str:
-    """A recipe (its fields) in sentences; fields that have no sentence of their own are listed as they are."""
-    rest = {key: value for key, value in recipe.items() if key != "name"}
-    sentences = [write(rest) for fields, write in _SENTENCES if fields <= set(rest)]
-    left = [
-        f"{key.replace('_', ' ')} {_value(value)}"
-        for key, value in rest.items()
-        if value is not None
-    ]
-    return " ".join([*sentences, f"Further: {'; '.join(left)}." if left else ""]).strip()
+def _pandoc(paths: Paths, text: str, form: str, arguments: list[str]) -> str:
+    shared = [f"--metadata=title:{TITLE}", "--columns=100", "--wrap=none", "--metadata=lang:en"]
+    shared.append(f"--resource-path={paths.figures}")
+    return pypandoc.convert_text(text, form, format=_FORMAT, extra_args=[*shared, *arguments])
 
 
-def _say_weights(rest: dict) -> str:
-    adapter, rank, alpha = (rest.pop(key, None) for key in ("adapter", "rank", "alpha"))
-    what = f"{', '.join(f'`{name}`' for name in _several(rest.pop('components')))} in {_say_layers(rest.pop('layers'))}"
-    if adapter:
-        return (
-            f"{_ADAPTERS.get(adapter, adapter)} adapters (rank {rank}, alpha {alpha:g}) on {what}."
+def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Write section `run`: how long the notebooks took. `runs` have notebook, seconds and where."""
+    if not runs:
+        return
+    section = Section("run", paths, "Cost of the run", "How long did the study take?")
+    # Kept with the section, since a report that is composed again elsewhere knows no runs.
+    section.environment = {
+        key: value
+        for run in reversed(runs)
+        for key, value in run.items()
+        if key not in ("notebook", "status", "seconds")
+    }
+    frame = pd.DataFrame([{key: run[key] for key in ("notebook", "seconds")} for run in runs])
+    section.table(
+        frame,
+        "run",
+        "Seconds of each notebook, its kernel's start included, or what its rows say they took "
+        "where another process made them; two notebooks run at once.",
+    )
+    total = section.say("cost.study_seconds", frame["seconds"].sum(), n=len(frame), unit="s")
+    section.answer(f"All notebooks together took {total}, of which two run at once.")
+    section.save()
+
+
+def quote(page: Path, paths: Paths) -> None:
+    """Update what a Markdown page quotes from numbers.json: `<!-- number: KEY -->text<!-- -->`.
+
+    `word: KEY` quotes the unit alone. Raises InputError for a key that is not there.
+    """
+    if not page.is_file():
+        return
+    numbers = json.loads((paths.figures / "numbers.json").read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    if unknown := [key for _, key, _ in _QUOTED.findall(text) if key not in numbers]:
+        hint = nearest(unknown[0], numbers)
+        raise InputError(
+            f"{page}: number {unknown[0]}: not in {paths.figures / 'numbers.json'}{hint}"
         )
-    return f"Trains the weights of {what}."
+    write_atomic(page, _QUOTED.sub(lambda found: _quoted(found, numbers), text))
 
 
-def _say_layers(layers: Any) -> str:
-    if isinstance(layers, str):
-        return {"all": "all blocks"}.get(layers, f"the {layers.replace('_', ' ')} of the blocks")
-    words = [
-        f"block {one}" if isinstance(one, int) else f"the block at {one:.0%} of the depth"
-        for one in _several(layers)
-    ]
-    return ", ".join(words)
-
-
-def _say_loss(rest: dict) -> str:
-    loss = rest.pop("loss")
-    return f"The loss is read from {_SCOPES.get(loss, loss)}."
-
-
-def _say_prompt(rest: dict) -> str:
-    form = "through the chat template" if rest.pop("chat_template") else "on the raw prompt"
-    return f"Trained {form}, {'with' if rest.pop('end_of_turn') else 'without'} the end-of-turn token in the target."
-
-
-def _say_training(rest: dict) -> str:
-    batch, stop, decay = (
-        rest.pop("batch_size", None),
-        rest.pop("stop_loss", None),
-        rest.pop("weight_decay", None),
-    )
-    unit = (
-        f"passes in minibatches of {batch} edits"
-        if batch
-        else "steps, each over all edits of the batch"
-    )
-    words = [
-        f"Adam at a learning rate of {number(float(rest.pop('learning_rate')))}",
-        f"at most {rest.pop('steps')} {unit}",
-    ]
-    words += [f"weight decay {number(float(decay))}"] if decay else []
-    words += (
-        [f"stopped below a loss of {number(float(stop), 2 if stop >= 0.01 else None)}"]
-        if stop
-        else []
-    )
-    return ", ".join(words) + "."
-
-
-def _say_peer(rest: dict) -> str:
-    """A locate-then-edit method; settings of solvers and anchor rules that it does not use are left out."""
-    own = {key: rest.pop(key) for key in PEER_FIELDS & set(rest)}
-    solver, anchors = own["solver"], own["anchors"]
-    if solver == "in_context":
-        return "The text stands in the prompt before every question; no weight changes."
-    place, blocks = _ANCHORS[anchors].format(**own), _say_layers(own["layers"])
-    values = f"Adam at a learning rate of {own['learning_rate']:g}, at most {own['steps']} steps, stopped below a loss of {own['stop_loss']:g}, within {own['clamp']:g} times the state's norm"
-    keeps = (
-        " The keys of the other positions are kept."
-        if solver == "memit" and own["keep_keys"]
-        else ""
-    )
-    defect = " As published, with the layers' counter overwritten." if own["as_published"] else ""
-    return f"Target values for {place} after {_say_layers(own['layers'][-1:])}: {values}. {_SOLVERS[solver].format(blocks=blocks, **own)}{keeps}{defect}"
-
-
-PEER_FIELDS = {
-    "solver",
-    "anchors",
-    "window",
-    "weighting",
-    "layers",
-    "learning_rate",
-    "steps",
-    "stop_loss",
-    "clamp",
-    "decay",
-    "memit_lambda",
-    "keep_keys",
-    "alphaedit_l2",
-    "null_threshold",
-    "unke_steps",
-    "unke_rate",
-    "unke_decay",
-    "preservation",
-    "as_published",
-    "chat_template",
-    "end_of_turn",
-    "seed",
-}
-_ANCHORS = {
-    "last": "the last prompt token",
-    "windows": "the position before each window of {window} tokens",
-    "surprisal": "the position before each window that begins where surprisal peaks, about {window} tokens each",
-    "nested": "the position before each window of {window} tokens, each answering for all later windows too (weighted by {weighting})",
-}
-_SOLVERS = {
-    "memit": "Written into the `down_proj` of {blocks} by least squares with a ridge of {memit_lambda:g} times the second moment.",
-    "alphaedit": "Written into the `down_proj` of {blocks} by least squares on directions whose second moment is below {null_threshold:g}, with a ridge of {alphaedit_l2:g}.",
-    "unke": "Written into the whole block by {unke_steps} steps of AdamW at {unke_rate:g}, held to {preservation} other texts.",
-}
-_SENTENCES = (
-    ({"solver", "anchors"}, _say_peer),
-    ({"components", "layers"}, _say_weights),
-    ({"loss"}, _say_loss),
-    ({"chat_template", "end_of_turn"}, _say_prompt),
-    ({"learning_rate", "steps"}, _say_training),
-    ({"seed"}, lambda rest: f"Seed {rest.pop('seed')}."),
-)
-
-
-def _several(value: Any) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _prose(text: str) -> Markup:
-    """Plain text as HTML; words between backticks are code, a lone backtick is one."""
-    parts = text.split("`")
-    if len(parts) % 2 == 0:
-        return escape(text)
-    return Markup("").join(
-        Markup("<code>{}</code>").format(part) if place % 2 else part
-        for place, part in enumerate(parts)
-    )
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _quoted(found: re.Match, numbers: Mapping[str, Mapping]) -> str:
+    what, key, _ = found.groups()
+    return f"<!-- {what}: {key} -->{numbers[key][_SHOWN[what]]}<!-- -->"

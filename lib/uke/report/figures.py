@@ -1,12 +1,16 @@
-"""Figures: one style, fixed colours, one function per kind of figure that takes a tidy table and returns a figure.
+"""Draw one kind of figure per function: a tidy table in, a matplotlib figure out.
 
-Widths are those of a paper: COLUMN (3.4 in) and FULL (6.8 in). The kinds of probe, `no edit` and `floor` are
-named as in `tables`; colours are those of `drawing`. No figure stays in pyplot's memory.
+    section.figure(figures.scores, scores, "layers", caption, alt, x="level", by="method")
+
+Frames have one row per observation (or `mean`, `low`, `high`). `by` names what has a colour: methods
+have the same one in every figure. Rows called `no edit` and `floor` are references: a dashed line
+and a shaded range. Every function raises InputError for a missing column or a frame without rows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil, comb
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,394 +20,689 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from uke.data.edits import KINDS
 from uke.errors import InputError
-from uke.report import tables
-from uke.report.style import COLUMN, FULL, GREY, INK, PALE, RC, label_ends, looks
-from uke.report.tables import KIND_ORDER, LABELS, REFERENCES, number, ordered, require, summarise
+from uke.report.style import (
+    BLUE,
+    COLUMN,
+    DASHES,
+    FULL,
+    GREY,
+    INK,
+    LOOKS,
+    PALE,
+    RED,
+    Look,
+    label_ends,
+    looks,
+    styled,
+)
+from uke.report.tables import REFERENCES, absent, number, scored
+from uke.results.effects import label
+from uke.results.stats import Score, ordered, require, summarise
 
-WRITTEN = ("original", "paraphrase", "detail", "multi_hop")
+NO_EDIT = REFERENCES[0]
+LEAST_LOSS = 1e-3  # nats per token; smaller losses are drawn as this, so that a log axis ends
+VERDICTS = {
+    "holds": Look("#009e73", "o"),
+    "in part": Look("#e69f00", "D"),
+    "does not hold": Look(RED, "X"),
+}
 
 
-def levels(
-    frame: pd.DataFrame, by: str = "method", within: str | None = None, width: float = FULL
+@styled
+def scores(
+    frame: pd.DataFrame,
+    x: str | None = None,
+    by: str = "method",
+    within: str | None = None,
+    panel: str = "kind",
+    row: str | None = None,
+    apart: Sequence[str] = (),
+    width: float = FULL,
 ) -> Figure:
-    """A panel per kind of probe: mean score with its 95% interval for each `by`, dodged and coloured by `within`.
+    """Draw mean scores with 95 % intervals, a panel for each kind of probe.
 
-    `frame` has the columns by, kind, edit, score (within, batch where used), or by, kind, mean, low, high. Rows whose
-    `by` is `no edit` or `floor` become a dashed line and a shaded range. Raises InputError for a missing column.
+        scores(frame)                                a line per method, references behind them
+        scores(frame, by="level", within="method")   a line per level, dodged and coloured by method
+        scores(frame, x="level", by="method", apart=["all"])   levels along an axis, joined by lines
+
+    `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or
+    mean, low, high. With `x`, levels in `apart` stand beside the line, and `row` makes rows of panels.
     """
-    within = within or by
-    summary = summarise(frame, dict.fromkeys((by, within, "kind")), "levels")
+    if x is None:
+        return _forest(frame, by, within or by, panel, width)
+    columns = list(dict.fromkeys([x, by, panel, *([row] if row else [])]))
+    summary = summarise(frame, columns, "scores")
     shown = summary[~summary[by].isin(REFERENCES)]
-    if shown.empty:
-        raise InputError("levels: no rows to show besides the references")
-    kinds = ordered(summary["kind"], KIND_ORDER)
-    places, count = _grid(kinds, 2 if width < 5 else 3 if len(kinds) < 8 else 4)
-    lines = _places(
-        [
-            (name, one)
-            for name in ordered(shown[by])
-            for one in ordered(shown.loc[shown[by] == name, within])
-        ]
-    )
-    rows = 1 + max(row for row, _ in places.values())
-    with matplotlib.rc_context(RC):
-        fig = Figure(
-            figsize=(width, 0.3 + rows * (0.55 + 0.19 * max(1 + max(lines.values()), 2))),
-            layout="constrained",
-        )
-        axes = fig.subplots(rows, count, sharex=True, sharey=True, squeeze=False)
-        spare = {(row, column) for row in range(rows) for column in range(count)} - set(
-            places.values()
-        )
-        for place in spare:
-            axes[place].set_axis_off()
-        for kind, (row, column) in places.items():
-            ax = axes[row, column]
-            ax.set_title(LABELS.get(kind, kind))
-            _draw_references(
-                ax, summary[(summary["kind"] == kind) & summary[by].isin(REFERENCES)].set_index(by)
-            )
-            _draw_ranges(
-                ax,
-                shown[shown["kind"] == kind].set_index([by, within]),
-                lines,
-                looks(shown[within]),
-            )
-            # The panel below may be switched off, so its tick labels are shown here.
-            last = (row + 1, column) in spare or row + 1 == rows
-            ax.tick_params(labelbottom=last, left=False, labelleft=column == 0)
-        _name_lines(axes[0, 0], lines)
-        _limit(axes[0, 0], summary)
-        _explain(fig, summary[by], looks(shown[within]) if within != by else {})
-        fig.supxlabel("score, mean and 95% interval", fontsize=7.5, color=GREY)
+    levels = sorted(ordered(shown[x]), key=lambda level: level in apart)
+    places = pd.Series({level: at + 0.6 * (level in apart) for at, level in enumerate(levels)})
+    titles, rows = ordered(shown[panel], KINDS), ordered(shown[row]) if row else [None]
+    fig = Figure(figsize=(width, 0.75 + 1.6 * len(rows)))
+    axes = fig.subplots(len(rows), len(titles), sharex=True, sharey="col", squeeze=False)
+    for line, name in enumerate(rows):
+        own = summary[summary[row] == name] if row else summary
+        for ax, title in zip(axes[line], titles):
+            _along(ax, own[own[panel] == title], x, by, places, looks(shown[by]), apart)
+            ax.set_title(f"{label(name)}: {label(title)}" if row else label(title), fontsize=7)
+            turned = {"rotation": 45, "ha": "right"} if len(places) > 3 else {}
+            ax.set_xticks(places, [label(level) for level in places.index], **turned)
+            ax.set_xlim(-0.5, places.max() + 0.5)
+            ax.grid(axis="y")
+    _explain(fig, looks(shown[by]), summary[by])
+    fig.supylabel("score, mean and 95 % interval", fontsize=7.5, color=GREY)
     return fig
 
 
-def _places(lines: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-    """Height of each line from the top, with a gap between groups of several."""
-    groups = ordered(name for name, _ in lines)
-    gap = 0.0 if len(groups) == len(lines) else 0.6
-    return {line: place + gap * groups.index(line[0]) for place, line in enumerate(lines)}
-
-
-def _grid(kinds: Sequence[str], count: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """Row and column of each kind's panel: what should be written first, what should be kept on rows of its own."""
-    groups = [
-        [kind for kind in kinds if kind in WRITTEN],
-        [kind for kind in kinds if kind not in WRITTEN],
-    ]
-    if len(kinds) <= count:
-        groups = [list(kinds)]
-    places, row = {}, 0
-    for group in filter(None, groups):
-        places |= {kind: (row + place // count, place % count) for place, kind in enumerate(group)}
-        row += -(-len(group) // count)
-    return places, min(count, max(len(group) for group in groups))
-
-
-def _draw_references(ax: Axes, references: pd.DataFrame) -> None:
-    if "floor" in references.index:
-        ax.axvspan(-9, references.loc["floor", "mean"], color=PALE, alpha=0.75, lw=0, zorder=0)
-    if "no edit" in references.index:
-        ax.axvline(
-            references.loc["no edit", "mean"], color=GREY, lw=1, ls=(0, (3, 2)), zorder=1
-        )
-
-
-def _draw_ranges(
-    ax: Axes, found: pd.DataFrame, lines: dict[tuple[str, str], float], look: dict
+def _along(
+    ax: Axes,
+    own: pd.DataFrame,
+    x: str,
+    by: str,
+    places: pd.Series,
+    look: Mapping[str, Look],
+    apart: Sequence[str],
 ) -> None:
-    ax.grid(axis="x")
-    for line, place in lines.items():
-        if line not in found.index:
-            _value(ax, place, None)
-            continue
-        mean, low, high = found.loc[line, ["mean", "low", "high"]]
-        colour, mark = look[line[1]]
-        ax.hlines(place, low, high, color=colour, lw=1.5, zorder=3)
-        ax.plot(
-            mean,
-            place,
-            mark,
-            color=colour,
-            ms=7 if mark == "*" else 4.4,
-            mec="white",
-            mew=0.4,
-            zorder=4,
-            clip_on=False,
+    """Draw a line for each name over the levels in their places, with the names side by side."""
+    for mean in own.loc[own[by] == NO_EDIT, "mean"]:
+        ax.axhline(mean, color=GREY, lw=1, ls=DASHES, zorder=1)
+    joined = [level for level in places.index if level not in apart]
+    for turn, (name, each) in enumerate(look.items()):
+        found = own[own[by] == name].set_index(x).reindex(places.index)
+        where = places + 0.14 * (turn - (len(look) - 1) / 2)
+        ax.vlines(where, found["low"], found["high"], color=each.colour, lw=1.2, alpha=0.6)
+        _mark(ax, where, found["mean"], each, ms=4)
+        ax.plot(where[joined], found.loc[joined, "mean"], color=each.colour, lw=1)
+
+
+def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float) -> Figure:
+    """Draw a point with its interval on a line of its own for each `by` and `within`."""
+    summary = summarise(frame, list(dict.fromkeys([by, within, panel])), "scores")
+    shown = summary[~summary[by].isin(REFERENCES)]
+    if shown.empty:
+        raise InputError("scores: no rows to show besides the references")
+    titles, look = ordered(summary[panel], KINDS), looks(shown[within])
+    names = ordered(shown[by])
+    pairs = set(zip(shown[by], shown[within]))
+    lines = [(name, each) for name in names for each in look if (name, each) in pairs]
+    gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
+    heights = {line: at + gap * names.index(line[0]) for at, line in enumerate(lines)}
+    columns = 2 if width < 5 or len(titles) in (2, 4) else 3
+    height = 0.55 + 0.19 * max(1 + max(heights.values()), 2)
+    fig, axes = _panels(titles, columns, width, height, sharex=True, sharey=True)
+    for title, ax in axes.items():
+        own = summary[summary[panel] == title].set_index([by, within])
+        _references(ax, summary[summary[panel] == title].drop_duplicates(by).set_index(by)["mean"])
+        for line, at in heights.items():
+            if line not in own.index:
+                _say(ax, at, None)
+                continue
+            mean, low, high = own.loc[line, ["mean", "low", "high"]].astype(float)
+            ax.hlines(at, low, high, color=look[line[1]].colour, lw=1.5, zorder=3)
+            _mark(ax, mean, at, look[line[1]])
+            _say(ax, at, float(mean))
+        middles = [
+            np.mean([at for line, at in heights.items() if line[0] == name]) for name in names
+        ]
+        ax.set_yticks(middles, [label(name) for name in names])
+        ax.set_ylim(max(heights.values()) + 0.6, -0.6)
+        ax.tick_params(left=False)
+        ax.grid(axis="x")
+    _limit(next(iter(axes.values())), summary)
+    _explain(fig, look if within != by else {}, summary[by])
+    fig.supxlabel("score, mean and 95 % interval", fontsize=7.5, color=GREY)
+    return fig
+
+
+@styled
+def curves(
+    frame: pd.DataFrame,
+    x: str = "step",
+    y: str = "loss",
+    by: str = "method",
+    panel: str | None = None,
+    width: float = FULL,
+) -> Figure:
+    """Draw `y` (nats per token) over `x`: the median over edits, and the range of 80 % of them.
+
+        curves(losses)                                       one panel, names at the lines' ends
+        curves(losses, panel="method")                       a panel for each method
+        curves(windows, x="window", y="log_probability", by="phase", panel="method")
+
+    `frame` has x, y, `by` (and `panel`), and edit where there are several. An edit whose training
+    ended keeps its last value. A loss that falls twentyfold has a log axis.
+    """
+    columns = list(dict.fromkeys([by, *([panel] if panel else [])]))
+    require(frame, [*columns, x, y], "curves")
+    edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
+    wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y, sort=False)
+    long = wide.sort_index().ffill().melt(ignore_index=False, value_name=y).dropna().reset_index()
+    log = frame[y].min() > 0 and frame[y].max() > 20 * frame[y].min()
+    if log:
+        long[y] = long[y].clip(lower=LEAST_LOSS)
+    titles = ordered(frame[panel]) if panel else [""]
+    height = 1.15 if panel else 2.35
+    fig, axes = _panels(titles, 5, width, height, least=1.9, sharey=True)
+    look, ends = looks(ordered(frame[by], KINDS)), {}
+    for title, ax in axes.items():
+        own = long[long[panel] == title] if panel else long
+        for name, each in look.items():
+            found = own[own[by] == name].groupby(x)[y]
+            if not len(found):
+                continue
+            low, middle, high = (found.quantile(share) for share in (0.1, 0.5, 0.9))
+            ax.fill_between(middle.index, low, high, color=each.colour, alpha=0.15, lw=0)
+            ax.plot(middle.index, middle, color=each.colour, ls=each.dashes)
+            ends[name] = (middle.index[-1], middle.iloc[-1], each.colour)
+        ax.set_title(label(title), fontsize=7)
+        ax.xaxis.get_major_locator().set_params(integer=True, nbins=4 if panel else 9)
+        ax.grid(axis="y")
+        if log:
+            _log(ax, "y", long[y])
+    if not panel:
+        ax.margins(x=0)
+        label_ends(ax, ends)
+    elif panel != by:
+        _explain(fig, look)
+    fig.supxlabel(f"training {x}" if x == "step" else x, fontsize=7.5, color=GREY)
+    fig.supylabel(f"{y.replace('_', ' ')} (nats per token)", fontsize=7.5, color=GREY)
+    return fig
+
+
+@styled
+def trend(
+    frame: pd.DataFrame,
+    x: str = "batch_size",
+    y: str = "score",
+    by: str = "method",
+    panel: str | None = None,
+    baseline: float | None = None,
+    label_y: str = "",
+    width: float = FULL,
+) -> Figure:
+    """Draw how something moves with a number `x`: the mean of `y` over the rows at each x.
+
+        trend(averages, x="batch_size")                  lines named at their ends; no edit dashed
+        trend(costs, x="tokens", panel="panel")          a panel for each quantity
+        trend(leads, y="mean", by=None, baseline=0, label_y="lead (points)")   with intervals
+
+    Where `frame` has low and high they are drawn as intervals. `baseline` is a dashed line. Sizes
+    that grow by about the same factor have an axis of powers. `by=None` draws a single line.
+    """
+    frame = frame if by else frame.assign(**{(by := "line"): "FT-UKE"})
+    require(frame, [x, y, by, *([panel] if panel else [])], "trend")
+    titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by]))
+    alone = len(look) == 1
+    height = 2.0 if panel else 2.2 if alone else 3.4
+    tall = 0.4 + 0.16 * len(look) if panel else 0
+    fig, axes = _panels(titles, 4, width, height, least=tall)
+    for title, ax in axes.items():
+        own = frame[frame[panel] == title] if panel else frame
+        means = own.groupby([by, x], sort=False)[y].mean()
+        if baseline is not None:
+            ax.axhline(baseline, color=GREY, lw=1, ls=DASHES)
+        if {"low", "high"} <= set(own.columns):
+            ax.vlines(own[x], own["low"], own["high"], color=INK, lw=1.4)
+        for name, each in look.items():
+            if name in means.index:
+                line = means[name].sort_index()
+                ax.plot(line.index, line, color=each.colour, ls=each.dashes, zorder=3)
+                _mark(ax, line.index, line, each if name != NO_EDIT else each._replace(mark=""))
+        ax.set_title(label(title), fontsize=7 if len(titles) > 2 else None)
+        _scale(ax, means, baseline)
+        _sizes(ax, sorted(frame[x].unique()))
+    if panel:
+        _explain(fig, look, loc="outside right center")
+    elif alone:
+        for at, mean in means.loc[next(iter(look))].items():
+            _beside(ax, number(float(mean), 1), (at, mean), (-5, 5))
+        ax.margins(x=0.13, y=0.15)  # space for the number beside the first mark
+    else:
+        last = {name: means[name].sort_index() for name in look}
+        label_ends(
+            ax,
+            {name: (one.index[-1], one.iloc[-1], look[name].colour) for name, one in last.items()},
         )
-        _value(ax, place, mean)
+    fig.supxlabel(x.replace("_", " "), fontsize=7.5, color=GREY)
+    if label_y or not panel:
+        fig.supylabel(label_y or f"mean {y.replace('_', ' ')}", fontsize=7.5, color=GREY)
+    return fig
 
 
-def _value(ax: Axes, place: float, value: float | tables.Score | None) -> None:
-    text = (
-        str(value)
-        if isinstance(value, tables.Score)
-        else number(value, min(2, tables.places(value)))
-    )
-    ax.text(
-        1.03, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=6.5, color=GREY
-    )
+@styled
+def tuning(
+    frame: pd.DataFrame,
+    by: str = "method",
+    panel: str = "batch_size",
+    expected: bool = False,
+    colour: str = "",
+    width: float = FULL,
+) -> Figure:
+    """Draw the mean score of every trial, or the best one to be expected of k trials.
+
+        tuning(trials)                 a point for each trial, the chosen one ringed and its score said
+        tuning(trials, expected=True)  a rising line for each method: trials drawn without replacement
+
+    `frame` has one row per trial: `by`, `panel`, score, chosen, and `before` for a dashed line at the
+    score without any edit. With `colour` all names have that one.
+    """
+    require(frame, [by, panel, "score", *([] if expected else ["chosen"])], "tuning")
+    names, titles = looks(ordered(frame[by])), ordered(frame[panel])
+    if colour:
+        names = dict.fromkeys(names, Look(colour))
+    height = 2.9 if expected else 0.6 + 0.19 * len(names)
+    fig, axes = _panels(titles, len(titles), width, height, sharey=True, sharex=not expected)
+    for title, ax in axes.items():
+        own, ends = frame[frame[panel] == title], {}
+        ax.set_title(f"{label(panel)} {title}" if str(title)[:1].isdigit() else label(title))
+        ax.grid(axis="y" if expected else "x")
+        if "before" in frame and not expected:
+            ax.axvline(own["before"].iloc[0], color=GREY, lw=1, ls=DASHES, zorder=1)
+        for at, (name, look) in enumerate(names.items()):
+            trials = own[own[by] == name]
+            if not expected:
+                _trials(ax, at, trials, look.colour)
+            elif len(trials):
+                best = best_of(trials["score"])
+                ax.plot(range(1, len(best) + 1), best, color=look.colour)
+                _mark(ax, range(1, len(best) + 1), best, look, ms=3.6)
+                ends[name] = (len(best), best[-1], look.colour)
+        if expected:
+            ax.set_xlabel("trials made (k)")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            _names(ax, names)
+    if expected and set(ends) == set(names):
+        label_ends(ax, ends)
+    elif expected:  # a line that the last panel lacks has no end there
+        _explain(fig, names)
+    if expected:
+        fig.supylabel("expected best mean score", fontsize=7.5, color=GREY)
+    else:
+        fig.supxlabel("mean score on development edits", fontsize=7.5, color=GREY)
+    return fig
 
 
-def _name_lines(ax: Axes, lines: dict[tuple[str, str], float]) -> None:
-    """One label for each `by`, in the middle of its lines."""
-    names = ordered(name for name, _ in lines)
-    middles = [
-        np.mean([place for (other, _), place in lines.items() if other == name]) for name in names
+def _trials(ax: Axes, at: int, trials: pd.DataFrame, colour: str) -> None:
+    ax.scatter(trials["score"], [at] * len(trials), s=10, color=colour, alpha=0.6, lw=0, zorder=3)
+    for value in trials.loc[trials["chosen"].astype(bool), "score"]:
+        ax.plot(value, at, "o", mfc="none", mec=colour, mew=1.2, ms=7, zorder=4)
+        _say(ax, at, float(value))
+
+
+def best_of(trials: Iterable[float]) -> list[float]:
+    """Return the expected best of k scores drawn without replacement, for k = 1 .. N (N,)."""
+    ranked = sorted(trials)
+    count = len(ranked)
+    return [
+        sum(score * comb(place, k - 1) for place, score in enumerate(ranked)) / comb(count, k)
+        for k in range(1, count + 1)
     ]
-    ax.set_yticks(middles, [LABELS.get(name, name) for name in names])
-    ax.set_ylim(max(lines.values()) + 0.6, -0.6)
+
+
+@styled
+def distribution(
+    frame: pd.DataFrame,
+    value: str = "score",
+    by: str = "kind",
+    panel: str | None = None,
+    form: str = "points",
+    floor: float | None = None,
+    label_x: str = "",
+    width: float = COLUMN,
+) -> Figure:
+    """Draw how values are distributed, for each `by`.
+
+        distribution(alike, panel="measure")                           every value; the median is said
+        distribution(lengths, "length", by="dataset", form="histogram")  a histogram each, on one axis
+        distribution(ranks, "rank", form="cumulative", floor=100)      the share of values up to each
+
+    Histograms whose medians differ more than eightfold share a log axis. Ranks (cumulative) always
+    have one; `floor` is a vertical line.
+    """
+    require(frame, [value, by, *([panel] if panel else [])], "distribution")
+    draw = {"points": _points, "histogram": _histograms, "cumulative": _cumulative}
+    if form not in draw:
+        raise InputError(f"distribution: form: expected one of {', '.join(draw)}, found '{form}'")
+    names = ordered(frame[by], KINDS)
+    if form == "points":
+        titles, height = ordered(frame[panel]) if panel else [""], 0.5 + 0.26 * len(names)
+    else:
+        titles = names if form == "histogram" else [""]
+        height = 0.5 if form == "histogram" else 2.0
+    fig, axes = _panels(titles, 1, width, height, sharex=form != "points", extra=0.45)
+    draw[form](fig, axes, frame.rename(columns={value: "value", by: "name"}), panel, names)
+    ax = list(axes.values())[-1]
+    ax.set_xlabel(label_x or ("" if form == "points" else value))
+    if floor is not None:
+        ax.axvline(floor, color=GREY, lw=1, ls=DASHES)
+        _beside(ax, f"floor {floor:g}", (floor, 0.5), (-3, 0))
+    return fig
+
+
+def _points(
+    fig: Figure, axes: Mapping[str, Axes], frame: pd.DataFrame, panel: str | None, names: list
+) -> None:
+    """Draw every value, shifted a little (always in the same way) so that none hides another."""
+    for title, ax in axes.items():
+        own = frame[frame[panel] == title] if panel else frame
+        ax.set_title(label(title))
+        for at, (name, look) in enumerate(looks(names).items()):
+            values = own.loc[own["name"] == name, "value"].to_numpy(float)
+            shifts = np.random.default_rng(at).uniform(-0.28, 0.28, len(values))
+            ax.scatter(values, at + shifts, s=5, color=look.colour, alpha=0.35, lw=0)
+            if len(values):
+                middle = float(np.median(values))
+                ax.vlines(middle, at - 0.36, at + 0.36, color=INK, lw=1.4, zorder=4)
+                _say(ax, at, middle)
+        _names(ax, names)
+        ax.grid(axis="x")
+
+
+def _histograms(
+    fig: Figure, axes: Mapping[str, Axes], frame: pd.DataFrame, panel: str | None, names: list
+) -> None:
+    medians = frame.groupby("name", sort=False)["value"].median()
+    log = medians.max() > 8 * max(medians.min(), 1)
+    values = frame["value"].clip(lower=1)
+    edges = np.geomspace(1, values.max() + 1, 32) if log else np.linspace(0, values.max() + 1, 42)
+    for name, ax in axes.items():
+        own = values[frame["name"] == name]
+        sns.histplot(x=own, bins=edges, element="step", color="#9cc3dd", lw=0.8, ax=ax)
+        ax.axvline(medians[name], color=INK, lw=1.1)
+        ax.set_title(label(name), fontsize=7.5, pad=2)
+        counted = f"median {number(float(medians[name]), 0)}, n = {len(own):,}"
+        ax.set_title(counted, loc="right", fontsize=6.5, fontweight="normal", color=GREY, pad=2)
+        ax.set(yticks=[], ylabel="")
+        ax.spines["left"].set_visible(False)
+    if log:
+        _log(ax, "x", values)
+
+
+def _cumulative(
+    fig: Figure, axes: Mapping[str, Axes], frame: pd.DataFrame, panel: str | None, names: list
+) -> None:
+    ((_, ax),) = axes.items()
+    palette = {name: look.colour for name, look in looks(names).items()}
+    sns.ecdfplot(
+        frame, x="value", hue="name", hue_order=names, palette=palette, legend=False, ax=ax
+    )
+    _log(ax, "x", frame["value"])
+    ax.set(ylabel="share of items", xlim=(1, frame["value"].max()), ylim=(0, 1.02))
+    ax.grid(axis="y")
+    _explain(fig, {name: Look(colour, "") for name, colour in palette.items()})
+
+
+@styled
+def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> Figure:
+    """Draw bars of what a model knows with 95 % intervals, one for each `by`.
+
+    `frame` has by, edit, score or by, mean, low, high; `target`, where used, is the least value that
+    was asked for and becomes a mark.
+    """
+    summary = summarise(frame, [by], "knowledge").set_index(by)
+    summary = summary.loc[ordered(summary.index, KINDS)]
+    targets = frame.drop_duplicates(by).set_index(by)["target"] if "target" in frame else {}
+    fig = Figure(figsize=(width, 0.5 + 0.24 * len(summary)))
+    ax = fig.subplots()
+    bars = {"y": list(summary.index), "orient": "h", "color": "#9cc3dd", "saturation": 1}
+    sns.barplot(x=summary["mean"].to_numpy(), **bars, width=0.62, errorbar=None, ax=ax)
+    for at, (name, found) in enumerate(summary.iterrows()):
+        ax.hlines(at, found["low"], found["high"], color="#0b3a5c", lw=1.6, zorder=4)
+        _say(ax, at, Score(found["mean"], found["low"], found["high"]))
+        if not absent(targets.get(name)):
+            ax.vlines(targets[name], at - 0.46, at + 0.46, color=RED, lw=1, zorder=3)
+    _names(ax, summary.index)
+    ax.set(xlabel="score, mean and 95 % interval", ylabel="")
+    ax.grid(axis="x")
+    _limit(ax, summary)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0] + 0.03))
+    if len(targets):
+        handle = Line2D([], [], color=RED, lw=1.4, label="asked for")
+        fig.legend(handles=[handle], loc="outside upper right")
+    return fig
+
+
+@styled
+def plane(
+    frame: pd.DataFrame,
+    by: str = "method",
+    x: str = "locality",
+    y: str = "efficacy",
+    width: float = FULL,
+) -> Figure:
+    """Draw one score against another, a point for each `by`; along a dashed line their mean is equal.
+
+    `frame` has one row for each `by`; the row called `no edit` is a cross.
+    """
+    require(frame, [by, x, y], "plane")
+    fig = Figure(figsize=(width, 3.2))
+    ax = fig.subplots()
+    for total in np.arange(0.1, 2, 0.1):
+        ax.axline((0, total), slope=-1, color=GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
+    look = looks(frame[by]) | {name: LOOKS[NO_EDIT]._replace(colour=INK) for name in REFERENCES}
+    look = {name: look[name] for name in ordered(frame[by])}
+    for name, each in look.items():
+        own = frame[frame[by] == name]
+        _mark(ax, own[x], own[y], each, ms=9 if each.mark == "*" else 6)
+    ax.set(
+        xlabel=f"{label(x)} (mean score)",
+        ylabel=f"{label(y)} (mean score)",
+        xlim=(max(0, frame[x].min() - 0.05), 1.01),
+        ylim=(0, max(0.5, frame[y].max() + 0.05)),
+    )
+    points = {name: each._replace(dashes="") for name, each in look.items()}
+    _explain(fig, points, loc="outside right center")
+    return fig
+
+
+@styled
+def heat(
+    frame: pd.DataFrame,
+    x: str = "layer",
+    by: str = "method",
+    value: str = "norm",
+    title: str = "relative norm of the change",
+    width: float = COLUMN,
+) -> Figure:
+    """Draw the mean of `value` for each `by` (a line) and `x` (a column) as a shade and in digits."""
+    require(frame, [by, x, value], "heat")
+    means = frame.pivot_table(index=by, columns=x, values=value, sort=False)
+    means = means.reindex(index=ordered(frame[by]), columns=sorted(means.columns))
+    fig = Figure(figsize=(width, 0.7 + 0.2 * len(means)))
+    ax = fig.subplots()
+    digits = means.map(lambda mean: "" if absent(mean) else number(float(mean), 2))
+    bar = {"label": title, "pad": 0.02, "aspect": 30}
+    letters = {"fontsize": 5.5}
+    sns.heatmap(
+        means, vmin=0, cmap="Blues", annot=digits, fmt="", annot_kws=letters, cbar_kws=bar, ax=ax
+    )
+    ax.set(xlabel=x.replace("_", " "), ylabel="")
+    ax.tick_params(left=False, bottom=False, rotation=0)
+    return fig
+
+
+@styled
+def specification(frame: pd.DataFrame, factors: Sequence[str]) -> Figure:
+    """Draw every combination of levels by its score, the best first, and below it its levels.
+
+    `frame` has one row for each combination: the factors, mean, low, high, and `chosen` (is ringed).
+    """
+    require(frame, [*factors, "mean", "low", "high", "chosen"], "specification")
+    frame = frame.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+    lines = [(factor, level) for factor in factors for level in ordered(frame[factor])]
+    fig = Figure(figsize=(FULL, 1.8 + 0.17 * len(lines)))
+    top, below = fig.subplots(2, 1, sharex=True, height_ratios=[1.5, 0.17 * len(lines)])
+    colours = [RED if chosen else BLUE for chosen in frame["chosen"]]
+    top.vlines(frame.index, frame["low"], frame["high"], color=colours, lw=1.4)
+    top.scatter(frame.index, frame["mean"], color=colours, s=20, zorder=3)
+    ring = {"mfc": "none", "mec": RED, "ms": 9, "label": "best levels, one factor at a time"}
+    top.plot(frame.index[frame["chosen"]], frame.loc[frame["chosen"], "mean"], "o", **ring)
+    top.set_ylabel("average metric")
+    top.grid(axis="y")
+    for at, (factor, level) in enumerate(lines):
+        shades = [INK if has else PALE for has in frame[factor] == level]
+        below.scatter(frame.index, [at] * len(frame), s=14, color=shades, lw=0)
+    _names(below, [f"{label(factor)}: {label(level)}" for factor, level in lines])
+    below.tick_params(labelsize=6.5)
+    below.set_xticks([])
+    fig.legend(loc="outside upper right")
+    return fig
+
+
+@styled
+def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
+    """Draw the numbers that decide claims around one zero, each claim on a scale of its own.
+
+    `frame` has a row for each number: claim, verdict, value, low, high (distances in the direction
+    of the claim) and said.
+    """
+    require(frame, ["claim", "verdict", "value", "low", "high", "said"], "claims")
+    names = ordered(frame["claim"])
+    fig = Figure(figsize=(width, 0.7 + 0.13 * len(frame) + 0.12 * len(names)))
+    ax = fig.subplots()
+    ax.axvline(0, color=INK, lw=0.8, zorder=1)
+    top, ticks = 0.0, []
+    for name in names:
+        own = frame[frame["claim"] == name]
+        largest = own[["value", "low", "high"]].abs().to_numpy(float).max() or 1.0
+        heights = top + np.arange(len(own))
+        for at, found in zip(heights, own.itertuples(index=False)):
+            look = VERDICTS[found.verdict]
+            ends = found.low / largest, found.high / largest
+            ax.hlines(at, *ends, color=look.colour, lw=1.6, zorder=2)
+            _mark(ax, found.value / largest, at, look, ms=5.5)
+            _say(ax, at, found.said)
+        ticks.append(heights.mean())
+        top += len(own) + 0.9
+    ax.set_yticks(ticks, names)
+    ax.set(ylim=(top - 0.9, -1), xlim=(-1.08, 1.08))
+    ax.set_xticks([-0.7, 0, 0.7], ["against the claim", "no difference", "as the claim says"])
+    ax.tick_params(left=False, bottom=False)
+    _explain(fig, {word: look._replace(dashes="") for word, look in VERDICTS.items()})
+    return fig
+
+
+def _panels(
+    titles: Sequence[Any],
+    columns: int,
+    width: float,
+    height: float,
+    least: float = 0.0,
+    extra: float = 0.3,
+    **shared: Any,
+) -> tuple[Figure, dict[Any, Axes]]:
+    """Make a figure with a panel for each title, `columns` side by side, each `height` inches high."""
+    columns = min(columns, len(titles))
+    rows = ceil(len(titles) / columns)
+    fig = Figure(figsize=(width, max(least, extra + rows * height)))
+    axes = list(fig.subplots(rows, columns, squeeze=False, **shared).flat)
+    for spare in axes[len(titles) :]:
+        spare.set_axis_off()
+    if shared.get(
+        "sharex"
+    ):  # the panel below may be switched off, so each last one has tick labels
+        for ax in axes[max(0, len(titles) - columns) : len(titles)]:
+            ax.tick_params(labelbottom=True)
+    return fig, dict(zip(titles, axes))
+
+
+def _mark(ax: Axes, x: Any, y: Any, look: Look, ms: float | None = None) -> None:
+    """Set the marks of one look, with a white edge (a cross has none)."""
+    edge = {"mew": 1.4} if look.mark == "x" else {"mec": "white", "mew": 0.45}
+    star = look.mark == "*"
+    size = max(look.size, ms or 0) if star else ms or look.size
+    where = {"clip_on": False, "zorder": 5 if star else 4}
+    ax.plot(x, y, look.mark, ls="", color=look.colour, ms=size, **edge, **where)
+
+
+def _say(ax: Axes, at: float, value: Any) -> None:
+    """Write a value right of its line, as the table says it."""
+    if not isinstance(value, str):
+        cell = scored(value if isinstance(value, Score) else Score(value))
+        value = f"{cell.text} {cell.note}".strip()
+    where = {"transform": ax.get_yaxis_transform(), "va": "center"}
+    ax.text(1.02, at, value, fontsize=6.5, color=GREY, **where)
+
+
+def _beside(ax: Axes, text: str, point: tuple, offset: tuple) -> None:
+    """Write a text left of a point."""
+    where = {"textcoords": "offset points", "ha": "right"}
+    ax.annotate(text, point, xytext=offset, **where, fontsize=6.5, color=GREY)
+
+
+def _names(ax: Axes, names: Sequence[str]) -> None:
+    """Name the lines of a panel, the first one at the top."""
+    ax.set_yticks(range(len(names)), [label(name) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(left=False)
+
+
+def _references(ax: Axes, means: pd.Series) -> None:
+    """Draw the score without an edit as a dashed line, and shade what is below the floor."""
+    if "floor" in means.index:
+        ax.axvspan(-9, means["floor"], color=PALE, alpha=0.75, lw=0, zorder=0)
+    if NO_EDIT in means.index:
+        ax.axvline(means[NO_EDIT], color=GREY, lw=1, ls=DASHES, zorder=1)
 
 
 def _limit(ax: Axes, summary: pd.DataFrame) -> None:
-    values = summary[["mean", "low", "high"]].astype(float)
-    if values.min(axis=None) >= 0 and values.max(axis=None) <= 1:
+    """Show scores from 0 to 1 on that range, anything else on its own."""
+    values = summary[["mean", "low", "high"]].to_numpy(float)
+    low, high = np.nanmin(values), np.nanmax(values)
+    if low >= 0 and high <= 1:
         ax.set_xlim(-0.03, 1.03)
         ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     else:
-        low, high = values.min(axis=None), values.max(axis=None)
         ax.set_xlim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
 
 
-def _explain(fig: Figure, names: Iterable[str], look: dict) -> None:
+def _explain(
+    fig: Figure,
+    look: Mapping[str, Look],
+    names: Iterable[str] = (),
+    loc: str = "outside upper right",
+) -> None:
+    """Explain colours, marks and those references that are among `names`."""
     handles = [
-        Line2D([], [], color=colour, marker=mark, label=LABELS.get(name, name))
-        for name, (colour, mark) in look.items()
+        Line2D([], [], color=each.colour, marker=each.mark, ls=each.dashes, label=label(name))
+        for name, each in look.items()
     ]
-    if "no edit" in set(names):
-        handles.append(Line2D([], [], color=GREY, lw=1, ls=(0, (3, 2)), label="no edit"))
-    if "floor" in set(names):
+    names = set(names)
+    if NO_EDIT in names and NO_EDIT not in look:
+        handles.append(Line2D([], [], color=GREY, lw=1, ls=DASHES, label=NO_EDIT))
+    if "floor" in names:
         handles.append(Patch(color=PALE, alpha=0.75, lw=0, label="below the floor"))
+    columns = 1 if "right center" in loc else 2 if fig.get_figwidth() < 5 else 5
     if handles:
-        fig.legend(
-            handles=handles,
-            loc="outside upper right",
-            ncols=2 if fig.get_figwidth() < 5 else 5,
-            borderpad=0,
-        )
+        fig.legend(handles=handles, loc=loc, ncols=columns)
 
 
-def curves(
-    frame: pd.DataFrame, y: str = "loss", by: str = "method", width: float = COLUMN
-) -> Figure:
-    """`y` over training steps for each `by`: the median over edits, and the range that holds 80 % of them.
-
-    `frame` has the columns by, step, y and, where there are several, edit; an edit whose training stopped keeps its last
-    value. `y` is `loss` or `target_log_probability` (nats per token). A loss that falls twentyfold gets a log axis.
-    """
-    require(frame, [by, "step", y], "curves")
-    ends = {}
-    with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width, 2.35), layout="constrained")
-        ax = fig.subplots()
-        for name, (colour, _) in looks(frame[by]).items():
-            found = frame[frame[by] == name]
-            wide = (
-                found.assign(edit=found.get("edit", 0))
-                .pivot_table(index="step", columns="edit", values=y)
-                .ffill()
-            )
-            middle = wide.median(axis=1)
-            if wide.shape[1] > 1:
-                low, high = wide.quantile(0.1, axis=1), wide.quantile(0.9, axis=1)
-                ax.fill_between(wide.index, low, high, color=colour, alpha=0.15, lw=0)
-            ax.plot(middle.index, middle, color=colour)
-            ax.plot(
-                middle.index[-1], middle.iloc[-1], "o", color=colour, ms=3, clip_on=False, zorder=4
-            )
-            ax.hlines(
-                middle.iloc[-1],
-                middle.index[-1],
-                frame["step"].max(),
-                color=colour,
-                lw=0.8,
-                ls=(0, (1, 2)),
-            )
-            ends[name] = (frame["step"].max(), middle.iloc[-1], colour)
-        values = frame[y].astype(float)
-        if values.min() > 0 and values.max() > 20 * values.min():
-            ax.set_yscale("log")
-            if (
-                values.max() < 300 * values.min()
-            ):  # so few orders of magnitude that their powers alone would be one or two ticks
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.set(xlabel="training step", ylabel=f"{y.replace('_', ' ')} (nats per token)")
-        ax.margins(x=0)
-        ax.grid(axis="y")
-        label_ends(ax, ends)
-    return fig
-
-
-def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> Figure:
-    """Bars of what a model knows, one for each `by`, with 95% intervals and the values in words.
-
-    `frame` has the columns by, edit, score (see `tables.summarise`) or by, mean, low, high, and where used `target`, the
-    least value that was asked for, drawn as a mark.
-    """
-    summary = summarise(frame, [by], "knowledge")
-    names = ordered(summary[by], KIND_ORDER)
-    summary = summary.set_index(by).loc[names]
-    targets = (
-        frame.drop_duplicates(by).set_index(by)["target"]
-        if "target" in frame.columns
-        else pd.Series(dtype=float)
-    )
-    with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width, 0.5 + 0.24 * len(names)), layout="constrained")
-        ax = fig.subplots()
-        sns.barplot(
-            x=summary["mean"].to_numpy(),
-            y=names,
-            color="#9cc3dd",
-            saturation=1,
-            width=0.62,
-            ax=ax,
-            errorbar=None,
-        )
-        for place, (name, row) in enumerate(summary.iterrows()):
-            ax.hlines(place, row["low"], row["high"], color="#0b3a5c", lw=1.6, zorder=4)
-            _value(ax, place, tables.Score(row["mean"], row["low"], row["high"]))
-            if not tables.absent(targets.get(name)):
-                ax.vlines(
-                    targets[name], place - 0.46, place + 0.46, color="#d55e00", lw=1, zorder=3
-                )
-        ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-        ax.set(xlabel="score, mean and 95% interval", ylabel="")
-        ax.tick_params(left=False)
-        ax.grid(axis="x")
-        _limit(
-            ax,
-            summary.assign(
-                low=summary["low"].fillna(summary["mean"]),
-                high=summary["high"].fillna(summary["mean"]),
-            ),
-        )
-        ax.set_xlim(left=min(0, ax.get_xlim()[0] + 0.03))
-        if not targets.dropna().empty:
-            fig.legend(
-                handles=[Line2D([], [], color="#d55e00", lw=1.4, label="asked for")],
-                loc="outside upper right",
-            )
-    return fig
-
-
-def lengths(frame: pd.DataFrame, width: float = COLUMN, unit: str = "words") -> Figure:
-    """How long the answers of each dataset are: a histogram per dataset over one axis, its median marked.
-
-    `frame` has the columns dataset and length (in `unit`). Datasets whose medians differ more than eightfold share a log
-    axis.
-    """
-    require(frame, ["dataset", "length"], "lengths")
-    medians = frame.groupby("dataset", sort=False)["length"].median()
-    log = medians.max() > 8 * max(medians.min(), 1)
-    values = frame["length"].clip(lower=1)
-    edges = np.geomspace(1, values.max() + 1, 32) if log else np.linspace(0, values.max() + 1, 42)
-    with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width, 0.45 + 0.5 * len(medians)), layout="constrained")
-        axes = fig.subplots(len(medians), 1, sharex=True, squeeze=False)[:, 0]
-        for ax, (name, median) in zip(axes, medians.items()):
-            own = values[frame["dataset"] == name]
-            counts = np.histogram(own, edges)[0]
-            ax.stairs(counts, edges, fill=True, color="#9cc3dd", lw=0)
-            ax.stairs(counts, edges, color="#0072b2", lw=0.8)
-            ax.axvline(median, color=INK, lw=1.1)
-            ax.set_title(str(name), fontsize=7.5, pad=2)
-            said = f"median {number(float(median), 0)}, n = {len(own):,}"
-            ax.set_title(said, loc="right", fontsize=6.5, fontweight="normal", color=GREY, pad=2)
-            ax.set_yticks([])
-            ax.spines["left"].set_visible(False)
-        if log:
-            axes[-1].set_xscale("log")
-            axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes[-1].xaxis.set_minor_formatter(NullFormatter())
-        axes[-1].set_xlabel(f"length of the answer ({unit}{', log axis' if log else ''})")
-    return fig
-
-
-def sizes(
-    frame: pd.DataFrame, x: str = "batch_size", by: str = "method", width: float = FULL
-) -> Figure:
-    """Mean of `score` at each `x`, an axis of powers of two, a line for each `by` with its name at its end.
-
-    `frame` has the columns by, x and score, a row for each edit; a method that was run at few sizes has few marks.
-    """
-    require(frame, [by, x, "score"], "sizes")
-    means = frame.groupby([by, x], sort=False)["score"].mean()
-    with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width, 3.4), layout="constrained")
-        ax = fig.subplots()
-        ends = {}
-        for name, (colour, mark) in looks(frame[by]).items():
-            own = means[name].sort_index()
-            ax.plot(
-                own.index,
-                own,
-                color=colour,
-                marker=mark,
-                mec="white",
-                mew=0.5,
-                ms=8 if mark == "*" else 4.6,
-                zorder=5 if mark == "*" else 3,
-                clip_on=False,
-            )
-            ends[name] = (own.index[-1], own.iloc[-1], colour)
-        _powers(ax, sorted(frame[x].unique()))
-        ax.set(
-            xlabel=x.replace("_", " "),
-            ylabel="mean score",
-            ylim=(min(0.3, means.min() - 0.03), max(0.8, means.max() + 0.03)),
-        )
-        label_ends(ax, ends)
-    return fig
-
-
-def ahead(
-    frame: pd.DataFrame, x: str = "batch_size", unit: str = "points", width: float = COLUMN
-) -> Figure:
-    """A lead with its interval at each `x`, an axis of powers of two, and the line of no lead.
-
-    `frame` has the columns x, mean, low and high; a lead without an interval is a mark alone.
-    """
-    require(frame, [x, "mean", "low", "high"], "ahead")
-    with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width, 2.2), layout="constrained")
-        ax = fig.subplots()
-        ax.axhline(0, color=GREY, lw=1, ls=(0, (3, 2)))
-        ax.vlines(frame[x], frame["low"], frame["high"], color=INK, lw=1.4)
-        ax.plot(
-            frame[x],
-            frame["mean"],
-            color=INK,
-            marker="*",
-            ms=9,
-            mec="white",
-            mew=0.5,
-            zorder=4,
-            clip_on=False,
-        )
-        for place, mean in zip(frame[x], frame["mean"]):
-            ax.annotate(
-                f"{number(float(mean), 1)}",
-                (place, mean),
-                xytext=(-5, 5),
-                textcoords="offset points",
-                ha="right",
-                fontsize=6.5,
-                color=GREY,
-            )
-        _powers(ax, sorted(frame[x].unique()))
-        ax.set(xlabel=x.replace("_", " "), ylabel=f"lead ({unit})")
-        ax.margins(x=0.13, y=0.15)  # room for the number beside the first mark
-    return fig
-
-
-def _powers(ax: Axes, values: Sequence[float]) -> None:
-    """An axis of powers of two, a tick at each of these values."""
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [f"{value:,.0f}" for value in values])
-    ax.xaxis.set_minor_formatter(NullFormatter())
+def _scale(ax: Axes, values: pd.Series, baseline: float | None) -> None:
+    """Show scores from 0 to 1, what grows by orders of magnitude on a log axis, the rest from zero."""
+    if values.between(0, 1).all():
+        ax.set(ylim=(0, 1.03), yticks=[0, 0.5, 1])
+    elif values.min() > 0 and values.max() > 20 * values.min():
+        _log(ax, "y", values)
+    elif baseline is None:
+        ax.set_ylim(0, max(values.max() * 1.1, 1e-9))
     ax.grid(axis="y")
+
+
+def _sizes(ax: Axes, values: list[float]) -> None:
+    """Set ticks at these values, on an axis of powers where each is about the same multiple."""
+    ratios = [after / before for before, after in zip(values, values[1:]) if before > 0]
+    if len(ratios) > 1 and min(ratios) >= 1.5 and max(ratios) <= 1.75 * min(ratios):
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(values, [f"{value:,.0f}" for value in values])
+
+
+def _log(ax: Axes, axis: str, values: pd.Series) -> None:
+    """Set a log axis whose ticks are plain numbers, three a decade where there are few decades."""
+    getattr(ax, f"set_{axis}scale")("log")
+    ticks = getattr(ax, f"{axis}axis")
+    if values.max() < 300 * values.min():
+        ticks.set_major_locator(LogLocator(subs=(1, 3)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ticks.set_minor_formatter(NullFormatter())

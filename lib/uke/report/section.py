@@ -1,14 +1,19 @@
-"""The report: sections say numbers and collect figures and tables; `compose` makes numbers.json, HTML and PDF of them.
+"""Collect what one notebook contributes to the report: numbers, figures, tables, its answer and limits.
 
-`redraw` draws the figures and tables again, without the notebooks.
+    section = Section("04_factor_layers", paths, "Layers", "Which blocks should be trained?")
+    section.figure(figures.scores, scores, "layers", "Efficacy along the depth.", "Lines that rise.")
+    section.observe("A middle block writes best.", expected=True)
+    section.answer(f"All blocks gain {section.say('effect.layers.ft_m', *gain)}.")
+    section.save()
+
+Everything is stored as Markdown, which `uke.report.compose` makes a page and a PDF of.
 """
 
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -16,72 +21,64 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from uke.cli import manifests
-from uke.errors import InputError, nearest
+from uke.errors import InputError
 from uke.files import write_atomic
-from uke.report import compose as typesetting
-from uke.report import redrawing
-from uke.report.numerals import absent, bracket, number, places
+from uke.project import Paths
+from uke.report import style, tables
+from uke.report.tables import Cell, absent, bracket, number, places
 
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
-_QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
-_SHOWN = {"number": "said", "word": "unit"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_BLANK = {"question": "", "answer": "", "smoke_run": False, "environment": {}} | {
-    part: [] for part in ("blocks", "checks", "limits", "warnings", "recipes")
-}
+_SPECIAL = re.compile(r"([\\*_{}\[\]<>#$^~|@&])")
+_START = re.compile(r"^(\d+(?=[.)])|)([-+:%.)])")
+_TOGETHER = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")  # set without a line break
+_WORDY = 60  # letters; with more than three columns of longer texts each cell has a line of its own
+_LINE = 100  # letters; a wider table is set across the page, its columns sharing it
 
 
 class Section:
-    """What one notebook contributes to the report; `paths.figures` is the directory everything is written to.
+    """What one notebook contributes to the report.
 
-    `environment` (a dict) and `smoke_run` (a flag) may be set; the rest is collected by the methods. Texts are plain,
-    words between backticks are code. A notebook shows figures, tables, findings and warnings where they are placed, also
-    within an `if` or a loop. Raises InputError for a bad key or name, a repeated one, or a number that is none.
+    Texts are plain, words between backticks are code. A notebook shows figures, tables, observations
+    and warnings where they are placed. `environment` (a mapping) and `smoke_run` (True where model
+    and data do not belong together, so that no verdict follows) may be set. Raises InputError for a
+    bad key or name, a repeated one, or a number that is none.
     """
 
-    def __init__(self, notebook: str, paths: Any, title: str, question: str):
-        self.notebook, self.title, self.question = notebook, title, question
-        self.directory = Path(paths.figures)
+    def __init__(self, notebook: str, paths: Paths, title: str, question: str):
+        self.notebook, self.paths, self.title, self.question = notebook, paths, title, question
         self.environment: dict[str, Any] = {}
         self.smoke_run = False
-        self.recipes: list[dict] = []
+        self._answer = ""
         self._numbers: dict[str, dict] = {}
-        self._parts: dict[str, Any] = {"answer": ""} | {
-            part: [] for part in ("blocks", "checks", "limits", "warnings")
-        }
+        self._body: list[dict[str, str]] = []
+        self._lists: dict[str, list] = {"checks": [], "limits": [], "warnings": [], "recipes": []}
 
-    def say(
-        self, key, value, low=None, high=None, n=None, unit=""
-    ) -> str:  # as a metrics.interval is spread
-        """Record a number under its dotted key; its prose, as in `0.93 [0.90, 0.96], n = 40`.
+    def say(self, key, value, low=None, high=None, n=None, unit="") -> str:
+        """Record a number under its dotted key and return its prose: `0.93 [0.90, 0.96], n = 40`.
 
-        Missing ends mean no interval; `n` counts the units behind the number, `unit` is a word set behind it.
+            section.say("single.lead", *interval, unit="points")
+
+        Missing ends mean no interval. `n` counts the units behind the number. The number is stored
+        with the notebook and the cell that said it.
         """
+        where = f"{self.notebook}: number {key}"
         if not _KEY.fullmatch(key):
             raise InputError(
                 f"{self.notebook}: number '{key}': expected lower-case words joined by dots"
             )
         if key in self._numbers:
-            raise InputError(f"{self.notebook}: number {key} is said twice")
-        value, low, high = (
-            _plain(each, f"{self.notebook}: number {key}") for each in (value, low, high)
-        )
+            raise InputError(f"{where} is said twice")
+        value, low, high = (_plain(each, where) for each in (value, low, high))
         if value is None or (low is None) != (high is None) or (low is not None and low > high):
-            raise InputError(
-                f"{self.notebook}: number {key}: expected a value, and both ends of its interval or none"
-            )
-        said = _say(value, low, high, unit) + (f", n = {number(int(n))}" if n is not None else "")
-        n = None if n is None else int(n)
-        self._numbers[key] = {
-            "value": value,
-            "low": low,
-            "high": high,
-            "n": n,
-            "unit": unit,
-            "said": said,
-        }
-        return said
+            raise InputError(f"{where}: expected a value, and both ends of its interval or none")
+        decimals = None if isinstance(value, int) or low is None else places(value, low, high)
+        text = number(value, decimals) + ("" if low is None else f" {bracket(low, high, decimals)}")
+        text += unit if unit == "%" else f" {unit}" if unit else ""
+        text += "" if n is None else f", n = {number(int(n))}"
+        found = {"value": value, "low": low, "high": high, "n": n if n is None else int(n)}
+        self._numbers[key] = found | {"unit": unit, "said": text, "source": self._source()}
+        return text
 
     def figure(
         self,
@@ -90,167 +87,93 @@ class Section:
         name: str,
         caption: str,
         alt: str,
+        png: bool = False,
         **options: Any,
     ) -> None:
-        """Draw a figure (PDF, PNG) with a function of `uke.report.figures` or `uke.report.diagrams` and place it here in the section.
+        """Draw a figure with a function of `uke.report.figures`, save it as SVG and place it here.
 
-        Its data (`data/<name>.parquet`) and the options are stored, so that `redraw` gives the same bytes. `alt` says what
-        it shows to who cannot see it.
+        `alt` says what it shows to those who cannot see it; `png` saves a PNG too, for a README.
         """
         self._check_name("figure", name, caption)
         if not alt.strip():
             raise InputError(
                 f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)"
             )
-        drawn = {"draw": redrawing.named(draw), "options": redrawing.plain(options)}
-        self._place({"type": "figure", "name": name, "caption": caption, "alt": alt} | drawn, frame)
-        _show(self.directory / f"{name}.png")
+        saved = style.save(draw(frame, **options), self.paths.figures, name, png)
+        alt_text = re.sub(r'([\\"])', r"\\\1", " ".join(alt.split()))
+        text = f'![{prose(caption)}]({name}.svg){{#fig-{name} alt="{alt_text}"}}'
+        self._body.append({"type": "figure", "name": name, "markdown": text})
+        _show(saved[0])
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> None:
-        """Save a table (CSV, LaTeX, Markdown) and place it here in the section.
-
-        Its cells are stored (`data/<name>.table.parquet`), so that `redraw` gives the same bytes.
-        """
+        """Save a table (`tables/<name>.csv` and `.tex`) and place it here."""
         self._check_name("table", name, caption)
-        self._place({"type": "table", "name": name, "caption": caption}, frame)
-        _show(frame)
-
-    def answer(self, text: str) -> str:
-        """The answer to the section's question, in a sentence or two; it also goes into the abstract."""
-        self._parts["answer"] = text
-        return text
+        tables.save(frame, self.paths.figures / "tables", name, caption)
+        text = table_markdown(frame, name, caption)
+        self._body.append({"type": "table", "name": name, "markdown": text})
+        _show(tables.printed(frame))
 
     def observe(self, text: str, expected: bool | None = None) -> str:
         """Say here what a figure or a table shows, and whether that is as expected.
 
         `expected` puts "As expected:" or "Not as expected:" in front of the sentence.
         """
-        prefix = {None: "", True: "As expected: ", False: "Not as expected: "}
-        text = prefix[None if expected is None else bool(expected)] + text
-        self._parts["blocks"].append({"type": "finding", "text": text})
+        if expected is not None:
+            text = f"{'As' if expected else 'Not as'} expected: {text}"
+        self._body.append({"type": "text", "markdown": prose(text)})
         _show(text)
         return text
 
+    def answer(self, text: str) -> str:
+        """Answer the section's question in a sentence or two, which the abstract repeats."""
+        self._answer = text
+        return text
+
     def check(self, ok: bool, text: str) -> str:
-        """Record that a condition holds; raise InputError where it does not, since then the conclusion is void."""
-        self._parts["checks"].append({"ok": bool(ok), "text": text})
+        """Record that a condition holds; raise InputError where not, since the conclusion is void."""
+        self._lists["checks"].append({"ok": bool(ok), "text": text})
         if not ok:
             raise InputError(f"{self.notebook}: check failed, so the conclusion is void: {text}")
         return text
 
     def limit(self, text: str) -> str:
-        """A limit of what the section shows; the report gathers all of them."""
-        self._parts["limits"].append(text)
+        """Record a limit of what the section shows."""
+        self._lists["limits"].append(text)
         return text
 
     def warn(self, text: str) -> None:
-        """Something the reader must know before believing the section, in a box."""
-        self._parts["warnings"].append(text)
+        """Say what the reader must know before believing the section, in a box at its top."""
+        self._lists["warnings"].append(text)
         _show(f"Warning: {text}")
 
     def method(self, recipe: Mapping[str, Any]) -> None:
-        """A recipe (its fields) that the section used, for the report's methods."""
-        self.recipes.append(json.loads(json.dumps(dict(recipe), default=str)))
+        """Record a recipe (its fields) that the section used, for the report's table of methods."""
+        self._lists["recipes"].append(json.loads(json.dumps(dict(recipe), default=str)))
 
     def save(self) -> Path:
-        """Write `sections/<notebook>.json` whole; its path."""
-        head = {
-            "notebook": self.notebook,
-            "title": self.title,
-            "question": self.question,
-            "smoke_run": self.smoke_run,
-        }
-        rest = {"numbers": self._numbers, "recipes": self.recipes, "environment": self.environment}
-        return _write_section(self.directory, head | self._parts | rest)
+        """Write the section whole, as `<notebook>.json` in `paths.sections`; return its path."""
+        names = ("notebook", "title", "question", "smoke_run", "environment")
+        content = {name: getattr(self, name) for name in names} | self._lists
+        content |= {"answer": self._answer, "body": self._body, "numbers": self._numbers}
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        return write_atomic(self.paths.sections / f"{self.notebook}.json", text + "\n")
 
-    def _place(self, block: dict, frame: pd.DataFrame) -> None:
-        """Draw from the data as they are read back, so that a redraw has the same; nothing is stored if that fails."""
-        content = redrawing.stored(frame)
-        self._parts["blocks"].append(
-            redrawing.place(self.directory, block, redrawing.read(content))
-        )
-        write_atomic(redrawing.data_path(self.directory, block), content)
+    def _source(self) -> str:
+        shell = _shell()
+        return f"{self.notebook}, cell {shell.execution_count}" if shell else self.notebook
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():
             raise InputError(
-                f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, and a caption"
+                f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, "
+                "and a caption"
             )
-        if any(
-            (block["type"], block.get("name")) == (what, name) for block in self._parts["blocks"]
-        ):
+        if any((each["type"], each.get("name")) == (what, name) for each in self._body):
             raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
 
 
-def _show(what: pd.DataFrame | Path | str) -> None:
-    """A table, a picture's file or a text, shown by the notebook that runs this; nothing outside of one."""
-    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-        shown = sys.modules["IPython"].display  # of the notebook, not a package that a report needs
-        text, picture = isinstance(what, str), isinstance(what, Path)
-        shown.display(
-            {"text/plain": what} if text else shown.Image(filename=what) if picture else what,
-            raw=text,
-        )
-
-
-def compose(paths: Any, expected: Iterable[str] = ()) -> list[Path]:
-    """Write numbers.json, report.html and report.pdf from the sections in `paths.figures`; their paths.
-
-    Notebooks in `expected` without a section, failed runs (manifests in `paths.results`, where there are any) and missing
-    figures become warnings. Raises InputError where there is no section, one is unreadable, or a number key or the name of
-    a figure or of a table is used by two.
-    """
-    directory = Path(paths.figures)
-    sections = _read_sections(directory / "sections")
-    numbers = _merge_numbers(sections)
-    data = typesetting.arrange(paths, sections, expected)
-    page, pdf = typesetting.html(data, directory), typesetting.pdf(data, directory)
-    contents = {
-        "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
-        "report.html": page,
-    }
-    written = [write_atomic(directory / name, text.encode()) for name, text in contents.items()]
-    return [*written, write_atomic(directory / "report.pdf", pdf)]
-
-
-def redraw(paths: Any) -> list[str]:
-    """Draw every figure and table of the sections in `paths.figures` again, from their stored data alone; their names.
-
-    Raises InputError naming the file where data are missing, before anything is drawn.
-    """
-    directory = Path(paths.figures)
-    sections = _read_sections(directory / "sections")
-    _merge_numbers(sections)  # two figures of one name would draw over each other
-    shown = [[block for block in section["blocks"] if "name" in block] for section in sections]
-    frames = [
-        [redrawing.load(directory, block, section["notebook"]) for block in blocks]
-        for section, blocks in zip(sections, shown)
-    ]
-    for section, blocks, data in zip(sections, shown, frames):
-        drawn = [redrawing.place(directory, block, frame) for block, frame in zip(blocks, data)]
-        if drawn != blocks:
-            renewed = iter(drawn)
-            _write_section(
-                directory,
-                section
-                | {
-                    "blocks": [
-                        next(renewed) if "name" in block else block for block in section["blocks"]
-                    ]
-                },
-            )
-    return [block["name"] for blocks in shown for block in blocks]
-
-
-def _write_section(directory: Path, section: dict) -> Path:
-    text = json.dumps(section, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    return write_atomic(
-        directory / "sections" / f"{section['notebook']}.json", (text + "\n").encode()
-    )
-
-
 def _plain(value: Any, where: str) -> float | int | None:
-    """A number as JSON has it; None where there is none."""
+    """Return a number as JSON has it; None where there is none."""
     if absent(value):
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
@@ -258,102 +181,75 @@ def _plain(value: Any, where: str) -> float | int | None:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _say(value: float, low: float | None, high: float | None, unit: str) -> str:
-    decimals = None if isinstance(value, int) or low is None else places(value, low, high)
-    text = number(value, decimals) + ("" if low is None else f" {bracket(low, high, decimals)}")
-    return text + (unit if unit == "%" else f" {unit}" if unit else "")
+def _shell() -> Any:
+    """Return the running notebook's shell; None outside of one."""
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
-def _read_sections(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*.json"))
-    if not files:
-        raise InputError(f"{directory}: no sections; run the notebooks of this profile first")
-    sections = []
-    for path in files:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
-        if not isinstance(found, dict) or not {"notebook", "title", "numbers"} <= set(found):
-            raise InputError(
-                f"{path}: not a section: expected notebook, title and numbers; run its notebook again"
-            )
-        sections.append(found | {key: value for key, value in _BLANK.items() if key not in found})
-    return sorted(sections, key=lambda section: section["notebook"])
-
-
-def _merge_numbers(sections: list[dict]) -> dict[str, dict]:
-    said, made = {}, {}
-    for section in sections:
-        shown = [(block["type"], block["name"]) for block in section["blocks"] if "name" in block]
-        for what, name in [("number", key) for key in section["numbers"]] + shown:
-            owners = said if what == "number" else made
-            place = name if what == "number" else (what, name)
-            if other := owners.get(place):
-                raise InputError(
-                    f"{what} {name} is in two sections: {other['notebook']} and {section['notebook']}"
-                )
-            owners[place] = section
-    return {key: said[key]["numbers"][key] for key in sorted(said)}
-
-
-def account(paths: Any, notebooks: Iterable[str]) -> None:
-    """Section `run`: what the notebooks' work took, from their manifests; nothing where they were never run here."""
-    found = [
-        manifest for manifest in manifests.read(paths) if manifest["notebook"] in set(notebooks)
-    ]
-    if not found:
+def _show(what: pd.DataFrame | Path | str) -> None:
+    """Show a table, an SVG file or a text in the notebook that runs this; nothing outside of one."""
+    if not _shell():
         return
-    section = Section("run", paths, "Cost of the run", "How long did the study take?")
-    # Kept with the figures, since a report that is composed again elsewhere has no manifests.
-    section.environment = {"cores": os.cpu_count()} | {
-        key: value
-        for manifest in reversed(found)
-        for key, value in manifests.machine(manifest).items()
-    }
-    seconds = [
-        max(float(each["work_seconds"]), _row_seconds(paths.exported(each["notebook"])))
-        for each in found
-    ]
-    frame = pd.DataFrame({"notebook": [each["notebook"] for each in found], "seconds": seconds})
-    section.table(
-        frame,
-        "run",
-        "Seconds of each notebook, its kernel's start included, or what its rows say they took where another process made them; two notebooks run at once.",
-    )
-    said = section.say("cost.study_seconds", frame["seconds"].sum(), n=len(frame), unit="s")
-    section.answer(
-        f"All notebooks together took {said}, added up over notebooks, of which two run at once."
-    )
-    section.save()
+    shown = sys.modules["IPython"].display
+    if isinstance(what, str):
+        shown.display({"text/plain": what}, raw=True)
+    else:
+        shown.display(shown.SVG(filename=what) if isinstance(what, Path) else what)
 
 
-def _row_seconds(path: Path) -> float:
-    """Seconds of editing and asking that the rows of a study record, once for each unit; 0 where it has none."""
-    if not path.is_file():
-        return 0.0
-    frame = pd.read_parquet(path)
-    units = frame.drop_duplicates(
-        ["method", "factor", "level", "batch_size", "batch", "recipe", "phase"]
+def prose(text: str) -> str:
+    """Return plain text as Markdown in which only words between backticks are markup."""
+    text = _TOGETHER.sub(lambda found: found[0].replace(" ", "\u00a0"), " ".join(text.split()))
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a lone backtick is one
+        return _escape(text).replace("`", r"\`")
+    return "".join(
+        f"`` {part} ``" if at % 2 else _escape(part, at == 0) for at, part in enumerate(parts)
     )
-    return float(units[["train_seconds", "answer_seconds"]].sum().sum())
 
 
-def quote(page: Path, paths: Any) -> None:
-    """Renew what a Markdown page quotes from the run's numbers.json: `<!-- number: KEY -->text<!-- -->`, or `word: KEY`, its unit alone."""
-    if not page.is_file():
-        return
-    numbers = json.loads((Path(paths.figures) / "numbers.json").read_text(encoding="utf-8"))
-    text = page.read_text(encoding="utf-8")
-    if unknown := [key for _, key, _ in _QUOTED.findall(text) if key not in numbers]:
-        raise InputError(
-            f"{page}: number {unknown[0]}: not in {paths.figures}/numbers.json{nearest(unknown[0], numbers)}"
-        )
-    renewed = _QUOTED.sub(
-        lambda found: (
-            f"<!-- {found[1]}: {found[2]} -->{numbers[found[2]][_SHOWN[found[1]]]}<!-- -->"
-        ),
-        text,
-    )
-    if renewed != text:
-        write_atomic(page, renewed.encode())
+def _escape(text: str, first: bool = True) -> str:
+    text = _SPECIAL.sub(r"\\\1", text)
+    return _START.sub(r"\1\\\2", text) if first else text
+
+
+def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: bool = True) -> str:
+    """Return a table as a pipe table with a caption, in a box of its own."""
+    frame = tables.flat(frame).astype(object)
+    columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
+    aligned = [tables.numeric(frame[each]) for each in frame]
+    if sum(_longest(cells) > _WORDY for cells in columns.values()) > 3:
+        columns, aligned = _turned(columns), [False] * 3
+    widths = [max(_longest(cells), len(head)) for head, cells in columns.items()]
+    # With any line longer than pandoc's --columns, dashes are shares of the page: the square root
+    # gives long texts more, but not all of it.
+    wide = sum(widths) + 3 * len(widths) > _LINE and max(widths) > 30
+    dashes = [round(8 * width**0.5) if wide else 3 for width in widths]
+    if not wide:
+        dashes = [3] * len(widths)
+    rule = ["-" * count + ":" if right else "-" * count for count, right in zip(dashes, aligned)]
+    rows = [[_cell_markdown(cell) for cell in row] for row in zip(*columns.values())]
+    lines = [[prose(head) for head in columns], rule, *rows]
+    links = f'<a href="tables/{name}.csv">CSV</a> · <a href="tables/{name}.tex">LaTeX</a>'
+    links = f' `<span class="files">{links}</span>`{{=html}}' if files else ""
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    kind = "wide" if wide else "narrow"
+    return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links}\n:::"
+
+
+def _longest(cells: list[Cell]) -> int:
+    return max((len(cell.text) + len(cell.note) * 0.5 for cell in cells), default=0)
+
+
+def _turned(columns: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
+    """Return a table of many long texts with a line for each of its cells."""
+    (first, keys), *rest = columns.items()
+    lines = [(key, Cell(head), cells[row]) for row, key in enumerate(keys) for head, cells in rest]
+    return dict(zip((first, " ", "Text"), map(list, zip(*lines))))
+
+
+def _cell_markdown(cell: Cell) -> str:
+    text = f"**{prose(cell.text)}**" if cell.best else prose(cell.text)
+    if not cell.note:
+        return text
+    return f'{text} [{prose(cell.note)}]{{.note typst:text:size="0.82em"}}'

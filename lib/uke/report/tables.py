@@ -1,79 +1,40 @@
-"""Tables: scores with intervals, cells that are missing, and one table saved as CSV, LaTeX and Markdown."""
+"""Make tables: numbers in print, scores with intervals, gaps of a grid; one table as CSV and LaTeX.
 
-from collections.abc import Iterable, Sequence
+table = tables.scores(scores, by="method")       # a row per method, a column per kind of probe
+tables.save(table, paths.figures / "tables", "single", "Single edits: mean and 95 % interval.")
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from uke.errors import InputError, nearest
+from uke.data.edits import KINDS
+from uke.errors import InputError
 from uke.files import write_atomic
-from uke.report.numerals import MISSING, Score, absent, number, places
-from uke.results.stats import interval
+from uke.results.effects import label
+from uke.results.stats import Score, ordered, require, summarise
 
+__all__ = ["Score", "grid_gaps", "label", "number", "ordered", "save", "scores", "summarise"]
+
+MISSING = "–"
 REFERENCES = ("no edit", "floor")
-KIND_ORDER = (
-    "original",
-    "paraphrase",
-    "detail",
-    "multi_hop",
-    "rel_doc",
-    "rand_doc",
-    "struct_trip",
-    "near_triple",
-    "general",
-)
-LABELS = {
-    "original": "Original",
-    "paraphrase": "Paraphrase",
-    "detail": "Details",
-    "multi_hop": "Multi-hop",
-    "rel_doc": "RelDoc",
-    "rand_doc": "RandDoc",
-    "struct_trip": "StructTrip",
-    "near_triple": "Near triples",
-    "general": "General skill",
-    "reading": "Reading",
-    "average": "Average",
-    "last_prompt_token": "last prompt token",
-    "target_tokens": "all target tokens",
-    "first_half": "first half",
-    "second_half": "second half",
-    "detail_held_out": "Details, held out",
-    "written": "Written",
-    "kept": "Kept",
-    "loss_scope": "loss scope",
-    "chat_template": "chat template",
-    "end_of_turn": "end of turn",
-    **{f"eighth_{place}": f"eighth {place}" for place in range(1, 9)},
-}
-_WORDED = (
-    "kind",
-    "level",
-    "factor",
-    "loss_scope",
-    "layers",
-    "examination",
-)  # columns whose cells are set in the words of LABELS
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LABELLED = ("kind", "level", "factor", "loss_scope", "layers", "examination")  # cells in words
 _LATEX = str.maketrans(
-    {
+    {letter: rf"\{letter}" for letter in "&%$#_{}"}
+    | {letter: rf"{{{letter}}}" for letter in "[]"}
+    | {
         "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
-        "[": "{[}",
-        "]": "{]}",
         "−": r"\ensuremath{-}",
         "×": r"\ensuremath{\times}",
         "±": r"\ensuremath{\pm}",
@@ -85,102 +46,72 @@ _LATEX = str.maketrans(
         "μ": r"\ensuremath{\mu}",
         "\n": " ",
         "⁻": r"\textsuperscript{\ensuremath{-}}",
-        **{digit: rf"\textsuperscript{{{place}}}" for place, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     }
-)
-# In a cell of a Markdown table these would end the cell, start markup or become HTML.
-_MARKDOWN = str.maketrans(
-    {"|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", "&": "&amp;", "\n": " "}
+    | {digit: rf"\textsuperscript{{{place}}}" for place, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 )
 
 
-def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """InputError naming the first of `columns` that the frame lacks, or that the frame has no row."""
-    for column in columns:
-        if column not in frame.columns:
-            raise InputError(
-                f"{what}: no column '{column}'{nearest(column, map(str, frame.columns))}"
-            )
-    if frame.empty:
-        raise InputError(f"{what}: no rows to show")
+class Cell(NamedTuple):
+    """A cell in print: its text, the interval beside it, and whether it is the best of its column."""
+
+    text: str
+    note: str = ""
+    best: bool = False
 
 
-def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -> pd.DataFrame:
-    """Mean of `score` with its 95 % bootstrap interval for each group of `by`: columns by + mean, low, high, n.
+def absent(value: Any) -> bool:
+    """Return True for None, NaN and pandas' missing values."""
+    whole = isinstance(value, (str, list, tuple, dict, Score))
+    return value is None or (not whole and bool(pd.isna(value)))
 
-    Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`, else edits. A frame
-    that already has `mean`, `low` and `high` is taken as it is. Raises InputError for a missing column or score.
+
+def places(*values: float | None) -> int:
+    """Return the decimals that give the largest of `values` two or three significant digits."""
+    largest = max((abs(value) for value in values if not absent(value)), default=0)
+    if not largest:
+        return 2
+    bounds = ((99.95, 0), (9.995, 1), (0.0995, 2), (0, 3))
+    return next(decimals for bound, decimals in bounds if largest >= bound)
+
+
+def number(value: float | None, decimals: int | None = None) -> str:
+    """Print a number: proper minus, thousands separated, tiny ones as powers of ten, a dash for none.
+
+    >>> number(-0.25), number(12000), number(5e-4), number(None)
+    ('−0.25', '12,000', '5 × 10⁻⁴', '–')
     """
-    by = list(by)
-    if {"mean", "low", "high"} <= set(frame.columns):
-        require(frame, by, what)
-        return frame.assign(n=frame.get("n", pd.NA)).reset_index(drop=True)
-    require(frame, [*by, "edit", "score"], what)
-    unit = "batch" if "batch" in frame.columns else "edit"
-    edits = (
-        frame.groupby([*by, *dict.fromkeys((unit, "edit"))], sort=False, observed=True)["score"]
-        .mean()
-        .reset_index()
-    )
-    rows = []
-    for key, group in edits.groupby(by, sort=False, observed=True):
-        found = interval(group["score"].tolist(), group[unit].tolist())
-        rows.append([*key, found.mean, found.low, found.high, found.n])
-    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+    if absent(value):
+        return MISSING
+    if isinstance(value, Integral):
+        return f"{value:,}".replace("-", "−")
+    if not math.isfinite(value):
+        return "−∞" if value < 0 else "∞"
+    if decimals is None and 0 < abs(value) < 1e-2:
+        digits, power = f"{value:.1e}".split("e")
+        digits = digits.removesuffix(".0").replace("-", "−")
+        return f"{digits} × 10{str(int(power)).translate(_SUPERSCRIPTS)}"
+    text = f"{value:,.{places(value) if decimals is None else decimals}f}"
+    return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
 
 
-def ordered(values: Iterable[Any], first: Sequence[str] = ()) -> list:
-    """The distinct values: those of `first` in its order, then the others as they come."""
-    values = list(dict.fromkeys(values))
-    return [value for value in first if value in values] + [
-        value for value in values if value not in first
-    ]
+def bracket(low: float, high: float, decimals: int | None = None) -> str:
+    """Print an interval: [low, high]."""
+    decimals = places(low, high) if decimals is None else decimals
+    return f"[{number(float(low), decimals)}, {number(float(high), decimals)}]"
 
 
-def grid_gaps(
-    frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None
-) -> list[str]:
-    """What a grid lacks, one sentence for each cell of `expected` (its values of `by`) without all of its edits.
-
-    `frame` has the columns by and edit. A cell should have `edits` edits, or as many as the fullest of `expected` has.
-    """
-    by = [by] if isinstance(by, str) else list(by)
-    if lost := [column for column in [*by, "edit"] if column not in frame.columns]:
-        raise InputError(
-            f"grid_gaps: no column '{lost[0]}'{nearest(lost[0], map(str, frame.columns))}"
-        )
-    counts = {
-        key: own["edit"].nunique()
-        for key, own in frame.groupby(by, sort=False, observed=True, dropna=False)
-    }
-    found = {
-        tuple(None if absent(one) else one for one in key): int(count)
-        for key, count in counts.items()
-    }
-    cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for cell in expected]
-    full = max((found.get(cell, 0) for cell in cells), default=0) if edits is None else edits
-    sentences = []
-    for cell in cells:
-        name = ", ".join(
-            str(value)
-            if column == by[0]
-            else f"{column.replace('_', ' ')} {LABELS.get(value, value)}"
-            for column, value in zip(by, cell)
-        )
-        if not found.get(cell):
-            sentences.append(f"{name}: no rows, so its cell is a dash.")
-        elif found[cell] < full:
-            sentences.append(
-                f"{name}: {found[cell]} of {full} edits, so its mean is over fewer edits than those beside it."
-            )
-    return sentences
+def scored(score: Score) -> Cell:
+    """Print a score and its interval with the same decimals, two at most."""
+    decimals = min(2, places(score.mean, score.low, score.high))
+    note = "" if absent(score.low) else bracket(score.low, score.high, decimals)
+    return Cell(number(score.mean, decimals), note, score.best)
 
 
 def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()) -> pd.DataFrame:
-    """Table of scores: one row for each `by`, one column of `Score` cells for each kind, the best of a column marked.
+    """Return a row for each `by` and a column of `Score` cells for each kind, the best one marked.
 
-    `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES are never the best; an
-    `expected` row without a score is there all the same, with dashes.
+    `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES
+    come last and are never the best. An `expected` row without a score has dashes.
     """
     summary = summarise(frame, [by, "kind"], "scores").set_index([by, "kind"])
     names = ordered([*summary.index.get_level_values(by), *expected], expected)
@@ -188,159 +119,154 @@ def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()
         name for name in REFERENCES if name in names
     ]
     table = pd.DataFrame({by: names})
-    for kind in ordered(summary.index.get_level_values("kind"), KIND_ORDER):
+    for kind in ordered(summary.index.get_level_values("kind"), KINDS):
         found = summary.xs(kind, level="kind")
-        rivals = [round(mean, 2) for name, mean in found["mean"].items() if name not in REFERENCES]
-        cells = []
-        for name in names:
-            if name not in found.index:
-                cells.append(None)
-                continue
-            mean, low, high = found.loc[name, ["mean", "low", "high"]]
-            best = len(rivals) > 1 and name not in REFERENCES and round(mean, 2) == max(rivals)
-            cells.append(Score(mean, low, high, best))
+        means = found["mean"].drop(list(REFERENCES), errors="ignore").round(2)
+        best = means.max() if len(means) > 1 else None
+        cells = [
+            Score(*found.loc[name, ["mean", "low", "high"]], best=means.get(name) == best)
+            if name in found.index
+            else None
+            for name in names
+        ]
         table[kind] = pd.Series(cells, dtype=object)
     return table
 
 
-def texts(column: pd.Series) -> list[str]:
-    """The cells of a column in print, floats with the same decimals throughout the column."""
-    values = [
-        value
-        for value in column
-        if isinstance(value, Real) and not isinstance(value, Integral) and not absent(value)
-    ]
+def grid_gaps(
+    frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None
+) -> list[str]:
+    """Return a sentence for each cell of `expected` (its values of `by`) that lacks some of its edits.
+
+    `frame` has the columns by and edit. A cell should have `edits` edits, or as many as the fullest.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    if not frame.empty:
+        require(frame, [*by, "edit"], "grid_gaps")
+    counts = frame.groupby(by, sort=False, observed=True, dropna=False)["edit"].nunique()
+    found = {
+        tuple(None if absent(each) else each for each in np.atleast_1d(np.array(key, object))): n
+        for key, n in counts.items()
+    }
+    cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for cell in expected]
+    full = max((found.get(cell, 0) for cell in cells), default=0) if edits is None else edits
+    sentences = []
+    for cell in cells:
+        rest = [f"{column.replace('_', ' ')} {label(each)}" for column, each in zip(by, cell)]
+        name = ", ".join([str(cell[0]), *rest[1:]])
+        if not found.get(cell):
+            sentences.append(f"{name}: no rows, so its cell is a dash.")
+        elif found[cell] < full:
+            fewer = "so its mean is over fewer edits than those beside it"
+            sentences.append(f"{name}: {found[cell]} of {full} edits, {fewer}.")
+    return sentences
+
+
+def flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with a named index as columns; InputError where two have the same name."""
+    frame = frame if frame.index.names == [None] else frame.reset_index()
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise InputError(f"table: two columns have the same name, '{twice}'")
+    return frame
+
+
+def head(column: Any) -> str:
+    """Print the name of a column."""
+    text = label(column)
+    text = text if text != column else str(column).replace("_", " ")
+    return text[:1].upper() + text[1:]
+
+
+def numeric(column: pd.Series) -> bool:
+    """Return True where a column has numbers (or scores) alone, which are set flush right."""
+    values = [value for value in column if not absent(value)]
+    numbers = (isinstance(each, (Real, Score)) and not isinstance(each, bool) for each in values)
+    return bool(values) and all(numbers)
+
+
+def cells(column: pd.Series) -> list[Cell]:
+    """Print the cells of a column, floats with the same decimals throughout."""
+    sizes = [abs(each) for each in column if isinstance(each, float) and not absent(each)]
     decimals = None
-    if values and max(map(abs, values)) >= 0.1:
-        whole = max(map(abs, values)) > 1 and all(float(value).is_integer() for value in values)
-        decimals = 0 if whole else places(*values)
-    return [_text(value, decimals) for value in column]
+    if sizes and max(sizes) >= 0.1:
+        whole = max(sizes) > 1 and all(each.is_integer() for each in sizes)
+        decimals = 0 if whole else places(*sizes)
+    words = label if column.name in _LABELLED else str
+    return [
+        scored(value) if isinstance(value, Score) else Cell(words(_text(value, decimals)))
+        for value in column
+    ]
 
 
 def _text(value: Any, decimals: int | None) -> str:
-    if absent(value):
-        return MISSING
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    if isinstance(value, Real):
+    if isinstance(value, Real) or absent(value):
         text = number(value, decimals)
-        hidden = value > 0 and decimals and not text.strip("0.")
+        hidden = not absent(value) and value > 0 and decimals and not text.strip("0.")
         return f"< {10**-decimals:.{decimals}f}" if hidden else text
     return str(value)
 
 
-def save(frame: pd.DataFrame, directory: str | Path, name: str, caption: str) -> list[Path]:
-    """Write `name`.csv (plain numbers), .tex (booktabs) and .md; the paths. A named index becomes columns."""
-    frame = _flat(frame)
-    directory = Path(directory)
-    contents = {
-        "csv": _csv(frame),
-        "tex": _latex(frame, name, caption),
-        "md": _markdown(frame, caption),
-    }
-    return [write_atomic(directory / f"{name}.{ending}", text) for ending, text in contents.items()]
-
-
-def cells(frame: pd.DataFrame) -> dict:
-    """The table in print, as JSON: head, numeric (one flag a column), rows of cells {text, note, best}."""
-    frame = _flat(frame)
-    columns = [_cells(frame[column]) for column in frame]
-    return {
-        "head": [_head(LABELS.get(column, str(column).replace("_", " "))) for column in frame],
-        "numeric": [_numeric(frame[column]) for column in frame],
-        "rows": [list(row) for row in zip(*columns)],
-    }
-
-
-def _head(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _flat(frame: pd.DataFrame) -> pd.DataFrame:
-    frame = frame if frame.index.names == [None] else frame.reset_index()
-    if not frame.columns.is_unique:
-        raise InputError("table: two columns have the same name")
-    return frame.astype(object)
-
-
-def _numeric(column: pd.Series) -> bool:
-    values = [value for value in column if not absent(value)]
-    return bool(values) and all(
-        isinstance(value, (Real, Score)) and not isinstance(value, bool) for value in values
+def printed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as text, `0.93 [0.90, 0.96]` for a score: what a notebook shows."""
+    frame = flat(frame).astype(object)
+    return pd.DataFrame(
+        {name: [f"{c.text} {c.note}".strip() for c in cells(frame[name])] for name in frame}
     )
 
 
-def _cells(column: pd.Series) -> list[dict]:
+def save(frame: pd.DataFrame, directory: Path, name: str, caption: str) -> list[Path]:
+    """Write `name`.csv (plain numbers) and `name`.tex (booktabs); return both paths."""
+    frame = flat(frame)
+    contents = {"csv": _csv(frame), "tex": _latex(frame.astype(object), name, caption)}
     return [
-        {"text": value.text, "note": value.note, "best": value.best}
-        if isinstance(value, Score)
-        else {
-            "text": LABELS.get(text, text) if column.name in _WORDED else text,
-            "note": "",
-            "best": False,
-        }
-        for value, text in zip(column, texts(column))
+        write_atomic(Path(directory) / f"{name}.{ending}", text)
+        for ending, text in contents.items()
     ]
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    plain = {}
+    plain: dict[str, Iterable] = {}
     for name, column in frame.items():
-        plain[name] = [value.mean if isinstance(value, Score) else value for value in column]
-        if any(isinstance(value, Score) for value in column):
-            for end in ("low", "high"):
-                plain[f"{name}_{end}"] = [getattr(value, end, None) for value in column]
+        if not any(isinstance(value, Score) for value in column):
+            plain[name] = column
+            continue
+        for part, end in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            plain[f"{name}{part}"] = [getattr(value, end, None) for value in column]
     return pd.DataFrame(plain).to_csv(index=False, lineterminator="\n")
 
 
 def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
-    table = cells(frame)
-    rows = [[_latex_cell(cell) for cell in row] for row in table["rows"]]
-    shown = pd.DataFrame(rows, columns=[head.translate(_LATEX) for head in table["head"]])
+    """Set the table with pandas' Styler, every text escaped."""
+    columns: Mapping[str, list] = {column: cells(frame[column]) for column in frame}
+    shown = pd.DataFrame(
+        {head(each).translate(_LATEX): map(_cell, columns[each]) for each in frame}
+    )
+    widths = [max([len(head(each)), *(len(c.text) for c in columns[each])]) for each in frame]
+    long = [width > 40 and not numeric(frame[each]) for width, each in zip(widths, frame)]
+    # Long texts share the space that the other columns leave.
+    left = 0.93 - sum(0.012 * width + 0.03 for width, wide in zip(widths, long) if not wide)
+    paragraph = rf"p{{{max(0.25, left) / max(sum(long), 1):.2f}\linewidth}}"
+    aligned = ["r" if numeric(frame[each]) else "l" for each in frame]
     text = shown.style.hide(axis="index").to_latex(
         hrules=True,
         caption=caption.replace("`", "").translate(_LATEX),
         label=f"tab:{name}",
         position="t",
         position_float="centering",
-        column_format=_column_format(table),
+        column_format="".join(paragraph if wide else each for wide, each in zip(long, aligned)),
     )
-    # Eight kinds side by side fit the width of a page only when set tightly.
+    # Many columns fit the width of a page only when they are set tightly.
     tight = "\\centering\n\\small\n\\setlength{\\tabcolsep}{3pt}"
-    return text.replace("\\centering", tight, 1) if len(table["head"]) > 6 else text
+    return text.replace("\\centering", tight, 1) if len(columns) > 6 else text
 
 
-def _column_format(table: dict) -> str:
-    """Right-aligned numbers, and paragraphs that share the room the other columns leave where texts are long."""
-    columns = list(zip(table["head"], table["numeric"], *table["rows"]))
-    lengths = [
-        max(len(head), *(len(cell["text"]) for cell in rows), 0) for head, _, *rows in columns
-    ]
-    long = [length > 40 and not numeric for length, numeric in zip(lengths, table["numeric"])]
-    used = sum(0.012 * length + 0.03 for length, wide in zip(lengths, long) if not wide)
-    paragraph = f"p{{{max(0.25, 0.93 - used) / max(sum(long), 1):.2f}\\linewidth}}"
-    return "".join(
-        paragraph if wide else "r" if numeric else "l"
-        for wide, numeric in zip(long, table["numeric"])
-    )
-
-
-def _latex_cell(cell: dict) -> str:
-    text = cell["text"].translate(_LATEX)
-    text = rf"\textbf{{{text}}}" if cell["best"] else text
-    if not cell["note"]:
+def _cell(cell: Cell) -> str:
+    text = cell.text.translate(_LATEX)
+    text = rf"\textbf{{{text}}}" if cell.best else text
+    if not cell.note:
         return text
-    return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{text}\\[-2pt]{{\scriptsize {cell['note'].translate(_LATEX)}}}\end{{tabular}}"
-
-
-def _markdown(frame: pd.DataFrame, caption: str) -> str:
-    table = cells(frame)
-    rule = ["---:" if numeric else ":---" for numeric in table["numeric"]]
-    rows = [[_markdown_cell(cell) for cell in row] for row in table["rows"]]
-    lines = [[head.translate(_MARKDOWN) for head in table["head"]], rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
-
-
-def _markdown_cell(cell: dict) -> str:
-    text = cell["text"].translate(_MARKDOWN)
-    return " ".join(filter(None, (f"**{text}**" if cell["best"] else text, cell["note"])))
+    note = rf"{{\scriptsize {cell.note.translate(_LATEX)}}}"
+    return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{text}\\[-2pt]{note}\end{{tabular}}"

@@ -13,8 +13,9 @@ import pandas as pd
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
 from uke.methods.catalog import key as method_key
-from uke.report.numerals import absent, bracket, number, places
-from uke.report.tables import KIND_ORDER, LABELS
+from uke.data.edits import KINDS as KIND_ORDER
+from uke.report.tables import absent, bracket, number, places
+from uke.results.effects import LABELS
 from uke.results.metrics import METRICS
 
 HOLDS, IN_PART, FAILS, UNTESTABLE = "holds", "in part", "does not hold", "not testable here"

@@ -1,26 +1,43 @@
 """How large the effect of a factor is: the scores of its cells, and differences between cells, paired by edit."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
-from uke.report import tables
-from uke.results import rows
+from uke.data.edits import KINDS
 from uke.errors import InputError, nearest
-from uke.results.stats import holm, paired
+from uke.results import rows
+from uke.results.stats import Score, holm, ordered, paired
 from uke.results.metrics import AVERAGE, METRICS
 
 BEFORE = "no edit"
 SIDES = {
-    "written": ("original", "paraphrase", "detail"),
-    "kept": ("rel_doc", "rand_doc", "struct_trip"),
+    "efficacy": ("original", "paraphrase", "detail"),
+    "locality": ("rel_doc", "rand_doc", "struct_trip"),
 }
 
 
-def worded(level: str) -> str:
-    """A level as a reader sees it."""
-    return tables.LABELS.get(level, level if level == "down_proj" else level.replace("_", " "))
+LABELS = {name: kind.label for name, kind in KINDS.items()} | {
+    "average": "Average",
+    "efficacy": "Efficacy",
+    "locality": "Locality",
+    "reading": "Reading",
+    "detail_held_out": "Details, held out",
+    "last_prompt_token": "last prompt token",
+    "target_tokens": "all target tokens",
+}
+_PLAIN = re.compile(
+    r"(first|second)_half|eighth_\d|loss_scope|chat_template|end_of_turn|batch_size"
+)
+
+
+def label(name: Any) -> str:
+    """Return a kind of probe, a factor or a level as readers see it; other names stay as they are."""
+    name = str(name)
+    return LABELS.get(name) or (name.replace("_", " ") if _PLAIN.fullmatch(name) else name)
 
 
 def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
@@ -47,7 +64,7 @@ def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     )
     both = both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
     names = [
-        method if method == BEFORE else f"{method}, {worded(level)}"
+        method if method == BEFORE else f"{method}, {label(level)}"
         for method, level in zip(both["method"], both["level"])
     ]
     return both.assign(cell=names)
@@ -59,7 +76,7 @@ def lacking(after: pd.DataFrame) -> list[str]:
 
 
 def sides(scores: pd.DataFrame) -> pd.DataFrame:
-    """The average metric and its two halves, `written` and `kept`, as kinds; a half is left out where the data lacks a kind of it."""
+    """The average metric and its two halves, `efficacy` and `locality`, as kinds; a half is left out where the data lacks a kind of it."""
     parts = [scores[scores["kind"] == "average"]]
     for side, kinds in SIDES.items():
         if set(kinds) <= set(scores["kind"]):
@@ -88,9 +105,7 @@ def contrasts(
             raise InputError(
                 f"effect {name}: its weights sum to {sum(weights.values()):g}; expected 0"
             )
-        for kind in (
-            tables.ordered(scores["kind"], tables.KIND_ORDER) if set(weights) <= present else ()
-        ):
+        for kind in ordered(scores["kind"], KINDS) if set(weights) <= present else ():
             gained, lost = (
                 _summed(
                     scores[scores["kind"] == kind],
@@ -119,8 +134,7 @@ def _summed(scores: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> p
 def shown(effects: pd.DataFrame) -> pd.DataFrame:
     """The effects as a table: each with its interval in points, and p."""
     cells = [
-        tables.Score(*each)
-        for each in effects[["difference", "low", "high"]].itertuples(index=False)
+        Score(*each) for each in effects[["difference", "low", "high"]].itertuples(index=False)
     ]
     return pd.DataFrame(
         {
@@ -139,7 +153,7 @@ def one(effects: pd.DataFrame, effect: str, kind: str) -> tuple[float, float, fl
     return None if row.empty else tuple(row.iloc[0][["difference", "low", "high", "n"]])
 
 
-def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["written"]) -> pd.DataFrame:
+def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> pd.DataFrame:
     """Every metric against the reference, by method, level and kind: mean over the questions of an edit, then over edits."""
     texts = after[after["kind"].isin(kinds)]
     if texts.empty:

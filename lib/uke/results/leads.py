@@ -10,12 +10,11 @@ import pandas as pd
 from uke.results import rows
 from uke.results.effects import SIDES
 from uke.errors import InputError
-from uke.results.stats import RESAMPLES, SEED, Interval, holm, interval, paired
+from uke.results.stats import RESAMPLES, SEED, Interval, holm, interval, paired, require
 from uke.methods.catalog import nearest_first
 from uke.project import Paths
-from uke.report.tables import require
 
-LOCALITY, SKILL = SIDES["kept"], ("general",)
+LOCALITY, SKILL = SIDES["locality"], ("general",)
 
 
 def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str]) -> pd.Series:

@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -351,3 +352,12 @@ def _refuse_gaps(scores: pd.DataFrame, means: pd.DataFrame, kinds: Sequence[str]
                 name = " ".join(str(part) for part in run.iloc[0][["method", "level"]].dropna())
                 lacks = f"{name} lacks {len(absent)} of the {len(every)} edits beside it ({', '.join(absent[:5])})"
                 raise InputError(f"average: {lacks}; choose common ones or ask for partial=True")
+
+
+def shortened(value: Any, digits: int) -> Any:
+    """Return the value with its floats rounded to so many significant digits, however deep they lie."""
+    if isinstance(value, Mapping):
+        return {name: shortened(each, digits) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shortened(each, digits) for each in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -1,12 +1,13 @@
 """Bootstrap intervals, paired tests and the correction for many tests."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from uke.errors import InputError
+from uke.errors import InputError, nearest
 
 RESAMPLES = 9999
 SEED = 2024
@@ -19,6 +20,16 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell of a table, shown as `mean [low, high]`; `best` is set in bold."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    best: bool = False
 
 
 class Paired(NamedTuple):
@@ -154,3 +165,44 @@ def share(hits: int, count: int, level: float = 0.95) -> Interval:
 
     found = binomtest(int(hits), int(count)).proportion_ci(level)
     return Interval(hits / count, float(found.low), float(found.high), int(count))
+
+
+def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
+    """Raise InputError naming the first of `columns` that `frame` lacks, or that it has no rows."""
+    for column in columns:
+        if column not in frame.columns:
+            raise InputError(
+                f"{what}: no column '{column}'{nearest(column, map(str, frame.columns))}"
+            )
+    if frame.empty:
+        raise InputError(f"{what}: no rows to show")
+
+
+def ordered(values: Iterable[Any], first: Iterable[str] = ()) -> list:
+    """Return the distinct values: those of `first` in its order, then the others as they come."""
+    values, first = list(dict.fromkeys(values)), list(first)
+    return [value for value in first if value in values] + [
+        value for value in values if value not in first
+    ]
+
+
+def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -> pd.DataFrame:
+    """Return the mean `score` with its 95 % interval for each group: `by`, mean, low, high, n.
+
+    Probes of one edit are averaged first. The units drawn are batches where the frame has `batch`,
+    else edits. A frame that already has mean, low and high is returned as it is. Raises InputError
+    for a missing column or score.
+    """
+    by = list(by)
+    if {"mean", "low", "high"} <= set(frame.columns):
+        require(frame, by, what)
+        return frame.assign(n=frame.get("n", pd.NA)).reset_index(drop=True)
+    require(frame, [*by, "edit", "score"], what)
+    unit = "batch" if "batch" in frame.columns else "edit"
+    keys = [*by, *dict.fromkeys((unit, "edit"))]
+    edits = frame.groupby(keys, sort=False, observed=True)["score"].mean().reset_index()
+    rows = [
+        [*key, *interval(group["score"].tolist(), group[unit].tolist())]
+        for key, group in edits.groupby(by, sort=False, observed=True)
+    ]
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])

@@ -248,7 +248,7 @@ def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFra
     chosen = {
         "first edits": original & (number < asked),
         "last edits": original & (number >= scores["batch"] - asked),
-        "locality": scores["kind"].isin(SIDES["kept"]),
+        "locality": scores["kind"].isin(SIDES["locality"]),
         "general skill": scores["kind"] == "general",
     }
     parts = [

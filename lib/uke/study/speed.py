@@ -12,8 +12,8 @@ from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import key
-from uke.report.numerals import Score, shortened
-from uke.report.tables import ordered
+from uke.results.rows import shortened
+from uke.results.stats import Score, ordered
 from uke.results.metrics import AVERAGE, HEADLINE, score
 
 RESULTS = ("benchmarks", "results")

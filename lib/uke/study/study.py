@@ -29,7 +29,7 @@ from uke.methods.locate_edit.anchors import by_window, locate
 from uke.methods.peers import PEERS, Peer
 from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
-from uke.report.numerals import shortened
+from uke.results.rows import shortened
 from uke.results import rows
 from uke.results.metrics import METRICS, Encoder, load_encoder
 from uke.study.dataset import Material, batched, gather

@@ -24,7 +24,7 @@ from uke.study.memory import Peak
 from uke.study.speed import ALIKE, WITHIN, average
 from uke.study.study import Study
 
-OWN = SIDES["written"]  # the published loop asks these in one call, all other kinds in another
+OWN = SIDES["efficacy"]  # the published loop asks these in one call, all other kinds in another
 
 
 class Timed(NamedTuple):
