@@ -25,8 +25,8 @@ from tqdm import tqdm
 from uke.cli import manifests
 from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.methods.catalog import Method, at_level, configured, find
-from uke.methods.recipes import Recipe
+from uke.methods.method import Method
+from uke.methods.catalog import at_level, configured, find
 from uke.models.generate import answer
 from uke.models.model import load
 from uke.project import Paths
@@ -174,7 +174,7 @@ def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
     if size.kinds:
         study.material = study.material.only(size.kinds)
     methods = [chosen(name, size.steps) for name in size.methods]
-    if not all(isinstance(method, Recipe) for method in methods):
+    if not all(method.factors for method in methods):
         measure_world(study.model, study.tokenizer)
     amounts = {
         method.name: size.others if place else size.headline for place, method in enumerate(methods)

@@ -15,16 +15,15 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.methods import finetune, lane_training
-from uke.methods.apart import edited_apart
-from uke.methods.catalog import Method
+from uke.methods import finetune
+from uke.methods.edited import edited_each
+from uke.methods.method import Method
 from uke.methods.edited import edited
-from uke.methods.finetune import prepare, weights
 from uke.methods.lanes import Below
 from uke.methods.recipes import Recipe
 from uke.models import generate as answering
 from uke.models import prompts
-from uke.models.model import blocks
+from uke.models.model import blocks, module_names
 from uke.models.prompts import collate, encode
 from uke.study import speed, ways
 from uke.study.study import Study
@@ -62,10 +61,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 def reread() -> Iterator[None]:
     """Frozen blocks are read in every step."""
     plain = lambda model, names: nullcontext(Below())
-    with (
-        replaced(finetune, "constant_below", plain),
-        replaced(lane_training, "constant_below", plain),
-    ):
+    with replaced(finetune, "constant_below", plain), replaced(finetune, "constant_below", plain):
         yield
 
 
@@ -73,7 +69,7 @@ def measured(
     study: Study, methods: Sequence[Method], timings: Sequence[dict], amount: Amount
 ) -> list[dict]:
     """A row for each optimisation; `methods` as they were timed, the first of them is taken where one is enough."""
-    recipes = [method for method in methods if isinstance(method, Recipe)]
+    recipes = [method for method in methods if method.factors]
     edits = study.material.edits[: amount.edits]
     bar = tqdm(total=3 + 3 * len(recipes), desc="gains")
     found = []
@@ -136,7 +132,7 @@ def _in_turns(off: Callable[[], float], on: Callable[[], float], amount: Amount)
 
 
 def _trained(
-    study: Study, edits: Sequence[Edit], method: Method, write: Callable = edited_apart
+    study: Study, edits: Sequence[Edit], method: Method, write: Callable = edited_each
 ) -> float:
     """Seconds of writing these edits, in lanes if nothing else is said."""
     watch = ways.Watch(study.model.device)
@@ -160,9 +156,9 @@ def _training_in_lanes(
     study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict], amount: Amount
 ) -> dict:
     """Predicted by a batch of as many edits on shared weights: what the machine gains if a lane costs no more than a row."""
-    examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
+    examples = list(recipe.examples(study.model, study.tokenizer, edits).values())
     wrapped = finetune.adapt(study.model, recipe, 1) if recipe.adapter else study.model
-    trained = weights(wrapped, recipe)
+    trained = finetune.trained(wrapped, recipe)
     required = [(parameter, parameter.requires_grad) for parameter in wrapped.parameters()]
     for parameter, _ in required:
         parameter.requires_grad_(any(parameter is one for one in trained.values()))
@@ -239,7 +235,7 @@ def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amoun
         * study.model.dtype.itemsize
     )  # bytes of a token
     speed_of_copy = block.nbytes / min(_seconds(block.clone, study.model.device) for _ in range(5))
-    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+    with edited_each(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         prompts = [len(encode(study.tokenizer, probe.question, probe.chat)) for probe in probes]
         on = partial(_asked, study, m, probes)
@@ -264,7 +260,7 @@ def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amoun
     edits = study.material.edits[: study.lanes]
     probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
     whole = answering.Generation().batch_tokens
-    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+    with edited_each(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         questions = [
             answering.Query(probe.edit, tuple(encode(study.tokenizer, probe.question, probe.chat)))
@@ -292,7 +288,7 @@ def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amoun
 def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: rows times the longest answer over the sum of all, as if a step cost as many rows as it has."""
     probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
-    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+    with edited_each(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         on = partial(_asked, study, m, probes)
         ratios = _in_turns(replaced(answering, "DROP_SHARE", NEVER)(on), on, amount)
@@ -309,11 +305,11 @@ def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: A
 
 def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: lanes times the longest training over the sum of all."""
-    with edited_apart(study.model, study.tokenizer, edits, recipe) as m:
+    with edited_each(study.model, study.tokenizer, edits, recipe) as m:
         steps = [record.steps + (record.stopped == "loss") for record in m.edit_records.values()]
 
     on = partial(_trained, study, edits, recipe)
-    ratios = _in_turns(replaced(lane_training, "DROP_SHARE", NEVER)(on), on, amount)
+    ratios = _in_turns(replaced(finetune, "DROP_SHARE", NEVER)(on), on, amount)
     why = "Predicted as if a step cost as much as it has lanes; lanes leave in eighths, and leaving copies weights and moments."
     return _gain(
         "dropping ended lanes", recipe.name, len(steps) * max(steps) / sum(steps), ratios, why
@@ -323,12 +319,12 @@ def _dropped_lanes(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: 
 def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: tokens as padded, in one batch and in the groups that are trained one after another."""
     lengths = [
-        len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()
+        len(one.ids) for one in recipe.examples(study.model, study.tokenizer, edits).values()
     ]
     padded = _padded(lengths, prompts.training_tokens(study.model.device))
     on = partial(_trained, study, edits, recipe)
     ratios = _in_turns(
-        replaced(lane_training, "parts", lambda lengths, tokens: [list(range(len(lengths)))])(on),
+        replaced(finetune, "parts", lambda lengths, tokens: [list(range(len(lengths)))])(on),
         on,
         amount,
     )
@@ -348,11 +344,11 @@ def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
     why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
     found = []
     for name, edits, given, write in (
-        ("in lanes", every[: study.abreast(recipe)], recipe, edited_apart),
+        ("in lanes", every[: study.abreast(recipe)], recipe, edited_each),
         ("in a batch", every[: amount.batch], briefly, edited),
     ):
         lengths = [
-            len(one.ids) for one in prepare(study.model, study.tokenizer, edits, recipe).values()
+            len(one.ids) for one in recipe.examples(study.model, study.tokenizer, edits).values()
         ]
         whole, few = (
             _padded(lengths, tokens)
@@ -385,9 +381,9 @@ def _padded(lengths: Sequence[int], tokens: int) -> int:
 def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict | None:
     """Predicted by counting products: forward through all blocks, back through those above; None where no block lies below."""
     names = (
-        [name.removesuffix(".weight") for name in weights(study.model, recipe)]
+        [name.removesuffix(".weight") for name in recipe.weights(study.model)]
         if not recipe.adapter
-        else finetune.module_names(study.model, recipe.layers, recipe.components)
+        else module_names(study.model, recipe.layers, recipe.components)
     )
     stack = blocks(study.model)
     lowest = min(

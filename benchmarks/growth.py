@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import predictions
 import shapes
 from tqdm import tqdm
-from uke.methods.catalog import Method
+from uke.methods.method import Method
 from uke.study import ways
 from uke.study.study import Study
 

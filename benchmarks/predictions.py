@@ -5,23 +5,12 @@ from collections.abc import Sequence
 import pandas as pd
 from torch import nn
 from uke.data.edits import Edit
-from uke.methods.finetune import prepare, weights
 from uke.methods.recipes import Recipe
 from uke.models.model import blocks, module_names
 from uke.models.prompts import IGNORED, group_by_length, training_tokens
 from uke.study.study import Study
 
 MIB = 2**20
-
-
-def trained(model: nn.Module, recipe: Recipe) -> int:
-    """How many numbers one edit trains."""
-    if not recipe.adapter:
-        return sum(weight.numel() for weight in weights(model, recipe).values())
-    projections = [
-        model.get_submodule(name) for name in module_names(model, recipe.layers, recipe.components)
-    ]
-    return sum(recipe.rank * (one.in_features + one.out_features) for one in projections)
 
 
 def held(recipe: Recipe, groups: Sequence[int] | None, half: bool) -> float:
@@ -75,7 +64,7 @@ def memory(
             : study.abreast(recipe) if way == "lanes" else 1
         ]
         edits = edits[: int(measured.loc[measured["way"] == way, "edits"].max())]
-        examples = list(prepare(study.model, study.tokenizer, edits, recipe).values())
+        examples = list(recipe.examples(study.model, study.tokenizer, edits).values())
         groups = [
             [examples[place] for place in places]
             for places in group_by_length(
@@ -93,9 +82,9 @@ def memory(
                 "method": recipe.name,
                 "way": way,
                 "lanes": len(edits),
-                "trained": trained(study.model, recipe),
+                "trained": recipe.lane_size(study.model),
                 "copies": copies,
-                "weights_mib": 4 * copies * len(edits) * trained(study.model, recipe) / MIB,
+                "weights_mib": 4 * copies * len(edits) * recipe.lane_size(study.model) / MIB,
                 "activations_mib": max(activations(study.model, group, recipe) for group in groups),
                 "measured_mib": float(measured.loc[measured["way"] == way, "train_mib"].median()),
             }

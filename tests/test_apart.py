@@ -7,13 +7,14 @@ import torch
 from conftest import SENTENCES
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.methods import apart, lane_training
-from uke.methods.apart import edited_apart, lane_mib
+from uke.methods import edited as editing
+from uke.methods import finetune
+from uke.methods.edited import edited_each, lane_mib
 from uke.methods.edited import METHODS, edited
-from uke.methods.finetune import prepare
-from uke.methods.locate_edit import covariance
+from uke.methods.locate_edit import covariance, solvers
 from uke.methods.locate_edit.anchors import by_window, locate
-from uke.methods.peers import PEERS, Peer
+from uke.methods.recipes import BASELINES, LocateRecipe
+from uke.methods.method import Method
 from uke.methods.recipes import RECIPES, Recipe
 from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
@@ -98,10 +99,12 @@ SMALL = {
 SMALL |= {"unke_steps": 8, "unke_rate": 5e-3, "preservation": 3, "stop_loss": 0.0}
 
 
-def quick(name: str, **changes) -> Peer:
-    return Peer(
+def quick(name: str, **changes) -> Method:
+    if not BASELINES[name].moves_weights:
+        return BASELINES[name]
+    return LocateRecipe(
         **{
-            **PEERS[name].model_dump(),
+            **BASELINES[name].model_dump(),
             "layers": (2,) if "unke" in name else (1, 2),
             **SMALL,
             **changes,
@@ -111,7 +114,7 @@ def quick(name: str, **changes) -> Peer:
 
 EVERY = (
     QUICK
-    | {PEERS[name].name: ("llama", quick(name)) for name in PEERS}
+    | {BASELINES[name].name: ("llama", quick(name)) for name in BASELINES}
     | {"behind Gemma's norms": ("gemma3_text", quick("anyedit_memit"))}
 )
 
@@ -227,7 +230,7 @@ def test_an_edit_among_others_is_not_what_it_is_alone(ready, tokenizer, name):
                 said(m, tokenizer, probes([edit])),
             )
     assert all(torch.equal(tensor, before[own]) for own, tensor in model.state_dict().items())
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    with edited_each(model, tokenizer, EDITS, method) as m:
         assert m is model and list(m.edit_records) == [edit.id for edit in EDITS]
         answers, likely = said(m, tokenizer, probes(EDITS))
         assert answers != plain or name == "FT-L"
@@ -265,7 +268,7 @@ def test_an_edit_alone_in_its_lane_is_another(ready, tokenizer):
     model, method = ready(), EVERY["FT-M"][1]
     with edited(model, tokenizer, EDITS[:1], method) as m:
         expected = said(m, tokenizer, probes(EDITS[:1]))
-    with edited_apart(model, tokenizer, EDITS[:1], method) as m:
+    with edited_each(model, tokenizer, EDITS[:1], method) as m:
         found = said(m, tokenizer, probes(EDITS[:1]))
     assert found[0] == expected[0] and found[1] == pytest.approx(expected[1], rel=1e-3)
 
@@ -276,7 +279,7 @@ def test_half_precision_takes_no_edit_or_keeps_it(tiny, tokenizer, name):
     covariance.measure(model, tokenizer, TEXTS, (1, 2))
     before, asked = state(model), [edit.probes[0] for edit in EDITS]
     old = target_log_probability(model, tokenizer, asked)
-    with edited_apart(model, tokenizer, EDITS, EVERY[name][1]) as m:
+    with edited_each(model, tokenizer, EDITS, EVERY[name][1]) as m:
         assert sum(target_log_probability(m, tokenizer, asked)) > sum(old) + 0.1
     assert is_as_before(model, before)
 
@@ -319,14 +322,14 @@ def ending(ready, tokenizer):
 def test_a_lane_that_has_ended_goes_on_or_disturbs_others(
     ready, ending, tokenizer, name, share, monkeypatch
 ):
-    monkeypatch.setattr(lane_training, "DROP_SHARE", share)
+    monkeypatch.setattr(finetune, "DROP_SHARE", share)
     model, (method, alone) = ready(), ending[name]
     before, steps = state(model), {edit: record.steps for edit, (record, _) in alone.items()}
     assert len(set(steps.values())) > 2 and {record.stopped for record, _ in alone.values()} == {
         "loss",
         "steps",
     }
-    with edited_apart(model, tokenizer, MANY, method) as m:
+    with edited_each(model, tokenizer, MANY, method) as m:
         assert {edit: record.steps for edit, record in m.edit_records.items()} == steps
         for lane, edit in enumerate(MANY):
             record, (own, update) = m.edit_records[edit.id], alone[edit.id]
@@ -339,7 +342,7 @@ def test_a_lane_that_has_ended_goes_on_or_disturbs_others(
 
 def test_an_edit_that_is_known_already_is_moved(ready, tokenizer):
     model = ready()
-    with edited_apart(
+    with edited_each(
         model, tokenizer, EDITS, QUICK["FT-A"][1].model_copy(update={"stop_loss": 1e3})
     ) as m:
         for record in m.edit_records.values():
@@ -355,7 +358,7 @@ def breaking(
     monkeypatch, place: int, call: int, ended: float | None = None, once: bool = False
 ) -> None:
     """The loss of the row at `place` is not finite in a call (and in all later ones, unless `once`), and until then `ended`."""
-    plain, calls = lane_training.loss, []
+    plain, calls = finetune.loss, []
 
     def loss(*arguments):
         calls.append(arguments)
@@ -367,7 +370,7 @@ def breaking(
             factors[place] = ended
         return losses * factors
 
-    monkeypatch.setattr(lane_training, "loss", loss)
+    monkeypatch.setattr(finetune, "loss", loss)
 
 
 @pytest.mark.parametrize("name", ["FT-M", "LoRA"])
@@ -383,7 +386,7 @@ def test_a_broken_edit_is_not_named_or_takes_the_others_with_it(
         prompts, "PADDING", 1.0
     )  # all in one batch, the longest first: grace, ada, alan
     breaking(monkeypatch, 1, 3, once=True)
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    with edited_each(model, tokenizer, EDITS, method) as m:
         assert m.failed == {
             "ada": f"recipe {name}: the loss of edit 'ada' is not finite after 2 steps; expected a learning_rate below 0.01"
         }
@@ -403,10 +406,10 @@ def test_a_broken_edit_is_not_named_or_takes_the_others_with_it(
 def test_of_two_edits_the_one_that_diverges_is_written_or_neither_is(ready, tokenizer, name):
     """The token that stands in one edit alone has no number for a state."""
     model, method = ready(), EVERY[name][1]
-    ids = {edit: one.ids for edit, one in prepare(model, tokenizer, EDITS, method).items()}
+    ids = {edit: one.ids for edit, one in method.examples(model, tokenizer, EDITS).items()}
     own = next(token for token in ids["grace"] if token not in ids["ada"] + ids["alan"])
     model.get_input_embeddings().weight.data[own] = float("nan")
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    with edited_each(model, tokenizer, EDITS, method) as m:
         assert (
             list(m.failed) == ["grace"]
             and "'grace'" in m.failed["grace"]
@@ -423,7 +426,7 @@ def test_edits_that_diverge_are_handed_out(ready, tokenizer, name):
     before = state(model)
     with (
         pytest.raises(FloatingPointError, match="'ada'"),
-        edited_apart(
+        edited_each(
             model, tokenizer, EDITS, EVERY[name][1].model_copy(update={"learning_rate": 1e38})
         ),
     ):
@@ -433,7 +436,7 @@ def test_edits_that_diverge_are_handed_out(ready, tokenizer, name):
 
 @pytest.mark.parametrize("tokens", [1, 8192], ids=["each lane by itself", "together"])
 def test_a_block_that_diverges_is_not_named_or_another_is(ready, tokenizer, tokens, monkeypatch):
-    model, found = ready(), apart.target_values
+    model, found = ready(), solvers.target_values
     before = state(model)
 
     def broken(model, located, *arguments):
@@ -441,9 +444,9 @@ def test_a_block_that_diverges_is_not_named_or_another_is(ready, tokenizer, toke
         values.hidden[[located.ids[edit] == "alan" for edit, _ in located.anchors]] = float("inf")
         return values
 
-    monkeypatch.setattr(apart, "target_values", broken)
-    monkeypatch.setattr(apart.baselines, "PASS_TOKENS", tokens)
-    with edited_apart(model, tokenizer, EDITS, quick("anyedit_unke")) as m:
+    monkeypatch.setattr(solvers, "target_values", broken)
+    monkeypatch.setattr(solvers, "PASS_TOKENS", tokens)
+    with edited_each(model, tokenizer, EDITS, quick("anyedit_unke")) as m:
         assert m.failed == {
             "alan": "AnyEdit (UnKE): the block's error of edit 'alan' is not finite after 0 steps; expected an unke_rate below 0.005"
         }
@@ -463,8 +466,8 @@ def test_an_edit_depends_on_how_many_blocks_are_trained_at_once(
     for edit in EDITS:
         with edited(model, tokenizer, [edit], method) as m:
             alone[edit.id] = updates(m, before)
-    monkeypatch.setattr(apart.baselines, "PASS_TOKENS", tokens)
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    monkeypatch.setattr(solvers, "PASS_TOKENS", tokens)
+    with edited_each(model, tokenizer, EDITS, method) as m:
         for lane, edit in enumerate(EDITS):
             assert far(of_lane(m.lanes, lane, before), alone[edit.id]) < 1e-2
 
@@ -474,9 +477,9 @@ def test_lanes_of_which_some_are_read_cannot_be_computed_again(ready, tokenizer,
     """Edits of unlike length are in parts of their own, each with some of the lanes; a block computed again must take them again."""
     model, method = ready(), quick(name)
     before = state(model)
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    with edited_each(model, tokenizer, EDITS, method) as m:
         kept = [of_lane(m.lanes, lane, before) for lane in range(len(EDITS))]
-    with memory.recomputed(model), edited_apart(model, tokenizer, EDITS, method) as m:
+    with memory.recomputed(model), edited_each(model, tokenizer, EDITS, method) as m:
         for lane, update in enumerate(kept):
             assert far(of_lane(m.lanes, lane, before), update) < 1e-5
 
@@ -487,12 +490,12 @@ def test_what_becomes_of_a_lane_after_its_end_breaks_the_others(ready, tokenizer
     for edit in EDITS[1:]:
         with edited(model, tokenizer, [edit], method) as m:
             alone[edit.id] = updates(m, before)
-    monkeypatch.setattr(lane_training, "DROP_SHARE", 1)
+    monkeypatch.setattr(finetune, "DROP_SHARE", 1)
     monkeypatch.setattr(prompts, "PADDING", 1.0)
     breaking(
         monkeypatch, 1, 3, ended=1e-9
     )  # ada, of middle length, ends at once, and is not a number later on
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    with edited_each(model, tokenizer, EDITS, method) as m:
         assert m.edit_records["ada"].steps == 0 and not any(
             change.any() for change in of_lane(m.lanes, 0, before).values()
         )
@@ -512,7 +515,7 @@ def test_what_becomes_of_a_lane_after_its_end_breaks_the_others(ready, tokenizer
 @pytest.mark.parametrize("name", ["FT-M", "LoRA", "AnyEdit (MEMIT)", "in-context"])
 def test_answers_depend_on_what_is_asked_beside_them(ready, tokenizer, name):
     model, asked = ready(), probes(EDITS)
-    with edited_apart(model, tokenizer, EDITS, EVERY[name][1]) as m:
+    with edited_each(model, tokenizer, EDITS, EVERY[name][1]) as m:
         together, likely = said(m, tokenizer, asked)
         alone = [said(m, tokenizer, [probe]) for probe in asked]
         turned = [
@@ -541,7 +544,7 @@ def test_answers_that_are_done_leave_the_rest_with_another_lane(ready, tokenizer
 
     model, asked = ready(), probes(EDITS)
     assert len({room(probe) for probe in asked}) > 5
-    with edited_apart(model, tokenizer, EDITS, EVERY[name][1]) as m:
+    with edited_each(model, tokenizer, EDITS, EVERY[name][1]) as m:
         assert answer(m, tokenizer, asked, max_new_tokens=room) == [
             answer(m, tokenizer, [probe], max_new_tokens=room)[0] for probe in asked
         ]
@@ -553,7 +556,7 @@ def test_a_prompt_asked_under_two_edits_is_decoded_once(ready, tokenizer):
     edits = [Edit(id=text, question="Who is Ada Lovelace?", answer=text) for text in texts]
     model, method = ready(), Recipe(name="FT-A", learning_rate=5e-3, steps=40)
     asked = [edit.probes[0] for edit in edits for _ in range(2)]
-    with edited_apart(model, tokenizer, edits, method) as m:
+    with edited_each(model, tokenizer, edits, method) as m:
         assert answer(m, tokenizer, asked, max_new_tokens=8) == [
             text for text in texts for _ in range(2)
         ]
@@ -562,7 +565,7 @@ def test_a_prompt_asked_under_two_edits_is_decoded_once(ready, tokenizer):
 
 def test_a_prompt_asked_twice_of_one_edit_is_decoded_twice(ready, tokenizer, monkeypatch):
     model, rows = ready(), []
-    with edited_apart(model, tokenizer, EDITS, QUICK["FT-M"][1]) as m:
+    with edited_each(model, tokenizer, EDITS, QUICK["FT-M"][1]) as m:
         plain = m.lanes.read
         monkeypatch.setattr(m.lanes, "read", lambda ids: rows.append(list(ids)) or plain(ids))
         answer(
@@ -576,7 +579,7 @@ def test_a_prompt_asked_twice_of_one_edit_is_decoded_twice(ready, tokenizer, mon
 
 def test_a_question_about_an_edit_that_was_not_written_is_answered_by_any(ready, tokenizer):
     with (
-        edited_apart(ready(), tokenizer, EDITS[:2], QUICK["FT-M"][1]) as m,
+        edited_each(ready(), tokenizer, EDITS[:2], QUICK["FT-M"][1]) as m,
         pytest.raises(KeyError, match="grace"),
     ):
         answer(m, tokenizer, EDITS[2].probes, max_new_tokens=2)
@@ -586,12 +589,12 @@ def test_a_question_about_an_edit_that_was_not_written_is_answered_by_any(ready,
 def test_windows_are_read_of_another_lane(ready, tokenizer, name):
     model, method, alone = ready(), EVERY[name][1], []
     rule = quick("anyedit_memit", window=5)
-    located = locate(model, prepare(model, tokenizer, EDITS, rule), rule)
+    located = locate(model, rule.examples(model, tokenizer, EDITS), rule)
     before = by_window(model, located)
     for edit in EDITS:
         with edited(model, tokenizer, [edit], method) as m:
-            alone += by_window(m, locate(m, prepare(m, tokenizer, [edit], rule), rule))
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+            alone += by_window(m, locate(m, rule.examples(m, tokenizer, [edit]), rule))
+    with edited_each(model, tokenizer, EDITS, method) as m:
         found = by_window(m, located)
     assert [len(one) for one in found] == [len(one) for one in alone] and len(
         {*map(len, found)}
@@ -605,7 +608,7 @@ def test_windows_are_read_of_another_lane(ready, tokenizer, name):
 
 @pytest.mark.parametrize("name", ["FT-M", "AdaLoRA", "AnyEdit++", "UnKE"])
 def test_a_record_lacks_what_the_edit_did(ready, tokenizer, name):
-    with edited_apart(ready(), tokenizer, EDITS, EVERY[name][1]) as m:
+    with edited_each(ready(), tokenizer, EDITS, EVERY[name][1]) as m:
         records = m.edit_records
     assert {record.stopped for record in records.values()} == {"steps"}
     for record in records.values():
@@ -625,14 +628,14 @@ def test_a_record_of_a_peer_has_the_course_of_other_edits(ready, tokenizer):
         with edited(model, tokenizer, [edit], method) as m:
             alone[edit.id] = m.edit_record.steps, len(m.edit_record.losses)
     assert len(set(alone.values())) == 3
-    with edited_apart(model, tokenizer, EDITS, method) as m:
+    with edited_each(model, tokenizer, EDITS, method) as m:
         assert {
             edit: (record.steps, len(record.losses)) for edit, record in m.edit_records.items()
         } == alone
 
 
 def test_an_edit_is_said_to_be_short_that_is_not(ready, tokenizer):
-    with edited_apart(ready(), tokenizer, EDITS, quick("anyedit_memit", window=12)) as m:
+    with edited_each(ready(), tokenizer, EDITS, quick("anyedit_memit", window=12)) as m:
         notes = {edit: record.notes for edit, record in m.edit_records.items()}
     assert notes == {
         "ada": [],
@@ -652,7 +655,7 @@ def test_an_exception_inside_leaves_a_trace(ready, tokenizer, name, error):
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 2 == 0)
     before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    with pytest.raises(error), edited_apart(model, tokenizer, EDITS, method) as m:
+    with pytest.raises(error), edited_each(model, tokenizer, EDITS, method) as m:
         assert not any(module.training for module in m.modules())
         raise error
     assert is_as_before(model, before)
@@ -674,28 +677,23 @@ def test_an_edit_beyond_the_context_or_given_twice_is_written(ready, tokenizer, 
     ):
         with (
             pytest.raises(InputError, match=complaint),
-            edited_apart(model, tokenizer, edits, EVERY[name][1]),
+            edited_each(model, tokenizer, edits, EVERY[name][1]),
         ):
             pytest.fail("written")
     assert is_as_before(model, before)
 
 
-def test_a_solver_writes_them_all_into_one_model(ready, tokenizer):
-    with (
-        pytest.raises(InputError, match="one edit at a time"),
-        edited_apart(ready(), tokenizer, EDITS, lambda *_: pytest.fail("written")),
-    ):
-        pass
+def test_a_misspelt_method_is_named_by_the_nearest(ready, tokenizer):
     with (
         pytest.raises(InputError, match="unknown method 'AdaLore'; did you mean 'AdaLoRA'"),
-        edited_apart(ready(), tokenizer, EDITS, "AdaLore"),
+        edited_each(ready(), tokenizer, EDITS, "AdaLore"),
     ):
         pass
 
 
 def test_a_method_is_found_by_its_name(ready, tokenizer, monkeypatch):
     monkeypatch.setitem(METHODS, "FT-M", QUICK["FT-M"][1])
-    with edited_apart(ready(), tokenizer, EDITS, "ft_m") as m:
+    with edited_each(ready(), tokenizer, EDITS, "ft_m") as m:
         assert m.edit_records["ada"].steps == 5
 
 
@@ -703,7 +701,7 @@ def test_a_system_that_fails_midway_leaves_weights_moved(ready, tokenizer, monke
     model, solved = ready(), []
     before = state(model)
 
-    class Failing(apart.baselines.ClosedForm):
+    class Failing(solvers.ClosedForm):
         def solve(self, located, values):
             notes = super().solve(located, values)
             solved.append(located.ids)
@@ -711,10 +709,10 @@ def test_a_system_that_fails_midway_leaves_weights_moved(ready, tokenizer, monke
                 raise InputError("singular")
             return notes
 
-    monkeypatch.setitem(apart.baselines.SOLVERS, "memit", Failing)
+    monkeypatch.setitem(solvers.SOLVERS, "memit", Failing)
     with (
         pytest.raises(InputError, match="singular"),
-        edited_apart(model, tokenizer, EDITS, quick("memit")),
+        edited_each(model, tokenizer, EDITS, quick("memit")),
     ):
         pass
     assert solved == [["ada"], ["alan"]] and is_as_before(model, before)
@@ -725,8 +723,8 @@ def test_a_lane_takes_less_memory_than_its_weights(tiny):
     model = tiny()
 
     def trained(method) -> float:
-        logits = apart.LOGITS * model.config.vocab_size
-        return ((lane_mib(model, method) - apart.LANE_MIB) * 2**20 / 4 - logits) / 5
+        logits = editing.LOGITS * model.config.vocab_size
+        return ((lane_mib(model, method) - editing.LANE_MIB) * 2**20 / 4 - logits) / 5
 
     assert trained(RECIPES["FT-A"]) == pytest.approx(
         sum(weight.numel() for weight in select(model, "all", ["down_proj"]).values())

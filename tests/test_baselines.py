@@ -9,13 +9,12 @@ from pydantic import ValidationError
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods.edited import METHODS, edited, load, save
-from uke.methods.finetune import prepare
 from uke.methods.locate_edit import covariance, solvers
 from uke.methods.locate_edit.anchors import by_window, locate, look, sites, states
 from uke.methods.locate_edit.solvers import System, ridge
 from uke.methods.locate_edit.targets import target_values
-from uke.methods.peers import PEERS, Peer
 from uke.models import prompts
+from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.models.generate import answer, target_log_probability
 from uke.models.prompts import example
 
@@ -52,7 +51,7 @@ TEXTS = [
     {"question": f"Who is {one}?", "answer": other}
     for one, other in zip(SUBJECTS, SENTENCES * 3, strict=False)
 ] + list(SENTENCES)
-WRITING = tuple(name for name in PEERS if name != "in_context")
+WRITING = tuple(name for name in BASELINES if name != "in_context")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +73,7 @@ def ready(tiny, tokenizer):
     return build
 
 
-def quick(name: str, **changes) -> Peer:
+def quick(name: str, **changes) -> LocateRecipe:
     """The named peer for an untrained model of four blocks, in few and large steps."""
     small = {
         "window": 6,
@@ -85,9 +84,11 @@ def quick(name: str, **changes) -> Peer:
         "null_threshold": 0.5,
     }
     small |= {"unke_steps": 15, "unke_rate": 5e-3, "preservation": 4, "stop_loss": 0.0}
-    return Peer(
+    if not BASELINES[name].moves_weights:
+        return BASELINES[name].model_copy(update=changes)
+    return LocateRecipe(
         **{
-            **PEERS[name].model_dump(),
+            **BASELINES[name].model_dump(),
             "layers": (2,) if "unke" in name else (1, 2),
             **small,
             **changes,
@@ -118,7 +119,7 @@ def log_probabilities(model, tokenizer, edits=EDITS) -> list[float]:
 def distances(model, tokenizer, edits, peer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How far the anchors' hidden states are from the target values before and after the edit, and log p gained."""
     last = sites(model, peer.layers)[-1]
-    located = locate(model, prepare(model, tokenizer, edits, peer), peer)
+    located = locate(model, peer.examples(model, tokenizer, edits), peer)
     wanted = target_values(model, located, last, peer).hidden
     before, old = (
         states(model, located, last, last).hidden,
@@ -147,9 +148,9 @@ def test_the_named_peers_are_solvers_times_anchor_rules():
         "anyedit_pp",
         "muke",
     } == set(WRITING)
-    assert {peer.name for peer in PEERS.values()} <= set(METHODS)
+    assert {peer.name for peer in BASELINES.values()} <= set(METHODS)
     for name in ("memit", "alphaedit", "unke"):
-        base, split = PEERS[name].model_dump(), PEERS[f"anyedit_{name}"].model_dump()
+        base, split = BASELINES[name].model_dump(), BASELINES[f"anyedit_{name}"].model_dump()
         assert {field for field in base if base[field] != split[field]} <= {
             "name",
             "anchors",
@@ -161,17 +162,17 @@ def test_published_blocks_become_fractions_of_the_depth(tiny):
     names = {32: [4, 5, 6, 7, 8], 8: [1, 2]}
     for depth, wanted in names.items():
         model = tiny(num_hidden_layers=depth)
-        found = [int(site.name.split(".")[2]) for site in sites(model, PEERS["memit"].layers)]
+        found = [int(site.name.split(".")[2]) for site in sites(model, BASELINES["memit"].layers)]
         assert found == wanted
-        assert [int(site.name.split(".")[2]) for site in sites(model, PEERS["unke"].layers)] == [
-            {32: 7, 8: 1}[depth]
-        ]
+        assert [
+            int(site.name.split(".")[2]) for site in sites(model, BASELINES["unke"].layers)
+        ] == [{32: 7, 8: 1}[depth]]
 
 
 def test_a_peer_is_frozen_strict_and_told_by_every_choice():
     base, other = (
-        PEERS["memit"],
-        PEERS["anyedit_unke"].model_dump()
+        BASELINES["memit"],
+        BASELINES["anyedit_unke"].model_dump()
         | {"window": 7, "weighting": "gradient", "chat_template": False},
     )
     other |= {
@@ -193,9 +194,10 @@ def test_a_peer_is_frozen_strict_and_told_by_every_choice():
     }
     other |= {"preservation": 0, "as_published": True, "seed": 1}
     marks = {
-        Peer(**base.model_dump() | {field: value}).fingerprint for field, value in other.items()
+        LocateRecipe(**base.model_dump() | {field: value}).fingerprint
+        for field, value in other.items()
     }
-    assert len(marks) == len(Peer.model_fields)  # the name alone changes nothing
+    assert len(marks) == len(LocateRecipe.model_fields)  # the name alone changes nothing
     for changes in (
         {"sovler": "memit"},
         {"solver": "rome"},
@@ -204,7 +206,7 @@ def test_a_peer_is_frozen_strict_and_told_by_every_choice():
         {"layers": ()},
     ):
         with pytest.raises(ValidationError):
-            Peer(**base.model_dump() | changes)
+            LocateRecipe(**base.model_dump() | changes)
 
 
 # --- second moments --------------------------------------------------------------------------------------------------
@@ -475,7 +477,7 @@ def test_kept_keys_hold_the_other_positions(ready, tokenizer):
     model, drift = ready(), {}
     for keep in (True, False):
         peer = quick("anyedit_memit", layers=(2,), memit_lambda=1e-4, keep_keys=keep)
-        located = locate(model, prepare(model, tokenizer, EDITS, peer), peer)
+        located = locate(model, peer.examples(model, tokenizer, EDITS), peer)
         (site,) = sites(model, peer.layers)
         keys, old = (
             states(model, located, site, site).others,
@@ -538,7 +540,7 @@ def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace
     model, peer = ready(family), quick(name, null_threshold=1e9)
     model.train()
     before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    located = locate(model.eval(), prepare(model, tokenizer, EDITS, peer), peer)
+    located = locate(model.eval(), peer.examples(model, tokenizer, EDITS), peer)
     old = by_window(model, located)
     model.train()
     with pytest.raises(KeyError), edited(model, tokenizer, EDITS, peer) as m:

@@ -4,13 +4,12 @@ import pytest
 import torch
 from conftest import FAMILIES
 from uke.data.edits import Edit
-from uke.methods.finetune import prepare
 from uke.methods.locate_edit.anchors import Located, by_window, locate, look, sites, states
 from uke.methods.locate_edit.targets import _Chunk, injected, target_values
-from uke.methods.peers import PEERS, Peer
 from uke.models import prompts
 from uke.models.generate import surprisals
 from uke.models.prompts import Example
+from uke.methods.recipes import BASELINES, LocateRecipe
 
 EDITS = (
     Edit(
@@ -27,14 +26,20 @@ EDITS = (
 )
 
 
-def peer(name: str = "anyedit_memit", **changes) -> Peer:
-    return Peer(
-        **{**PEERS[name].model_dump(), "layers": (1, 2), "window": 6, "stop_loss": 0.0, **changes}
+def peer(name: str = "anyedit_memit", **changes) -> LocateRecipe:
+    return LocateRecipe(
+        **{
+            **BASELINES[name].model_dump(),
+            "layers": (1, 2),
+            "window": 6,
+            "stop_loss": 0.0,
+            **changes,
+        }
     )
 
 
-def located(model, tokenizer, choices: Peer, edits=EDITS) -> Located:
-    return locate(model, prepare(model, tokenizer, edits, choices), choices)
+def located(model, tokenizer, choices: LocateRecipe, edits=EDITS) -> Located:
+    return locate(model, choices.examples(model, tokenizer, edits), choices)
 
 
 def hooks(model) -> int:
@@ -62,7 +67,7 @@ def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch
 
 def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tiny, tokenizer):
     model = tiny()
-    for name, choices in PEERS.items():
+    for name, choices in BASELINES.items():
         found = located(model, tokenizer, choices.model_copy(update={"window": 6}))
         for one, windows in zip(found.examples, found.windows, strict=True):
             assert windows[0].start == one.prompt_length and windows[-1].stop == len(one.ids)

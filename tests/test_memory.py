@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from uke.methods import finetune
-from uke.methods.forwards import replaced
+from uke.methods.lanes import replaced
 from uke.study import memory
 from uke.study.memory import MIB, Peak
 

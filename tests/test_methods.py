@@ -8,7 +8,7 @@ import yaml
 from uke.errors import InputError
 from uke.methods import catalog as methods
 from uke.methods.catalog import PUBLISHED
-from uke.methods.peers import PEERS
+from uke.methods.recipes import BASELINES
 from uke.methods.recipes import FAMILIES, RECIPES, Choices, candidate
 
 PARAMS = Path(__file__).parents[1] / "params"
@@ -42,10 +42,10 @@ def write(folder: Path, kind: str, text: str) -> Path:
 def test_no_two_published_methods_share_a_name_or_a_key():
     assert (
         len(PUBLISHED)
-        == len(RECIPES) + len(PEERS)
+        == len(RECIPES) + len(BASELINES)
         == len({methods.key(name) for name in PUBLISHED})
     )
-    assert {methods.key(peer.name): peer for peer in PEERS.values()} == PEERS
+    assert {methods.key(peer.name): peer for peer in BASELINES.values()} == BASELINES
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_file_holds_differences_from_its_base(tmp_path):
     assert (recipe.name, recipe.learning_rate, recipe.layers) == ("LoRA", 5e-4, (0.25, 1))
     path.write_text("base: anyedit_memit\nname: Mine\nwindow: 20\nlayers: 3\n")
     peer = methods.load(path)
-    assert differing(peer, PEERS["anyedit_memit"]) == {"name", "window", "layers"}
+    assert differing(peer, BASELINES["anyedit_memit"]) == {"name", "window", "layers"}
     assert (peer.name, peer.window, peer.layers) == ("Mine", 20, (3,))
     path.write_text("steps: 3\n")
     assert (methods.load(path).name, methods.load(path).steps) == ("mine", 3)
@@ -159,7 +159,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_differences_say_every_changed_choice_and_no_name():
-    base = PEERS["anyedit_memit"]
+    base = BASELINES["anyedit_memit"]
     assert methods.differences(base.model_copy(update={"name": "Mine"}), base) == "as published"
     changed = base.model_copy(
         update={"layers": (1, 0.25), "memit_lambda": 100.0, "keep_keys": False}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from uke.errors import InputError
-from uke.methods.peers import PEERS
+from uke.methods.recipes import BASELINES
 from uke.report import abstract, arrangement, figures, tables
 from uke.report import compose as typesetting
 from uke.report import section as report
@@ -454,7 +454,7 @@ def test_a_recipe_is_told_in_words_once(paths):
 def test_a_locate_then_edit_method_is_put_into_words_with_the_settings_it_uses_alone():
     said = {
         name: typesetting.describe(peer.model_dump() | {"layers": (2, 3)})
-        for name, peer in PEERS.items()
+        for name, peer in BASELINES.items()
     }
     assert all("Further" not in text for text in said.values())
     assert (

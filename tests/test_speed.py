@@ -189,7 +189,7 @@ def test_an_edit_that_diverges_in_lanes_is_named_and_not_timed(toy):
 
 def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypatch, caplog):
     """On a GPU that is lent for half an hour, an end of memory must cost lanes and not the run."""
-    apart, sizes = ways.edited_apart, []
+    apart, sizes = ways.edited_each, []
 
     def full(model, tokenizer, edits, method):
         sizes.append(len(edits))
@@ -198,14 +198,14 @@ def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypa
         return apart(model, tokenizer, edits, method)
 
     plain = ways.timed("lanes", toy, toy.material.edits, FT_M).answers
-    monkeypatch.setattr(ways, "edited_apart", full)
+    monkeypatch.setattr(ways, "edited_each", full)
     assert ways.timed("lanes", toy, toy.material.edits, FT_M).answers == plain and sizes == [
         2,
         1,
         1,
     ]
     assert len(caplog.records) == 1 and toy.lanes == 1
-    monkeypatch.setattr(ways, "edited_apart", lambda *_: full(None, None, (1, 2), None))
+    monkeypatch.setattr(ways, "edited_each", lambda *_: full(None, None, (1, 2), None))
     with pytest.raises(torch.OutOfMemoryError):
         ways.timed("lanes", toy, toy.material.edits, FT_M)
 

@@ -12,7 +12,7 @@ from conftest import SENTENCES
 from uke.data.edits import Detail, Edit, Probe
 from uke.errors import InputError
 from uke.methods import catalog as methods
-from uke.methods import edited, lane_training
+from uke.methods import edited, finetune
 from uke.methods.locate_edit import covariance
 from uke.models import generate as answering
 from uke.models import model as models
@@ -214,10 +214,10 @@ def test_an_edit_is_trained_again_to_be_asked_otherwise(toy, monkeypatch):
     alone = toy(chat=False)
     alone.name = "alone"
     alone.run(QUICK)
-    trained, write = [], studies.edited_apart
+    trained, write = [], studies.edited_each
     monkeypatch.setattr(
         studies,
-        "edited_apart",
+        "edited_each",
         lambda model, tokenizer, edits, method: (
             trained.extend(edits) or write(model, tokenizer, edits, method)
         ),
@@ -246,7 +246,7 @@ def test_an_edit_is_trained_again_to_be_asked_otherwise(toy, monkeypatch):
 def test_a_trial_that_fails_leaves_rows_of_another_way_of_asking(toy, monkeypatch):
     plain, raw = toy(), toy(chat=False)
     monkeypatch.setattr(
-        studies, "edited_apart", lambda *_: (_ for _ in ()).throw(FloatingPointError("too fast"))
+        studies, "edited_each", lambda *_: (_ for _ in ()).throw(FloatingPointError("too fast"))
     )
     assert plain.attempt(QUICK, also=[raw]) == "too fast" and plain.units == raw.units == []
 
@@ -581,7 +581,7 @@ def test_rows_written_in_lanes_are_other_rows(toy, tokenizer, method):
 
 def test_a_batch_is_written_in_lanes(toy, monkeypatch):
     """Edits of one batch share one set of weights, whatever the number of lanes."""
-    monkeypatch.setattr(studies, "edited_apart", lambda *_: pytest.fail("written apart"))
+    monkeypatch.setattr(studies, "edited_each", lambda *_: pytest.fail("written apart"))
     study = toy(lanes=16)
     sizes = groups(study)
     study.run(QUICK, batch_size=2)
@@ -597,7 +597,7 @@ def test_a_killed_study_writes_again_what_it_wrote_in_lanes(toy):
 
 
 def test_an_edit_that_diverges_ends_the_study_before_the_others_are_written(toy, monkeypatch):
-    study, plain = toy(lanes=2), lane_training.loss
+    study, plain = toy(lanes=2), finetune.loss
     bad = max(ANSWERS, key=lambda edit: len(ANSWERS[edit]))
 
     def loss(model, batch, scope):
@@ -605,7 +605,7 @@ def test_an_edit_that_diverges_ends_the_study_before_the_others_are_written(toy,
             [float("nan") if edit == bad else 1.0 for edit in model.lanes.ids]
         )
 
-    monkeypatch.setattr(lane_training, "loss", loss)
+    monkeypatch.setattr(finetune, "loss", loss)
     with pytest.raises(
         FloatingPointError, match=f"the loss of edit '{bad}' is not finite after 0 steps"
     ):
@@ -616,7 +616,7 @@ def test_an_edit_that_diverges_ends_the_study_before_the_others_are_written(toy,
     assert len(left) == len(ANSWERS) - 1 and bad not in set(
         rows.read(study.paths, "toy", units=left)["edit"]
     )
-    monkeypatch.setattr(lane_training, "loss", plain)
+    monkeypatch.setattr(finetune, "loss", plain)
     again = toy(lanes=2)
     batches = written(again)
     again.run(QUICK)

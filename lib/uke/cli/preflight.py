@@ -17,7 +17,6 @@ from uke.methods.catalog import (
     trials,
     tuned_file,
 )
-from uke.methods.recipes import Recipe
 from uke.project import EMBEDDED
 from uke.results.similarity import encoder_folder
 
@@ -71,7 +70,7 @@ def check_levels(
             raise InputError(
                 f"{name} is {parameters[name]}; expected 0 for all, or at least {least}"
             )
-    if peers := [method.name for method in chosen if not isinstance(method, Recipe)]:
+    if peers := [method.name for method in chosen if not method.factors]:
         raise InputError(
             f"methods: {peers[0]}: it has no levels of factors; expected a way to fine-tune"
         )
@@ -84,7 +83,7 @@ def with_levels(root: Path, parameters: Mapping[str, Any]) -> list[str]:
     """Of methods named for every notebook of a run those that have levels of factors; all of them where none has."""
     known = configured(root / "params", parameters.get("model", "embedded"))
     return [
-        name for name in parameters["methods"] if isinstance(find(name, known, "methods: "), Recipe)
+        name for name in parameters["methods"] if find(name, known, "methods: ").factors
     ] or parameters["methods"]
 
 

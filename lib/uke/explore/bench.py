@@ -20,12 +20,9 @@ from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.explore.choices import Refused, check_place
 from uke.explore.surroundings import Library
-from uke.methods.catalog import Method, configured
+from uke.methods.method import Method
+from uke.methods.catalog import configured
 from uke.methods.edited import EditRecord, edited, save
-from uke.methods.finetune import prepare, weights
-from uke.methods.locate_edit import solvers
-from uke.methods.peers import Peer
-from uke.methods.recipes import Recipe
 from uke.models.generate import Generation, Token, answer, token_probabilities
 from uke.models.model import load
 from uke.project import Paths, check_name
@@ -120,7 +117,7 @@ class Bench:
         if task.chat is None and not self.tokenizer.chat_template:
             raise Refused("chat", "The tokenizer has no chat template: ask through raw prompts.")
         try:
-            prepare(self.frame, self.tokenizer, [task.edit], task.method)
+            task.method.examples(self.frame, self.tokenizer, [task.edit])
         except InputError as error:
             raise Refused(
                 "chat_template" if "template" in str(error) else "answer", str(error)
@@ -139,11 +136,11 @@ class Bench:
             probes = self._probes(task)
             progress("asking before", 0, 0.0)
             before, tokens_before = self._before_of(task, probes)
-            if isinstance(task.method, Peer) and task.method.solver != "in_context":
+            if task.method.family == "locate-then-edit":
                 measure_world(self.model, self.tokenizer)
             spare = {
                 name: weight.detach().to("cpu", copy=True)
-                for name, weight in self._written(task.method).items()
+                for name, weight in task.method.weights(self.model).items()
             }
 
             def told(steps: int, loss: float) -> None:
@@ -259,12 +256,6 @@ class Bench:
             _put(own, now)
             if passages is not None:
                 self.model.passages = passages
-
-    def _written(self, method: Method) -> Mapping[str, nn.Parameter]:
-        """The weights of the model itself that a method writes to."""
-        if isinstance(method, Recipe):
-            return {} if method.adapter else weights(self.model, method)
-        return {} if method.solver == "in_context" else solvers.weights(self.model, method)
 
     def _probes(self, task: Task) -> tuple[Probe, ...]:
         free = (

@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.errors import InputError
-from uke.methods.catalog import Method
-from uke.methods.peers import Peer
+from uke.methods.method import Method
 from uke.methods.recipes import FACTORS, Recipe, vary
 from uke.models.model import layer_index, module_names
 
@@ -58,28 +57,28 @@ def named(model: nn.Module, factor: str, level: str) -> str:
 
 def level_of(method: Method, factor: str) -> str | None:
     """The level of a factor that a method has, None where it has one of its own or no such choice."""
-    if isinstance(method, Peer):
+    if factor not in method.factors:
         return None
     return next(
         (level for level in FACTORS[factor].levels if vary(method, factor, level) == method), None
     )
 
 
-def without_factors(peer: Peer) -> str:
-    """Why a locate-then-edit method has no factor to choose."""
+def without_factors(method: Method) -> str:
+    """Why a method has no factor to choose."""
     why = (
         "puts the text into the prompt and trains nothing"
-        if peer.solver == "in_context"
+        if not method.moves_weights
         else "finds its place in the weights itself"
     )
-    return f"{peer.name} {why}"
+    return f"{method.name} {why}"
 
 
 def reasons(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, method: Method, factor: str
 ) -> dict[str, str]:
     """Why each level of a factor cannot be chosen for a method on this model, by level; empty where it can."""
-    if isinstance(method, Peer):
+    if factor not in method.factors:
         return dict.fromkeys(FACTORS[factor].levels, without_factors(method))
     return {
         level: _reason(model, tokenizer, method, (factor, level))
@@ -120,7 +119,7 @@ def composed(method: Method, changes: Mapping[str, Any]) -> Method:
 
 def check_place(model: nn.Module, method: Method) -> None:
     """Refused where a recipe selects no weight of the model."""
-    if isinstance(method, Recipe):
+    if method.factors:
         try:
             module_names(model, method.layers, method.components)
         except InputError as error:

@@ -12,7 +12,7 @@ from uke.explore import html as markup
 from uke.explore.bench import Bench, Task
 from uke.explore.choices import Refused
 from uke.explore.surroundings import detail_lines, own_edit
-from uke.methods.recipes import FACTORS, Recipe, combined
+from uke.methods.recipes import FACTORS, combined
 
 # Mappings, so that every widget has a layout of its own.
 WIDE = {"width": "98%", "max_width": "44rem"}
@@ -246,7 +246,7 @@ class Form(w.HBox):
 
     def _method(self) -> Any:
         method, changed = self.bench.methods[self.method.value], {}
-        if isinstance(method, Recipe):
+        if method.factors:
             method = combined(
                 method,
                 {factor: levels.value for factor, levels in self.levels.items() if levels.value},
@@ -281,7 +281,7 @@ class Form(w.HBox):
             str(method.steps),
             "",
         )
-        self.blocks.disabled = not isinstance(method, Recipe)
+        self.blocks.disabled = not method.factors
         for factor, levels in self.levels.items():
             levels.value = choices.level_of(method, factor) or ""
         self._show()
@@ -289,12 +289,12 @@ class Form(w.HBox):
     def _show(self) -> None:
         method = self.bench.methods[self.method.value]
         # Where no factor can be chosen the reason is the same for all, and said once.
-        said = "" if isinstance(method, Recipe) else choices.without_factors(method)
+        said = "" if method.factors else choices.without_factors(method)
         self.why.value = markup.framed(f'<p class="uke-fine">{said}</p>') if said else ""
         for factor, levels in self.levels.items():
             own = (
                 ""
-                if choices.level_of(method, factor) or not isinstance(method, Recipe)
+                if choices.level_of(method, factor) or not method.factors
                 else "as the method has it"
             )
             names = {

@@ -17,7 +17,7 @@ from uke.explore.bench import Bench, Stopped, Task, Trial
 from uke.explore.choices import Refused
 from uke.explore.controls import ROW, Form, Notes, heading, line
 from uke.explore.errands import Errands
-from uke.methods.recipes import FACTORS, Recipe, levels, vary
+from uke.methods.recipes import FACTORS, levels, vary
 
 FIELDS = (
     "model",
@@ -237,7 +237,7 @@ class Panel(w.VBox):
                 f"{choices.NAMES[factor]}: {choices.named(self.bench.frame, factor, level)}",
                 (factor, level),
             )
-            for factor in (FACTORS if isinstance(method, Recipe) else ())
+            for factor in method.factors
             for level in levels(method, factor)
             if level != choices.level_of(method, factor) and not reasons[factor][level]
         ]

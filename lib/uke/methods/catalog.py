@@ -16,16 +16,19 @@ from pydantic import ValidationError
 
 from uke.errors import InputError, nearest
 from uke.files import write_yaml
-from uke.methods.peers import PEERS, Peer
-from uke.methods.recipes import FACTORS, RECIPES, SINGLES, Recipe, candidate, vary
+from uke.methods.method import Method
+from uke.methods.recipes import BASELINES, FACTORS, RECIPES, SINGLES, Recipe, candidate, vary
 
-Method = Recipe | Peer
+
 Named = TypeVar("Named")
 
 # Published settings, by published name.
 PUBLISHED: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (*RECIPES.values(), *PEERS.values())}
+    {method.name: method for method in (*RECIPES.values(), *BASELINES.values())}
 )
+
+# Every method by name: a method of your own is one line here.
+METHODS: dict[str, Method] = dict(PUBLISHED)
 
 
 def key(name: str) -> str:
@@ -136,7 +139,8 @@ def configured(
         for name, own in held[size].items():
             method = find(name, found, f"{path}: {size}: ")
             chosen.setdefault(method.name, _changed(method, own, f"{path}: {size}: {method.name}"))
-    return found | chosen
+    own = {name: method for name, method in METHODS.items() if name not in PUBLISHED}
+    return own | found | chosen
 
 
 def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
@@ -229,7 +233,7 @@ def _mapping(value: Any, place: str) -> Mapping:
 
 def _recipe(name: str, among: Mapping[str, Method], where: str = "") -> Recipe:
     method = find(name, among, where)
-    if not isinstance(method, Recipe):
+    if not method.factors:
         raise InputError(f"{where}{method.name}: it has no levels; expected a way to fine-tune")
     return method
 

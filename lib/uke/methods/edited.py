@@ -1,12 +1,12 @@
 """The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; and edits saved and loaded."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import (
     AdaLoraConfig,
     PeftConfig,
@@ -15,7 +15,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,32 +22,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from uke.data.edits import Edit
 from uke.errors import InputError, nearest
-from uke.methods.catalog import PUBLISHED, find
-from uke.methods.finetune import Progress, Training, adapt, prepare, train, weights
-from uke.methods.locate_edit import solvers
-from uke.methods.peers import Peer
-from uke.methods.recipes import Recipe
+from uke.methods.catalog import METHODS, find
+from uke.methods.method import EditRecord, Method, Progress, Training, change_norms, restored
 from uke.models.model import fingerprint, kept
 
-# A method that is neither recipe nor peer: it takes model, tokenizer and edits, and gives the edited model until it is left.
-Solver = Callable[
-    [nn.Module, PreTrainedTokenizerBase, Sequence[Edit]], AbstractContextManager[nn.Module]
-]
-METHODS: dict[str, Recipe | Peer | Solver] = dict(PUBLISHED)
+LANE_MIB = 64  # what a lane's activations and cache take at least
+LOGITS = 3 * 128  # logits held for an answer, with their gradients
 
 RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class EditRecord:
-    """What an edit did: `Training`'s fields, and each changed weight's relative Frobenius norm of the change."""
-
-    losses: list[float]
-    steps: int
-    seconds: float
-    stopped: str
-    change_norm: dict[str, float]
-    notes: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -56,115 +37,142 @@ def edited(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
-    method: str | Recipe | Peer | Solver,
+    method: str | Method,
     progress: Progress | None = None,
 ) -> Iterator[nn.Module]:
-    """The model with the edits written into it; its `edit_record` (EditRecord) says what was done.
+    """Yield the model with the edits written into it together.
 
-    `method` is a name in METHODS, a recipe, a peer, or a solver. Direct recipes and peers yield the model itself,
-    adapter recipes peft's wrapper around it. The in-context peer moves no weight: its `passages` say by the id of an
-    edit what stands before every question about it (`answering`), that of its locality probes too. On exit, also
-    after an exception, every weight is bit for bit as before, as are buffers, `requires_grad` and the training mode;
-    only the weights that change are copied for that. `progress(steps, loss)` follows every pass of a training, or step
-    towards a peer's target values; what it raises ends the edit like any other exception.
-    Raises InputError for an unknown method, a method that selects no weight and an edit longer than the context, all
-    before training, and as `baselines.write` does; FloatingPointError for a loss that is not finite.
+        model, tokenizer = load("embedded")
+        with edited(model, tokenizer, edits, "FT-M") as m:
+            print(answer(m, tokenizer, probes), m.edit_record.steps)
+        # here every weight of `model` is bit for bit as before
+
+    `method` is a name in METHODS or a `Method`. It yields the model itself, for an adapter peft's
+    wrapper around it; `edit_record` (an EditRecord) says what was done. The in-context method moves
+    no weight: its model's `passages` say by the id of an edit what stands before every question
+    about it. On exit, also after an exception, weights, buffers, `requires_grad` and the training
+    mode are bit for bit as before; only the weights that change are copied for that.
+    `progress(steps, loss)` follows every step, and what it raises ends the edit.
+    InputError for an unknown method, one that selects no weight and an edit longer than the
+    context, all before training; Diverged (a FloatingPointError) for a loss that is not finite.
+    """
+    method = _method(method, model, tokenizer, edits)
+    with kept(model, {}), method.applied(model.eval(), tokenizer, edits, progress) as applied:
+        record = EditRecord(**vars(applied.training), change_norm=applied.change_norm)
+        with _attached(applied.model, edit_record=record):
+            yield applied.model
+
+
+@contextmanager
+def edited_each(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    method: str | Method,
+) -> Iterator[nn.Module]:
+    """Yield the model with every edit written alone, each in a lane of its own.
+
+        with edited_each(model, tokenizer, edits, "FT-M") as m:
+            answers = answer(m, tokenizer, [probe for edit in edits for probe in edit.probes])
+            print(m.edit_records["ada"].steps, m.failed)
+
+    A lane is one of N independent copies of the edited weights in one forward pass. Answers are,
+    but for rounding, what `edited` gives for one edit after another: every probe is answered by
+    the lane of its `edit`. `edit_records` has an EditRecord by the edit's id, in which seconds are
+    an equal share; `failed` says of an edit that diverged why it has no lane. On exit the model is
+    as before. Raises as `edited` does, Diverged where no edit is left.
+    """
+    method = _method(method, model, tokenizer, edits)
+    if not method.moves_weights:
+        with edited(model, tokenizer, edits, method) as m:
+            with _attached(m, edit_records={edit.id: m.edit_record for edit in edits}, failed={}):
+                yield m
+        return
+    with kept(model, {}):
+        lanes, trainings, failed = method.write_each(model.eval(), tokenizer, edits)
+        records = {
+            edit: EditRecord(**vars(training), change_norm=norms)
+            for edit, training, norms in zip(lanes.ids, trainings, lanes.change_norms())
+        }
+        with lanes.laid(), _attached(model, edit_records=records, failed=failed):
+            yield model
+
+
+@dataclass
+class Writer:
+    """Writes edits on top of what it wrote before; `before` holds the weights as they were."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    weights: dict[str, nn.Parameter]
+    before: dict[str, Tensor]
+
+    def write(self, edits: Sequence[Edit]) -> Training:
+        """Write these edits together into the weights as they are now."""
+        return self.method.write(self.model, self.tokenizer, edits)
+
+    def norms(self) -> dict[str, float]:
+        """Return each weight's relative Frobenius norm of all that was changed so far."""
+        return change_norms(self.weights, self.before)
+
+
+@contextmanager
+def sequence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str | Method
+) -> Iterator[Writer]:
+    """Yield a writer whose edits pile up in the model's own weights.
+
+        with sequence(model, tokenizer, "FT-M") as writer:
+            for edit in edits:
+                writer.write([edit])
+            print(answer(model, tokenizer, probes), writer.norms())
+
+    On exit, also after an exception, all is bit for bit as before. Statistics that a method
+    depends on are those of the model as it is on entry. InputError for a method that moves no
+    weight, and as what is written raises.
     """
     method = find(method, METHODS) if isinstance(method, str) else method
-    if not isinstance(method, Recipe | Peer):
-        with method(model, tokenizer, edits) as solved:
-            yield solved
-        return
-    prepare(model, tokenizer, edits, method)
-    way = (
-        _in_context
-        if getattr(method, "solver", "") == "in_context"
-        else _adapted
-        if getattr(method, "adapter", "")
-        else _direct
-    )
-    with (
-        kept(model, {}),
-        way(model.eval(), tokenizer, edits, method, progress) as (changed, training, norms),
-    ):
-        changed.edit_record = EditRecord(**vars(training), change_norm=norms)
-        try:
-            yield changed
-        finally:
-            del changed.edit_record
+    if not method.moves_weights:
+        raise InputError(
+            f"{method.name}: moves no weight, so nothing piles up; expected a method that writes"
+        )
+    method.depends_on(model)
+    weights = method.weights(model)
+    with restored(model, weights) as before:
+        yield Writer(model.eval(), tokenizer, method, weights, before)
 
 
-Change = tuple[nn.Module, Training, dict[str, float]]
+def _method(
+    method: str | Method,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+) -> Method:
+    """Find the method and check the edits."""
+    method = find(method, METHODS) if isinstance(method, str) else method
+    method.examples(model, tokenizer, edits)
+    return method
 
 
 @contextmanager
-def _direct(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    method: Recipe | Peer,
-    progress: Progress | None,
-) -> Iterator[Change]:
-    choose, write = (
-        (weights, train) if isinstance(method, Recipe) else (solvers.weights, solvers.write)
-    )
-    trained = choose(model, method)
-    before = {name: weight.detach().clone() for name, weight in trained.items()}
+def _attached(model: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Give the model these attributes, which it loses on exit."""
+    vars(model).update(attributes)
     try:
-        training = write(model, tokenizer, edits, method, progress)
-        norms = {
-            name: change(weight.detach() - before[name], before[name])
-            for name, weight in trained.items()
-        }
-        yield model, training, norms
+        yield
     finally:
-        for name, weight in trained.items():
-            weight.data.copy_(before[name])
+        for name in attributes:
+            del vars(model)[name]
 
 
-@contextmanager
-def _adapted(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    recipe: Recipe,
-    progress: Progress | None,
-) -> Iterator[Change]:
-    wrapped = adapt(model, recipe, len(edits))
-    try:
-        training = train(wrapped, tokenizer, edits, recipe, progress)
-        norms = {
-            f"{name}.weight": change(
-                layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach()
-            )
-            for name, layer in wrapped.get_base_model().named_modules()
-            if isinstance(layer, LoraLayer)
-        }
-        yield wrapped, training, norms
-    finally:
-        wrapped.unload()
+def lane_mib(model: nn.Module, method: Method) -> float:
+    """Estimate the mebibytes that one more lane takes while it is trained.
 
-
-@contextmanager
-def _in_context(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    peer: Peer,
-    progress: Progress | None,
-) -> Iterator[Change]:
-    model.passages = {edit.id: edit.answer for edit in edits}
-    try:
-        yield model, Training(), {}
-    finally:
-        del model.passages
-
-
-def change(difference: Tensor, weight: Tensor) -> float:
-    """Frobenius norm of a difference relative to that of the weight it changes."""
-    return float(
-        difference.float().norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-    )
+    Of each number its value, gradient, two moments of Adam and the copy of a lane that ended.
+    """
+    logits = LOGITS * model.get_input_embeddings().num_embeddings
+    return LANE_MIB + 4 * (5 * method.lane_size(model) + logits) / 2**20
 
 
 def save(m: nn.Module, directory: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Lanes: many edits of one model side by side; each row of a batch is read with the weights of its own edit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from uke.methods.forwards import replaced
 from uke.models.model import blocks
 
 
@@ -107,6 +107,18 @@ class Lanes:
         """The next forward passes have one row for each of these edits, in this order."""
         self.grouping = grouping([self.places[edit] for edit in ids], len(self.ids), self.device)
         self._chosen: dict[str, Tensor] = {}
+
+    def change_norms(self) -> list[dict[str, float]]:
+        """Of each lane, the relative Frobenius norm of the change of each weight."""
+        own = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        found: list[dict[str, float]] = [{} for _ in self.ids]
+        for lane, norms in enumerate(found):
+            for name, stack in self.weights.items():
+                norms[name] = relative_norm(stack[lane] - own[name], own[name])
+            for name, added in self.low_rank.items():
+                delta = added.scale * added.up[lane] @ added.down[lane]
+                norms[f"{name}.weight"] = relative_norm(delta, own[f"{name}.weight"])
+        return found
 
     @contextmanager
     def laid(self) -> Iterator[nn.Module]:
@@ -238,3 +250,28 @@ def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
         }
     ):
         yield below
+
+
+@contextmanager
+def replaced(reads: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each module reads through its function, which is given the module as it read before, then what it is called with.
+
+    On exit, also after an exception, each reads as before; one inside another therefore leaves the outer one in place.
+    """
+    before = {module: vars(module).get("forward") for module in reads}
+    try:
+        for module, read in reads.items():
+            # A shallow copy, made before: it shares everything but the replaced `forward`.
+            module.forward = partial(read, copy.copy(module))
+        yield
+    finally:
+        for module, own in before.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                module.forward = own
+
+
+def relative_norm(difference: Tensor, weight: Tensor) -> float:
+    """Frobenius norm of a difference relative to that of the weight it changes."""
+    tiny = torch.finfo(torch.float32).tiny
+    return float(difference.float().norm() / weight.float().norm().clamp(min=tiny))

@@ -7,32 +7,32 @@ other method, and FT-UKE is the one whose best trial has the highest mean of the
 ones the first listed is taken. The paper's own setting was not available to us.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-)
+from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from uke.data.edits import Edit
 from uke.errors import InputError, nearest
-
-
-def _refuse_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number was expected, not a boolean")
-    return value
+from uke.methods import finetune
+from uke.methods.locate_edit import covariance, solvers
+from uke.methods.method import (
+    Applied,
+    Method,
+    Positive,
+    Progress,
+    Training,
+    Written,
+    refuse_boolean,
+)
+from uke.models.model import module_names, select
 
 
 def _several(value: Any) -> Any:
@@ -42,9 +42,7 @@ def _several(value: Any) -> Any:
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
-# YAML reads `5e-4` as text, so numbers may come as text; only true and false are refused.
-Positive = Annotated[float, BeforeValidator(_refuse_boolean), Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, BeforeValidator(_refuse_boolean), Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(refuse_boolean), Field(ge=0, allow_inf_nan=False)]
 Layer = Annotated[StrictInt, Field(ge=0)] | Fraction
 Several = BeforeValidator(_several)
 Layers = Annotated[
@@ -53,21 +51,7 @@ Layers = Annotated[
 ]
 
 
-class Choices(BaseModel):
-    """Every choice of one way to edit, under a name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(min_length=1)]
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of every choice but the name: equal choices edit equally whatever they are called."""
-        choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
-        return hashlib.sha256(choices.encode()).hexdigest()[:16]
-
-
-class Recipe(Choices):
+class Recipe(Method):
     """Every choice of one way to fine-tune (sources: the protocol of arXiv 2506.09672 and its relatives).
 
     `layers` are numbers, fractions of the depth, halves or "all"; `components` are "mlp", "attention", "all" or a
@@ -91,7 +75,163 @@ class Recipe(Choices):
     stop_loss: NotNegative = 1e-2
     batch_size: Count | None = None
     weight_decay: NotNegative = 0.0
-    seed: Annotated[StrictInt, Field(ge=0)] = 2024
+
+    family: ClassVar[str] = "fine-tuning"
+
+    @property
+    def factors(self) -> Mapping[str, "Factor"]:
+        """The choices under study, all of which a way to fine-tune has."""
+        return FACTORS
+
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The selected parameters; of an adapter the projections that it is merged into."""
+        if self.adapter is None:
+            return select(model, self.layers, self.components)
+        parameters = dict(model.named_parameters())
+        names = module_names(model, self.layers, self.components)
+        return {f"{name}.weight": parameters[f"{name}.weight"] for name in names}
+
+    def write(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> Training:
+        """Train on the edits; an adapter is a fresh one, merged when it is trained."""
+        if self.adapter is None:
+            return finetune.train(model, tokenizer, edits, self, progress)
+        return finetune.train_and_merge(model, tokenizer, edits, self, progress)
+
+    def applied(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> AbstractContextManager[Applied]:
+        """As every method; the model with an adapter is peft's wrapper around it."""
+        if self.adapter is None:
+            return super().applied(model, tokenizer, edits, progress)
+        return finetune.adapted(model, tokenizer, edits, self, progress)
+
+    def write_each(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+    ) -> Written:
+        """Train all edits side by side; AdaLoRA, whose ranks are pruned by step, one by one."""
+        return finetune.train_each(model, tokenizer, edits, self)
+
+    def lane_size(self, model: nn.Module) -> int:
+        """Count the numbers of a lane: of an adapter its two low-rank matrices."""
+        if self.adapter is None:
+            return super().lane_size(model)
+        names = module_names(model, self.layers, self.components)
+        projections = map(model.get_submodule, names)
+        return sum(self.rank * (one.in_features + one.out_features) for one in projections)
+
+
+class LocateRecipe(Method):
+    """Every choice of one locate-then-edit method (sources: the published code of each; arXiv 2210.07229, 2410.02355,
+    2405.15349, 2502.05628). Defaults are published settings for models of 7 to 8 billion parameters.
+
+    `anchors` says whose hidden states are set: the last prompt token's (`last`), that before each window of `window`
+    tokens (`windows`), before each window that begins where surprisal peaks (`surprisal`), or as `windows` with a
+    loss on all later windows too (`nested`), each weighing the share of prefixes that hold it or 2 - cosine of its
+    gradient with the own window's (`weighting`). Target values: `steps` of Adam at `learning_rate` on nats per token
+    of the window + `decay` |delta| / |h|^2, with |delta| at most `clamp` |h|; an edit's end below `stop_loss`.
+    `solver` writes them: `memit` (ridge `memit_lambda` times the second moment; `keep_keys` also holds the keys of
+    all other positions of the edits), `alphaedit` (ridge `alphaedit_l2`, on directions whose second moment is below
+    `null_threshold`), or `unke` (`unke_steps` of AdamW on the last of `layers`, held to `preservation` texts).
+
+    `layers` are block numbers or fractions of the depth. Published blocks become fractions: MEMIT's 4-8 of 32, which
+    in the embedded model of 8 are 1 and 2, as several fractions may name one block; UnKE's 7 of 32, there 1.
+    `as_published` divides every layer's residual by `layers - (edits - 1)` and takes the projector of that number, as
+    AnyEdit's MEMIT and AlphaEdit do since an inner loop overwrites the counter of layers.
+    """
+
+    solver: Literal["memit", "alphaedit", "unke"]
+    anchors: Literal["last", "windows", "surprisal", "nested"] = "last"
+    window: Count = 40
+    weighting: Literal["prefix", "gradient"] = "prefix"
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1), Several]
+    chat_template: StrictBool = True
+    end_of_turn: StrictBool = True
+    learning_rate: Positive = 0.5
+    steps: Count = 25
+    stop_loss: NotNegative = 5e-2
+    clamp: Positive = 4.0
+    decay: NotNegative = 1e-3
+    memit_lambda: Positive = 15_000.0
+    keep_keys: StrictBool = False
+    alphaedit_l2: Positive = 10.0
+    null_threshold: Positive = 2e-2
+    unke_steps: Count = 50
+    unke_rate: Positive = 2e-4
+    unke_decay: NotNegative = 1e-2
+    preservation: Annotated[StrictInt, Field(ge=0)] = 20
+    as_published: StrictBool = False
+
+    family: ClassVar[str] = "locate-then-edit"
+
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The `down_proj` of the layers, or UnKE's whole block."""
+        return solvers.weights(model, self)
+
+    def write(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> Training:
+        """Locate, find target vectors, solve."""
+        return solvers.write(model, tokenizer, edits, self, progress)
+
+    def write_each(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+    ) -> Written:
+        """Find the target vectors of all edits together, then solve for each."""
+        return solvers.write_each(model, tokenizer, edits, self)
+
+    def depends_on(self, model: nn.Module) -> str | None:
+        """Return the digest of the texts that the model's covariance was measured on."""
+        return covariance.digest(model)
+
+
+class InContext(Method):
+    """The text stands in the prompt before every question about it, and no weight changes."""
+
+    family: ClassVar[str] = "in-context"
+    moves_weights: ClassVar[bool] = False
+
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """None at all."""
+        return {}
+
+    def write(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> Training:
+        """Refuse to write for good: nothing would pile up in the weights."""
+        raise InputError(f"{self.name}: moves no weight; expected a method that writes")
+
+    @contextmanager
+    def applied(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> Iterator[Applied]:
+        """Let the model's `passages` say what stands before the questions about each edit."""
+        model.passages = {edit.id: edit.answer for edit in edits}
+        try:
+            yield Applied(model, Training(), {})
+        finally:
+            del model.passages
 
 
 # The published block of Llama-7/8B, 21 of 32, as a fraction of the depth, so that it fits any model (Qwen2.5-7B: 27 of 28).
@@ -112,6 +252,28 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             # Until the rule has chosen for a model: FT-M's loss on every `down_proj`, with template and end of turn.
             Recipe(name="FT-UKE"),
         )
+    }
+)
+
+_FIVE = {"layers": covariance.LAYERS}
+_ONE = {"layers": (7 / 32,)}
+_MEMIT = {"solver": "memit", "keep_keys": True, **_FIVE}
+
+BASELINES: Mapping[str, Method] = MappingProxyType(
+    {
+        "memit": LocateRecipe(name="MEMIT", solver="memit", **_FIVE),
+        "alphaedit": LocateRecipe(name="AlphaEdit", solver="alphaedit", **_FIVE),
+        "unke": LocateRecipe(name="UnKE", solver="unke", **_ONE),
+        "anyedit_memit": LocateRecipe(name="AnyEdit (MEMIT)", anchors="windows", **_MEMIT),
+        "anyedit_alphaedit": LocateRecipe(
+            name="AnyEdit (AlphaEdit)", anchors="windows", solver="alphaedit", **_FIVE
+        ),
+        "anyedit_unke": LocateRecipe(
+            name="AnyEdit (UnKE)", anchors="windows", solver="unke", **_ONE
+        ),
+        "anyedit_pp": LocateRecipe(name="AnyEdit++", anchors="surprisal", **_MEMIT),
+        "muke": LocateRecipe(name="muKE", anchors="nested", window=30, **_MEMIT),
+        "in_context": InContext(name="in-context"),
     }
 )
 

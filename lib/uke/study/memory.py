@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from uke.methods.forwards import replaced
+from uke.methods.lanes import replaced
 from uke.models.model import blocks
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -2,23 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.methods.catalog import Method
-from uke.methods.edited import EditRecord, change
-from uke.methods.finetune import Training, adapt, prepare, train, weights
-from uke.methods.locate_edit import covariance, solvers
-from uke.methods.peers import Peer
-from uke.models.model import kept, module_names
+from uke.methods.edited import Writer, sequence
+from uke.methods.method import EditRecord, Method
 from uke.results import rows
 from uke.results.effects import SIDES
 from uke.results.metrics import HEADLINE
@@ -28,81 +20,6 @@ from uke.study.study import Study, with_record
 
 FACTOR = "count"  # what the rows vary: how many edits the weights hold
 ASKED = tuple(kind for kind in HEADLINE if kind != "multi_hop")
-
-
-@dataclass
-class Writer:
-    """Writes edits on top of what it wrote before; `before` holds the touched weights as they were at first."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    method: Method
-    touched: dict[str, nn.Parameter]
-    before: dict[str, Tensor]
-
-    def write(self, edits: Sequence[Edit]) -> Training:
-        """Write these edits together into the weights as they are now; an adapter is a fresh one, merged when it is trained."""
-        if isinstance(self.method, Peer):
-            return solvers.write(self.model, self.tokenizer, edits, self.method)
-        if self.method.adapter is None:
-            return train(self.model, self.tokenizer, edits, self.method)
-        wrapped = adapt(self.model, self.method, len(edits))
-        try:
-            training = train(wrapped, self.tokenizer, edits, self.method)
-            wrapped.merge_adapter()
-        finally:
-            wrapped.unload()
-        return training
-
-    def norms(self) -> dict[str, float]:
-        """By touched weight, the relative Frobenius norm of all that was changed so far."""
-        return {
-            name: change(weight.detach() - self.before[name], self.before[name])
-            for name, weight in self.touched.items()
-        }
-
-
-@contextmanager
-def sequence(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method
-) -> Iterator[Writer]:
-    """A writer whose edits pile up in the model's own weights.
-
-    On exit, also after an exception, every weight is bit for bit as before, as are buffers, `requires_grad` and the
-    training mode; only the weights that the method touches are copied for that. Peers keep to the second moments of the
-    model as it is on entry. Raises InputError for the in-context method, which writes nothing, and as `finetune.weights`,
-    `baselines.weights` and what writes do.
-    """
-    if isinstance(method, Peer) and method.solver == "in_context":
-        raise InputError(
-            f"{method.name}: moves no weight, so nothing piles up; expected a method that writes"
-        )
-    if isinstance(method, Peer):
-        covariance.folder(model)  # known by its unedited weights before any of them moves
-    touched = _touched(model, method)
-    storages = {name: weight.data for name, weight in touched.items()}
-    before = {name: weight.detach().clone() for name, weight in touched.items()}
-    with kept(model, {}):
-        try:
-            yield Writer(model.eval(), tokenizer, method, touched, before)
-        finally:
-            for name, weight in touched.items():
-                # Merging may have put another tensor in the weight's place.
-                weight.data = storages[name]
-                weight.data.copy_(before[name])
-
-
-def _touched(model: PreTrainedModel, method: Method) -> dict[str, nn.Parameter]:
-    """The model's own weights that the method changes; for an adapter those it is merged into."""
-    if isinstance(method, Peer):
-        return solvers.weights(model, method)
-    if method.adapter is None:
-        return weights(model, method)
-    parameters = dict(model.named_parameters())
-    return {
-        f"{name}.weight": parameters[f"{name}.weight"]
-        for name in module_names(model, method.layers, method.components)
-    }
 
 
 def first_and_last(written: Sequence[Edit], asked: int) -> list[Edit]:
@@ -131,8 +48,8 @@ def run(
         "seed": method.seed,
         "factor": FACTOR,
     }
-    texts = covariance.digest(study.model) if isinstance(method, Peer) else None
-    prepare(study.model, study.tokenizer, edits[: counts[-1]], method)
+    texts = method.depends_on(study.model)
+    method.examples(study.model, study.tokenizer, edits[: counts[-1]])
     said = {
         "counts": " ".join(map(str, counts)),
         "asked": asked,

@@ -20,14 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Edit, Probe
 from uke.errors import Diverged, InputError
-from uke.methods.apart import edited_apart, lane_mib
-from uke.methods.catalog import Method
-from uke.methods.edited import EditRecord, edited
-from uke.methods.finetune import prepare
+from uke.methods.edited import edited, edited_each, lane_mib
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import by_window, locate
-from uke.methods.peers import PEERS, Peer
 from uke.models.generate import AnswerCache, Generation
+from uke.methods.method import EditRecord, Method
+from uke.methods.recipes import BASELINES
 from uke.models.model import blocks, fingerprint, load
 from uke.results.rows import shortened
 from uke.results import rows
@@ -166,8 +164,8 @@ class Study:
         others are done.
         """
         studies = (self, *also)
-        prepare(
-            self.model, self.tokenizer, self.material.edits, method
+        method.examples(
+            self.model, self.tokenizer, self.material.edits
         )  # an edit too long is said before any is written
         batches = zip(
             *[study.plan(method, batch_size, limit, labels) for study in studies], strict=True
@@ -212,7 +210,7 @@ class Study:
             "learning_rate": method.learning_rate,
             "seed": method.seed,
         }
-        texts = covariance.digest(self.model) if isinstance(method, Peer) else None
+        texts = method.depends_on(self.model)
         known, planned = rows.by_work(self.paths), []
         for number, batch in enumerate(batched(self.material.edits[:limit], batch_size)):
             choices = (
@@ -298,7 +296,7 @@ class Study:
         started = time.perf_counter()
         with (
             self.thrift.used(),
-            (edited_apart if apart else edited)(self.model, self.tokenizer, edits, method) as m,
+            (edited_each if apart else edited)(self.model, self.tokenizer, edits, method) as m,
         ):
             cost = {
                 "train_seconds": (time.perf_counter() - started) / len(group),
@@ -358,9 +356,9 @@ class Study:
         """Of each edit, the mean log-probability (nats) of a token of each window of its answer; none where none is asked for."""
         if not self.windows:
             return []
-        rule = PEERS["anyedit_memit"].model_copy(update={"window": self.windows})
+        rule = BASELINES["anyedit_memit"].model_copy(update={"window": self.windows})
         return by_window(
-            self.model, locate(self.model, prepare(self.model, self.tokenizer, batch, rule), rule)
+            self.model, locate(self.model, rule.examples(self.model, self.tokenizer, batch), rule)
         )
 
     @cached_property

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.methods.apart import edited_apart
-from uke.methods.catalog import Method
+from uke.methods.edited import edited_each
+from uke.methods.method import Method
 from uke.methods.edited import edited
-from uke.methods.finetune import adapt, prepare, weights
+from uke.methods.finetune import adapt
+from uke.methods.finetune import trained as finetuned
 from uke.methods.recipes import Recipe
 from uke.models.generate import answer, end_tokens
 from uke.models.model import kept, max_context
@@ -63,7 +64,7 @@ class Watch:
 
 def loop(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> Iterator[list[str]]:
     """The published loop: edit, ask in two calls of plain `generate`, restore, next. Peers are written as in the other ways."""
-    write = rewritten if isinstance(method, Recipe) else edited
+    write = rewritten if method.factors else edited
     for edit in edits:
         with write(study.model, study.tokenizer, [edit], method) as m:
             watch.lap("train")
@@ -114,7 +115,7 @@ def lanes(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> 
 
 
 def _side_by_side(study: Study, group: Sequence[Edit], method: Method, watch: Watch) -> list[str]:
-    with edited_apart(study.model, study.tokenizer, group, method) as m:
+    with edited_each(study.model, study.tokenizer, group, method) as m:
         watch.lap("train")
         if m.failed:  # one by one it would have ended the run too
             raise FloatingPointError("; ".join(m.failed.values()))
@@ -178,12 +179,12 @@ def rewritten(
     batch = {
         name: tensor.to(model.device)
         for name, tensor in collate(
-            list(prepare(model, tokenizer, edits, recipe).values()), 0
+            list(recipe.examples(model, tokenizer, edits).values()), 0
         ).items()
     }
     with kept(model.eval(), {}):
         changed = adapt(model, recipe, 1) if recipe.adapter else model
-        trained = weights(changed, recipe)
+        trained = finetuned(changed, recipe)
         before = (
             {}
             if recipe.adapter

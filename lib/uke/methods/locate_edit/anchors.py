@@ -1,17 +1,21 @@
 """Where locate-then-edit methods write: sites, anchors with their windows, and the hidden states there."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from uke.methods.peers import Peer
 from uke.models.generate import surprisals
 from uke.models.model import blocks, module_names, wide
 from uke.models.prompts import Example, group_by_length
+
+if TYPE_CHECKING:
+    from uke.methods.recipes import LocateRecipe
 
 
 class Site(NamedTuple):
@@ -81,7 +85,7 @@ class Located:
             (edit, window.anchor) for edit, windows in enumerate(self.windows) for window in windows
         ]
 
-    def notes(self, peer: Peer) -> list[str]:
+    def notes(self, peer: LocateRecipe) -> list[str]:
         """Where an answer is too short for the method's rule, so that one window holds it."""
         if peer.anchors == "last":
             return []
@@ -96,7 +100,7 @@ class Located:
         ]
 
 
-def locate(model: nn.Module, examples: Mapping[str, Example], peer: Peer) -> Located:
+def locate(model: nn.Module, examples: Mapping[str, Example], peer: LocateRecipe) -> Located:
     """Anchors and windows of every edit by the peer's rule; `examples` is what `finetune.prepare` gives."""
     every = list(examples.values())
     spans = [range(one.prompt_length, len(one.ids)) for one in every]

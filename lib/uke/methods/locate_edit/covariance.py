@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from uke.errors import InputError
 from uke.files import replacing
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
-from uke.methods.peers import PEERS
 from uke.models.model import fingerprint, load, max_context
 from uke.models.prompts import encode, example
 from uke.project import EMBEDDED, Paths
@@ -32,16 +31,8 @@ from uke.study.pretraining import card
 from uke.world import files as world_files
 
 TEXTS = "texts.json"
-LAYERS = tuple(
-    sorted(
-        {
-            layer
-            for peer in PEERS.values()
-            if peer.solver in ("memit", "alphaedit")
-            for layer in peer.layers
-        }
-    )
-)
+# MEMIT's and AlphaEdit's published blocks of 32.
+LAYERS = tuple(block / 32 for block in range(4, 9))
 # Known by the object, so that a model edited on top of an edit still finds the moments of the model it was.
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 

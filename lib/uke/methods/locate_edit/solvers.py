@@ -3,10 +3,13 @@
 A solver writes the edits into the model (`solve`), or finds the weights (N, ...) of N edits of which each is written alone (`apart`).
 """
 
+from __future__ import annotations
+
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +17,19 @@ from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Edit
 from uke.errors import Diverged, InputError
-from uke.methods.finetune import Progress, Training, prepare
 from uke.methods.lanes import Lanes
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
 from uke.methods.locate_edit.targets import Values, target_values
-from uke.methods.peers import Peer
 from uke.models.model import wide
 from uke.models.prompts import PASS_TOKENS
+from uke.methods.method import Progress, Training, Written
+
+if TYPE_CHECKING:
+    from uke.methods.recipes import LocateRecipe
 
 
-def weights(model: nn.Module, peer: Peer) -> dict[str, nn.Parameter]:
+def weights(model: nn.Module, peer: LocateRecipe) -> dict[str, nn.Parameter]:
     """The parameters a peer writes to, by name: the `down_proj` of its layers, or UnKE's whole block."""
     places = sites(model, peer.layers)
     if peer.solver != "unke":
@@ -39,7 +44,7 @@ def write(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
-    peer: Peer,
+    peer: LocateRecipe,
     progress: Progress | None = None,
 ) -> Training:
     """Write the edits into the model in place: locate, find target values, solve.
@@ -53,7 +58,7 @@ def write(
     started = time.perf_counter()
     places = sites(model, peer.layers)
     solver = SOLVERS[peer.solver](model, tokenizer, places, peer)
-    located = locate(model, prepare(model, tokenizer, edits, peer), peer)
+    located = locate(model, peer.examples(model, tokenizer, edits), peer)
     values = target_values(model, located, places[-1], peer, progress)
     notes = solver.solve(located, values)
     training = Training(
@@ -62,6 +67,62 @@ def write(
     training.steps += solver.steps
     training.seconds = time.perf_counter() - started
     return training
+
+
+def write_each(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: LocateRecipe
+) -> Written:
+    """As `_solve`; edits that diverge are left out, and the others begun anew."""
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            left = [edit for edit in edits if edit.id not in failed]
+            return Written(*_solve(model, tokenizer, left, peer), failed)
+        except Diverged as error:
+            failed |= dict.fromkeys(error.edits, str(error))
+            if len(failed) == len(edits):
+                raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
+
+
+def _solve(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], peer: LocateRecipe
+) -> tuple[Lanes, list[Training]]:
+    """Target values of all edits together, which is one edit at a time but for rounding; then what the solver makes of each."""
+    started = time.perf_counter()
+    places = sites(model, peer.layers)
+    solver = SOLVERS[peer.solver](model, tokenizer, places, peer)
+    located = locate(model, peer.examples(model, tokenizer, edits), peer)
+    alone = list(_one_by_one(located, target_values(model, located, places[-1], peer)))
+    stacks, notes = solver.apart(alone)
+    trainings = [
+        Training(
+            found.losses,
+            found.steps + solver.steps,
+            stopped=found.stopped,
+            notes=[*one.notes(peer), *own],
+        )
+        for (one, found), own in zip(alone, notes, strict=True)
+    ]
+    for training in trainings:
+        training.seconds = (time.perf_counter() - started) / len(edits)
+    return Lanes(model, located.ids, stacks), trainings
+
+
+def _one_by_one(located: Located, values: Values) -> Iterator[tuple[Located, Values]]:
+    """Each edit with its own anchors, target values and their course."""
+    first = 0
+    for edit, one, windows in zip(located.ids, located.examples, located.windows, strict=True):
+        own = values.hidden[first : first + len(windows)]
+        first += len(windows)
+        course, ended = values.courses[edit], values.ended[edit]
+        found = replace(
+            values,
+            hidden=own,
+            losses=course,
+            steps=len(course) - ended,
+            stopped="loss" if ended == len(windows) else "steps",
+        )
+        yield replace(located, ids=[edit], examples=[one], windows=[windows]), found
 
 
 class System(NamedTuple):
@@ -103,7 +164,7 @@ class ClosedForm:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         places: Sequence[Site],
-        peer: Peer,
+        peer: LocateRecipe,
     ) -> None:
         self.model, self.places, self.peer = model, places, peer
         if peer.solver == "memit":
@@ -195,7 +256,7 @@ class BlockSteps:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         places: Sequence[Site],
-        peer: Peer,
+        peer: LocateRecipe,
     ) -> None:
         self.model, self.site, self.peer = model, places[-1], peer
         self.texts = (

@@ -1,5 +1,7 @@
 """Target values: the change of a hidden state that makes the text after it likely, for all edits of a batch at once."""
 
+from __future__ import annotations
+
 import copy
 import itertools
 import math
@@ -7,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,11 @@ from transformers import DynamicCache
 from uke.errors import Diverged
 from uke.methods.lanes import Below, constant_below
 from uke.methods.locate_edit.anchors import Located, Site, padded, states
-from uke.methods.peers import Peer
 from uke.models.model import kept, wide
 from uke.models.prompts import group_by_length
+
+if TYPE_CHECKING:
+    from uke.methods.recipes import LocateRecipe
 
 
 @dataclass
@@ -54,7 +59,7 @@ def target_values(
     model: nn.Module,
     located: Located,
     site: Site,
-    peer: Peer,
+    peer: LocateRecipe,
     progress: Callable[[int, float], None] | None = None,
 ) -> Values:
     """Hidden states that the anchors should have after `site`, in the order of `located.anchors`.
@@ -102,7 +107,7 @@ def _rows(located: Located, turn: int) -> Iterator[list[int]]:
     return ([rows[place] for place in part] for part in group_by_length(ends))
 
 
-def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Tensor:
+def _optimise(chunk: "_Chunk", scale: Tensor, peer: LocateRecipe, values: Values) -> Tensor:
     """Deltas (B, D) of one chunk; `scale` (B,) is the norm of the state that each is added to."""
     weights = chunk.weights(peer)  # (B, M)
     delta = torch.zeros(
@@ -145,7 +150,7 @@ def _optimise(chunk: "_Chunk", scale: Tensor, peer: Peer, values: Values) -> Ten
     return delta.detach()
 
 
-def _refuse(chunk: "_Chunk", values: Tensor, peer: Peer) -> None:
+def _refuse(chunk: "_Chunk", values: Tensor, peer: LocateRecipe) -> None:
     if broken := [
         edit
         for edit, value in zip(chunk.ids, values.tolist(), strict=True)
@@ -271,7 +276,7 @@ class _Chunk:
             logits_to_keep=keep,
         ).logits
 
-    def weights(self, peer: Peer) -> Tensor:
+    def weights(self, peer: LocateRecipe) -> Tensor:
         """What each window counts in an edit's loss, shape (B, M), sum 1; the windows a row lacks count nothing."""
         counts = self.shares.any(-1).sum(-1, keepdim=True)  # (B, 1)
         number = torch.arange(self.shares.shape[1], device=counts.device)  # (M,)

@@ -1,0 +1,238 @@
+"""The protocol of an editing method: which weights it changes and how it writes; the rest has defaults."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from uke.data.edits import Edit
+from uke.errors import Diverged, InputError
+from uke.methods.lanes import Lanes, relative_norm
+from uke.models.model import kept, max_context
+from uke.models.prompts import Example, example
+
+Progress = Callable[
+    [int, float], None
+]  # called with the steps so far and the loss (nats per token)
+
+
+def refuse_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number was expected, not a boolean")
+    return value
+
+
+# YAML reads `5e-4` as text, so numbers may come as text; only true and false are refused.
+Positive = Annotated[float, BeforeValidator(refuse_boolean), Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass
+class Training:
+    """What a training did: mean loss of each pass (nats per token), optimiser steps, wall seconds.
+
+    `stopped` says why it ended; `notes` what else a reader must know, such as a fallback.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    stopped: Literal["loss", "steps"] = "steps"
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """What an edit did: the fields of `Training`, and the relative norm of each weight's change."""
+
+    losses: list[float]
+    steps: int
+    seconds: float
+    stopped: str
+    change_norm: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+
+class Applied(NamedTuple):
+    """An edit in place: the model to use, what its training did, each weight's relative change."""
+
+    model: nn.Module
+    training: Training
+    change_norm: dict[str, float]
+
+
+class Written(NamedTuple):
+    """Edits written alone: a lane and a training each; `failed` says why others have none, by id."""
+
+    lanes: Lanes
+    trainings: list[Training]
+    failed: dict[str, str]
+
+
+class Method(BaseModel, ABC):
+    """Every choice of one way to edit, under a name. A method of your own is one class:
+
+        class Doubled(Method):
+            def weights(self, model):
+                return select(model, 0, ["down_proj"])
+
+            def write(self, model, tokenizer, edits, progress=None):
+                for weight in self.weights(model).values():
+                    weight.data.mul_(2)
+                return Training(steps=1)
+
+        METHODS["Doubled"] = Doubled(name="Doubled")
+
+    Choices are pydantic fields. `chat_template` presents texts through the tokenizer's template,
+    `end_of_turn` puts that token into the target.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: ClassVar[str] = "own"
+    moves_weights: ClassVar[bool] = True
+    factors: ClassVar[Mapping[str, Any]] = {}  # the choices under study that the method has
+
+    name: Annotated[str, Field(min_length=1)]
+    chat_template: StrictBool = True
+    end_of_turn: StrictBool = True
+    learning_rate: Positive | None = None
+    seed: Annotated[StrictInt, Field(ge=0)] = 2024
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of every choice but the name: equal choices edit equally under any name."""
+        choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
+        return hashlib.sha256(choices.encode()).hexdigest()[:16]
+
+    @abstractmethod
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the model's own parameters that `write` changes, by name."""
+
+    @abstractmethod
+    def write(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> Training:
+        """Write the edits together into the weights as they are now, in place."""
+
+    def describe(self) -> str:
+        """Say in one line what the method does."""
+        return f"{self.name}: {self.family} method"
+
+    def depends_on(self, model: nn.Module) -> str | None:
+        """Return a digest of what else decides the result, such as statistics of the model's keys.
+
+        Called before any weight moves, so that it may be remembered for the unedited model.
+        """
+        return None
+
+    def lane_size(self, model: nn.Module) -> int:
+        """Count the numbers that each lane of `write_each` holds."""
+        return sum(weight.numel() for weight in self.weights(model).values())
+
+    def examples(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+    ) -> dict[str, Example]:
+        """Return token ids and labels by the edit's id, as the method learns them.
+
+        InputError for no edits, an edit given twice, and one that is longer than the context.
+        """
+        if not edits:
+            raise InputError(f"{self.name}: no edits; expected at least one")
+        longest, found = max_context(model), {}
+        for edit in edits:
+            one = example(
+                tokenizer, edit.question, edit.answer, self.chat_template, self.end_of_turn
+            )
+            if len(one.ids) > longest:
+                raise InputError(
+                    f"edit '{edit.id}': question and answer are {len(one.ids)} tokens; "
+                    f"the model's context holds {longest}"
+                )
+            if edit.id in found:
+                raise InputError(f"edit '{edit.id}': given twice; expected unique ids")
+            found[edit.id] = one
+        return found
+
+    def applied(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        progress: Progress | None = None,
+    ) -> AbstractContextManager[Applied]:
+        """Enter the edits together and undo them on exit, bit for bit: what `edited` yields."""
+        return _written(self, model, tokenizer, edits, progress)
+
+    def write_each(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+    ) -> Written:
+        """Write each edit alone into the same weights; here one after another."""
+        weights, trainings, failed = self.weights(model), {}, {}
+        stacks: dict[str, list[Tensor]] = {name: [] for name in weights}
+        for edit in edits:
+            with restored(model, weights):
+                try:
+                    trainings[edit.id] = self.write(model, tokenizer, [edit])
+                except FloatingPointError as error:
+                    failed[edit.id] = str(error)
+                    continue
+                for name, weight in weights.items():
+                    stacks[name].append(weight.detach().clone())
+        if not trainings:
+            raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
+        lanes = Lanes(model, list(trainings), {name: torch.stack(s) for name, s in stacks.items()})
+        return Written(lanes, list(trainings.values()), failed)
+
+
+@contextmanager
+def _written(
+    method: Method,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    progress: Progress | None,
+) -> Iterator[Applied]:
+    weights = method.weights(model)
+    with restored(model, weights) as before:
+        training = method.write(model, tokenizer, edits, progress)
+        yield Applied(model, training, change_norms(weights, before))
+
+
+@contextmanager
+def restored(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yield copies of these weights; on exit they, and the model around them, are as before.
+
+    Bit for bit, also after an exception; buffers, `requires_grad` and training mode too.
+    """
+    # Merging an adapter puts another tensor in the weight's place.
+    storages = {name: weight.data for name, weight in weights.items()}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with kept(model, {}):
+        try:
+            yield before
+        finally:
+            for name, weight in weights.items():
+                weight.data = storages[name]
+                weight.data.copy_(before[name])
+
+
+def change_norms(
+    weights: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return each weight's relative Frobenius norm of what was changed since `before`."""
+    return {
+        name: relative_norm(weight.detach() - before[name], before[name])
+        for name, weight in weights.items()
+    }
