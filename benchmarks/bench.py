@@ -30,8 +30,7 @@ from uke.methods.catalog import at_level, configured, find
 from uke.models.generate import answer
 from uke.models.model import load
 from uke.project import Paths
-from uke.study import speed, ways
-from uke.study.dataset import gather
+from uke.study import dataset, speed, ways
 from uke.study.study import Study, measure_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +171,7 @@ def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
     """Every row of a machine without an accelerator, on the embedded model."""
     study = embedded(size.headline.lanes, device)
     if size.kinds:
-        study.material = study.material.only(size.kinds)
+        study.dataset = study.dataset.only(size.kinds)
     methods = [chosen(name, size.steps) for name in size.methods]
     if not all(method.factors for method in methods):
         measure_world(study.model, study.tokenizer)
@@ -200,7 +199,10 @@ def embedded(count: int, device: str) -> Study:
     paths = Paths("bench")
     model, tokenizer = load("embedded", device, torch.float32)
     return Study(
-        "bench", paths, model, tokenizer, shapes.repeated(gather(paths, "test", count), count)
+        "bench",
+        shapes.repeated(dataset.load(paths.profile, limit=count), count),
+        (model, tokenizer),
+        False,
     )
 
 
@@ -219,7 +221,7 @@ def compared(
     study: Study, methods: Sequence[Method], amounts: dict[str, Amount]
 ) -> tuple[list[dict], list[dict]]:
     """Timings of every method in every way, and how alike the answers were; a way that answers otherwise ends the run."""
-    probes = study.material.every_probe
+    probes = study.dataset.every_probe
     before = dict(
         zip(
             probes,
@@ -231,9 +233,9 @@ def compared(
     for method in methods:
         amount, answers = amounts[method.name], {way: {} for way in ways.WAYS}
         for way in ways.WAYS:  # what a process does once is not timed
-            ways.timed(way, study, study.material.edits[:1], method)
+            ways.timed(way, study, study.dataset.edits[:1], method)
         for repeat in tqdm(range(amount.repeats), desc=f"{method.name}: three ways"):
-            for way, edits in amount.chosen(study.material.edits, repeat).items():
+            for way, edits in amount.chosen(study.dataset.edits, repeat).items():
                 found = ways.timed(way, study, edits, method)
                 answers[way] |= found.answers
                 timings.append(row(method, way, edits, found) | {"repeat": repeat})

@@ -70,7 +70,7 @@ def measured(
 ) -> list[dict]:
     """A row for each optimisation; `methods` as they were timed, the first of them is taken where one is enough."""
     recipes = [method for method in methods if method.factors]
-    edits = study.material.edits[: amount.edits]
+    edits = study.dataset.edits[: amount.edits]
     bar = tqdm(total=3 + 3 * len(recipes), desc="gains")
     found = []
     for recipe in recipes:
@@ -193,7 +193,7 @@ def _answering_in_lanes(
     study: Study, edits: Sequence[Edit], recipe: Recipe, timings: Sequence[dict], amount: Amount
 ) -> dict:
     """Predicted by the unedited model, asked edit by edit and all at once."""
-    groups = [study.material.probes[edit.id] for edit in edits]
+    groups = [study.dataset.probes[edit.id] for edit in edits]
     every = [probe for group in groups for probe in group]
 
     ratios = _in_turns(
@@ -225,7 +225,7 @@ def _lengths(study: Study, texts: Sequence[str]) -> list[int]:
 
 def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: bytes of the cache before each token, read and written again at the speed of a plain copy."""
-    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     config, block = study.model.config.get_text_config(decoder=True), torch.zeros(2**24)
     width = (
         2
@@ -257,8 +257,8 @@ def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amoun
 
 def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """As many edits as a study puts side by side. Predicted by counting: decoding steps in batches of a quarter of the tokens over those as it is, as if a step cost whatever its rows."""
-    edits = study.material.edits[: study.lanes]
-    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    edits = study.dataset.edits[: study.lanes]
+    probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     whole = answering.Generation().batch_tokens
     with edited_each(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
@@ -287,7 +287,7 @@ def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amoun
 
 def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount) -> dict:
     """Predicted by counting: rows times the longest answer over the sum of all, as if a step cost as many rows as it has."""
-    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     with edited_each(study.model, study.tokenizer, edits, recipe) as m:
         texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         on = partial(_asked, study, m, probes)
@@ -340,7 +340,7 @@ def _of_like_length(study: Study, edits: Sequence[Edit], recipe: Recipe, amount:
 
 def _few_tokens(study: Study, recipe: Recipe, amount: Amount) -> list[dict]:
     """In lanes, as many edits as a study puts side by side, and in one batch, four steps of all. Predicted by counting: tokens as padded."""
-    every, briefly = study.material.edits, recipe.model_copy(update={"steps": 4, "stop_loss": 0.0})
+    every, briefly = study.dataset.edits, recipe.model_copy(update={"steps": 4, "stop_loss": 0.0})
     why = "Predicted by padded tokens alone; a processor's caches, which hold what fewer tokens keep until the backward pass, are not counted. A GPU takes the same with and without."
     found = []
     for name, edits, given, write in (
@@ -413,7 +413,7 @@ def _frozen(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amount)
 
 def _sorted_by_length(study: Study, edits: Sequence[Edit], amount: Amount) -> dict:
     """Batches of as many rows, of questions as they come and of questions sorted by length and limit, on the unedited model."""
-    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     prompts = {probe: len(encode(study.tokenizer, probe.question, probe.chat)) for probe in probes}
     by_length = sorted(probes, key=lambda probe: (prompts[probe], study.room(probe)), reverse=True)
     room = amount.rows * max(prompts[probe] + study.room(probe) for probe in probes)

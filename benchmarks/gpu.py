@@ -10,7 +10,6 @@ import predictions
 import shapes
 from uke.methods.catalog import PUBLISHED
 from uke.models.model import precision
-from uke.project import Paths
 from uke.study import speed, ways
 from uke.study.study import Study
 
@@ -39,7 +38,7 @@ def rows(size: Size, device: str) -> dict[str, list[dict]]:
     """Timings, peak memory and how alike the answers were; each model is held alone."""
     study = replace(bench.embedded(size.embedded.lanes, device), lanes=size.lanes)
     if size.steps:
-        study.material = study.material.only(("detail", "struct_trip"))
+        study.dataset = study.dataset.only(("detail", "struct_trip"))
     method = bench.chosen("FT-M", size.steps)
     timings, same = bench.compared(study, [method], {method.name: size.embedded})
     memory = predictions.memory(study, method, timings)
@@ -57,7 +56,7 @@ def rows(size: Size, device: str) -> dict[str, list[dict]]:
 def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]]:
     """LoRA on all layers in three ways, timed; FT-M on all down projections, its memory."""
     model, tokenizer = shapes.qwen(size.shape, device, precision(device))
-    material = shapes.worded(
+    dataset = shapes.worded(
         size.shaped.lanes,
         size.shape["vocab_size"],
         size.edit_tokens,
@@ -65,10 +64,9 @@ def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]
     )
     study = Study(
         "bench",
-        Paths("bench"),
-        model,
-        tokenizer,
-        material,
+        dataset,
+        (model, tokenizer),
+        similarity=False,
         max_new_tokens=size.probe_tokens,
         lanes=size.lanes,
     )
@@ -78,9 +76,9 @@ def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]
     )
     timings, answers = [], {way: {} for way in ways.WAYS}
     for way in ways.WAYS:  # what a process does once is not timed
-        ways.timed(way, study, material.edits[:1], lora)
+        ways.timed(way, study, dataset.edits[:1], lora)
     for repeat in range(size.shaped.repeats):
-        for way, edits in size.shaped.chosen(material.edits, repeat).items():
+        for way, edits in size.shaped.chosen(dataset.edits, repeat).items():
             found = ways.timed(way, study, edits, lora)
             answers[way] |= found.answers
             timings.append(bench.row(lora, way, edits, found) | {"repeat": repeat})
@@ -99,8 +97,8 @@ def _shaped(size: Size, device: str) -> tuple[list[dict], list[dict], list[dict]
             "steps": 3,
         }
     )
-    found = ways.timed("single", study, material.edits[:1], direct)
-    timings.append(bench.row(direct, "single", material.edits[:1], found) | {"repeat": 0})
+    found = ways.timed("single", study, dataset.edits[:1], direct)
+    timings.append(bench.row(direct, "single", dataset.edits[:1], found) | {"repeat": 0})
     weights = (
         sum(weight.numel() * weight.element_size() for weight in model.parameters())
         / predictions.MIB

@@ -34,7 +34,7 @@ def measured(study: Study, method: Method, amount: Amount) -> tuple[list[dict], 
     for grows, value, at in tqdm(list(_points(study, amount)), desc=f"{method.name}: growth"):
         found = []
         for way in ways.WAYS:
-            edits = at.material.edits[: amount.limit(way, len(at.material.edits))]
+            edits = at.dataset.edits[: amount.limit(way, len(at.dataset.edits))]
             one = ways.timed(way, at, edits, method)
             named = {
                 "method": method.name,
@@ -58,15 +58,15 @@ def measured(study: Study, method: Method, amount: Amount) -> tuple[list[dict], 
 
 def _points(study: Study, amount: Amount) -> Iterator[tuple[str, float, Study]]:
     for count in amount.edits:
-        yield "edits", count, replace(study, material=study.material.first(count))
+        yield "edits", count, replace(study, dataset=study.dataset.first(count))
     for share in amount.shares:
-        material = shapes.cut(study.material, share, amount.at_each)
+        dataset = shapes.cut(study.dataset, share, amount.at_each)
         yield (
             "tokens of the answer",
-            _tokens(study, [edit.answer for edit in material.edits]),
-            replace(study, material=material),
+            _tokens(study, [edit.answer for edit in dataset.edits]),
+            replace(study, dataset=dataset),
         )
-    few = replace(study.material.first(amount.at_each), world_seed=study.material.world_seed)
+    few = replace(study.dataset.first(amount.at_each), world_seed=study.dataset.world_seed)
     few = replace(
         few,
         probes={
@@ -81,7 +81,12 @@ def _points(study: Study, amount: Amount) -> Iterator[tuple[str, float, Study]]:
         yield (
             "parameters (millions)",
             sum(weight.numel() for weight in model.parameters()) / 1e6,
-            replace(study, model=model, material=few, max_new_tokens=amount.random_tokens),
+            replace(
+                study,
+                subject=(model, study.tokenizer),
+                dataset=few,
+                max_new_tokens=amount.random_tokens,
+            ),
         )
 
 

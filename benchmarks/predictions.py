@@ -60,7 +60,7 @@ def memory(
     found = []
     for way in [way for way in ("single", "lanes") if way in set(measured["way"])]:
         # The peak is that of the first group, up to its first answer.
-        edits: Sequence[Edit] = study.material.edits[
+        edits: Sequence[Edit] = study.dataset.edits[
             : study.abreast(recipe) if way == "lanes" else 1
         ]
         edits = edits[: int(measured.loc[measured["way"] == way, "edits"].max())]

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from uke.data.edits import Edit, Probe
-from uke.study.dataset import Material
+from uke.project import Paths
+from uke.study.dataset import Dataset
 
 # As in the configuration that Qwen/Qwen2.5-7B-Instruct is published with.
 QWEN = {
@@ -85,7 +86,7 @@ def qwen(
 
 def worded(
     count: int, vocabulary: int, tokens: int, asked: tuple[int, int], seed: int = 1
-) -> Material:
+) -> Dataset:
     """Edits of so many tokens (prompt and text), `asked` probes of as many tokens each: random words, for time alone."""
     drawn = random.Random(seed)
 
@@ -112,28 +113,28 @@ def worded(
             Probe(edit=edit.id, kind="original", question=edit.question, reference="none"),
             *others,
         )
-    return Material(tuple(edits), probes, f"random words {seed}")
+    return Dataset(tuple(edits), probes, f"random words {seed}", Paths("smoke"))
 
 
-def repeated(material: Material, count: int) -> Material:
+def repeated(dataset: Dataset, count: int) -> Dataset:
     """So many edits: where there are fewer, the same again under other ids, which to a machine are other edits."""
-    edits, probes = list(material.edits), dict(material.probes)
+    edits, probes = list(dataset.edits), dict(dataset.probes)
     for place in range(len(edits), count):
-        first = material.edits[place % len(material.edits)]
+        first = dataset.edits[place % len(dataset.edits)]
         own = [probe.model_copy(update={"edit": f"{first.id}-{place}"}) for probe in first.extra]
         again = first.model_copy(update={"id": f"{first.id}-{place}", "extra": tuple(own)})
         edits.append(again)
         probes[again.id] = tuple(
-            probe.model_copy(update={"edit": again.id}) for probe in material.probes[first.id]
+            probe.model_copy(update={"edit": again.id}) for probe in dataset.probes[first.id]
         )
-    return replace(material, edits=tuple(edits), probes=probes)
+    return replace(dataset, edits=tuple(edits), probes=probes)
 
 
-def cut(material: Material, share: float, count: int) -> Material:
+def cut(dataset: Dataset, share: float, count: int) -> Dataset:
     """The first `count` edits with answers of so much of their own length (the next edit's text goes on where one ends)."""
-    words = [edit.answer.split() for edit in material.edits]
+    words = [edit.answer.split() for edit in dataset.edits]
     edits = []
-    for place, edit in enumerate(material.edits[:count]):
+    for place, edit in enumerate(dataset.edits[:count]):
         text = " ".join(
             (words[place] + words[place + 1 - len(words)])[
                 : max(1, round(share * len(words[place])))
@@ -145,8 +146,8 @@ def cut(material: Material, share: float, count: int) -> Material:
             probe.model_copy(update={"reference": edit.answer})
             if probe.kind in ("original", "paraphrase")
             else probe
-            for probe in material.probes[edit.id]
+            for probe in dataset.probes[edit.id]
         )
         for edit in edits
     }
-    return replace(material, edits=tuple(edits), probes=probes)
+    return replace(dataset, edits=tuple(edits), probes=probes)

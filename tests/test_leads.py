@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from uke.errors import InputError
 from uke.project import Paths
-from uke.results import leads
+from uke.results import compare
 from uke.results.metrics import AVERAGE, METRICS
 
 EDITS = ("a", "b", "c", "d")
@@ -69,7 +69,7 @@ def averages(**scores):
 
 
 def best(places, batch_size: int, among) -> str:
-    return leads.on_development(places, batch_size, among).index[0]
+    return compare.on_development(places, batch_size, among).index[0]
 
 
 # --- the best of development rows ------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_a_method_is_judged_by_the_mean_of_its_trials(here):
         trial("UnKE", "slow", 1, (0.6, 0.6)),
         trial("UnKE", "fast", 1, (0.5, 0.5)),
     )
-    found = leads.on_development([here], 1, ["UnKE", "MEMIT"])
+    found = compare.on_development([here], 1, ["UnKE", "MEMIT"])
     assert found.to_dict() == {"MEMIT": pytest.approx(0.8), "UnKE": pytest.approx(0.6)} and list(
         found.index
     ) == ["MEMIT", "UnKE"]
@@ -135,7 +135,8 @@ def test_the_first_place_that_knows_a_method_is_passed_over(here):
 def test_nothing_known_gives_some_peer(here, among):
     commit(here, trial("UnKE", "x", 1, (0.6,)))
     assert (
-        leads.on_development([here], 1, among).empty and leads.on_development([], 1, ["UnKE"]).empty
+        compare.on_development([here], 1, among).empty
+        and compare.on_development([], 1, ["UnKE"]).empty
     )
 
 
@@ -144,12 +145,12 @@ def test_nothing_known_gives_some_peer(here, among):
 
 def test_a_lead_is_said_in_points_and_in_percent_of_the_peer():
     frame = averages(own=[[0.6], [0.9], [0.6]], peer=[[0.5], [0.6], [0.4]])
-    points, relative = leads.lead(frame.sample(frac=1, random_state=2), "own", "peer")
+    points, relative = compare.lead(frame.sample(frac=1, random_state=2), "own", "peer")
     assert (points.mean, points.n, relative.n) == (pytest.approx(20), 3, 3)
     assert relative.mean == pytest.approx(
         100 * (2.1 / 1.5 - 1)
     )  # of the means: no mean of the ratios, 40
-    back = leads.lead(frame, "peer", "own")
+    back = compare.lead(frame, "peer", "own")
     assert back[0].mean == pytest.approx(-20) and back[1].mean == pytest.approx(
         100 * (1.5 / 2.1 - 1)
     )
@@ -158,13 +159,13 @@ def test_a_lead_is_said_in_points_and_in_percent_of_the_peer():
 def test_a_lead_is_drawn_over_edits_that_share_their_weights():
     """Two batches: whatever is drawn, the ends are those of the batches, however many edits each has."""
     frame = averages(own=[[0.6] * 50, [0.8] * 50], peer=[[0.5] * 50, [0.5] * 50])
-    points, relative = leads.lead(frame, "own", "peer")
+    points, relative = compare.lead(frame, "own", "peer")
     assert points == pytest.approx((20, 10, 30, 2)) and relative == pytest.approx((40, 20, 60, 2))
 
 
 def test_a_constant_ratio_has_a_wide_interval():
     """Pairs are drawn together: where every edit gains a tenth, the percent is sure and the points are not."""
-    points, relative = leads.lead(
+    points, relative = compare.lead(
         averages(own=[[0.11], [0.55], [0.99]], peer=[[0.1], [0.5], [0.9]]), "own", "peer"
     )
     assert (
@@ -175,7 +176,7 @@ def test_a_constant_ratio_has_a_wide_interval():
 
 
 def test_one_batch_is_given_an_interval():
-    points, relative = leads.lead(averages(own=[[0.6, 0.7]], peer=[[0.5, 0.5]]), "own", "peer")
+    points, relative = compare.lead(averages(own=[[0.6, 0.7]], peer=[[0.5, 0.5]]), "own", "peer")
     assert (
         points.mean == pytest.approx(15)
         and relative.mean == pytest.approx(30)
@@ -194,7 +195,7 @@ def test_one_batch_is_given_an_interval():
 )
 def test_a_lead_over_other_edits(frame):
     with pytest.raises(InputError, match="lead: own and peer: expected the same edits"):
-        leads.lead(frame, "own", "peer")
+        compare.lead(frame, "own", "peer")
 
 
 # --- the trend -------------------------------------------------------------------------------------------------------
@@ -207,17 +208,17 @@ def test_a_lead_that_is_linear_in_doublings_has_another_slope(slope):
         size: ([4 + slope * np.log2(size)] * 24, np.repeat(range(24 // size), size))
         for size in (1, 8, 24)
     }
-    found = leads.trend(leading)
+    found = compare.trend(leading)
     assert found[:3] == pytest.approx((slope,) * 3) and found.n == 24 + 3 + 1
 
 
 def test_noise_is_a_trend():
     noise = np.tile([-4.0, 4.0, 1.0, -1.0], 10)
-    found = leads.trend({size: (5 + noise, np.arange(40)) for size in (1, 2, 8)})
+    found = compare.trend({size: (5 + noise, np.arange(40)) for size in (1, 2, 8)})
     assert (
         found.mean == pytest.approx(0) and found.low < -0.2 and found.high > 0.2
     )  # drawn anew for each size
-    grown = leads.trend(
+    grown = compare.trend(
         {size: (5 + 3 * np.log2(size) + noise, np.arange(40)) for size in (1, 2, 8)}
     )
     assert grown.mean == pytest.approx(3) and 2 < grown.low < 3 < grown.high < 4
@@ -225,8 +226,8 @@ def test_noise_is_a_trend():
 
 def test_edits_are_drawn_apart_from_their_batch():
     noise = np.repeat([-4.0, 4.0], 20)
-    alone = leads.trend({1: (noise, np.arange(40)), 4: (noise, np.arange(40))})
-    together = leads.trend({1: (noise, np.arange(40) // 10), 4: (noise, np.arange(40) // 10)})
+    alone = compare.trend({1: (noise, np.arange(40)), 4: (noise, np.arange(40))})
+    together = compare.trend({1: (noise, np.arange(40) // 10), 4: (noise, np.arange(40) // 10)})
     assert together.high - together.low > 2 * (alone.high - alone.low) and (
         alone.n,
         together.n,
@@ -236,7 +237,7 @@ def test_edits_are_drawn_apart_from_their_batch():
 def test_one_size_has_a_trend():
     for differences in ({}, {8: ([1.0], [0])}):
         with pytest.raises(InputError, match="trend: one batch size"):
-            leads.trend(differences)
+            compare.trend(differences)
 
 
 # --- what tells methods apart ----------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def probes(score, methods=range(3), edits=range(8), **counts):
 
 def test_methods_alone_explain_less_than_all():
     """Locality differs by method (and edits have levels of their own), the general skill by edit alone."""
-    found = leads.separation(
+    found = compare.separation(
         probes(
             lambda kind, method, edit: edit / 20 if kind == "general" else method / 5 + edit / 20
         ).sample(frac=1, random_state=1)
@@ -270,7 +271,7 @@ def test_methods_alone_explain_less_than_all():
 
 def test_no_difference_between_methods_is_a_separation():
     for score in (lambda *_: 1.0, lambda kind, method, edit: float((method + edit) % 2)):
-        found = leads.separation(probes(score, methods=range(2)))
+        found = compare.separation(probes(score, methods=range(2)))
         assert (
             found["locality"].mean
             == found["general"].mean
@@ -282,7 +283,7 @@ def test_no_difference_between_methods_is_a_separation():
 def test_a_share_is_that_of_a_table_done_by_hand():
     """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits' own levels."""
     apart = {0: 1.0, 1: 3.0}
-    found = leads.separation(
+    found = compare.separation(
         probes(
             lambda kind, method, edit: 7 * edit + method * apart[edit],
             methods=range(2),
@@ -307,12 +308,12 @@ def test_a_share_is_that_of_a_table_done_by_hand():
 )
 def test_more_probes_of_one_side_are_compared(counts):
     with pytest.raises(InputError, match="separation: .*as many of locality as of a general skill"):
-        leads.separation(probes(lambda *place: place[1] / 5, **counts))
+        compare.separation(probes(lambda *place: place[1] / 5, **counts))
 
 
 def test_kinds_of_neither_side_are_counted():
     score = lambda kind, method, edit: method / 5 + (edit if kind == "near_triple" else 0)
-    assert leads.separation(probes(score, near_triple=5, original=2)) == leads.separation(
+    assert compare.separation(probes(score, near_triple=5, original=2)) == compare.separation(
         probes(score)
     )
 
@@ -326,7 +327,7 @@ def test_a_gap_or_a_single_method_is_compared():
         frame[:0],
     ):
         with pytest.raises(InputError, match="separation: .*two methods or more"):
-            leads.separation(part)
+            compare.separation(part)
 
 
 def test_pairs_are_told_apart_by_noise_or_not_by_a_difference():
@@ -336,21 +337,19 @@ def test_pairs_are_told_apart_by_noise_or_not_by_a_difference():
         lambda kind, method, edit: 0.0 if method == 0 else 0.5 + (method == 2) * noise[edit],
         edits=range(12),
     )
-    assert leads.told_apart(frame, leads.LOCALITY) == (2, 3)
-    assert leads.told_apart(
+    assert compare.pairs_separated(frame, compare.LOCALITY) == (2, 3)
+    assert compare.pairs_separated(
         probes(lambda kind, method, edit: edit / 9 if kind == "general" else method / 5),
-        leads.SKILL,
+        compare.SKILL,
     ) == (0, 3)
 
 
 def test_many_pairs_are_told_apart_by_chance():
     """Six edits, all in one direction: p is 1/32 for a pair alone, and not below 5 % among three."""
     score = lambda kind, method, edit: method + edit / 9 if method < 2 else -1.0 * (-1) ** edit
-    assert leads.told_apart(probes(score, methods=range(2), edits=range(6)), leads.LOCALITY) == (
-        1,
-        1,
-    )
-    assert leads.told_apart(probes(score, methods=range(3), edits=range(6)), leads.LOCALITY) == (
-        0,
-        3,
-    )
+    assert compare.pairs_separated(
+        probes(score, methods=range(2), edits=range(6)), compare.LOCALITY
+    ) == (1, 1)
+    assert compare.pairs_separated(
+        probes(score, methods=range(3), edits=range(6)), compare.LOCALITY
+    ) == (0, 3)

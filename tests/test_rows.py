@@ -322,7 +322,7 @@ def test_redraw_from_committed_rows_needs_results(here, monkeypatch):
     first = rows.export(here, "s", rows.read(here, "s")).read_bytes()
     (here.rows("s") / "one.parquet").unlink()
     monkeypatch.setattr(rows, "code_fingerprint", lambda: "newer code")
-    assert len(rows.average(rows.headline(rows.read(here, "s")))) == 8
+    assert len(rows.average(rows.primary(rows.read(here, "s")))) == 8
     assert rows.export(here, "s", rows.read(here, "s")).read_bytes() == first
 
 
@@ -351,12 +351,12 @@ def test_headline_takes_the_wrong_column(here):
     )
     for place, name in enumerate(METRICS):
         frame[name], frame[f"{name}_before"] = 100.0 + place, 200.0 + place
-    found = rows.headline(frame).set_index("kind")["score"]
+    found = rows.primary(frame).set_index("kind")["score"]
     for kind, (metric, against) in HEADLINE.items():
         assert found[kind] == (100 if against == "reference" else 200) + list(METRICS).index(
             metric
         ), kind
-    before = rows.headline(frame.assign(phase="before"), phase="before").set_index("kind")["score"]
+    before = rows.primary(frame.assign(phase="before"), phase="before").set_index("kind")["score"]
     assert before["rel_doc"] == before["general"] == 1 and before["original"] > 100
 
 
@@ -364,7 +364,7 @@ def test_details_weigh_more_than_the_original(here):
     frame = unit(edits=("e1",), study="s", factor=None, split="test", code="c")
     frame["rougel_f1"], frame["rougel_f1_before"], frame["exact_before"] = 1.0, 0.5, 0.0
     frame["exact"] = frame["number"].eq(0).astype(float)  # one detail of three
-    scores = rows.headline(frame)
+    scores = rows.primary(frame)
     assert scores.set_index("kind").loc["detail", ["score", "probes"]].tolist() == [
         pytest.approx(1 / 3),
         3,
@@ -383,13 +383,13 @@ def test_different_runs_are_pooled(here, column):
     other = frame.assign(
         **{column: "other" if isinstance(frame[column][0], str) else frame[column] + 1}
     )
-    together = rows.headline(pd.concat([frame, other], ignore_index=True))
-    assert len(together) == 2 * len(rows.headline(frame)) and (together["probes"] <= 3).all()
+    together = rows.primary(pd.concat([frame, other], ignore_index=True))
+    assert len(together) == 2 * len(rows.primary(frame)) and (together["probes"] <= 3).all()
 
 
 def both(*frames):
     together = pd.concat(frames, ignore_index=True)
-    return rows.headline(together.assign(study="s", factor="loss_scope", split="test", code="c"))
+    return rows.primary(together.assign(study="s", factor="loss_scope", split="test", code="c"))
 
 
 def test_average_over_fewer_edits_than_the_peer(here):
@@ -431,13 +431,13 @@ def test_missing_score_is_averaged_away(here):
     with pytest.raises(
         InputError, match="FT-M, edit 'e2', detail 2: no exact against the reference"
     ):
-        rows.headline(frame)
+        rows.primary(frame)
 
 
 def test_probe_counted_twice(here):
     frame = unit(study="s", factor=None, split=None, code="c")
     with pytest.raises(InputError, match="the same probe twice"):
-        rows.headline(pd.concat([frame, frame.head(1)], ignore_index=True))
+        rows.primary(pd.concat([frame, frame.head(1)], ignore_index=True))
 
 
 # --- the mark of the code ------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from uke.models.prompts import example
 from uke.results import rows
 from uke.study import sequential as sequences
 from uke.study import study as studies
+from uke.study.dataset import Dataset
+from uke.study.dataset import load as load_dataset
 from uke.study.sequential import first_and_last, sequence
 
 STEPS = {"steps": 4, "learning_rate": 2e-2, "stop_loss": 0.0}
@@ -81,8 +83,8 @@ def toy(loaded):
         )
         for edit in EDITS
     }
-    material = studies.Material(EDITS, probes, "toy")
-    return lambda: studies.Study("toy", rows.Paths("smoke"), *loaded, material, max_new_tokens=4)
+    dataset = Dataset(EDITS, probes, "toy", rows.Paths("smoke"))
+    return lambda: studies.Study("toy", dataset, loaded, False, max_new_tokens=4)
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -225,7 +227,7 @@ def test_after_each_count_the_right_edits_are_asked(toy, together):
         and found["before"].notna().all()
     )
     assert found.groupby("batch")["steps"].first().tolist() == [4, 4 if together else 12]
-    averages = rows.average(rows.headline(found), ["original", "detail", "struct_trip"])
+    averages = rows.average(rows.primary(found), ["original", "detail", "struct_trip"])
     assert len(averages) == 3 and not moved(study.model, before)
 
 
@@ -337,7 +339,7 @@ def test_counts_beyond_the_edits_are_refused(toy, given):
 def test_views_follow_the_first_and_the_last_edits(toy):
     study = toy()
     sequences.run(study, METHODS["FT-M"], [1, 4], 1)
-    headline = rows.headline(study.read())
+    headline = rows.primary(study.read())
     found = (
         sequences.views(headline, EDITS, 1)
         .set_index(["count", "view", "edit"])["score"]
@@ -360,20 +362,15 @@ def test_views_follow_the_first_and_the_last_edits(toy):
 
 def test_later_edits_leave_an_early_text_less_likely(tmp_path, results):
     shutil.copytree(results, tmp_path / "results")
-    material = studies.gather(rows.Paths("smoke"), "test", 3)
+    dataset = load_dataset("smoke", limit=3)
     study = studies.Study(
-        "fading",
-        rows.Paths("smoke"),
-        *models.load("embedded", device="cpu"),
-        material,
-        max_new_tokens=130,
-        labels={"split": "test"},
+        "fading", dataset, models.load("embedded", device="cpu"), max_new_tokens=130
     )
     sequences.run(study, methods.find("FT-M").model_copy(update={"learning_rate": 5e-3}), [1, 3], 1)
     found = study.read()
-    shown = sequences.views(rows.headline(found), material.edits, 1).set_index(["view", "count"])[
+    shown = sequences.views(rows.primary(found), dataset.edits, 1).set_index(["view", "count"])[
         "score"
     ]
     assert shown["last edits", 1].item() > 0.9 and shown["last edits", 3].item() > 0.9
     likely = found.query("kind == 'original'").set_index(["batch", "edit"])["log_probability"]
-    assert likely[3, material.edits[0].id] < likely[1, material.edits[0].id]
+    assert likely[3, dataset.edits[0].id] < likely[1, dataset.edits[0].id]

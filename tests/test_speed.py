@@ -21,6 +21,7 @@ from uke.report import section as report
 from uke.results import rows
 from uke.study import speed, ways
 from uke.study import study as studies
+from uke.study.dataset import Dataset
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -83,12 +84,13 @@ def toy(tiny, tokenizer):
         )
         for edit in edits
     }
-    material = studies.Material(
-        edits, {edit.id: (*edit.probes, around[edit.id]) for edit in edits}, "toy"
+    dataset = Dataset(
+        edits,
+        {edit.id: (*edit.probes, around[edit.id]) for edit in edits},
+        "toy",
+        rows.Paths("smoke"),
     )
-    return studies.Study(
-        "toy", rows.Paths("smoke"), tiny("llama"), tokenizer, material, max_new_tokens=9
-    )
+    return studies.Study("toy", dataset, (tiny("llama"), tokenizer), False, max_new_tokens=9)
 
 
 def test_a_run_measures_every_method_in_every_way_with_the_same_answers(measured):
@@ -128,7 +130,7 @@ def test_a_way_that_gives_other_answers_ends_the_run_and_stores_nothing(
             found = answering.answer(
                 study.model,
                 study.tokenizer,
-                study.material.probes[edit.id],
+                study.dataset.probes[edit.id],
                 max_new_tokens=study.room,
             )
             watch.lap("answer")
@@ -153,12 +155,12 @@ def test_equal_scores_by_other_answers_are_not_enough():
 def test_every_way_answers_alike_and_leaves_the_model_as_it_was(toy, recipe):
     before = models.fingerprint(toy.model)
     unedited = answering.answer(
-        toy.model, toy.tokenizer, toy.material.every_probe, max_new_tokens=toy.room
+        toy.model, toy.tokenizer, toy.dataset.every_probe, max_new_tokens=toy.room
     )
-    found = {way: ways.timed(way, toy, toy.material.edits, recipe).answers for way in ways.WAYS}
+    found = {way: ways.timed(way, toy, toy.dataset.edits, recipe).answers for way in ways.WAYS}
     assert (
         found["loop"] == found["single"] == found["lanes"]
-        and list(found["loop"]) == toy.material.every_probe
+        and list(found["loop"]) == toy.dataset.every_probe
     )
     assert list(found["loop"].values()) != unedited
     assert models.fingerprint(toy.model) == before and all(
@@ -170,7 +172,7 @@ def test_the_loop_restores_a_model_whose_answering_failed(toy):
     before = models.fingerprint(toy.model)
     with (
         pytest.raises(ZeroDivisionError),
-        ways.rewritten(toy.model, toy.tokenizer, toy.material.edits[:1], FT_M),
+        ways.rewritten(toy.model, toy.tokenizer, toy.dataset.edits[:1], FT_M),
     ):
         assert models.fingerprint(toy.model) != before
         raise ZeroDivisionError
@@ -180,11 +182,11 @@ def test_the_loop_restores_a_model_whose_answering_failed(toy):
 def test_an_edit_that_diverges_in_lanes_is_named_and_not_timed(toy):
     """The token that stands in one edit alone has no number for a state."""
     ada, alan = (
-        set(toy.tokenizer(edit.question + edit.answer)["input_ids"]) for edit in toy.material.edits
+        set(toy.tokenizer(edit.question + edit.answer)["input_ids"]) for edit in toy.dataset.edits
     )
     toy.model.get_input_embeddings().weight.data[min(alan - ada)] = float("nan")
     with pytest.raises(FloatingPointError, match="edit 'Alan'"):
-        ways.timed("lanes", toy, toy.material.edits, FT_M)
+        ways.timed("lanes", toy, toy.dataset.edits, FT_M)
 
 
 def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypatch, caplog):
@@ -197,9 +199,9 @@ def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypa
             raise torch.OutOfMemoryError("out of memory")
         return apart(model, tokenizer, edits, method)
 
-    plain = ways.timed("lanes", toy, toy.material.edits, FT_M).answers
+    plain = ways.timed("lanes", toy, toy.dataset.edits, FT_M).answers
     monkeypatch.setattr(ways, "edited_each", full)
-    assert ways.timed("lanes", toy, toy.material.edits, FT_M).answers == plain and sizes == [
+    assert ways.timed("lanes", toy, toy.dataset.edits, FT_M).answers == plain and sizes == [
         2,
         1,
         1,
@@ -207,14 +209,14 @@ def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypa
     assert len(caplog.records) == 1 and toy.lanes == 1
     monkeypatch.setattr(ways, "edited_each", lambda *_: full(None, None, (1, 2), None))
     with pytest.raises(torch.OutOfMemoryError):
-        ways.timed("lanes", toy, toy.material.edits, FT_M)
+        ways.timed("lanes", toy, toy.dataset.edits, FT_M)
 
 
 def test_the_loop_refuses_what_it_is_not_written_for(toy):
     for recipe, edits in (
-        (methods.find("FT-L"), toy.material.edits[:1]),
-        (methods.find("AdaLoRA"), toy.material.edits[:1]),
-        (FT_M, toy.material.edits),
+        (methods.find("FT-L"), toy.dataset.edits[:1]),
+        (methods.find("AdaLoRA"), toy.dataset.edits[:1]),
+        (FT_M, toy.dataset.edits),
     ):
         with (
             pytest.raises(InputError, match="the published loop is written for"),
@@ -225,7 +227,7 @@ def test_the_loop_refuses_what_it_is_not_written_for(toy):
 
 def test_plain_generate_keeps_each_answers_own_limit(toy):
     """A short limit beside a long one in the same call, the end of a turn, and a prompt without the template."""
-    probes = toy.material.probes["Ada"]
+    probes = toy.dataset.probes["Ada"]
     limits = {probe: 2 + 5 * place for place, probe in enumerate(probes)}
     study = replace(toy)
     study.room = limits.__getitem__
@@ -341,19 +343,19 @@ def test_what_needs_a_gpu_runs_on_a_tiny_shape(tmp_path):
 
 def test_texts_of_random_words_have_the_length_that_is_asked_for():
     _, tokenizer = shapes.qwen(shapes.TINY, "cpu", torch.float32)
-    material = shapes.worded(2, shapes.TINY["vocab_size"], 130, (11, 128))
+    dataset = shapes.worded(2, shapes.TINY["vocab_size"], 130, (11, 128))
     one = prompts.example(
-        tokenizer, material.edits[0].question, material.edits[0].answer, True, False
+        tokenizer, dataset.edits[0].question, dataset.edits[0].answer, True, False
     )
-    assert len(one.ids) == 130 and len(material.probes["e0"]) == 11
+    assert len(one.ids) == 130 and len(dataset.probes["e0"]) == 11
 
 
 def test_more_edits_than_there_are_come_again_under_other_ids(toy):
-    many = shapes.repeated(toy.material, 5)
+    many = shapes.repeated(toy.dataset, 5)
     assert len({edit.id for edit in many.edits}) == 5 and {
         probe.edit for probe in many.every_probe
     } == {edit.id for edit in many.edits}
-    assert many.edits[4].answer == toy.material.edits[0].answer
+    assert many.edits[4].answer == toy.dataset.edits[0].answer
 
 
 def test_an_optimisation_that_cannot_be_switched_off_is_named():

@@ -16,10 +16,12 @@ from uke.methods import edited, finetune
 from uke.methods.locate_edit import covariance
 from uke.models import generate as answering
 from uke.models import model as models
-from uke.results import rows
+from uke.results import compare, rows
 from uke.study import memory
 from uke.study import score as asking
 from uke.study import study as studies
+from uke.study.dataset import Dataset, batched
+from uke.study.dataset import load as load_dataset
 
 KINDS = {
     "original",
@@ -53,15 +55,7 @@ def loaded():
 
 @pytest.fixture
 def study(loaded):
-    paths = rows.Paths("smoke")
-    return studies.Study(
-        "trial",
-        paths,
-        *loaded,
-        studies.gather(paths, "test", 2),
-        max_new_tokens=130,
-        labels={"split": "test"},
-    )
+    return studies.Study("trial", load_dataset("smoke", limit=2), loaded, False, max_new_tokens=130)
 
 
 FT_M = methods.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
@@ -101,11 +95,11 @@ def toy(tiny, tokenizer, tmp_path, monkeypatch):
                 chat=False,
             ),
         )
-    material = studies.Material(edits, probes, "toy")
+    dataset = Dataset(edits, probes, "toy", rows.Paths("smoke"))
 
     def build(**more):
         return studies.Study(
-            "toy", rows.Paths("smoke"), model, tokenizer, material, **{"max_new_tokens": 4, **more}
+            "toy", dataset, (model, tokenizer), False, **{"max_new_tokens": 4, **more}
         )
 
     return build
@@ -122,13 +116,13 @@ def written(study) -> list[list[str]]:
 
 
 def courses(frame: pd.DataFrame) -> list[dict]:
-    return [json.loads(text) for text in frame["course"].dropna()]
+    return [json.loads(text) for text in frame["curve"].dropna()]
 
 
 def test_every_probe_of_every_edit_has_a_row_before_and_after(study):
     study.run(FT_M)
     after = study.read()
-    wanted = {(probe.edit, probe.kind, probe.number) for probe in study.material.every_probe}
+    wanted = {(probe.edit, probe.kind, probe.number) for probe in study.dataset.every_probe}
     assert {kind for _, kind, _ in wanted} == KINDS
     for frame in (study.before, after):
         assert set(zip(frame["edit"], frame["kind"], frame["number"])) == wanted and len(
@@ -140,7 +134,7 @@ def test_every_probe_of_every_edit_has_a_row_before_and_after(study):
 def test_the_edit_is_written_and_undone(study):
     weights = {name: weight.clone() for name, weight in study.model.state_dict().items()}
     study.run(FT_M.model_copy(update={"seed": 7}))
-    scores = studies.compared(study.read(), study.before)
+    scores = compare.compared(study.read(), study.before)
     original = scores[scores["kind"] == "original"].groupby("method")["score"].mean()
     assert original["FT-M"] > original["no edit"] + 0.2
     assert all(
@@ -174,7 +168,7 @@ def test_a_killed_study_resumes_where_it_stopped(study):
         done.append(group[0][0].edits[0].id) or write_in(recipe, group, also)
     )
     study.run(FT_M)
-    assert done == [edit.id for edit in study.material.edits] and set(study.read()["edit"]) == set(
+    assert done == [edit.id for edit in study.dataset.edits] and set(study.read()["edit"]) == set(
         done
     )
 
@@ -183,15 +177,7 @@ def test_a_killed_study_resumes_where_it_stopped(study):
 def test_rows_made_otherwise_are_neither_skipped_nor_mixed_in(study, monkeypatch, change):
     study.run(FT_M)
     first, again = study.read(), []
-    other = studies.Study(
-        "trial",
-        study.paths,
-        study.model,
-        study.tokenizer,
-        study.material,
-        max_new_tokens=130,
-        labels={"split": "test"},
-    )
+    other = studies.Study("trial", study.dataset, study.subject, False, max_new_tokens=130)
     recipe = FT_M.model_copy(update={"steps": 3}) if change == "recipe" else FT_M
     other.max_new_tokens = 50 if change == "tokens" else 130
     write_in = other.write_in
@@ -282,7 +268,7 @@ def test_batches_are_written_together_and_a_rest_is_left_out(study):
     study.name = "batches"
     study.run(FT_M, batch_size=2)
     assert study.read().groupby("batch")["edit"].nunique().tolist() == [2]
-    assert [len(batch) for batch in studies.batched(range(5), 2)] == [2, 2]
+    assert [len(batch) for batch in batched(range(5), 2)] == [2, 2]
 
 
 def test_the_floor_is_another_edits_text(study):
@@ -307,22 +293,22 @@ def test_the_floor_never_compares_a_question_with_itself():
 
 def test_a_world_model_on_real_data_is_wiring_only(study):
     assert not study.smoke_run()
-    study.material = dataclasses.replace(study.material, world_seed=None)
+    study.dataset = dataclasses.replace(study.dataset, world_seed=None)
     assert study.smoke_run()
-    study.material = dataclasses.replace(study.material, world_seed=2)
+    study.dataset = dataclasses.replace(study.dataset, world_seed=2)
     assert study.smoke_run()
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(InputError, match="split"):
-        studies.gather(rows.Paths("smoke"), "tset", 2)
+        load_dataset("smoke", split="tset")
 
 
-# --- parts of a material, of the edits, of the probes ----------------------------------------------------------------
+# --- parts of a dataset, of the edits, of the probes ----------------------------------------------------------------
 
 
 def test_some_kinds_of_probes_are_another_material(toy):
-    whole = toy().material
+    whole = toy().dataset
     some, other = whole.only(["struct_trip", "detail"]), whole.only(["detail"])
     assert {probe.kind for probe in some.every_probe} == {"detail", "struct_trip"} and len(
         some.every_probe
@@ -336,7 +322,7 @@ def test_rows_of_all_kinds_are_not_taken_for_those_of_some(toy):
     study = toy()
     study.run(QUICK, limit=1)
     some = toy()
-    some.material = study.material.only(["struct_trip"])
+    some.dataset = study.dataset.only(["struct_trip"])
     some.run(QUICK, limit=1)
     assert not set(some.units) & set(study.units)
     assert set(some.read()["kind"]) == set(some.before["kind"]) == {"struct_trip"}
@@ -344,7 +330,7 @@ def test_rows_of_all_kinds_are_not_taken_for_those_of_some(toy):
 
 
 def test_the_first_edits_come_with_their_own_probes_alone(toy):
-    first = toy().material.first(2)
+    first = toy().dataset.first(2)
     assert [edit.id for edit in first.edits] == ["Ada", "Grace"]
     assert {probe.edit for probe in first.every_probe} == {"Ada", "Grace"}
 
@@ -430,12 +416,12 @@ def test_a_trial_that_cannot_start_says_why(toy):
 def test_a_peer_is_written_and_its_rows_say_how(study):
     """On the embedded model: its course stands once in a batch, by windows before and after, and its memory in every row."""
     study.name, study.windows, study.max_new_tokens = "peer", 20, 8
-    study.material = study.material.only(["detail", "struct_trip"])
+    study.dataset = study.dataset.only(["detail", "struct_trip"])
     covariance.measure(study.model, study.tokenizer, covariance.world_texts()[:40], (1, 2))
     study.run(methods.find("memit").model_copy(update=SHORT))
     after = study.read()
     assert (
-        after.groupby("batch")["course"].count().tolist() == [1, 1] and after["notes"].isna().all()
+        after.groupby("batch")["curve"].count().tolist() == [1, 1] and after["notes"].isna().all()
     )
     for course in courses(after):
         assert course["stopped"] == "steps" and len(course["losses"]) == 3
@@ -514,7 +500,7 @@ def test_a_text_in_context_is_read_before_every_question_of_its_edit(toy):
 LORA = methods.find("LoRA").model_copy(update={"steps": 4, "learning_rate": 1e-2})
 MEASURED = ("train_seconds", "answer_seconds", "peak_mib")  # of the run, not of the edit
 COURSED = (
-    "course",
+    "curve",
     "steps",
     "change_norm",
     "log_probability",
@@ -558,7 +544,7 @@ def test_rows_written_in_lanes_are_other_rows(toy, tokenizer, method):
         assert frame["change_norm"].tolist() == pytest.approx(
             alone["change_norm"].tolist(), rel=1e-2
         )
-        assert frame["course"].notna().tolist() == alone["course"].notna().tolist() and frame[
+        assert frame["curve"].notna().tolist() == alone["curve"].notna().tolist() and frame[
             ["train_seconds", "answer_seconds"]
         ].gt(0).all(axis=None)
         for found, own in zip(courses(frame), courses(alone), strict=True):
@@ -636,7 +622,7 @@ def test_the_unedited_model_is_asked_again_for_other_probes(toy, monkeypatch):
     whole = toy().before
     asked = len(seen)
     study = toy()
-    study.material = study.material.first(2)
+    study.dataset = study.dataset.first(2)
     assert asked and len(seen) == asked and len(study.before) < len(whole)
     same = whole[whole["edit"].isin(study.before["edit"])]
     assert study.before["answer"].tolist() == same["answer"].tolist()
@@ -773,7 +759,7 @@ def test_the_free_memory_is_looked_at_once(toy, monkeypatch):
 @pytest.mark.parametrize("lanes", [1, 16])
 def test_raw_prompts_are_asked_through_the_template_or_share_its_rows(toy, lanes):
     raw, plain = toy(chat=False, lanes=lanes), toy(lanes=lanes)
-    probes, limit = raw.material.every_probe, {"max_new_tokens": raw.room}
+    probes, limit = raw.dataset.every_probe, {"max_new_tokens": raw.room}
     method = FT_M.model_copy(update={"steps": 4})
     for study in (raw, plain):
         study.run(method)
@@ -784,7 +770,7 @@ def test_raw_prompts_are_asked_through_the_template_or_share_its_rows(toy, lanes
             study.model, study.tokenizer, probes, chat=study.chat, **limit
         )
         assert after.loc[places, "before"].tolist() == before[places].tolist()
-        for edit in study.material.edits:
+        for edit in study.dataset.edits:
             own = [probe for probe in probes if probe.edit == edit.id]
             told = [place for place, probe in enumerate(own) if probe.kind != "struct_trip"]
             with edited.edited(study.model, study.tokenizer, [edit], method) as m:
@@ -813,10 +799,9 @@ def test_rows_of_studies_that_ask_as_each_probe_says_are_named_anew(toy):
 
 
 def test_edits_of_the_other_form_are_those_of_this_one(home):
-    paths = rows.Paths("smoke")
     akew, plain = (
-        studies.gather(paths, "test", 5, form="akew-counterfact"),
-        studies.gather(paths, "test", 5),
+        load_dataset("smoke", limit=5, form="akew-counterfact"),
+        load_dataset("smoke", limit=5),
     )
     [world] = (home / "results").glob("world-1-*")
     assert akew.fingerprint != plain.fingerprint and akew.world_seed == plain.world_seed == 1
@@ -846,7 +831,7 @@ def test_edits_of_the_other_form_are_those_of_this_one(home):
     assert (
         world / "test" / "locality" / "UnKEBench-Loc.json"
     ).is_file()  # one set does not take the other's place
-    assert studies.gather(paths, "test", 5) == plain
-    assert {
-        edit.id for edit in studies.gather(paths, "test", 3, form="akew-counterfact").edits
-    } == {edit.id for edit in akew.edits[:3]}
+    assert load_dataset("smoke", limit=5) == plain
+    assert {edit.id for edit in load_dataset("smoke", limit=3, form="akew-counterfact").edits} == {
+        edit.id for edit in akew.edits[:3]
+    }

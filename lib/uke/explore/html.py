@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from uke.data.edits import KINDS as KIND_ORDER
-from uke.results.effects import LABELS
+from uke.results.compare import LABELS
 
 OWN = ("original", "paraphrase", "detail", "multi_hop")
 GROUPS = (

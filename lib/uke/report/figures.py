@@ -38,7 +38,7 @@ from uke.report.style import (
     styled,
 )
 from uke.report.tables import REFERENCES, absent, number, scored
-from uke.results.effects import label
+from uke.results.compare import label
 from uke.results.stats import Score, ordered, require, summarise
 
 NO_EDIT = REFERENCES[0]

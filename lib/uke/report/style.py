@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from uke.files import write_atomic
-from uke.results.effects import label
+from uke.results.compare import label
 
 COLUMN, FULL = 3.4, 6.8  # widths in inches of a figure in one column and across a page
 INK, GREY, PALE, BLUE, RED = "#1b1b1b", "#6f6f6f", "#e4e4e4", "#0072b2", "#d55e00"

@@ -16,7 +16,7 @@ import pandas as pd
 from uke.data.edits import KINDS
 from uke.errors import InputError
 from uke.files import write_atomic
-from uke.results.effects import label
+from uke.results.compare import label
 from uke.results.stats import Score, ordered, require, summarise
 
 __all__ = ["Score", "grid_gaps", "label", "number", "ordered", "save", "scores", "summarise"]

@@ -15,7 +15,7 @@ from uke.files import read_yaml
 from uke.methods.catalog import key as method_key
 from uke.data.edits import KINDS as KIND_ORDER
 from uke.report.tables import absent, bracket, number, places
-from uke.results.effects import LABELS
+from uke.results.compare import LABELS
 from uke.results.metrics import METRICS
 
 HOLDS, IN_PART, FAILS, UNTESTABLE = "holds", "in part", "does not hold", "not testable here"

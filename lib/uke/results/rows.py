@@ -28,7 +28,7 @@ __all__ = [
     "digest",
     "done",
     "export",
-    "headline",
+    "primary",
     "read",
     "unit_key",
 ]
@@ -51,7 +51,7 @@ COLUMNS: dict[str, pa.DataType] = {
     **dict.fromkeys(("train_seconds", "answer_seconds", "change_norm", "learning_rate"), _REAL),
     "peak_mib": _REAL,
     "seed": _COUNT,
-    **dict.fromkeys(("notes", "course"), _TEXT),
+    **dict.fromkeys(("notes", "curve"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
 }
 REQUIRED = (
@@ -291,16 +291,16 @@ def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
     return paths.exported(study)
 
 
-def headline(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
+def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
     """Each kind's own comparison (HEADLINE), one row per run, batch, edit and kind: `score`, and `probes` averaged.
 
     Before the edit, a comparison with the answer before the edit is 1 by definition. Raises InputError where a score
     is missing or a probe occurs twice.
     """
     if phase not in PHASES:
-        raise InputError(f"headline: unknown phase '{phase}'{nearest(phase, PHASES)}")
+        raise InputError(f"primary: unknown phase '{phase}'{nearest(phase, PHASES)}")
     rows = frame[frame["phase"] == phase]
-    _refuse_repeats("headline", rows)
+    _refuse_repeats("primary", rows)
     score = pd.Series(float("nan"), index=rows.index)
     for kind, (metric, against) in HEADLINE.items():
         of_kind = rows["kind"] == kind
@@ -312,7 +312,7 @@ def headline(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
         first = rows[score.isna()].iloc[0]
         metric, against = HEADLINE[first["kind"]]
         probe = f"edit '{first['edit']}', {first['kind']} {first['number']}"
-        raise InputError(f"headline: {first['method']}, {probe}: no {metric} against the {against}")
+        raise InputError(f"primary: {first['method']}, {probe}: no {metric} against the {against}")
     groups = rows.assign(score=score).groupby([*_EDIT, "kind"], dropna=False, as_index=False)
     return groups.agg(score=("score", "mean"), probes=("score", "size"))
 
@@ -322,7 +322,7 @@ def average(
 ) -> pd.DataFrame:
     """The average metric, one row per run, batch and edit: `score`, the plain mean over `kinds`, and `kinds` found.
 
-    `frame` is what `headline` gives. Raises InputError naming what is missing where an edit lacks a kind, or runs that
+    `frame` is what `primary` gives. Raises InputError naming what is missing where an edit lacks a kind, or runs that
     stand side by side differ in their edits, unless `partial` (then the column `kinds` counts what each mean holds).
     """
     scores = frame[frame["kind"].isin(kinds)]

@@ -1,4 +1,4 @@
-"""Material of a study: the first edits of a split, of the world or of a benchmark's file, and every question asked about them."""
+"""The dataset of a study: the first edits of a split, of the world or of a benchmark's file, with all their probes."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uke.data import edits as edit_files
-from uke.data.edits import Edit, Probe
+from uke.data.edits import SPLITS, Edit, Probe, in_split, load_locality
 from uke.errors import InputError, nearest
 from uke.locality import card
 from uke.project import Paths
@@ -15,92 +15,103 @@ from uke.world import files as world_files
 
 
 @dataclass(frozen=True)
-class Material:
-    """The edits of a run, in order, and every question asked about each, with the mark of the whole file they are from.
+class Dataset:
+    """The edits of a run, in order, and the probes of each by the edit's id.
 
-    `world_seed` is None where the edits are of the real world.
+    `fingerprint` is that of all edits and probes of the split, so that a run of more edits adds rows to those of
+    fewer. `paths`: where the run reads and writes. `world_seed` is None where the edits are of the real world.
     """
 
     edits: tuple[Edit, ...]
     probes: dict[str, tuple[Probe, ...]]
     fingerprint: str
+    paths: Paths
+    split: str = "test"
     world_seed: int | None = None
 
     @property
     def every_probe(self) -> list[Probe]:
         return [probe for edit in self.edits for probe in self.probes[edit.id]]
 
-    def first(self, limit: int) -> "Material":
-        """The first `limit` edits of these."""
+    def first(self, limit: int) -> "Dataset":
+        """Return the first `limit` edits with their probes."""
         return replace(self, edits=self.edits[:limit])
 
-    def only(self, kinds: Sequence[str]) -> "Material":
-        """The same edits with probes of these kinds alone, which is another material; InputError for an unknown kind."""
+    def only(self, kinds: Sequence[str]) -> "Dataset":
+        """Return the same edits with probes of these kinds alone, a dataset of its own; InputError for an unknown kind."""
         if unknown := [kind for kind in kinds if kind not in HEADLINE]:
             raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], HEADLINE)}")
         probes = {
             edit: tuple(probe for probe in every if probe.kind in kinds)
             for edit, every in self.probes.items()
         }
-        return replace(self, probes=probes, fingerprint=self._marked(str(sorted(kinds))))
-
-    def _marked(self, change: str) -> str:
-        return hashlib.sha256(f"{self.fingerprint} {change}".encode()).hexdigest()[:16]
+        changed = hashlib.sha256(f"{self.fingerprint} {sorted(kinds)}".encode()).hexdigest()[:16]
+        return replace(self, probes=probes, fingerprint=changed)
 
 
-def gather(
-    paths: Paths,
-    split: str,
-    limit: int,
+def load(
+    profile: str,
+    data: str = "world",
+    split: str = "test",
+    limit: int | None = None,
     data_file: str = "",
-    seed: int = 1,
+    world_seed: int = 1,
     *,
     form: str = "unkebench",
-) -> Material:
-    """The first `limit` edits of a split of the world, or of a benchmark's file, with their probes.
+) -> Dataset:
+    """Load the first `limit` edits (None: all) of a split of the world or of a benchmark's file, with their probes.
 
-    The world's edits come in the form of one benchmark or of the other (`unkebench`, `akew-counterfact`). The world comes with its locality set, built where it is missing; a benchmark's file with the one that `make locality` has
-    built for this run, if it has, beside the probes of its own records. Of a benchmark every fourth edit, told by a hash of
-    the id, is a development edit. Raises InputError for an unknown split or dataset, a limit below 1, or a file with bad records.
+        edits = dataset.load("quick", limit=4)                            # four test edits of world 1
+        edits = dataset.load("quick", "unkebench", "test", 4, "UnKE.json")  # of a benchmark
+
+    The world's edits come in the format of one benchmark or of the other (`form`: `unkebench`, `akew-counterfact`)
+    and with their locality set, which is built where it is missing. A benchmark's file comes with the locality set
+    that `make locality` has built for this run, if any, beside the probes of its own records. Every fourth edit of
+    a benchmark, chosen by a hash of its id, is a development edit. Raises InputError for an unknown split or
+    benchmark, a limit below 1, or a file with bad records.
     """
-    if limit < 1:
+    paths = Paths(profile, data)
+    if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least one edit")
-    if split not in edit_files.SPLITS:
-        raise InputError(f"split: unknown split '{split}'{nearest(split, edit_files.SPLITS)}")
-    if paths.data == "world":
-        every, around = of_world(paths, split, seed, form)
+    if split not in SPLITS:
+        raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
+    if data == "world":
+        edits, locality = of_world(paths, split, world_seed, form)
     else:
-        every, around = edit_files.load(paths.data, data_file), ()
+        edits, locality = edit_files.load(data, data_file), ()
         if (built := card.built(paths)).is_file():
             card.check_made_for(built, Path(data_file))
-            around = edit_files.load_locality(built, every)
-        every = tuple(edit for edit in every if edit_files.in_split(edit.id, split))
-    by_edit: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in every}
-    around = tuple(probe for probe in around if probe.edit in by_edit)
-    for probe in around:
-        by_edit[probe.edit].append(probe)
-    chosen = every[:limit]
-    mark = edit_files.fingerprint(every, around)
-    probes = {edit.id: tuple(by_edit[edit.id]) for edit in chosen}
-    return Material(chosen, probes, mark, seed if paths.data == "world" else None)
+            locality = load_locality(built, edits)
+        edits = tuple(edit for edit in edits if in_split(edit.id, split))
+    probes: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in edits}
+    locality = tuple(probe for probe in locality if probe.edit in probes)
+    for probe in locality:
+        probes[probe.edit].append(probe)
+    chosen = edits[:limit]
+    return Dataset(
+        chosen,
+        {edit.id: tuple(probes[edit.id]) for edit in chosen},
+        edit_files.fingerprint(edits, locality),
+        paths,
+        split,
+        world_seed if data == "world" else None,
+    )
 
 
 def of_world(
     paths: Paths, split: str, seed: int, form: str = "unkebench"
 ) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
-    """All edits of a split of a world, and the probes around them: its locality set, and (UnKEBench) exercises of a general skill."""
+    """Load all edits of a split of a world, and its locality set with (UnKEBench) exercises of a general skill."""
     folder = world_files.ensure(paths.home / "results", seed)
     order = card.of_world(folder, split, form)
-    every = edit_files.load(order.dataset, order.edit_file)
+    edits = edit_files.load(order.dataset, order.edit_file)
     built = card.ensure(order, card.settings(paths.home, "world"), folder / split / "locality")
     exercises = (
-        edit_files.load_locality(folder / split / world_files.GENERAL, every)
-        if form == "unkebench"
-        else ()
+        load_locality(folder / split / world_files.GENERAL, edits) if form == "unkebench" else ()
     )
-    return every, (*edit_files.load_locality(built, every), *exercises)
+    return edits, (*load_locality(built, edits), *exercises)
 
 
 def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
-    """Consecutive batches of `size` edits; a rest that does not fill one is left out, so that all batches compare."""
+    """Yield consecutive batches of `size` edits; a rest that fills no batch is left out, so that all batches compare."""
     return (edits[start : start + size] for start in range(0, len(edits) - size + 1, size))

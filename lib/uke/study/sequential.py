@@ -12,7 +12,7 @@ from uke.errors import InputError
 from uke.methods.edited import Writer, sequence
 from uke.methods.method import EditRecord, Method
 from uke.results import rows
-from uke.results.effects import SIDES
+from uke.results.compare import SIDES
 from uke.results.metrics import HEADLINE
 from uke.study.memory import Peak
 from uke.study.score import beside
@@ -37,12 +37,12 @@ def run(
     a method breaks down on the way, the rows end with the last count it reached, and their notes say why; it raises where
     it reached none. Raises InputError for counts or `asked` below 1, or more edits than the study has.
     """
-    edits, counts = study.material.edits, sorted(set(counts))
+    edits, counts = study.dataset.edits, sorted(set(counts))
     if not counts or counts[0] < 1 or counts[-1] > len(edits) or asked < 1:
         raise InputError(
             f"study {study.name}: counts {counts}, asked {asked}: expected numbers from 1 to {len(edits)}, the edits there are"
         )
-    marks = {"model": study.mark, "data": study.material.fingerprint, "recipe": method.fingerprint}
+    marks = {"model": study.mark, "data": study.dataset.fingerprint, "recipe": method.fingerprint}
     choices = study.labels | {
         "learning_rate": method.learning_rate,
         "seed": method.seed,
@@ -95,7 +95,7 @@ def _reached(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
 def _one_by_one(
     study: Study, method: Method, counts: Sequence[int], asked: int
 ) -> Iterator[pd.DataFrame]:
-    edits = study.material.edits
+    edits = study.dataset.edits
     with (
         sequence(study.model, study.tokenizer, method) as writer,
         _bar(study, method, counts[-1]) as bar,
@@ -113,7 +113,7 @@ def _one_by_one(
 def _at_once(
     study: Study, method: Method, counts: Sequence[int], asked: int
 ) -> Iterator[pd.DataFrame]:
-    edits = study.material.edits
+    edits = study.dataset.edits
     with _bar(study, method, sum(counts)) as bar:
         for count in counts:
             with sequence(study.model, study.tokenizer, method) as writer:
@@ -136,7 +136,7 @@ def _checkpoint(
 ) -> pd.DataFrame:
     """Write the batches one after another, then ask about some edits: their rows, the course in the first."""
     probes = [
-        probe for edit in asked for probe in study.material.probes[edit.id] if probe.kind in ASKED
+        probe for edit in asked for probe in study.dataset.probes[edit.id] if probe.kind in ASKED
     ]
     before, memory, started = study.before, Peak(study.model.device), time.perf_counter()
     trainings = [writer.write(batch) for batch in batches]
@@ -157,7 +157,7 @@ def _checkpoint(
 def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFrame:
     """What happens to the first edits and to the last, to locality and to a general skill, as edits pile up.
 
-    `scores` is what `rows.headline` gives of this module's rows. Columns: method, count, edit, view and score; of `first
+    `scores` is what `rows.primary` gives of this module's rows. Columns: method, count, edit, view and score; of `first
     edits` and `last edits` (the same where all are few) it is that of the original question.
     """
     number = scores["edit"].map({edit.id: place for place, edit in enumerate(edits)})

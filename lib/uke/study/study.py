@@ -30,26 +30,12 @@ from uke.models.model import blocks, fingerprint, load
 from uke.results.rows import shortened
 from uke.results import rows
 from uke.results.metrics import METRICS, Encoder, load_encoder
-from uke.study.dataset import Material, batched, gather
+from uke.study.dataset import Dataset, batched
 from uke.study.memory import Peak, Thrift, free_mib
 from uke.study.pretraining import CARD, card
 from uke.study.score import ask, beside, room
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "UNEDITED",
-    "Material",
-    "Study",
-    "Unit",
-    "batched",
-    "compared",
-    "gather",
-    "leading",
-    "measure_world",
-    "with_record",
-    "world_of",
-]
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
 
@@ -63,6 +49,21 @@ class Unit(NamedTuple):
     done: bool
 
 
+class Subject:
+    """The model under study, by name or already loaded: loaded when it is first needed (see `measure_world`)."""
+
+    def __init__(self, model: str | tuple[nn.Module, PreTrainedTokenizerBase]) -> None:
+        self.name = model if isinstance(model, str) else model[0].config.name_or_path
+        if not isinstance(model, str):
+            self.loaded = model
+
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        model, tokenizer = load(self.name)
+        measure_world(model, tokenizer)
+        return model, tokenizer
+
+
 Written = tuple[
     tuple[Unit, ...], list[pd.DataFrame]
 ]  # a batch's unit in each study that asks, and the rows of each
@@ -70,40 +71,46 @@ Written = tuple[
 
 @dataclass
 class Study:
-    """One study of one model on one material; `labels` (split and the like) stand in every row it writes.
+    """One study of one model, by name or loaded, on one dataset.
 
     `windows`: the target's log-probability is read before and after every edit, by windows of so many tokens. `chat` False asks
     every probe through a raw prompt, before and after. `lanes`: so many single edits at most are written side by side.
     """
 
     name: str
-    paths: rows.Paths
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    material: Material
-    encoder: Encoder | None = None
+    dataset: Dataset
+    subject: "Subject | str | tuple[nn.Module, PreTrainedTokenizerBase]" = "embedded"
+    similarity: bool = True
     max_new_tokens: int = 160
     windows: int | None = None
     chat: bool | None = None
     lanes: int = 16
-    labels: dict[str, Any] = field(default_factory=dict)
     units: list[str] = field(default_factory=list, init=False)
 
-    @classmethod
-    def start(
-        cls, name: str, paths: rows.Paths, model: str, material: Material, **more: Any
-    ) -> "Study":
-        """A study on the model of this name or directory (see `measure_world`), scored with the sentence encoder where there is one."""
-        loaded, tokenizer = load(model)
-        measure_world(loaded, tokenizer)
-        return cls(
-            name,
-            paths,
-            loaded,
-            tokenizer,
-            material,
-            **(more if "encoder" in more else {"encoder": load_encoder(), **more}),
-        )
+    def __post_init__(self) -> None:
+        if not isinstance(self.subject, Subject):
+            self.subject = Subject(self.subject)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.subject.loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.subject.loaded[1]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What stands in every row."""
+        return {"split": self.dataset.split}
+
+    @property
+    def paths(self) -> rows.Paths:
+        return self.dataset.paths
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        return load_encoder() if self.similarity else None
 
     @cached_property
     def thrift(self) -> Thrift:
@@ -136,7 +143,7 @@ class Study:
         """What a report must say of a run: model, data, code, device."""
         marks = {
             "model": self.mark,
-            "data": self.material.fingerprint,
+            "data": self.dataset.fingerprint,
             "code": rows.code_fingerprint(),
         }
         return marks | {
@@ -147,7 +154,7 @@ class Study:
 
     def smoke_run(self) -> bool:
         """Whether model and data do not belong together, so that scores show the machinery and no more."""
-        return world_of(self.model) != self.material.world_seed
+        return world_of(self.model) != self.dataset.world_seed
 
     def run(
         self,
@@ -165,7 +172,7 @@ class Study:
         """
         studies = (self, *also)
         method.examples(
-            self.model, self.tokenizer, self.material.edits
+            self.model, self.tokenizer, self.dataset.edits
         )  # an edit too long is said before any is written
         batches = zip(
             *[study.plan(method, batch_size, limit, labels) for study in studies], strict=True
@@ -199,11 +206,7 @@ class Study:
         self, method: Method, batch_size: int, limit: int | None, labels: Mapping[str, Any]
     ) -> list[Unit]:
         """The units of every batch of the first `limit` edits, those taken over among them; `read` reads them from now on."""
-        marks = {
-            "model": self.mark,
-            "data": self.material.fingerprint,
-            "recipe": method.fingerprint,
-        }
+        marks = {"model": self.mark, "data": self.dataset.fingerprint, "recipe": method.fingerprint}
         said = {
             "method": method.name,
             "batch_size": batch_size,
@@ -212,7 +215,7 @@ class Study:
         }
         texts = method.depends_on(self.model)
         known, planned = rows.by_work(self.paths), []
-        for number, batch in enumerate(batched(self.material.edits[:limit], batch_size)):
+        for number, batch in enumerate(batched(self.dataset.edits[:limit], batch_size)):
             choices = (
                 self.conditions | {"batch": number, "size": batch_size, "texts": texts} | marks
             )
@@ -347,9 +350,7 @@ class Study:
     def ask_after(self, model: nn.Module, edits: Sequence[Edit], shares: int) -> pd.DataFrame:
         """Answers and scores while these edits are in the weights; the seconds are an equal share for each of so many units."""
         started = time.perf_counter()
-        frame = self.ask(
-            model, [probe for edit in edits for probe in self.material.probes[edit.id]]
-        )
+        frame = self.ask(model, [probe for edit in edits for probe in self.dataset.probes[edit.id]])
         return frame.assign(phase="after", answer_seconds=(time.perf_counter() - started) / shares)
 
     def by_window(self, batch: Sequence[Edit]) -> list[list[float]]:
@@ -364,12 +365,12 @@ class Study:
     @cached_property
     def before(self) -> pd.DataFrame:
         """Answers of the unedited model to every probe, read from its rows or asked now; shared by all studies of a run."""
-        marks = {"model": self.mark, "data": self.material.fingerprint, "recipe": None}
-        unit = rows.unit_key(UNEDITED, edits=len(self.material.edits), **self.conditions, **marks)
+        marks = {"model": self.mark, "data": self.dataset.fingerprint, "recipe": None}
+        unit = rows.unit_key(UNEDITED, edits=len(self.dataset.edits), **self.conditions, **marks)
         if not rows.done(self.paths, UNEDITED, unit, marks):
             started = time.perf_counter()
             frame = self.ask(
-                self.model, self.material.every_probe, AnswerCache(self.paths.answers(self.mark))
+                self.model, self.dataset.every_probe, AnswerCache(self.paths.answers(self.mark))
             )
             frame = frame.assign(
                 method=UNEDITED,
@@ -398,7 +399,7 @@ class Study:
     def room(self, probe: Probe) -> int:
         """Tokens an answer may have."""
         return room(
-            probe, self.tokenizer, self.max_new_tokens, short=self.material.world_seed is not None
+            probe, self.tokenizer, self.max_new_tokens, short=self.dataset.world_seed is not None
         )
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
@@ -451,22 +452,5 @@ def with_record(
     frame = frame.assign(
         steps=record.steps, change_norm=norm, notes="; ".join(record.notes) or None
     )
-    frame["course"] = [json.dumps(shortened(course, 6))] + [None] * (len(frame) - 1)
+    frame["curve"] = [json.dumps(shortened(course, 6))] + [None] * (len(frame) - 1)
     return frame
-
-
-def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Headline scores of every method with those of the unedited model under the name `no edit`.
-
-    Locality before the edit is 1 by definition. Columns: method, edit, kind, score.
-    """
-    start = rows.headline(before, phase="before").assign(method="no edit")
-    return pd.concat([rows.headline(after), start])[["method", "edit", "kind", "score"]]
-
-
-def leading(averages: pd.DataFrame, batch_size: int, count: int) -> set[tuple[str, str]]:
-    """Method and level of the `count` levels of each method with the best mean score at a batch size."""
-    means = (
-        averages[averages["batch_size"] == batch_size].groupby(["method", "level"])["score"].mean()
-    )
-    return {place for _, own in means.groupby("method") for place in own.nlargest(count).index}

@@ -20,7 +20,7 @@ from uke.methods.recipes import Recipe
 from uke.models.generate import answer, end_tokens
 from uke.models.model import kept, max_context
 from uke.models.prompts import Example, collate, encode
-from uke.results.effects import SIDES
+from uke.results.compare import SIDES
 from uke.study.memory import Peak
 from uke.study.speed import ALIKE, WITHIN, average
 from uke.study.study import Study
@@ -68,7 +68,7 @@ def loop(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> I
     for edit in edits:
         with write(study.model, study.tokenizer, [edit], method) as m:
             watch.lap("train")
-            probes = study.material.probes[edit.id]
+            probes = study.dataset.probes[edit.id]
             halves = [
                 [probe for probe in probes if (probe.kind in OWN) == own] for own in (True, False)
             ]
@@ -91,7 +91,7 @@ def single(
         with edited(study.model, study.tokenizer, [edit], method) as m:
             watch.lap("train")
             found = answer(
-                m, study.tokenizer, study.material.probes[edit.id], max_new_tokens=study.room
+                m, study.tokenizer, study.dataset.probes[edit.id], max_new_tokens=study.room
             )
             watch.lap("answer")
         watch.lap("train")
@@ -119,7 +119,7 @@ def _side_by_side(study: Study, group: Sequence[Edit], method: Method, watch: Wa
         watch.lap("train")
         if m.failed:  # one by one it would have ended the run too
             raise FloatingPointError("; ".join(m.failed.values()))
-        probes = [probe for edit in group for probe in study.material.probes[edit.id]]
+        probes = [probe for edit in group for probe in study.dataset.probes[edit.id]]
         found = answer(m, study.tokenizer, probes, max_new_tokens=study.room)
         watch.lap("answer")
     watch.lap("train")
@@ -133,7 +133,7 @@ def timed(way: str, study: Study, edits: Sequence[Edit], method: Method) -> Time
     """One way, run on some edits; to count the tokens of the answers is not part of its time."""
     watch = Watch(study.model.device)
     texts = [text for found in WAYS[way](study, edits, method, watch) for text in found]
-    probes = [probe for edit in edits for probe in study.material.probes[edit.id]]
+    probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     tokens = sum(len(ids) for ids in study.tokenizer(texts, add_special_tokens=False)["input_ids"])
     return Timed(
         watch.seconds["train"],

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 from uke.errors import InputError
-from uke.results import effects
+from uke.results import compare
 from uke.results.metrics import AVERAGE, HEADLINE, METRICS
 
 EDITS = ("a", "b", "c")
@@ -53,7 +53,7 @@ def rows(cells, kinds=AVERAGE, edits=EDITS, phase="after"):
 
 def test_a_difference_is_paired_by_edit_whatever_the_order_and_said_in_points():
     frame = scores(M_all=[0.9, 0.5, 0.1], M_one=[0.8, 0.4, 0.0]).sample(frac=1, random_state=3)
-    found = effects.contrasts(frame, {"gain": {("M", "all"): 1, ("M", "one"): -1}})
+    found = compare.contrasts(frame, {"gain": {("M", "all"): 1, ("M", "one"): -1}})
     (row,) = found.itertuples()
     assert (row.difference, row.low, row.high, row.n) == (
         pytest.approx(10),
@@ -62,8 +62,8 @@ def test_a_difference_is_paired_by_edit_whatever_the_order_and_said_in_points():
         3,
     )
     assert (
-        effects.one(found, "gain", "average")[0] == pytest.approx(10)
-        and effects.one(found, "gain", "detail") is None
+        compare.effect(found, "gain", "average")[0] == pytest.approx(10)
+        and compare.effect(found, "gain", "detail") is None
     )
 
 
@@ -72,7 +72,7 @@ def test_an_interaction_is_the_difference_of_differences():
         M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5], L_all=[0.4, 0.4, 0.4], L_one=[0.3, 0.2, 0.1]
     )
     weights = {("M", "all"): 1, ("M", "one"): -1, ("L", "all"): -1, ("L", "one"): 1}
-    found = effects.contrasts(frame, {"interaction": weights})
+    found = compare.contrasts(frame, {"interaction": weights})
     assert found["difference"].tolist() == pytest.approx(
         [100 * ((0.4 + 0.3 + 0.2) - (0.1 + 0.2 + 0.3)) / 3]
     )
@@ -82,7 +82,7 @@ def test_the_p_values_are_corrected_over_all_effects_that_stand_together():
     frame = scores(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5])
     gain = {("M", "all"): 1, ("M", "one"): -1}
     alone, both = (
-        effects.contrasts(frame, dict.fromkeys(names, gain))["p"].tolist()
+        compare.contrasts(frame, dict.fromkeys(names, gain))["p"].tolist()
         for names in (["x"], ["x", "y"])
     )
     assert alone == pytest.approx([0.25]) and both == pytest.approx([0.5, 0.5])
@@ -90,19 +90,19 @@ def test_the_p_values_are_corrected_over_all_effects_that_stand_together():
 
 def test_an_effect_with_an_absent_cell_is_left_out_and_one_of_cells_with_other_edits_is_refused():
     frame = scores(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5])
-    found = effects.contrasts(
+    found = compare.contrasts(
         frame,
         {"lost": {("M", "all"): 1, ("M", "half"): -1}, "gain": {("M", "all"): 1, ("M", "one"): -1}},
     )
-    assert set(found["effect"]) == {"gain"} and effects.one(found, "lost", "average") is None
-    assert effects.shown(effects.contrasts(frame, {})).empty
+    assert set(found["effect"]) == {"gain"} and compare.effect(found, "lost", "average") is None
+    assert compare.shown(compare.contrasts(frame, {})).empty
     with pytest.raises(InputError):
-        effects.contrasts(
+        compare.contrasts(
             scores(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5]),
             {"gain": {("M", "all"): 1, ("M", "one"): -1}},
         )
     with pytest.raises(InputError, match="effect gain: its weights sum to 1; expected 0"):
-        effects.contrasts(frame, {"gain": {("M", "all"): 1}})
+        compare.contrasts(frame, {"gain": {("M", "all"): 1}})
 
 
 def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
@@ -110,7 +110,7 @@ def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
         rows({("FT-M", "eighth_6"): 1.0, ("FT-M", "all"): 0.8}),
         rows({("unedited", None): 0.2}, phase="before"),
     )
-    found = effects.scored(after, before)
+    found = compare.scored(after, before)
     means = found[found["kind"] == "average"].groupby("cell", sort=False)["score"].mean()
     assert list(means.index) == [
         "FT-M, eighth 6",
@@ -121,7 +121,7 @@ def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
     assert means.tolist() == pytest.approx(
         [3.5 / 6, 3.3 / 6, (0.2 + 0.5 * (len(AVERAGE) - kept - 1) + kept) / 6]
     )
-    halves = effects.sides(found).groupby(["cell", "kind"])["score"].mean()
+    halves = compare.sides(found).groupby(["cell", "kind"])["score"].mean()
     assert halves["FT-M, all", "efficacy"] == pytest.approx(1.8 / 3) and halves[
         "FT-M, all", "locality"
     ] == pytest.approx(0.5)
@@ -132,11 +132,11 @@ def test_a_cell_on_fewer_edits_is_refused_and_kinds_that_the_data_lacks_are_said
         [rows({("FT-M", "all"): 1.0}), rows({("FT-M", "one"): 1.0}, edits=("a", "b"))]
     )
     with pytest.raises(InputError, match="FT-M one lacks 1 of the 3 edits beside it"):
-        effects.scored(short, rows({("unedited", None): 0.2}, phase="before"))
+        compare.scored(short, rows({("unedited", None): 0.2}, phase="before"))
     few = rows({("FT-M", "all"): 1.0}, kinds=("original", "detail"))
-    assert effects.lacking(few) == [kind for kind in AVERAGE if kind not in ("original", "detail")]
-    found = effects.sides(
-        effects.scored(
+    assert compare.lacking(few) == [kind for kind in AVERAGE if kind not in ("original", "detail")]
+    found = compare.sides(
+        compare.scored(
             few, rows({("unedited", None): 0.2}, kinds=("original", "detail"), phase="before")
         )
     )
@@ -146,16 +146,16 @@ def test_a_cell_on_fewer_edits_is_refused_and_kinds_that_the_data_lacks_are_said
 def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
     frame = rows({("FT-M", "all"): 1.0}, kinds=("original",), edits=("a", "b"))
     again = frame[frame["edit"] == "a"].assign(number=1, **dict.fromkeys(METRICS, 0.0))
-    found = effects.published(pd.concat([frame, again]))
+    found = compare.published(pd.concat([frame, again]))
     assert found["exact"].tolist() == pytest.approx([0.75])  # edit a 0.5, edit b 1.0
     with pytest.raises(InputError, match="published: no rows of rel_doc"):
-        effects.published(frame, ("rel_doc",))
+        compare.published(frame, ("rel_doc",))
 
 
 def test_the_course_of_a_training_is_read_from_its_row():
     frame = rows({("FT-M", "all"): 1.0}, kinds=("original",), edits=("a", "b"))
-    frame["course"] = [json.dumps({"losses": [2.0, 1.0]}), None]
-    assert effects.courses(frame).to_dict("records") == [
+    frame["curve"] = [json.dumps({"losses": [2.0, 1.0]}), None]
+    assert compare.curves(frame).to_dict("records") == [
         {"method": "FT-M", "level": "all", "edit": "a", "step": step, "loss": loss}
         for step, loss in ((0, 2.0), (1, 1.0))
     ]
@@ -171,4 +171,4 @@ def test_the_course_of_a_training_is_read_from_its_row():
     ],
 )
 def test_levels_are_said_in_words(level, words):
-    assert effects.label(level) == words
+    assert compare.label(level) == words

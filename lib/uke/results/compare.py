@@ -1,0 +1,387 @@
+"""Compare methods and factor levels: scores with no edit beside them, paired contrasts, leads and their trend."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from math import log2
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from uke.data.edits import AVERAGE, KINDS, in_group
+from uke.errors import InputError, nearest
+from uke.project import Paths
+from uke.results import rows
+from uke.results.metrics import METRICS
+from uke.results.stats import (
+    RESAMPLES,
+    SEED,
+    Interval,
+    Score,
+    holm,
+    interval,
+    ordered,
+    paired,
+    require,
+)
+
+BEFORE = "no edit"
+SIDES = {side: in_group(side) for side in ("efficacy", "locality")}
+LABELS = {name: kind.label for name, kind in KINDS.items()} | {
+    "average": "Average",
+    "efficacy": "Efficacy",
+    "locality": "Locality",
+    "reading": "Reading",
+    "detail_held_out": "Details, held out",
+    "last_prompt_token": "last prompt token",
+    "target_tokens": "all target tokens",
+}
+_PLAIN = re.compile(
+    r"(first|second)_half|eighth_\d|loss_scope|chat_template|end_of_turn|batch_size"
+)
+
+
+def label(name: Any) -> str:
+    """Return a kind of probe, a factor or a level as readers see it; other names stay as they are."""
+    name = str(name)
+    return LABELS.get(name) or (name.replace("_", " ") if _PLAIN.fullmatch(name) else name)
+
+
+def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Scores of every cell (a method at a level) by kind of probe, and its average metric as the kind `average`.
+
+    Columns: method, level, cell (both in words), edit, kind, score. The unedited model's cell, method and level are called
+    `no edit`; cells keep the order of `after`. The average is over those of its kinds that the data has (`lacking` says which it has not). Raises
+    InputError where cells differ in their edits.
+    """
+    kinds = [kind for kind in AVERAGE if kind in set(after["kind"])]
+    parts = []
+    for frame, phase in ((after, "after"), (before, "before")):
+        of_kinds = rows.primary(frame, phase)
+        found = pd.concat([of_kinds, rows.average(of_kinds, kinds).assign(kind="average")])
+        parts.append(found if phase == "after" else found.assign(method=BEFORE, level=BEFORE))
+    both = pd.concat(parts)[["method", "level", "edit", "kind", "score"]]
+    places = {
+        cell: place
+        for place, cell in enumerate(dict.fromkeys(zip(after["method"], after["level"])))
+    }
+    order = pd.Series(
+        [places.get(cell, len(places)) for cell in zip(both["method"], both["level"])],
+        index=both.index,
+    )
+    both = both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
+    names = [
+        method if method == BEFORE else f"{method}, {label(level)}"
+        for method, level in zip(both["method"], both["level"])
+    ]
+    return both.assign(cell=names)
+
+
+def lacking(after: pd.DataFrame) -> list[str]:
+    """The kinds of the average metric that the data has no probe of."""
+    return [kind for kind in AVERAGE if kind not in set(after["kind"])]
+
+
+def sides(scores: pd.DataFrame) -> pd.DataFrame:
+    """The average metric and its two halves, `efficacy` and `locality`, as kinds; a half is left out where the data lacks a kind of it."""
+    parts = [scores[scores["kind"] == "average"]]
+    for side, kinds in SIDES.items():
+        if set(kinds) <= set(scores["kind"]):
+            means = (
+                scores[scores["kind"].isin(kinds)]
+                .groupby(["method", "level", "cell", "edit"], sort=False)["score"]
+                .mean()
+            )
+            parts.append(means.reset_index().assign(kind=side))
+    return pd.concat(parts)[list(scores.columns)].reset_index(drop=True)
+
+
+def contrasts(
+    scores: pd.DataFrame, wanted: Mapping[str, Mapping[tuple[str, str], float]]
+) -> pd.DataFrame:
+    """Weighted sums of cells by kind, paired by edit, in points (hundredths) of the score.
+
+    `wanted` gives for each effect by name the weight of each cell (method, level): 1 and -1 for a difference. An effect of
+    which a cell has no rows is left out. Columns: effect, kind, difference, low, high, p (Holm-corrected over all that stand
+    here), n. Raises InputError for weights that do not sum to 0, and where the cells of an effect differ in their edits.
+    """
+    present = set(zip(scores["method"], scores["level"]))
+    found = []
+    for name, weights in wanted.items():
+        if abs(sum(weights.values())) > 1e-9:
+            raise InputError(
+                f"effect {name}: its weights sum to {sum(weights.values()):g}; expected 0"
+            )
+        for kind in ordered(scores["kind"], KINDS) if set(weights) <= present else ():
+            gained, lost = (
+                _summed(
+                    scores[scores["kind"] == kind],
+                    {cell: sign * weight for cell, weight in weights.items() if sign * weight > 0},
+                )
+                for sign in (1, -1)
+            )
+            found.append((name, kind, *paired(gained, lost)))
+    table = pd.DataFrame(found, columns=["effect", "kind", "difference", "low", "high", "p", "n"])
+    return table.assign(p=holm(table["p"]))
+
+
+def _summed(scores: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> pd.Series:
+    """The weighted sum of cells for each edit, in points; NaN, which `paired` refuses, for an edit that a cell lacks."""
+    by_cell = [
+        weight
+        * 100
+        * scores[(scores["method"] == method) & (scores["level"] == level)].set_index("edit")[
+            "score"
+        ]
+        for (method, level), weight in weights.items()
+    ]
+    return pd.concat(by_cell, axis=1).sum(axis=1, skipna=False)
+
+
+def shown(effects: pd.DataFrame) -> pd.DataFrame:
+    """The effects as a table: each with its interval in points, and p."""
+    cells = [
+        Score(*each) for each in effects[["difference", "low", "high"]].itertuples(index=False)
+    ]
+    return pd.DataFrame(
+        {
+            "effect": effects["effect"],
+            "kind": effects["kind"],
+            "difference (points)": cells,
+            "p (Holm)": effects["p"],
+            "edits": effects["n"],
+        }
+    )
+
+
+def effect(effects: pd.DataFrame, effect: str, kind: str) -> tuple[float, float, float, int] | None:
+    """Difference, both ends of its interval and the number of edits of one effect; None where a cell of it has no rows."""
+    row = effects[(effects["effect"] == effect) & (effects["kind"] == kind)]
+    return None if row.empty else tuple(row.iloc[0][["difference", "low", "high", "n"]])
+
+
+def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> pd.DataFrame:
+    """Every metric against the reference, by method, level and kind: mean over the questions of an edit, then over edits."""
+    texts = after[after["kind"].isin(kinds)]
+    if texts.empty:
+        raise InputError(
+            f"published: no rows of {', '.join(kinds)}{nearest(kinds[0], set(after['kind']))}"
+        )
+    names = [name for name in METRICS if texts[name].notna().any()]
+    by = ["method", "level", "kind"]
+    return (
+        texts.groupby([*by, "edit"], sort=False)[names]
+        .mean()
+        .groupby(by, sort=False)
+        .mean()
+        .reset_index()
+    )
+
+
+def curves(after: pd.DataFrame) -> pd.DataFrame:
+    """The loss curve of every training: method, level, edit, step (from 0), loss (nats per token)."""
+    kept = after.dropna(subset="curve")
+    steps = [
+        (row.method, row.level, row.edit, step, loss)
+        for row in kept.itertuples()
+        for step, loss in enumerate(json.loads(row.curve)["losses"])
+    ]
+    return pd.DataFrame(steps, columns=["method", "level", "edit", "step", "loss"])
+
+
+def costs(after: pd.DataFrame) -> pd.DataFrame:
+    """What an edit costs and how large it is, by method and level: means over edits."""
+    units = after.drop_duplicates(["method", "level", "batch"])
+    return (
+        units.groupby(["method", "level"], sort=False)[
+            ["learning_rate", "steps", "train_seconds", "answer_seconds", "change_norm"]
+        ]
+        .mean()
+        .reset_index()
+    )
+
+
+LOCALITY, SKILL = SIDES["locality"], ("general",)
+
+
+def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str]) -> pd.Series:
+    """Average metric of the best trial of each of these methods on development edits, the best first.
+
+    Of the batch sizes that were tuned, the one nearest to `batch_size` (by ratio; the smaller of two). Read from the
+    committed rows of `tuning` of the first of the places that has them; empty where none has any of these methods.
+    """
+    for paths in places:
+        if paths.exported("tuning").is_file():
+            frame = pd.read_parquet(paths.exported("tuning"))
+            frame = frame[frame["method"].isin(among)]
+            if len(frame):
+                size = nearest_first(frame["batch_size"].unique(), batch_size)[0]
+                scores = rows.average(rows.primary(frame[frame["batch_size"] == size]))
+                means = scores.groupby(["method", "level"])["score"].mean()
+                return means.groupby("method").max().sort_values(ascending=False)
+    return pd.Series(dtype=float)
+
+
+def lead(averages: pd.DataFrame, method: str, peer: str) -> tuple[Interval, Interval]:
+    """How far a method is ahead of a peer in points (hundredths) of the average metric, and in percent of the peer's.
+
+    `averages` is what `rows.average` gives at one batch size. Paired by edit; the units drawn are edits, or batches where
+    edits share weights.
+    """
+    own, other = _side_by_side(averages, method, peer)
+    batches = own.index.get_level_values("batch")
+    points = interval(100 * (own - other).to_numpy(), batches)
+    relative = _ratio(own.to_numpy(), other.to_numpy(), batches)
+    return points, relative
+
+
+def differences(averages: pd.DataFrame, method: str, peer: str) -> tuple[pd.Series, pd.Index]:
+    """The lead of each edit in points, and the edit's batch, as `trend` reads them; InputError as `lead` has."""
+    own, other = _side_by_side(averages, method, peer)
+    return 100 * (own - other), own.index.get_level_values("batch")
+
+
+def _side_by_side(averages: pd.DataFrame, method: str, peer: str) -> list[pd.Series]:
+    """The scores of both by batch and edit, in one order."""
+    require(averages, ["method", "batch", "edit", "score"], "lead")
+    own, other = (
+        averages[averages["method"] == name].set_index(["batch", "edit"])["score"].sort_index()
+        for name in (method, peer)
+    )
+    if own.empty or list(own.index) != list(other.index):
+        raise InputError(
+            f"lead: {method} and {peer}: expected the same edits under both, found {len(own)} and {len(other)}"
+        )
+    return [own, other]
+
+
+def _ratio(own: np.ndarray, other: np.ndarray, groups: Sequence) -> Interval:
+    """100 (sum own / sum other - 1) with its bootstrap interval over whole groups."""
+    codes, names = pd.factorize(np.asarray(groups))
+    sums = np.stack([np.bincount(codes, one, len(names)) for one in (own, other)])  # (2, groups)
+    drawn = _draws(len(names))
+    values = sums[:, drawn].sum(-1)  # (2, resamples)
+    ends = (
+        np.quantile(100 * (values[0] / values[1] - 1), (0.025, 0.975))
+        if len(names) > 1
+        else (np.nan, np.nan)
+    )
+    return Interval(float(100 * (sums[0].sum() / sums[1].sum() - 1)), *map(float, ends), len(names))
+
+
+def trend(found: Mapping[int, tuple[Sequence[float], Sequence]]) -> Interval:
+    """Points by which a lead grows with every doubling of the batch size: the slope of least squares on log2 of the size.
+
+    `found` has for each batch size the differences of its edits in points, and the batch of each (`differences`). Batches are drawn
+    anew within each size; `n` counts them all. InputError for a single size.
+    """
+    if len(found) < 2:
+        raise InputError("trend: one batch size; expected two or more")
+    sizes = np.array([log2(size) for size in found])
+    centred = (sizes - sizes.mean()) / ((sizes - sizes.mean()) ** 2).sum()
+    means, resampled, count = [], [], 0
+    for number, (values, batches) in enumerate(found.values()):
+        codes, names = pd.factorize(np.asarray(batches))
+        sums, counts = (
+            np.bincount(codes, np.asarray(values, float), len(names)),
+            np.bincount(codes, minlength=len(names)),
+        )
+        drawn = _draws(len(names), number)
+        means.append(sums.sum() / counts.sum())
+        resampled.append(sums[drawn].sum(-1) / counts[drawn].sum(-1))
+        count += len(names)
+    slopes = centred @ np.array(resampled)
+    return Interval(
+        float(centred @ np.array(means)), *map(float, np.quantile(slopes, (0.025, 0.975))), count
+    )
+
+
+def _draws(count: int, stream: int = 0) -> np.ndarray:
+    return np.random.default_rng([SEED, stream]).integers(
+        0, count, (RESAMPLES, count)
+    )  # (resamples, count)
+
+
+def separation(frame: pd.DataFrame) -> dict[str, Interval]:
+    """How well a set of probes tells methods apart: of the variance of scores, edits aside, the share that lies between methods.
+
+    `frame` has the columns method, edit, kind, score: as many probes of locality (`LOCALITY`) as of a general skill for
+    each edit under every method, else InputError. Gives `locality`, `general` and their `difference`, bootstrapped over edits.
+    """
+    tables = {}
+    for name, kinds in (("locality", LOCALITY), ("general", SKILL)):
+        own = frame[frame["kind"].isin(kinds)]
+        counts = own.groupby(["method", "edit"])["score"].agg(["size", "mean"])
+        tables[name] = counts["mean"].unstack("edit")  # (methods, edits)
+        tables[f"{name} size"] = counts["size"]
+    sizes = {size for name in ("locality", "general") for size in tables[f"{name} size"]}
+    shapes = {tables[name].shape for name in ("locality", "general")}
+    if (
+        len(sizes) != 1
+        or len(shapes) != 1
+        or next(iter(shapes))[0] < 2
+        or any(tables[name].isna().any(axis=None) for name in ("locality", "general"))
+    ):
+        raise InputError(
+            f"separation: probes of an edit: {sorted(sizes)}; expected as many of locality as of a general skill, under two methods or more"
+        )
+    edits = tables["locality"].shape[1]
+    shares = {
+        name: (
+            _share(tables[name].to_numpy()[:, None]),
+            _share(tables[name].to_numpy()[:, _draws(edits)]),
+        )
+        for name in ("locality", "general")
+    }
+    shares["difference"] = tuple(
+        shares["locality"][place] - shares["general"][place] for place in (0, 1)
+    )
+    return {
+        name: Interval(float(value[0]), *map(float, np.quantile(drawn, (0.025, 0.975))), edits)
+        for name, (value, drawn) in shares.items()
+    }
+
+
+def _share(scores: np.ndarray) -> np.ndarray:
+    """Of scores (methods, resamples, edits): the sum of squares between methods over that and what neither edit nor method explains."""
+    centred = scores - scores.mean(axis=0, keepdims=True)  # each edit's own level is taken off
+    between = centred.mean(axis=-1, keepdims=True)  # (methods, resamples, 1)
+    explained = (between**2).sum(axis=(0, 2)) * scores.shape[-1]
+    left = ((centred - between) ** 2).sum(axis=(0, 2))
+    total = explained + left
+    return np.divide(explained, total, out=np.zeros_like(total), where=total > 0)
+
+
+def pairs_separated(frame: pd.DataFrame, kinds: Sequence[str]) -> tuple[int, int]:
+    """Pairs of methods that probes of these kinds tell apart (sign-flip test by edit, Holm-corrected, 5 %), and all pairs."""
+    means = (
+        frame[frame["kind"].isin(kinds)].groupby(["method", "edit"])["score"].mean().unstack("edit")
+    )
+    found = [
+        paired(means.loc[one], means.loc[other]).p for one, other in combinations(means.index, 2)
+    ]
+    return sum(p < 0.05 for p in holm(found)), len(found)
+
+
+def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Headline scores of every method with those of the unedited model under the name `no edit`.
+
+    Locality before the edit is 1 by definition. Columns: method, edit, kind, score.
+    """
+    start = rows.primary(before, phase="before").assign(method="no edit")
+    return pd.concat([rows.primary(after), start])[["method", "edit", "kind", "score"]]
+
+
+def leading(averages: pd.DataFrame, batch_size: int, count: int) -> set[tuple[str, str]]:
+    """Method and level of the `count` levels of each method with the best mean score at a batch size."""
+    means = (
+        averages[averages["batch_size"] == batch_size].groupby(["method", "level"])["score"].mean()
+    )
+    return {place for _, own in means.groupby("method") for place in own.nlargest(count).index}
+
+
+def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
+    """Batch sizes by their ratio to one, the nearest first; of two as far from it the smaller."""
+    return sorted(sizes, key=lambda size: (max(size / batch_size, batch_size / size), size))
