@@ -22,7 +22,7 @@ import predictions
 import shapes
 import torch
 from tqdm import tqdm
-from uke.cli import manifests
+from uke.cli.execute import processor
 from uke.data.edits import Edit
 from uke.errors import InputError
 from uke.methods.method import Method
@@ -143,7 +143,7 @@ def described(measure, size, said: str, name: str, device: str) -> dict:
     measured = measure(size, device)
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "processor": manifests.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -95,9 +95,7 @@ def test_windows_show_the_median_over_edits_before_and_after():
 
 
 def test_a_plane_has_a_point_for_each_method_and_a_cross_for_the_unedited_model():
-    frame = pd.DataFrame(
-        {"method": ["FT-M", "no edit"], "kept": [0.9, 1.0], "written": [0.5, 0.1]}
-    )
+    frame = pd.DataFrame({"method": ["FT-M", "no edit"], "kept": [0.9, 1.0], "written": [0.5, 0.1]})
     marks = {
         line.get_label(): (line.get_marker(), line.get_xdata()[0])
         for line in diagrams.plane(frame).axes[0].get_lines()

@@ -69,9 +69,7 @@ def test_the_model_before_the_edit_is_a_reference_and_no_method():
     fig = figures.levels(frame)
     ax = panels(fig)["RelDoc"]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["FT-M"]
-    before = frame[(frame["method"] == "no edit") & (frame["kind"] == "rel_doc")][
-        "score"
-    ].mean()
+    before = frame[(frame["method"] == "no edit") & (frame["kind"] == "rel_doc")]["score"].mean()
     dashed = [line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2]
     assert dashed == [pytest.approx(before)]
     assert {text.get_text() for text in fig.legends[0].get_texts()} == {

@@ -1,162 +1,138 @@
-"""Checks what a run is asked for before a kernel or a model is started: one line for the first thing that is wrong."""
+"""Check what a run asks for before a kernel or a model is started: one line for the first fault."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from uke.data import edits
+from uke.data.edits import Edit
 from uke.errors import InputError, nearest
-from uke.locality import card
-from uke.methods.catalog import (
-    Method,
-    configured,
-    find,
-    levels_at,
-    rates_by_level,
-    trials,
-    tuned_file,
-)
+from uke.locality.card import settings
+from uke.methods.catalog import configured, find, trials
+from uke.methods.method import Method
+from uke.methods.recipes import FACTORS
 from uke.project import EMBEDDED
 from uke.results.similarity import encoder_folder
 
+LEAST_ONE = ("limit", "max_new_tokens", "entities", "batch_sizes")
 
-def check(root: Path, data: str, parameters: Mapping[str, Any]) -> None:
-    """Numbers, split, methods, model directory, the encoder that documents are ranked with, and every record of a benchmark's file.
 
-    InputError for the first fault.
+def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
+    """Check numbers, split, methods, levels, the model's directory and every record of a benchmark.
 
-    `root` is the project's folder. A name on a hub is looked up only when it is loaded.
+    A name on a hub is looked up only when it is loaded. Raises InputError for the first fault.
     """
-    for name in ("limit", "max_new_tokens", "entities"):
-        if parameters.get(name, 1) < 1:
-            raise InputError(f"{name} is {parameters[name]}; expected a whole number of at least 1")
-    sizes = parameters.get("batch_sizes", [1])
-    if not sizes or min(sizes) < 1:
-        raise InputError(
-            f"batch_sizes: {', '.join(map(str, sizes)) or 'none'}; expected whole numbers of at least 1"
-        )
+    for name in LEAST_ONE:
+        value = parameters.get(name, 1)
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or min(numbers) < 1:
+            given = ", ".join(map(str, numbers)) or "none"
+            raise InputError(f"{name}: {given}; expected whole numbers of at least 1")
     if (split := parameters.get("split", "test")) not in edits.SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, edits.SPLITS)}")
-    if data == "world" and "split" in parameters and card.settings(root, data).retriever != "bm25":
+    if data == "world" and "split" in parameters and settings(home, data).retriever != "bm25":
         encoder_folder()
-    if "reading" in parameters:
-        for name in ("unkebench", "akew-mquake"):
-            card.of_files(name, "", [], [])
+    methods = _methods(home, parameters, split)
+    _check_levels(parameters, methods)
     model = parameters.get("model", "embedded")
-    chosen = [
-        method for size in sizes for method in methods(root, model, parameters.get("methods"), size)
-    ]
-    if parameters.get("batch_sizes") and split == "development":
-        trials(root / "params", model, methods(root, model, parameters.get("methods"), 1))
-    check_levels(root, model, parameters, chosen)
     folder = EMBEDDED if model == "embedded" else Path(model).expanduser()
-    if folder.is_dir() or model.startswith((".", "/", "~")):
-        check_depth(root, model, folder, chosen)
-    every = edits.load(data, parameters["data_file"]) if parameters.get("data_file") else ()
-    asked = [edit for edit in every if edits.in_split(edit.id, split)][: parameters.get("limit")]
-    if folder.is_dir() and chosen and (asked or model != "embedded"):
-        check_prompts(folder, asked, chosen)
+    on_disk = folder.is_dir() or model.startswith((".", "/", "~"))
+    if on_disk:
+        _check_depth(model, folder, methods)
+    file = parameters.get("data_file")
+    every = edits.load(data, file) if file else ()
+    chosen = [edit for edit in every if edits.in_split(edit.id, split)]
+    if on_disk and methods:
+        _check_prompts(folder, chosen[: parameters.get("limit")], methods)
 
 
-def check_levels(
-    root: Path, model: str, parameters: Mapping[str, Any], chosen: list[Method]
-) -> None:
-    """Levels of factors are asked for in a number there can be, on ways to fine-tune, with rates to try where they are tuned."""
-    if "levels" not in parameters:
-        return
-    for name, least in (("levels", 2), ("rates", 1)):
-        if 0 != parameters.get(name, 0) < least:
-            raise InputError(
-                f"{name} is {parameters[name]}; expected 0 for all, or at least {least}"
-            )
-    if peers := [method.name for method in chosen if not method.factors]:
-        raise InputError(
-            f"methods: {peers[0]}: it has no levels of factors; expected a way to fine-tune"
-        )
-    levels_at(root / "params", model)
-    if "rates" in parameters:
-        rates_by_level(root / "params", model, {method.name: method for method in chosen}.values())
+def factor_methods(home: Path, parameters: Mapping[str, Any]) -> list[str]:
+    """Keep the methods that have factors, of those named for a whole run; all if none has."""
+    known = configured(home / "params", parameters.get("model", "embedded"))
+    names = parameters["methods"]
+    return [name for name in names if find(name, known, "methods: ").factors] or names
 
 
-def with_levels(root: Path, parameters: Mapping[str, Any]) -> list[str]:
-    """Of methods named for every notebook of a run those that have levels of factors; all of them where none has."""
-    known = configured(root / "params", parameters.get("model", "embedded"))
-    return [
-        name for name in parameters["methods"] if find(name, known, "methods: ").factors
-    ] or parameters["methods"]
+def factor_levels(notebook: str, levels: list[str], usual: list[str]) -> list[str]:
+    """Keep the levels of this notebook's factor, of those named for a whole run; `usual` if none."""
+    _check_levels({"levels": levels}, ())
+    own = [factor.levels for name, factor in FACTORS.items() if name in notebook]
+    return [level for level in levels if any(level in known for known in own)] or usual
 
 
-def methods(root: Path, model: str, names: list[str] | None, batch_size: int) -> list[Method]:
-    """The methods that `names` names, as tuned for batches of this size; none where a notebook has no methods."""
-    known = configured(root / "params", model, batch_size)
-    if names is None:
+def _methods(home: Path, parameters: Mapping[str, Any], split: str) -> list[Method]:
+    """The methods of a run at each of its batch sizes; trials are needed where they are tuned."""
+    if (names := parameters.get("methods")) is None:
         return []
-    found = [find(name, known, "methods: ") for name in names]
-    if not names or len({method.name for method in found}) < len(names):
-        raise InputError(
-            f"methods: {', '.join(names) or 'none'}; expected each method once, and at least one"
-        )
+    folder, model = home / "params", parameters.get("model", "embedded")
+    found = []
+    for size in parameters.get("batch_sizes", [1]):
+        known = configured(folder, model, size)
+        methods = [find(name, known, "methods: ") for name in names]
+        if not names or len({method.name for method in methods}) < len(names):
+            given = ", ".join(names) or "none"
+            raise InputError(f"methods: {given}; expected each method once, and at least one")
+        found += methods
+    if "batch_sizes" in parameters and split == "development":
+        trials(folder, model, methods)
     return found
 
 
-def check_depth(root: Path, model: str, folder: Path, chosen: list[Method]) -> None:
+def _check_levels(parameters: Mapping[str, Any], methods: Sequence[Method]) -> None:
+    if "levels" not in parameters:
+        return
+    if without := [method.name for method in methods if not method.factors]:
+        fault = "it has no levels of factors; expected a way to fine-tune"
+        raise InputError(f"methods: {without[0]}: {fault}")
+    known = list(dict.fromkeys(level for factor in FACTORS.values() for level in factor.levels))
+    for level in parameters["levels"]:
+        if level not in known:
+            raise InputError(f"levels: unknown level '{level}'{nearest(level, known)}")
+
+
+def _check_depth(model: str, folder: Path, methods: Sequence[Method]) -> None:
     """The directory is a model's, and it has every block that a method writes to."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"model: {model}: no such directory")
     if not path.is_file():
-        raise InputError(
-            f"model: {folder}: no config.json; expected a model directory as `save_pretrained` writes it"
-        )
+        raise InputError(f"model: {folder}: no config.json; expected a saved model's directory")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         depth = config.get("text_config", config)["num_hidden_layers"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a language model's configuration ({type(error).__name__}: {error})"
-        ) from None
-    for method in chosen:
-        beyond = (
-            [layer for layer in method.layers if type(layer) is int and layer >= depth]
-            if isinstance(method.layers, tuple)
-            else []
-        )
-        if beyond:
-            places = f"{root / 'params' / 'methods'} or {tuned_file(root / 'params', model)}"
-            raise InputError(
-                f"{method.name}: layers: {beyond[0]} is out of range; the model has blocks 0 to {depth - 1} (set in {places})"
-            )
+        fault = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a language model's configuration ({fault})") from None
+    for method in methods:
+        layers = method.layers if isinstance(method.layers, tuple) else ()
+        if beyond := [layer for layer in layers if type(layer) is int and layer >= depth]:
+            blocks = f"the model has blocks 0 to {depth - 1}"
+            raise InputError(f"{method.name}: layers: {beyond[0]} is out of range; {blocks}")
 
 
-def check_prompts(folder: Path, asked: list[edits.Edit], chosen: list[Method]) -> None:
-    """The tokenizer has the template that methods train through, and every edit fits into the context."""
+def _check_prompts(folder: Path, chosen: Sequence[Edit], methods: Sequence[Method]) -> None:
+    """The tokenizer has the template that methods use, and every edit fits into the context."""
     from transformers import AutoConfig, AutoTokenizer
 
     from uke.models.prompts import example
 
     try:
-        tokenizer, config = (
-            AutoTokenizer.from_pretrained(folder),
-            AutoConfig.from_pretrained(folder),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, ValueError, KeyError) as error:
+        fault = str(error).splitlines()[0]
         raise InputError(
-            f"model: {folder}: no readable tokenizer and configuration ({str(error).splitlines()[0]})"
+            f"model: {folder}: no readable tokenizer and configuration ({fault})"
         ) from None
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-    for method in chosen:
+    longest = getattr(config, "max_position_embeddings", None) or 10**9
+    for method in methods:
         if method.chat_template and not tokenizer.chat_template:
-            raise InputError(
-                f"model: {folder}: the tokenizer has no chat template, and {method.name} trains through it (chat_template: false trains on the raw prompt)"
-            )
-        for edit in asked:
-            length = len(
-                example(
-                    tokenizer, edit.question, edit.answer, method.chat_template, method.end_of_turn
-                ).ids
-            )
+            fault = f"no chat template, and {method.name} trains through it"
+            raise InputError(f"model: {folder}: {fault} (chat_template: false trains without)")
+        for edit in chosen:
+            text = (edit.question, edit.answer, method.chat_template, method.end_of_turn)
+            length = len(example(tokenizer, *text).ids)
             if length > longest:
-                raise InputError(
-                    f"edit '{edit.id}': question and answer are {length} tokens; the model's context holds {longest}"
-                )
+                fault = f"question and answer are {length} tokens"
+                raise InputError(f"edit '{edit.id}': {fault}; the model's context holds {longest}")

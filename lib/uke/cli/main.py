@@ -1,0 +1,168 @@
+"""The command line, `python -m uke`.
+
+    python -m uke run 01_edits --profile quick --set limit=4     execute one notebook
+    python -m uke check --profile quick                          check every notebook's parameters
+    python -m uke report --profile quick                         compose numbers.json and the report
+    python -m uke covariance MODEL TEXTS.json --layers 3 4       measure what baselines need
+
+Exit status: 0 done, 1 the notebook failed, 2 bad input (nothing was started).
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from uke.cli import params
+from uke.cli.execute import Failure, Job, execute, runs
+from uke.cli.preflight import check, factor_levels, factor_methods
+from uke.data.documents import COLLECTIONS, find_collections
+from uke.data.edits import find_data
+from uke.errors import InputError
+from uke.files import write_atomic
+from uke.project import Paths
+
+logger = logging.getLogger("uke")
+
+QUOTED = "embedded"  # the profile whose figures are committed and whose numbers README quotes
+DAY = 86400
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for loud in ("papermill", "filelock", "traitlets", "fontTools"):
+        logging.getLogger(loud).setLevel(logging.WARNING)
+    try:
+        options.command(options)
+    except InputError as error:
+        logger.error("%s", error)
+        return 2
+    except Failure as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m uke", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, function, text):
+        found = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        found.set_defaults(command=function)
+        return found
+
+    pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    run = command("run", _run, "execute one notebook")
+    run.add_argument("notebook", help="name of a notebook, for example 01_edits")
+    run.add_argument("--set", **pair, help="a parameter of this notebook")
+    run.add_argument("--cell-timeout", type=int, default=DAY, help="seconds for one cell")
+    every = [
+        run,
+        command("check", _check, "check the parameters of every notebook, run nothing"),
+        command("report", _report, "compose numbers.json, report.html and report.pdf"),
+    ]
+    for each in every:
+        each.add_argument("--profile", required=True, help="a file of params/profiles")
+        each.add_argument("--data", help="a benchmark's name instead of the profile's data")
+        each.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
+        each.add_argument(
+            "--rows", choices=["committed"], help="draw again from figures/<profile>/rows"
+        )
+    measure = command("covariance", _covariance, "measure key covariances of a model")
+    measure.add_argument("model", help="embedded, a model directory or a hub name")
+    measure.add_argument("texts", nargs="?", help="JSON list of texts; the world's for 'embedded'")
+    measure.add_argument("--layers", type=int, nargs="+", help="blocks (default: every block)")
+    return parser
+
+
+def job(options: argparse.Namespace, notebook: str) -> Job:
+    """Check everything that can be checked before a kernel starts; InputError otherwise."""
+    home, name = Paths(options.profile).home, Path(notebook).stem
+    data = params.dataset(home, options.profile, options.data)
+    own = getattr(options, "set", [])
+    parameters = params.merge(home, name, options.profile, options.shared, own)
+    shared = {pair.partition("=")[0] for pair in options.shared}
+    if "levels" in shared and "levels" in parameters:
+        others = [pair for pair in options.shared if not pair.startswith("levels=")]
+        usual = params.merge(home, name, options.profile, others, own)["levels"]
+        parameters["levels"] = factor_levels(name, parameters["levels"], usual)
+    given = {"profile": options.profile, "data": data}
+    parameters |= {key: value for key, value in given.items() if key in parameters}
+    if "data_file" in parameters:
+        parameters["data_file"] = find_data(data, parameters["data_file"])
+    for kind in COLLECTIONS:
+        if kind in parameters and data != "world":
+            parameters[kind] = [str(path) for path in find_collections(kind, parameters[kind])]
+    if "methods" in shared and {"levels", "methods"} <= set(parameters):
+        parameters["methods"] = factor_methods(home, parameters)
+    if not options.rows:
+        check(home, data, parameters)
+    timeout = getattr(options, "cell_timeout", DAY)
+    notebook_file = home / "notebooks" / f"{name}.ipynb"
+    return Job(notebook_file, parameters, Paths(options.profile, data), timeout)
+
+
+def _run(options: argparse.Namespace) -> None:
+    planned = job(options, options.notebook)
+    model = planned.parameters.get("model", "embedded")
+    if model == "embedded" or Path(model).expanduser().is_dir():
+        # A model on disk needs no hub: a mistaken look-up fails at once and waits for no network.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if options.rows:
+        os.environ["UKE_ROWS"] = options.rows
+    execute(planned)
+
+
+def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
+    paths = Paths(options.profile)
+    data = params.dataset(paths.home, options.profile, options.data)
+    given = dict(pair.partition("=")[::2] for pair in options.shared)
+    found = {
+        kind: find_collections(kind, filter(None, given.get(kind, "").split(",")))
+        for kind in COLLECTIONS
+    }
+    studies = params.reported(paths.home, options.profile, data, bool(found["documents"]))
+    return Paths(options.profile, data), [study.notebook for study in studies]
+
+
+def _check(options: argparse.Namespace) -> None:
+    paths, notebooks = _reported(options)
+    if paths.figures == paths.home / "figures" / QUOTED and options.shared:
+        changed = ", ".join(pair.partition("=")[0] for pair in options.shared)
+        raise InputError(
+            f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README "
+            "quotes; change another profile (PROFILE=quick)"
+        )
+    for notebook in notebooks:
+        job(options, notebook)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from uke.report.compose import account, compose, quote
+
+    paths, notebooks = _reported(options)
+    kept = paths.figures / "rows" / "runs.json"  # what made the rows, for who draws them again
+    if options.rows:
+        made = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    else:
+        made = runs(paths)
+        write_atomic(kept, json.dumps(made, indent=1) + "\n")
+    account(paths, [run for run in made if run["notebook"] in notebooks])
+    compose(paths, notebooks, made)
+    if paths.figures == paths.home / "figures" / QUOTED:
+        quote(paths.home / "README.md", paths)
+
+
+def _covariance(options: argparse.Namespace) -> None:
+    from uke.methods.locate_edit import covariance
+    from uke.models.model import load
+
+    if options.texts is None and options.model != "embedded":
+        raise InputError("covariance: expected a JSON file of texts for any model but 'embedded'")
+    texts = covariance.read_texts(options.texts) if options.texts else covariance.world_texts()
+    covariance.measure(*load(options.model), texts, options.layers or covariance.LAYERS)

@@ -1,0 +1,421 @@
+"""The command line on small notebooks: what it refuses before a kernel starts, what it runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from uke.cli import execute, params
+from uke.cli.main import _parser, job, main
+from uke.cli.preflight import check
+from uke.data.documents import find_collections
+from uke.data.edits import find_data
+from uke.errors import InputError
+from uke.methods.catalog import key
+from uke.project import Paths
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = """profile = "quick"  # sizes
+data = "world"  # dataset
+data_file = ""  # its file
+model = "embedded"  # what is edited
+limit = 4  # edits
+rate = 1e-3  # learning rate
+methods = ["FT-M"]  # compared
+only = None  # one unit
+"""
+WRITE = """from uke.files import write_atomic
+from uke.project import Paths
+section = Paths(profile, data).sections / "01_small.json"
+write_atomic(section, '{"answer": "It is, with %d."}' % limit)"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with two profiles and one notebook, which `write` changes."""
+    monkeypatch.setenv("UKE_HOME", str(tmp_path))
+    monkeypatch.delenv("UKE_DATA", raising=False)
+    for folder in ("notebooks", "params/profiles", "params/methods"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "params/studies.yaml").write_text("01_small: {}\n")
+    (tmp_path / "params/profiles/quick.yaml").write_text("limit: 5\n")
+    (tmp_path / "params/profiles/smoke.yaml").write_text("limit: 2\n")
+    for name in ("FT-L", "FT-M", "AnyEdit (MEMIT)"):
+        (tmp_path / f"params/methods/{key(name)}.yaml").write_text(f"base: {name}\n")
+    write(tmp_path, WRITE)
+    return tmp_path
+
+
+def write(project: Path, *cells: str) -> None:
+    cell = nbformat.v4.new_code_cell
+    tagged = cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    title = nbformat.v4.new_markdown_cell(
+        "# Is this small?\n\n**Answer** See below.\n\n**Cost** 0."
+    )
+    notebook = nbformat.v4.new_notebook(cells=[title, tagged, *(cell(source) for source in cells)])
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python",
+        "language": "python",
+    }
+    nbformat.write(notebook, project / "notebooks" / "01_small.ipynb")
+
+
+def run(*arguments: str, profile: str = "quick") -> int:
+    return main(["run", "01_small", "--profile", profile, *arguments])
+
+
+def merge(project: Path, profile: str = "quick", notebook: str = "01_small", **given) -> dict:
+    return params.merge(project, notebook, profile, **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "limmit=3"], "--set: unknown parameter 'limmit'; did you mean 'limit'?"),
+        (["--set", "limit=three"], "--set: limit: expected int, found 'three' (str)"),
+        (["--set", "limit=2.5"], "--set: limit: expected int, found 2.5 (float)"),
+        (["--set", "limit=true"], "--set: limit: expected int, found True (bool)"),
+        (["--set", "limit"], "--set limit: expected name=value"),
+        (["--shared", "metods=A"], "--shared: unknown parameter 'metods'; did you mean 'methods'?"),
+        (["--set", "methods=FT-M,FT-Q"], "methods: unknown method 'FT-Q'; did you mean"),
+        (["--set", "data=zsre"], "--set: 'data' is chosen by --data"),
+        (["--data", "unkebensh"], "data: unknown dataset 'unkebensh'; did you mean 'unkebench'?"),
+        (["--data", "unkebench"], "data: unkebench needs a file, and UKE_DATA is not set"),
+        (["--data", "unkebench", "--set", "data_file=no.json"], "data_file: no.json: no such file"),
+        (["--set", "model=./nowhere"], "model: ./nowhere: no such directory"),
+        (["--profile", "quik"], "unknown profile 'quik'; did you mean 'quick'?"),
+    ],
+)
+def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
+    project, caplog, arguments, expected
+):
+    assert run(*arguments) == 2
+    assert expected in caplog.messages[-1]
+    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[-1]
+    assert not (project / "results").exists() and not (project / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("profiles/quick.yaml", "limt: 3", "unknown parameter 'limt'; did you mean 'limit'?"),
+        ("profiles/quick.yaml", "limit: many", "limit: expected int, found 'many'"),
+        ("profiles/quick.yaml", "limit: 1\nlimit: 2", "key 'limit' is written twice"),
+        ("profiles/quick.yaml", "limit: [1", "line 2: not valid YAML"),
+        ("profiles/quick.yaml", "- limit", "expected a mapping of names to values, found list"),
+        ("profiles/quick.yaml", "profile: smoke", "'profile' is chosen by --profile"),
+        ("studies.yaml", "01_small: {fixt: {}}", "unknown key 'fixt'; did you mean 'fixed'?"),
+        ("studies.yaml", "01_small: [1]", "expected a mapping"),
+        ("studies.yaml", "01_small: {priority: high}", "priority: Input should be"),
+        ("studies.yaml", "01_small: {fixed: {rat: 1.0}}", "did you mean 'rate'?"),
+        ("studies.yaml", "01_small: {fixed: {methods: [1]}}", "methods[0]: expected str, found 1"),
+        ("studies.yaml", "01_small: {profiles: {smok: {}}}", "did you mean 'smoke'?"),
+    ],
+)
+def test_a_fault_in_a_parameter_file_names_file_key_and_nearest_name(
+    project, caplog, file, content, expected
+):
+    (project / "params" / file).write_text(content + "\n")
+    assert run() == 2
+    line = caplog.messages[-1]
+    assert expected in line and file in line and "\n" not in line
+
+
+def test_a_misspelt_notebook_is_named_with_the_nearest(project, caplog):
+    assert main(["run", "01_smal", "--profile", "quick"]) == 2
+    assert "no such notebook; did you mean '01_small'?" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("limit = 2 + len('a')", "limit: expected a literal value"),
+        ("limit: int = 2", "expected `name = literal`"),
+        ("limit = {'a': 1}", "limit: expected bool, int, float, str, list or None"),
+        ("limit =", "not valid Python"),
+    ],
+)
+def test_a_parameters_cell_holds_literals_alone(project, source, expected):
+    path = project / "notebooks" / "01_small.ipynb"
+    path.write_text(path.read_text().replace("limit = 4  # edits", source))
+    with pytest.raises(InputError, match="parameters cell, line 5") as caught:
+        params.declared(path)
+    assert expected in str(caught.value)
+
+
+def test_the_later_source_of_a_parameter_wins(project):
+    profile, study = project / "params/profiles/quick.yaml", project / "params/studies.yaml"
+    profile.write_text("{}\n")
+    assert merge(project)["limit"] == 4
+    profile.write_text("limit: 5\n")
+    assert merge(project)["limit"] == 5
+    study.write_text("01_small: {fixed: {limit: 6}, profiles: {smoke: {limit: 7}}}\n")
+    assert merge(project)["limit"] == 6 and merge(project, "smoke")["limit"] == 7
+    assert merge(project, shared=["limit=8"])["limit"] == 8
+    assert merge(project, shared=["limit=8"], own=["limit=9"])["limit"] == 9
+
+
+def test_values_take_the_type_of_the_default(project):
+    (project / "params/profiles/quick.yaml").write_text("rate: 5e-4\n")
+    merged = merge(project, own=["methods=FT-L, FT-M", "data_file=12", "only=3"])
+    assert merged["rate"] == 5e-4 and isinstance(merged["rate"], float)
+    assert merged["methods"] == ["FT-L", "FT-M"]
+    assert merged["data_file"] == "12" and merged["only"] == 3
+    assert isinstance(merge(project, own=["rate=1"])["rate"], float)
+
+
+def test_a_shared_value_is_skipped_by_a_notebook_without_the_parameter(project):
+    other = (project / "notebooks/01_small.ipynb").read_text().replace("only =", "shard =")
+    (project / "notebooks/02_other.ipynb").write_text(other)
+    assert "shard" not in merge(project, shared=["shard=2"])
+    assert merge(project, notebook="02_other", shared=["shard=2"])["shard"] == 2
+    with pytest.raises(InputError, match="unknown parameter 'shard'"):
+        merge(project, own=["shard=2"])
+
+
+def test_methods_and_levels_of_a_whole_run_leave_each_factor_its_own(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def planned(notebook, *pairs):
+        shared = [part for pair in pairs for part in ("--shared", pair)]
+        options = _parser().parse_args(["run", notebook, "--profile", "quick", *shared])
+        return job(options, notebook).parameters
+
+    named = "methods=FT-UKE,MEMIT,LoRA"
+    assert planned("04_factor_layers", named)["methods"] == ["FT-UKE", "LoRA"]
+    assert planned("07_recipe", named)["methods"] == ["FT-UKE", "MEMIT", "LoRA"]
+    levels = "levels=eighth_3,all"
+    assert planned("04_factor_layers", levels)["levels"] == ["eighth_3", "all"]
+    usual = planned("05_factor_components")["levels"]
+    assert planned("05_factor_components", levels)["levels"] == usual
+    with pytest.raises(InputError, match="MEMIT: it has no levels of factors"):
+        planned("04_factor_layers", "methods=MEMIT,UnKE")
+    with pytest.raises(InputError, match="unknown level 'eigth_3'; did you mean 'eighth_3'"):
+        planned("04_factor_layers", "levels=eigth_3,all")
+
+
+def test_data_is_found_by_folder_or_by_file_and_never_guessed(project, monkeypatch):
+    folder = project / "bench"
+    (folder / "unkebench").mkdir(parents=True)
+    monkeypatch.setenv("UKE_DATA", str(folder))
+    with pytest.raises(InputError, match="expected one file unkebench/final_data"):
+        find_data("unkebench")
+    first = folder / "unkebench" / "final_data_v2.json"
+    first.write_text("[]")
+    assert find_data("unkebench") == find_data("unkebench", str(first)) == str(first)
+    (folder / "unkebench" / "final_data_v3.json").write_text("[]")
+    with pytest.raises(InputError, match="v2.json, final_data_v3.json; name it with DATA_FILE"):
+        find_data("unkebench")
+    assert find_data("world") == ""
+
+
+def test_collections_are_those_given_else_those_of_the_folder(project, monkeypatch):
+    assert find_collections("documents") == ()
+    (project / "wikipedia").mkdir()
+    for name in ("b.jsonl", "a.jsonl", ".hidden"):
+        (project / "wikipedia" / name).write_text("{}")
+    monkeypatch.setenv("UKE_DATA", str(project))
+    assert [path.name for path in find_collections("documents")] == ["a.jsonl", "b.jsonl"]
+    given = [str(project / "wikipedia/b.jsonl")]
+    assert [path.name for path in find_collections("documents", given)] == ["b.jsonl"]
+    with pytest.raises(InputError, match="documents: nowhere.jsonl: no such file"):
+        find_collections("documents", ["nowhere.jsonl"])
+
+
+def test_a_profile_of_its_own_has_its_own_report_and_a_locality_set_needs_documents(project):
+    studies = {"02_locality": True, "03_other": True, "own": "special", "never": False}
+    text = yaml.safe_dump({name: {"report": report} for name, report in studies.items()})
+    (project / "params/studies.yaml").write_text(text)
+
+    def names(*arguments):
+        return [study.notebook for study in params.reported(project, *arguments)]
+
+    assert names("special", "world") == ["own"]
+    assert names("quick", "world", False) == ["02_locality", "03_other"]
+    assert names("quick", "unkebench", True) == ["02_locality", "03_other"]
+    assert names("quick", "unkebench", False) == ["03_other"]
+
+
+# What is checked of a run's parameters.
+
+
+@pytest.fixture
+def directory(tmp_path, tokenizer, tiny):
+    """An ordinary model directory: four blocks, context of 256."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refuse(project, match, data="world", **parameters):
+    with pytest.raises(InputError, match=match) as caught:
+        check(project, data, {"methods": ["FT-L", "FT-M"], **parameters})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"limit": 0}, "limit: 0; expected whole numbers of at least 1"),
+        ({"batch_sizes": [8, 0]}, "batch_sizes: 8, 0; expected whole numbers of at least 1"),
+        ({"batch_sizes": []}, "batch_sizes: none"),
+        ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
+        ({"methods": ["AnyEdit (MEMIT)", "anyedit_memit"]}, "expected each method once"),
+        ({"methods": ["MEMIT"]}, "methods: unknown method 'MEMIT'"),  # it has no file here
+        ({"methods": []}, "methods: none"),
+        ({"levels": ["al"]}, "levels: unknown level 'al'; did you mean 'all'"),
+        ({"levels": [], "methods": ["AnyEdit (MEMIT)"]}, "it has no levels of factors"),
+    ],
+)
+def test_a_bad_value_is_refused(project, parameters, match):
+    refuse(project, match, **parameters)
+
+
+def test_a_directory_that_is_no_model_is_refused(project, tmp_path):
+    refuse(project, "no config.json", model=str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    refuse(project, "config.json: not a language model's configuration", model=str(tmp_path))
+
+
+def test_what_does_not_fit_the_model_is_named(project, directory, tmp_path):
+    check(project, "world", {"methods": ["FT-M", "anyedit_memit"], "model": str(directory)})
+    path = project / "params" / "methods" / f"{key('FT-M')}.yaml"
+    path.write_text("base: FT-M\nlayers: [1, 40]\n")
+    refuse(project, "FT-M: layers: 40 is out of range; .* blocks 0 to 3", model=str(directory))
+    path.write_text("base: FT-M\n")
+    answers = ["word " * (400 if number == 2 else 5) for number in range(8)]
+    records = [
+        {"id": number, "question": "Who?", "answer": answer, "category": "x"}
+        for number, answer in enumerate(answers)
+    ]
+    file = tmp_path / "edits.json"
+    file.write_text(json.dumps(records))
+    given = {"data_file": str(file), "model": str(directory)}
+    with pytest.raises(InputError, match="edit '2': .* tokens; the model's context holds 256"):
+        for split in ("test", "development"):  # the long one is in one of them
+            check(project, "editeverything", {"methods": ["FT-M"], "split": split, **given})
+    file.write_text(json.dumps([*records[:7], records[7] | {"answer": ""}]))
+    refuse(project, "edits.json.*answer", data="editeverything", limit=2, **given)
+
+
+def test_a_tokenizer_without_a_template_is_refused_where_a_recipe_trains_through_one(
+    project, directory
+):
+    (directory / "chat_template.jinja").unlink()
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    refuse(project, "no chat template, and FT-L trains through it", model=str(directory))
+
+
+# What becomes of a notebook that is run.
+
+
+def executed() -> list:
+    path = Paths("quick").results / "notebooks" / "01_small.ipynb"
+    return nbformat.read(path, as_version=4).cells
+
+
+def manifest() -> dict:
+    return json.loads((Paths("quick").results / "manifests" / "01_small.json").read_text())
+
+
+def test_a_run_uses_this_interpreter_and_leaves_section_answer_and_manifest(project, monkeypatch):
+    decoy = project / "share" / "kernels" / "python3"
+    decoy.mkdir(parents=True)
+    kernel = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
+    (decoy / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(project / "share"))
+    listens = "from ipykernel.kernelapp import IPKernelApp\nown = IPKernelApp.instance()"
+    write(project, WRITE, "import sys; sys.executable", listens, "own.transport, own.ip")
+    with tempfile.TemporaryDirectory() as folder:  # short: a socket's path has a hundred letters
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        assert run("--set", "limit=3") == 0
+        assert not list(Path(folder).glob("uke-*"))
+    cells = executed()
+    assert "**Answer** It is, with 3.\n\n**Cost** 0." in cells[0].source
+    assert sys.executable in cells[-3].outputs[0].data["text/plain"]
+    assert f"'ipc', '{folder}" in cells[-1].outputs[0].data["text/plain"]
+    written = manifest()
+    assert written["status"] == "done" and written["parameters"]["limit"] == 3
+    assert written["executable"] == sys.executable and written["versions"]["papermill"]
+
+
+def test_a_failing_cell_is_one_line_on_stderr(project):
+    write(project, "first = 1", "raise RuntimeError('no\\nway')")
+    command = [sys.executable, "-m", "uke", "run", "01_small", "--profile", "quick"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "01_small.ipynb: cell [4]: RuntimeError: no (" in done.stderr.splitlines()[-1]
+    assert manifest()["status"] == "failed"
+
+
+def test_an_input_error_of_a_cell_is_shown_as_its_own_line(project, caplog):
+    write(project, "from uke.errors import InputError\nraise InputError('x.json: empty answer')")
+    assert run() == 1
+    assert caplog.messages[-1] == "x.json: empty answer"
+
+
+def test_a_section_that_is_missing_or_old_fails_the_run(project, caplog):
+    write(project, "limit")
+    assert run() == 1
+    assert "finished without writing its section" in caplog.messages[-1]
+    section = Paths("quick").sections / "01_small.json"
+    section.parent.mkdir(parents=True)
+    section.write_text("{}")
+    assert run() == 1
+    assert "finished without renewing" in caplog.messages[-1]
+
+
+def test_a_killed_kernel_fails_the_run_and_rerunning_resumes(project, caplog):
+    units = """from pathlib import Path
+import os, signal
+folder = Path("results/units")
+folder.mkdir(parents=True, exist_ok=True)
+for unit in "ab":
+    if not (folder / unit).exists():
+        (folder / unit).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL) if unit == "a" else None"""
+    write(project, units, WRITE)
+    assert run() == 1
+    assert "kernel failed in 'Is this small?'" in caplog.messages[-1]
+    first = (project / "results/units/a").read_text()
+    assert run() == 0
+    assert (project / "results/units/a").read_text() == first
+    assert (project / "results/units/b").read_text() != first
+
+
+def test_a_hanging_cell_is_ended_with_its_kernel(project, caplog):
+    write(project, "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(300)")
+    assert run("--cell-timeout", "2") == 1
+    assert "more than 2 s" in caplog.messages[-1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((project / "pid").read_text()), 0)
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    names = []
+    for model, flags in (("1", "fma avx avx2"), ("17", "fma avx2 avx512f")):
+        fields = f"cpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: {flags}"
+        (tmp_path / "cpuinfo").write_text(fields + "\n")
+        names.append(execute.processor(tmp_path / "cpuinfo"))
+    assert names == [
+        "AMD EPYC (family 25, model 1, AVX2)",
+        "AMD EPYC (family 25, model 17, AVX-512)",
+    ]
+    assert execute.processor(tmp_path / "none")
+
+
+def test_help_lists_every_target_of_the_makefile():
+    targets = re.findall(r"^([a-z]+): .*##", (ROOT / "Makefile").read_text(), re.M)
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
+    assert set(re.findall(r"^make ([a-z]+) ", done.stdout, re.M)) == set(targets)
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert sorted(phony) == sorted(targets)
