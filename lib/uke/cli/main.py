@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for loud in ("papermill", "filelock", "traitlets", "fontTools"):
-        logging.getLogger(loud).setLevel(logging.WARNING)
+        logging.getLogger(loud).setLevel(logging.ERROR)
     try:
         options.command(options)
     except InputError as error:
