@@ -25,8 +25,8 @@ from tqdm import tqdm
 from uke.cli.execute import processor
 from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.methods.method import Method
 from uke.methods.catalog import at_level, configured, find
+from uke.methods.method import Method
 from uke.models.generate import answer
 from uke.models.model import load
 from uke.project import Paths

@@ -16,10 +16,9 @@ from transformers import DynamicCache
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods import finetune
-from uke.methods.edited import edited_each
-from uke.methods.method import Method
-from uke.methods.edited import edited
+from uke.methods.edited import edited, edited_each
 from uke.methods.lanes import Below
+from uke.methods.method import Method
 from uke.methods.recipes import Recipe
 from uke.models import generate as answering
 from uke.models import prompts

@@ -9,13 +9,11 @@ from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods import edited as editing
 from uke.methods import finetune
-from uke.methods.edited import edited_each, lane_mib
-from uke.methods.edited import METHODS, edited
+from uke.methods.edited import METHODS, edited, edited_each, lane_mib
 from uke.methods.locate_edit import covariance, solvers
 from uke.methods.locate_edit.anchors import by_window, locate
-from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.methods.method import Method
-from uke.methods.recipes import RECIPES, Recipe
+from uke.methods.recipes import BASELINES, RECIPES, LocateRecipe, Recipe
 from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
 from uke.models.model import select

@@ -13,8 +13,8 @@ from uke.methods.locate_edit import covariance, solvers
 from uke.methods.locate_edit.anchors import by_window, locate, look, sites, states
 from uke.methods.locate_edit.solvers import System, ridge
 from uke.methods.locate_edit.targets import target_values
-from uke.models import prompts
 from uke.methods.recipes import BASELINES, LocateRecipe
+from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
 from uke.models.prompts import example
 

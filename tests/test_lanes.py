@@ -3,8 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from uke.methods.finetune import adapt
-from uke.methods.finetune import adapter
+from uke.methods.finetune import adapt, adapter
 from uke.methods.lanes import Lanes, LowRank, constant_below, grouping
 from uke.methods.recipes import RECIPES
 from uke.models.model import select

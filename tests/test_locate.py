@@ -6,10 +6,10 @@ from conftest import FAMILIES
 from uke.data.edits import Edit
 from uke.methods.locate_edit.anchors import Located, by_window, locate, look, sites, states
 from uke.methods.locate_edit.targets import _Chunk, injected, target_values
+from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.models import prompts
 from uke.models.generate import surprisals
 from uke.models.prompts import Example
-from uke.methods.recipes import BASELINES, LocateRecipe
 
 EDITS = (
     Edit(

@@ -8,8 +8,7 @@ import yaml
 from uke.errors import InputError
 from uke.methods import catalog as methods
 from uke.methods.catalog import PUBLISHED
-from uke.methods.recipes import BASELINES
-from uke.methods.recipes import FAMILIES, RECIPES, Choices, candidate
+from uke.methods.recipes import BASELINES, FAMILIES, RECIPES, Choices, candidate
 
 PARAMS = Path(__file__).parents[1] / "params"
 FILES = sorted((PARAMS / "methods").glob("*.yaml"))

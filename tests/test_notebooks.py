@@ -242,7 +242,7 @@ def executed(home, environment) -> list[Path]:
 
 
 def run_smoke(name: str, environment: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "uke.cli.run", name, "--profile", "smoke"]
+    command = [sys.executable, "-m", "uke", "run", name, "--profile", "smoke"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 

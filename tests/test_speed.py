@@ -201,11 +201,7 @@ def test_too_many_lanes_for_memory_end_a_benchmark_or_lose_an_edit(toy, monkeypa
 
     plain = ways.timed("lanes", toy, toy.dataset.edits, FT_M).answers
     monkeypatch.setattr(ways, "edited_each", full)
-    assert ways.timed("lanes", toy, toy.dataset.edits, FT_M).answers == plain and sizes == [
-        2,
-        1,
-        1,
-    ]
+    assert ways.timed("lanes", toy, toy.dataset.edits, FT_M).answers == plain and sizes == [2, 1, 1]
     assert len(caplog.records) == 1 and toy.lanes == 1
     monkeypatch.setattr(ways, "edited_each", lambda *_: full(None, None, (1, 2), None))
     with pytest.raises(torch.OutOfMemoryError):

@@ -16,17 +16,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from uke.data.edits import Edit, Probe
+from uke.data.edits import KINDS, Edit, Probe
 from uke.errors import InputError
 from uke.explore.choices import Refused, check_place
 from uke.explore.surroundings import Library
-from uke.methods.method import Method
 from uke.methods.catalog import configured
 from uke.methods.edited import EditRecord, edited, save
+from uke.methods.method import Method
 from uke.models.generate import Generation, Token, answer, token_probabilities
 from uke.models.model import load
 from uke.project import Paths, check_name
-from uke.data.edits import KINDS
 from uke.results.metrics import HEADLINE, score
 from uke.study.score import TEACHER_FORCED, ask, beside, room
 from uke.study.study import measure_world, world_of

@@ -19,7 +19,6 @@ from uke.files import write_yaml
 from uke.methods.method import Method
 from uke.methods.recipes import BASELINES, FACTORS, RECIPES, SINGLES, Recipe, candidate, vary
 
-
 Named = TypeVar("Named")
 
 # Published settings, by published name.

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Edit
 from uke.errors import Diverged, InputError
-from uke.models.model import module_names
-from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
 from uke.methods.lanes import Below, Lanes, LowRank, constant_below, relative_norm
 from uke.methods.method import Applied, Progress, Training, Written
+from uke.models.model import module_names
+from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
 
 if TYPE_CHECKING:
     from uke.methods.recipes import Recipe

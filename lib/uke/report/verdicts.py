@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from uke.data.edits import KINDS as KIND_ORDER
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
 from uke.methods.catalog import key as method_key
-from uke.data.edits import KINDS as KIND_ORDER
 from uke.report.tables import absent, bracket, number, places
 from uke.results.compare import LABELS
 from uke.results.metrics import METRICS

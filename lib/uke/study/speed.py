@@ -12,9 +12,9 @@ from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import key
+from uke.results.metrics import AVERAGE, HEADLINE, score
 from uke.results.rows import shortened
 from uke.results.stats import Score, ordered
-from uke.results.metrics import AVERAGE, HEADLINE, score
 
 RESULTS = ("benchmarks", "results")
 CPU, GPU = "cpu", "gpu"  # the names of the two files

@@ -23,13 +23,13 @@ from uke.errors import Diverged, InputError
 from uke.methods.edited import edited, edited_each, lane_mib
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import by_window, locate
-from uke.models.generate import AnswerCache, Generation
 from uke.methods.method import EditRecord, Method
 from uke.methods.recipes import BASELINES
+from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
-from uke.results.rows import shortened
 from uke.results import rows
 from uke.results.metrics import METRICS, Encoder, load_encoder
+from uke.results.rows import shortened
 from uke.study.dataset import Dataset, batched
 from uke.study.memory import Peak, Thrift, free_mib
 from uke.study.pretraining import CARD, card

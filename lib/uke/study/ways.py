@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.methods.edited import edited_each
-from uke.methods.method import Method
-from uke.methods.edited import edited
+from uke.methods.edited import edited, edited_each
 from uke.methods.finetune import adapt
 from uke.methods.finetune import trained as finetuned
+from uke.methods.method import Method
 from uke.methods.recipes import Recipe
 from uke.models.generate import answer, end_tokens
 from uke.models.model import kept, max_context

@@ -21,9 +21,9 @@ from uke.methods.lanes import Lanes
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
 from uke.methods.locate_edit.targets import Values, target_values
+from uke.methods.method import Progress, Training, Written
 from uke.models.model import wide
 from uke.models.prompts import PASS_TOKENS
-from uke.methods.method import Progress, Training, Written
 
 if TYPE_CHECKING:
     from uke.methods.recipes import LocateRecipe
