@@ -1,272 +1,541 @@
-"""The benchmarks' file formats: one parser per dataset, from a record to the fields of an edit.
+"""The benchmarks' files: read JSON records, check them field by field and turn them into edits.
 
-A parser takes a `Record` and returns a plain dict, which `uke.data.edits.Edit` validates. What holds for all:
-white space around a text is trimmed, nothing inside it is changed; an id is `id`, else `case_id`, else
-the record's position in the file, always as text; keys that the protocol does not use are ignored;
-a locality or portability item without an answer cannot be scored: it is noted in `Record.unanswered`.
+One model for each format names the fields of its records; other keys are ignored. White space
+around a text is trimmed, nothing inside it is changed. An id is `id`, else `case_id`, else the
+position in the file.
 Mappings: arXiv 2506.09672 and the published code of UnKE, AnyEdit and EasyEdit.
 """
 
+import json
+import os
 import string
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from uke.data.records import Record
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from uke.data.edits import EFFICACY, KINDS, Cloze, Detail, Edit, Fact, Item, Probe
+from uke.errors import InputError, nearest
+
+LETTERS = string.ascii_uppercase
 DETAILS = 5  # triplets of AKEW that the published protocol asks, the first ones
+# Where a benchmark's file lies below the folder UKE_DATA; "world" is generated and needs none.
+DATA_FILES = {
+    "unkebench": "unkebench/final_data_v*.json",
+    "akew-counterfact": "akew/CounterFact*.json",
+    "akew-mquake": "akew/MQuAKE-CF*.json",
+    "akew-wikiupdate": "akew/WikiUpdate*.json",
+    "editeverything": "editeverything/editevery*.json",
+}
+WORDS = {str: "text", list: "a list", dict: "an object", int: "a whole number", float: "a number"}
+WORDS |= {bool: "true or false", type(None): "null"}
+EXPECTED = {
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "an object",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+}
+Made = TypeVar("Made", bound=BaseModel)
+
+
+def describe(value: Any) -> str:
+    """Say in the words of error messages what a JSON value is."""
+    shown = f" ({json.dumps(value)})" if type(value) in (bool, int, float) else ""
+    return WORDS.get(type(value), type(value).__name__) + shown
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON value from a UTF-8 file; InputError names the line of what is wrong."""
+    path = Path(path).expanduser()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_object)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}); expected one JSON file"
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8; expected a JSON text file"
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        problem = f"not valid JSON at {place}: {explain(error)}" if text.strip() else "is empty"
+    except (ValueError, RecursionError) as error:
+        problem = f"not usable JSON: {error}"
+    raise InputError(f"{path}: {problem}")
+
+
+def read_list(path: str | Path) -> list:
+    """Read a JSON list of at least one record; InputError otherwise."""
+    items = read_json(path)
+    if type(items) is not list:
+        raise InputError(f"{path}: expected a list of records, found {describe(items)}")
+    if not items:
+        raise InputError(f"{path}: the list is empty; expected at least one record")
+    return items
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """Build a JSON object; Python's own reader would silently keep the last of two equal keys."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {repeated!r} more than once")
+    return content
+
+
+def explain(error: json.JSONDecodeError) -> str:
+    """Say what is wrong with JSON, and whether it looks cut off."""
+    cut = error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()
+    return error.msg + ("; is the file truncated?" if cut else "")
+
+
+@contextmanager
+def located(place: str, fields: Iterable[str] = ()) -> Iterator[None]:
+    """Turn the first thing that pydantic finds wrong into an InputError of one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = "".join(f"[{key}]" if type(key) is int else f".{key}" for key in first["loc"])
+        where = f"{place}, field '{path.lstrip('.')}'" if path else place
+        raise InputError(" ".join(f"{where}: {_problem(first, fields)}".split())) from None
+
+
+def _problem(error: Mapping[str, Any], fields: Iterable[str]) -> str:
+    """Say what is wrong with a field, from pydantic's description of it."""
+    message, value = error["msg"].removeprefix("Value error, "), error["input"]
+    match error["type"]:
+        case "missing":
+            return f"is missing; the fields are {', '.join(map(repr, value)) or 'no field'}"
+        case "string_pattern_mismatch":
+            return "is empty; expected text"
+        case "too_short":
+            return "is empty; expected at least one item"
+        case "string_unicode":
+            return "holds half a character (a lone surrogate); expected valid Unicode text"
+        case "extra_forbidden":
+            return message + nearest(str(error["loc"][-1]), fields)
+        case "literal_error":
+            return message + nearest(str(value), KINDS)
+        case kind if kind in EXPECTED:
+            return f"expected {EXPECTED[kind]}, found {describe(value)}"
+    return message
+
+
+def _trim(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty; expected text")
+    return text.strip()
+
+
+def as_text(value: Any) -> Any:
+    """Turn a whole number, as which files may give an id, into text."""
+    return str(value) if type(value) is int else value
+
+
+def _flatten(value: Any) -> tuple[str, ...]:
+    """Collect acceptable answers, each once: a text, a list of texts or lists of aliases."""
+    nested, answers = [value], []
+    while nested:
+        value = nested.pop()
+        if isinstance(value, (list, tuple)):
+            nested += reversed(value)
+        elif type(value) is str:
+            answers.append(value.strip())
+        elif value is not None:
+            raise ValueError(f"expected text, found {describe(value)}")
+    return tuple(dict.fromkeys(filter(None, answers)))
+
+
+def as_many_as(other: str) -> AfterValidator:
+    """Require a list to be as long as the list of the field `other`, which stands above it."""
+
+    def check(items: list, info: ValidationInfo) -> list:
+        expected = len(info.data.get(other, items))
+        if len(items) != expected:
+            counts = f"has {len(items)} items; expected {expected}"
+            raise ValueError(f"{counts}, as many as '{other}'")
+        return items
+
+    return AfterValidator(check)
+
+
+OrEmpty = BeforeValidator(lambda value: [] if value is None else value)
+OrSingle = BeforeValidator(lambda value: [value] if type(value) is dict else value)
+Named = BeforeValidator(lambda value: value.get("str") if type(value) is dict else value)
+Text = Annotated[StrictStr, AfterValidator(_trim)]
+Name = Annotated[Text, BeforeValidator(as_text)]
+Texts = Annotated[list[Text], OrEmpty]
+Answers = Annotated[tuple[Text, ...], BeforeValidator(_flatten)]
+Choices = Annotated[list[Text], Field(min_length=2, max_length=len(LETTERS))]
+
+
+class Source(BaseModel):
+    """A record, or a part of one, as it was published; fields without a name here are ignored."""
+
+    model_config = ConfigDict(frozen=True, validate_default=True)
+
+
+class EditEverything(Source):
+    """EditEverything: question, answer and one of its categories."""
+
+    id: Name
+    question: Text
+    answer: Text
+    category: Text
+
+    def edit(self) -> Edit:
+        return Edit(**dict(self))
+
+
+class MultiHop(Source):
+    """A record with MQuAKE's questions about what follows from the edit, one answer for all."""
+
+    id: Name
+    questions: Texts = []
+    new_answer: Text | None = None
+    new_answer_alias: Answers = ()
+
+    @field_validator("new_answer")
+    @classmethod
+    def _check_answer(cls, answer: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("questions") and answer is None:
+            raise ValueError("is missing; expected the answer to 'questions'")
+        return answer
+
+    def probes(self, *others: dict[str, Any]) -> tuple[Probe, ...]:
+        """Make the multi-hop probes and others, numbered within their kind."""
+        aliases = tuple(alias for alias in self.new_answer_alias if alias != self.new_answer)
+        hop = {"kind": "multi_hop", "reference": self.new_answer, "aliases": aliases}
+        counts: Counter = Counter()
+        probes = []
+        for fields in (*(hop | {"question": question} for question in self.questions), *others):
+            probes.append(Probe(edit=self.id, number=counts[fields["kind"]], **fields))
+            counts[fields["kind"]] += 1
+        return tuple(probes)
+
+
+class UnKEBench(MultiHop):
+    """UnKEBench v2, and v3 with its `mmlu_*` lists; may carry MQuAKE's multi-hop keys too."""
+
+    question: Text
+    para_question: Text
+    answer: Text
+    sub_question: list[Text]
+    sub_answer: Annotated[list[Text], as_many_as("sub_question")]
+    mmlu_questions: Texts = []
+    mmlu_choices: Annotated[list[Choices], OrEmpty, as_many_as("mmlu_questions")] = []
+    mmlu_answer: Annotated[list, OrEmpty, as_many_as("mmlu_questions")] = []
+
+    @field_validator("mmlu_answer")
+    @classmethod
+    def _letter(cls, answers: list, info: ValidationInfo) -> list[str]:
+        """Turn right choices, which files give as letter, index from 0 or text, into letters."""
+        letters = []
+        for answer, choices in zip(answers, info.data.get("mmlu_choices", ()), strict=False):
+            offered = LETTERS[: len(choices)]
+            keys = (*choices, *map(str, range(len(offered))), *offered)
+            names = dict(zip(keys, offered * 3, strict=True))
+            letter = names.get(str(answer).strip()) if type(answer) in (int, str) else None
+            if letter is None:
+                expected = f"one of {', '.join(offered)}, or its index from 0"
+                raise ValueError(f"item {len(letters)} is {answer!r}; expected {expected}")
+            letters.append(letter)
+        return letters
+
+    def exercises(self) -> Iterator[dict[str, Any]]:
+        """Yield the multiple-choice questions; the reference is the letter of the right choice."""
+        lists = (self.mmlu_questions, self.mmlu_choices, self.mmlu_answer)
+        for question, choices, letter in zip(*lists, strict=True):
+            lines = [f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False)]
+            yield {
+                "kind": "general",
+                "question": "\n".join((question, *lines)),
+                "reference": letter,
+                "aliases": (lines[LETTERS.index(letter)],),
+            }
+
+    def edit(self) -> Edit:
+        pairs = zip(self.sub_question, self.sub_answer, strict=True)
+        return Edit(
+            id=self.id,
+            question=self.question,
+            answer=self.answer,
+            paraphrase=self.para_question,
+            details=tuple(Detail(question=asked, answer=answer) for asked, answer in pairs),
+            extra=self.probes(*self.exercises()),
+        )
+
+
+class Triplet(Source):
+    """A triplet that a paragraph of AKEW states."""
+
+    subject: Text
+    prompt: Text
+    target: Text
+
+
+class Rewrite(Source):
+    """A rewrite of AKEW: the edited fact, the paragraph that states it, and its triplets."""
+
+    subject: Text
+    prompt: Text
+    fact_new_uns: Text
+    unsfact_triplets_GPT: list[Triplet]
+    target: Annotated[Text, Named] = Field(
+        validation_alias=AliasChoices("target_new", "answer_new")
+    )
+    prompt_full: Text | None = None
+
+    @property
+    def asked(self) -> str:
+        return self.prompt_full or self.prompt.replace("{}", self.subject)
+
+
+class ClozeRewrite(Rewrite):
+    """The rewrite of CounterFact."""
+
+    prompt_full: Text
+
+
+class QuestionRewrite(Rewrite):
+    """The rewrite of WikiUpdate."""
+
+    question: Text
+
+    @property
+    def asked(self) -> str:
+        return self.question
+
+
+class Akew(MultiHop):
+    """AKEW MQuAKE-CF, and what AKEW's files share: a record's first rewrite, a locality question.
+
+    As published, also where a record has several rewrites and its answer may need them all.
+    """
+
+    requested_rewrite: Annotated[list[Rewrite], OrSingle, Field(min_length=1)]
+    paraphrase_prompts: Texts = []
+    loc: Text | None = None
+    loc_ans: Answers = ()
+
+    def locality(self) -> Iterator[dict[str, Any]]:
+        if self.loc and self.loc_ans:
+            yield {
+                "kind": "struct_trip",
+                "question": self.loc,
+                "reference": self.loc_ans[0],
+                "aliases": self.loc_ans[1:],
+                "chat": is_question(self.loc),
+            }
+        elif self.loc:
+            place = f"record with id '{self.id}', field 'loc_ans'"
+            warnings.warn(f"{place}: the question has no answer and makes no probe", stacklevel=5)
+
+    def edit(self) -> Edit:
+        first = self.requested_rewrite[0]
+        stated = [(one.subject, one.prompt, one.target) for one in first.unsfact_triplets_GPT]
+        details = [(prompt.replace("{}", name), target) for name, prompt, target in stated]
+        return Edit(
+            id=self.id,
+            question=first.asked,
+            answer=first.fact_new_uns,
+            paraphrase=next(iter(self.paraphrase_prompts), None),
+            subject=first.subject,
+            details=tuple(
+                Detail(question=asked, answer=known) for asked, known in details[:DETAILS]
+            ),
+            # A relation without exactly one place for its subject states no fact.
+            facts=tuple(
+                Fact(subject=name, relation=prompt, object=target)
+                for name, prompt, target in [(first.subject, first.prompt, first.target), *stated]
+                if prompt.count("{}") == 1
+            ),
+            extra=self.probes(*self.locality()),
+        )
+
+
+class AkewCounterFact(Akew):
+    """AKEW CounterFact: a cloze asks for the paragraph; `neighborhood_prompts` are not used."""
+
+    requested_rewrite: Annotated[list[ClozeRewrite], OrSingle, Field(min_length=1)]
+    paraphrase_prompts: Annotated[list[Text], Field(min_length=1)]
+
+
+class AkewWikiUpdate(Akew):
+    """AKEW WikiUpdate: a real question, a paragraph of Wikipedia, no paraphrase."""
+
+    requested_rewrite: Annotated[list[QuestionRewrite], OrSingle, Field(min_length=1)]
+
+
+FORMATS: dict[str, type[Source]] = {
+    "unkebench": UnKEBench,
+    "akew-counterfact": AkewCounterFact,
+    "akew-mquake": Akew,
+    "akew-wikiupdate": AkewWikiUpdate,
+    "editeverything": EditEverything,
+}
+
+
+class Triple(Source):
+    """A record of a structured set (ZsRE, CounterFact, WikiBigEdit, KnowEdit) with its true object.
+
+    True is `ground_truth` (KnowEdit, CounterFact), `answers` (ZsRE), and `target_new` where a set
+    of real updates has nothing else (WikiBigEdit).
+    """
+
+    id: Name
+    subject: Text
+    prompt: Text = Field(validation_alias=AliasChoices("prompt", "src"))
+    answers: Answers = Field(validation_alias=AliasChoices("ground_truth", "answers", "target_new"))
+    rephrased: Text | None = Field(
+        None, validation_alias=AliasChoices("rephrase_prompt", "rephrase")
+    )
+
+    @property
+    def question(self) -> str | None:
+        asked = (prompt for prompt in (self.prompt, self.rephrased) if prompt)
+        return next(filter(is_question, asked), None)
 
 
 def is_question(prompt: str) -> bool:
-    """Whether a short prompt is a question, to be asked through the chat template, and no cloze.
+    """Return whether a short prompt is a question, asked through the chat template, and no cloze.
 
     ZsRE's locality prompts come from Natural Questions, marked so and without a question mark.
     """
     return prompt.endswith("?") or prompt.startswith("nq question:")
 
 
-def multiple_choice(question: str, choices: Iterable[str]) -> str:
-    """A question with its choices, lettered from A, one a line."""
-    lines = (f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices))
-    return "\n".join((question, *lines))
+def _records(path: str | Path, model: type[Made], limit: int | None = None) -> Iterator[Made]:
+    """Yield the checked records of a file, whose ids must differ."""
+    seen: dict[str, int] = {}
+    for position, values in enumerate(read_list(path)[:limit]):
+        place = f"{path}: record {position}"
+        if type(values) is not dict:
+            raise InputError(f"{place}: expected an object, found {describe(values)}")
+        id = values.get("id", values.get("case_id", position))
+        place += f" (id '{id}')" if type(id) in (int, str) else ""
+        with located(place):
+            record = model.model_validate(values | {"id": id})
+        if record.id in seen:
+            raise InputError(f"{place}: record {seen[record.id]} has this id too; expected it once")
+        seen[record.id] = position
+        yield record
 
 
-def _item(kind: str, record: Record, question: str, answer: str) -> Iterable[dict]:
-    """The probe a locality or portability item makes: none, but a note, if it has no answer."""
-    prompt, answers = record.text(question), record.answers(answer)
-    if not answers:
-        record.unanswered.append(f"{record.place}, field '{record.path}{answer}'")
-        return
-    rest = dict(reference=answers[0], aliases=tuple(answers[1:]), chat=is_question(prompt))
-    yield dict(kind=kind, question=prompt, **rest)
+def load(dataset: str, path: str | Path, limit: int | None = None) -> tuple[Edit, ...]:
+    """Load the first `limit` edits (None: all) of a benchmark's file, in its order.
+
+        edits = load("unkebench", "final_data_v2.json", limit=100)
+
+    `dataset` is a key of `FORMATS`. No record is left out, and two may ask the same question, as in
+    real files. Raises InputError, naming file, record and field, for an unknown dataset, an
+    unreadable file, a record that lacks or misuses a field, or an id that occurs twice. Warns of
+    locality questions without an answer, which make no probe.
+    """
+    if dataset not in FORMATS:
+        raise InputError(f"unknown dataset {dataset!r}{nearest(str(dataset), FORMATS)}")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        expected = "a whole number of at least 1, or None for all"
+        raise InputError(f"limit is {limit!r}; expected {expected}")
+    return tuple(record.edit() for record in _records(path, FORMATS[dataset], limit))
 
 
-def _items(kind: str, record: Record, question: str, answer: str) -> Iterable[dict]:
-    """The probes of a pair of fields: two single values, or two lists of equal length."""
-    if type(record.values.get(question)) is not list:
-        yield from _item(kind, record, question, answer)
-        return
-    record.equal(question, answer)
-    for place, pair in enumerate(zip(record.values[question], record.values[answer])):
-        names = (f"{question}[{place}]", f"{answer}[{place}]")
-        yield from _item(kind, record.beside(dict(zip(names, pair))), *names)
+def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
+    """Load the triples of a structured set in the file's order, with ids `<file>-<id>`.
 
-
-def _optional(kind: str, record: Record, question: str, answer: str) -> Iterable[dict]:
-    """The same for fields that a record may lack, but not one without the other."""
-    if not (record.has(question) or record.has(answer)):
-        return []
-    return _items(kind, record, question, answer)
-
-
-def _locality(record: Record) -> Iterable[dict]:
-    """`loc` with `loc_ans`, where a record has them."""
-    return _optional("struct_trip", record, "loc", "loc_ans")
-
-
-def _group(kind: str, record: Record, field: str) -> Iterable[dict]:
-    """The probes of KnowEdit's `locality` or `portability`: group name -> list of items, or null."""
-    if record.has(field):
-        groups = record.inner(record.values[field], field)
-        for name in filter(groups.has, groups.values):
-            for item in groups.records(name):
-                yield from _item(kind, item, "prompt", "ground_truth")
-
-
-def _multi_hop(record: Record) -> Iterable[dict]:
-    """MQuAKE's questions about what follows from the edit, one answer for all."""
-    if record.has("questions"):
-        answer = record.text("new_answer")
-        known = record.answers("new_answer_alias") if record.has("new_answer_alias") else []
-        aliases = tuple(alias for alias in known if alias != answer)
-        for question in record.texts("questions"):
-            yield dict(kind="multi_hop", question=question, reference=answer, aliases=aliases)
-
-
-def _general(record: Record) -> Iterable[dict]:
-    """UnKEBench v3's MMLU questions with their choices; the reference is the right one's letter."""
-    fields = ("mmlu_questions", "mmlu_choices", "mmlu_answer")
-    if not any(record.has(field) for field in fields):
-        return
-    questions, choices, answers = (record.value(field, list) for field in fields)
-    record.equal("mmlu_questions", "mmlu_choices")
-    record.equal("mmlu_questions", "mmlu_answer")
-    for place, question in enumerate(record.texts("mmlu_questions")):
-        field = f"mmlu_choices[{place}]"
-        offered = record.beside({field: choices[place]}).texts(field)
-        if not 2 <= len(offered) <= len(string.ascii_uppercase):
-            record.fail(
-                field, f"has {len(offered)} items; expected 2 to {len(string.ascii_uppercase)}"
-            )
-        letter = _letter(record, f"mmlu_answer[{place}]", answers[place], offered)
-        named = f"{letter}. {offered[string.ascii_uppercase.index(letter)]}"
-        asked = multiple_choice(question, offered)
-        yield dict(kind="general", question=asked, reference=letter, aliases=(named,))
-
-
-def _letter(record: Record, field: str, answer: object, offered: list[str]) -> str:
-    """The letter of the right choice, which files give as a letter, an index from 0 or its text."""
-    letters = string.ascii_uppercase[: len(offered)]
-    names = dict(zip(offered, letters)) | dict(zip(map(str, range(len(letters))), letters))
-    names |= dict(zip(letters, letters))
-    found = names.get(str(answer).strip()) if type(answer) in (int, str) else None
-    if found is None:
-        record.fail(
-            field, f"is {answer!r}; expected one of {', '.join(letters)}, or its index from 0"
+    Raises InputError as `load` does; warns of records without an answer, which are left out.
+    """
+    triples = list(_records(path, Triple))
+    without = [triple.id for triple in triples if not triple.answers]
+    if without:
+        count = f"{len(without)} triples have no answer and are left out"
+        warnings.warn(f"{path}: {count}; the first has the id '{without[0]}'", stacklevel=2)
+    return tuple(
+        Cloze(
+            id=f"{Path(path).stem}-{triple.id}",
+            question=triple.question,
+            **triple.model_dump(include={"subject", "prompt", "answers"}),
         )
-    return found
-
-
-def _edit(record: Record, fields: dict, extra: Iterable[dict] = ()) -> dict:
-    """All fields of an edit: its id, and its extra probes numbered within each kind."""
-    count: Counter = Counter()
-    numbered = []
-    for probe in extra:
-        numbered.append(probe | dict(edit=record.id, number=count[probe["kind"]]))
-        count[probe["kind"]] += 1
-    return fields | dict(id=record.id, extra=tuple(numbered))
-
-
-def _facts(triples: Iterable[tuple[str, str, str]]) -> tuple[dict, ...]:
-    """Source facts; a triple whose relation does not have exactly one place for its subject is none."""
-    return tuple(dict(subject=s, relation=r, object=o) for s, r, o in triples if r.count("{}") == 1)
-
-
-def _akew(record: Record, rewrite: Record, question: str, extra: Iterable[dict]) -> dict:
-    """What AKEW's three files share: the paragraph, its triplets, the edited fact."""
-    triplets = rewrite.records("unsfact_triplets_GPT")
-    triples = [tuple(map(triplet.text, ("subject", "prompt", "target"))) for triplet in triplets]
-    subject, relation = rewrite.text("subject"), rewrite.text("prompt")
-    if type(rewrite.values.get("target_new")) is dict:
-        target = rewrite.inner(rewrite.values["target_new"], "target_new").text("str")
-    else:
-        target = rewrite.text("target_new" if rewrite.has("target_new") else "answer_new")
-    asked = [dict(question=r.replace("{}", s), answer=o) for s, r, o in triples[:DETAILS]]
-    fields = dict(
-        question=question,
-        answer=rewrite.text("fact_new_uns"),
-        subject=subject,
-        details=tuple(asked),
+        for triple in triples
+        if triple.answers
     )
-    facts = _facts([(subject, relation, target), *triples])
-    return _edit(record, fields | dict(facts=facts), extra)
 
 
-def akew_counterfact(record: Record) -> dict:
-    """AKEW CounterFact: a cloze asks for the paragraph; the protocol has no use for `neighborhood_prompts`."""
-    rewrite = record.inner(record.value("requested_rewrite", dict), "requested_rewrite")
-    fields = _akew(record, rewrite, rewrite.text("prompt_full"), _locality(record))
-    paraphrases = record.texts("paraphrase_prompts")
-    if not paraphrases:
-        record.fail("paraphrase_prompts", "is empty; expected at least one text")
-    return fields | dict(paraphrase=paraphrases[0])
+def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
+    """Load the probes of these edits from a locality file, a JSON list with the fields of `Item`.
 
-
-def akew_mquake(record: Record) -> dict:
-    """AKEW MQuAKE-CF: a record's first rewrite, without paraphrase, and the record's multi-hop questions.
-
-    As published, also where a record has several rewrites and its multi-hop answer may need them all.
+    Probes of other edits are checked and left out, so that one file serves every selection of its
+    edits. Raises InputError for a field that is wrong, missing or misspelt, for a kind that an edit
+    asks itself, for an edit without a probe, and for two probes of one edit, kind and number.
     """
-    rewrites = record.records("requested_rewrite")
-    if not rewrites:
-        record.fail("requested_rewrite", "is empty; expected at least one object")
-    first = rewrites[0]
-    filled = first.text("prompt").replace("{}", first.text("subject"))
-    question = first.text("prompt_full") if first.has("prompt_full") else filled
-    return _akew(record, first, question, [*_multi_hop(record), *_locality(record)])
+    edits = tuple(edits)
+    wanted = {edit.id for edit in edits}
+    taken = {(probe.edit, probe.kind, probe.number) for edit in edits for probe in edit.extra}
+    items: list[Item] = []
+    for position, values in enumerate(read_list(path)):
+        place = f"{path}: record {position}"
+        if type(values) is not dict:
+            raise InputError(f"{place}: expected an object, found {describe(values)}")
+        if "edit" in values:
+            values = values | {"edit": as_text(values["edit"])}
+        with located(place, Item.model_fields):
+            item = Item.model_validate(values)
+        if item.kind in EFFICACY:
+            hint = nearest(item.kind, set(KINDS) - set(EFFICACY))
+            problem = f"is '{item.kind}', which the edit itself asks{hint}"
+            raise InputError(f"{place}, field 'kind': {problem}")
+        key = (item.edit, item.kind, item.number)
+        if key in taken:
+            twin = f"edit {item.edit!r} has a probe of kind '{item.kind}' with this number already"
+            problem = f"is {item.number}, but {twin}; expected another number"
+            raise InputError(f"{place}, field 'number': {problem}")
+        taken.add(key)
+        items.append(item)
+    if without := sorted(wanted - {item.edit for item in items}):
+        names = ", ".join(map(repr, without[:3])) + (" ..." if len(without) > 3 else "")
+        lacking = f"no probe for {len(without)} of {len(wanted)} edits ({names})"
+        raise InputError(f"{path}: {lacking}; expected the same ids")
+    return tuple(item for item in items if item.edit in wanted)
 
 
-def akew_wikiupdate(record: Record) -> dict:
-    """AKEW WikiUpdate: a real question, a paragraph of Wikipedia, no paraphrase."""
-    rewrite = record.inner(record.value("requested_rewrite", dict), "requested_rewrite")
-    return _akew(record, rewrite, rewrite.text("question"), _locality(record))
+def find_data(data: str, data_file: str = "") -> str:
+    """Return the absolute path of the file of the benchmark `data`; "" for the generated world.
 
-
-def unkebench(record: Record) -> dict:
-    """UnKEBench v2, and v3 with its `mmlu_*` lists; a record may carry MQuAKE's multi-hop keys too."""
-    details = tuple(
-        dict(question=q, answer=a) for q, a in record.pairs("sub_question", "sub_answer")
-    )
-    fields = dict(question=record.text("question"), answer=record.text("answer"), details=details)
-    paraphrase = record.text("para_question")
-    return _edit(
-        record, fields | dict(paraphrase=paraphrase), [*_multi_hop(record), *_general(record)]
-    )
-
-
-def editeverything(record: Record) -> dict:
-    """EditEverything: question, answer and one of its categories."""
-    return _edit(
-        record, {field: record.text(field) for field in ("question", "answer", "category")}
-    )
-
-
-def _structured(record: Record, question: str, answer: str, paraphrase: str | None) -> dict:
-    """A short edit about one subject; the fact is known where the question names the subject."""
-    fields = dict(
-        question=record.text(question), answer=record.text(answer), subject=record.text("subject")
-    )
-    relation = fields["question"].replace(fields["subject"], "{}", 1)
-    facts = _facts([(fields["subject"], relation, fields["answer"])])
-    return fields | dict(facts=facts, paraphrase=record.text(paraphrase) if paraphrase else None)
-
-
-def zsre(record: Record) -> dict:
-    """ZsRE: `alt` is the new answer; the locality question comes from Natural Questions."""
-    extra = _items("struct_trip", record, "loc", "loc_ans")
-    return _edit(record, _structured(record, "src", "alt", "rephrase"), extra)
-
-
-def counterfact(record: Record) -> dict:
-    """CounterFact and WikiBigEdit, flat: one locality prompt, and one portability prompt where it is given."""
-    hops = _optional("multi_hop", record, "portability_prompt", "portability_ground_truth")
-    extra = [*_items("struct_trip", record, "locality_prompt", "locality_ground_truth"), *hops]
-    return _edit(record, _structured(record, "prompt", "target_new", "rephrase_prompt"), extra)
-
-
-def knowedit(record: Record) -> dict:
-    """KnowEdit (ZsRE, WikiRecent, WikiCounterfact): groups of locality and portability items."""
-    paraphrase = next(
-        (field for field in ("rephrase_prompt", "rephrase") if record.has(field)), None
-    )
-    extra = [
-        *_group("struct_trip", record, "locality"),
-        *_group("multi_hop", record, "portability"),
-    ]
-    extra += _optional("struct_trip", record, "locality_prompt", "locality_ground_truth")
-    return _edit(record, _structured(record, "prompt", "target_new", paraphrase), extra)
-
-
-PARSERS: dict[str, Callable[[Record], dict]] = {
-    "unkebench": unkebench,
-    "akew-counterfact": akew_counterfact,
-    "akew-mquake": akew_mquake,
-    "akew-wikiupdate": akew_wikiupdate,
-    "editeverything": editeverything,
-    "zsre": zsre,
-    "counterfact": counterfact,
-    "wikibigedit": counterfact,
-    "knowedit": knowedit,
-}
-
-
-def cloze(record: Record) -> dict | None:
-    """A record of a structured set as a triple with its *true* object, to be asked before and after an edit elsewhere.
-
-    True is `ground_truth` (KnowEdit, CounterFact), `answers` (ZsRE), and `target_new` where a set of real updates has
-    nothing else (WikiBigEdit). None, with a note in `Record.unanswered`, where the object is empty.
+    It is `data_file` if given, else the one file of its name in the folder named by the environment
+    variable UKE_DATA.
     """
-    prompt, new = ("src", "alt") if record.has("src") else ("prompt", "target_new")
-    field = next((field for field in ("ground_truth", "answers") if record.has(field)), new)
-    answers = record.answers(field)
-    if not answers:
-        record.unanswered.append(f"{record.place}, field '{field}'")
-        return None
-    others = (record.text(name) for name in ("rephrase_prompt", "rephrase") if record.has(name))
-    question = next((asked for asked in (record.text(prompt), *others) if is_question(asked)), None)
-    return dict(
-        id=record.id,
-        subject=record.text("subject"),
-        prompt=record.text(prompt),
-        answers=tuple(answers),
-        question=question,
-    )
+    if data == "world" and not data_file:
+        return ""
+    if data == "world":
+        expected = "name the benchmark that this file is of with DATA="
+        raise InputError(f"data_file: {data_file}: the world is generated; {expected}")
+    if data_file:
+        if not Path(data_file).is_file():
+            raise InputError(f"data_file: {data_file}: no such file")
+        return str(Path(data_file).resolve())
+    folder = os.environ.get("UKE_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        reason = f"UKE_DATA names no folder: '{folder}'" if folder else "UKE_DATA is not set"
+        advice = "set it, or give the file itself as DATA_FILE"
+        raise InputError(f"data: {data} needs a file, and {reason}; {advice}")
+    files = sorted(Path(folder).glob(DATA_FILES[data]))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        expected = f"expected one file {DATA_FILES[data]}, found {names}"
+        raise InputError(f"{folder}: data: {data}: {expected}; name it with DATA_FILE")
+    return str(files[0].resolve())
