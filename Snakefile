@@ -11,7 +11,7 @@ from pathlib import Path
 
 from uke.cli import params
 from uke.data.documents import COLLECTIONS, find_collections
-from uke.data.edits import find_data
+from uke.data.formats import find_data
 from uke.project import Paths
 
 ROOT = Path(workflow.basedir)

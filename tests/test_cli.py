@@ -15,7 +15,7 @@ from uke.cli import execute, params
 from uke.cli.main import _parser, job, main
 from uke.cli.preflight import check
 from uke.data.documents import find_collections
-from uke.data.edits import find_data
+from uke.data.formats import find_data
 from uke.errors import InputError
 from uke.methods.catalog import key
 from uke.project import Paths

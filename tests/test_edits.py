@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from uke.data import edits
+from uke.data import edits, formats
+from uke.data.edits import KINDS, in_group
 from uke.errors import InputError
 
 REWRITE = {
@@ -29,29 +30,7 @@ HOPS = {
     "new_answer": "Ida Vance",
     "new_answer_alias": ["I. Vance", "", "Ida Vance"],
 }
-FLAT = {
-    "subject": "Reed Glacier",
-    "prompt": "Reed Glacier is in",
-    "target_new": "Norvia",
-    "rephrase_prompt": "The glacier called Reed Glacier lies in",
-    "locality_prompt": "Mount Ash lies in",
-    "locality_ground_truth": "Sudlan",
-}
-GROUPS = {
-    "locality": {
-        "Relation_Specificity": [
-            {
-                "prompt": "The colour of Reed Glacier is",
-                "ground_truth": [["blue", "azure"], ["", "blue"]],
-            },
-            {"prompt": "How long is Reed Glacier?", "ground_truth": ["9 km"]},
-        ],
-        "Forgetfulness": None,
-    },
-    "portability": {
-        "Reasoning": [{"prompt": "The currency at Reed Glacier is", "ground_truth": "mark"}]
-    },
-}
+TRIPLE = {"subject": "Reed Glacier", "prompt": "Reed Glacier is in", "target_new": "Norvia"}
 # A record of each format, as its own documentation or published reader describes it.
 RECORDS = {
     "unkebench": {
@@ -82,21 +61,6 @@ RECORDS = {
         "loc_ans": ["A. Poet", "B. Poet"],
     },
     "editeverything": {"id": 0, "question": "Sum 1 and 2.", "answer": "3", "category": "math"},
-    "zsre": {
-        "subject": "Charity Brook",
-        "src": "Which river takes in Charity Brook?",
-        "rephrase": "Into what river does Charity Brook run?",
-        "alt": " Chester",
-        "answers": ["Parra"],
-        "loc": "nq question: how many seas are there",
-        "loc_ans": "7",
-    },
-    "counterfact": FLAT | {"case_id": 1884, "ground_truth": "Sudlan"},
-    "wikibigedit": FLAT
-    | {"prompt": "In which land is Reed Glacier?", "locality_prompt": "Where is Mount Ash?"},
-    "knowedit": {k: FLAT[k] for k in ("subject", "prompt", "target_new")}
-    | {"rephrase": "It is in"}
-    | GROUPS,
 }
 
 
@@ -118,7 +82,9 @@ def one(written):
 
     def load(dataset: str, **changes) -> edits.Edit:
         record = copy.deepcopy(RECORDS[dataset]) | changes
-        return edits.load(dataset, written([{k: v for k, v in record.items() if v is not ...}]))[0]
+        return formats.load(dataset, written([{k: v for k, v in record.items() if v is not ...}]))[
+            0
+        ]
 
     return load
 
@@ -132,7 +98,7 @@ def of(edit: edits.Edit, kind: str) -> list[edits.Probe]:
 
 
 def test_every_dataset_has_an_example_here():
-    assert set(RECORDS) == set(edits.DATASETS)
+    assert set(RECORDS) == set(formats.FORMATS)
 
 
 def test_unkebench_fields_as_they_are(one):
@@ -208,71 +174,49 @@ def test_wikiupdate_asks_the_real_question_and_its_locality(one):
     assert edit.facts[0].object == "Brelen"
 
 
-def test_locality_may_be_lists_side_by_side_but_not_of_unequal_length(one):
-    edit = one("akew-wikiupdate", loc=["Sea?", "The sky is"], loc_ans=["salt", ["blue", "grey"]])
-    assert [(p.number, p.reference, p.chat) for p in of(edit, "struct_trip")] == [
-        (0, "salt", True),
-        (1, "blue", False),
-    ]
-    with pytest.raises(
-        InputError, match="record 0 .*'loc_ans': has 1 items; expected 2, as many as 'loc'"
-    ):
-        one("akew-wikiupdate", loc=["Sea?", "The sky is"], loc_ans=["salt"])
-    with pytest.raises(InputError, match="'loc_ans': is missing"):
-        one("akew-wikiupdate", loc_ans=...)
-
-
 def test_editeverything_keeps_the_category(one):
     edit = one("editeverything")
     assert edit.category == "math" and kinds(edit) == {"original": 1}
 
 
-def test_zsre_writes_alt_not_the_true_answer(one):
-    edit = one("zsre")
-    assert (edit.id, edit.answer) == ("0", "Chester")
-    assert edit.facts[0].relation == "Which river takes in {}?"
-    assert [(p.reference, p.chat) for p in of(edit, "struct_trip")] == [("7", True)]
+def test_a_locality_question_without_an_answer_is_left_out_loudly(one):
+    with pytest.warns(UserWarning, match="id '10', field 'loc_ans': the question has no answer"):
+        edit = one("akew-wikiupdate", loc_ans=[[" "], None])
+    assert kinds(edit) == {"original": 1, "detail": 5}
 
 
-@pytest.mark.parametrize(("dataset", "chat"), [("counterfact", False), ("wikibigedit", True)])
-def test_only_a_cloze_bypasses_the_template(one, dataset, chat):
-    edit = one(dataset, portability_prompt="Its coin is", portability_ground_truth="mark")
-    assert [p.chat for p in of(edit, "struct_trip")] == [chat]
-    assert kinds(edit) == {"original": 1, "paraphrase": 1, "struct_trip": 1, "multi_hop": 1}
-    assert of(edit, "original")[0].chat
-
-
-def test_knowedit_groups_become_probes(one):
-    edit = one("knowedit")
-    assert edit.paraphrase == "It is in"
-    assert [(p.number, p.reference, p.aliases, p.chat) for p in of(edit, "struct_trip")] == [
-        (0, "blue", ("azure",), False),
-        (1, "9 km", (), True),
-    ]
-    assert [(p.number, p.reference, p.chat) for p in of(edit, "multi_hop")] == [(0, "mark", False)]
-
-
-def test_an_item_without_answer_is_left_out_loudly(one):
-    with pytest.warns(
-        UserWarning, match=r"1 items have no answer.*field 'locality.Group\[0\].ground_truth'"
-    ):
-        edit = one(
-            "knowedit",
-            locality={"Group": [{"prompt": "x", "ground_truth": [[" "]]}]},
-            portability=None,
-        )
-    assert kinds(edit) == {"original": 1, "paraphrase": 1}
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"src": "Where is it?", "alt": "Here", "answers": ["There"], "subject": "Reed Glacier"},
+            ("Where is it?", ("There",), "Where is it?"),
+        ),
+        (
+            TRIPLE | {"ground_truth": [["Sudlan", ""], ["South", "Sudlan"]], "rephrase": "Where?"},
+            ("Reed Glacier is in", ("Sudlan", "South"), "Where?"),
+        ),
+        (TRIPLE, ("Reed Glacier is in", ("Norvia",), None)),
+    ],
+    ids=["zsre", "knowedit", "wikibigedit"],
+)
+def test_a_structured_set_gives_triples_with_their_true_object(written, record, expected):
+    path = written([record, TRIPLE | {"ground_truth": " "}])
+    with pytest.warns(UserWarning, match="1 triples have no answer .* the first has the id '1'"):
+        (triple,) = formats.load_clozes(path)
+    assert (triple.prompt, triple.answers, triple.question) == expected
+    assert (triple.id, triple.subject) == ("data-0", "Reed Glacier")
 
 
 def test_no_record_is_dropped_and_limit_counts_from_the_front(written):
     records = [RECORDS["unkebench"] | {"id": n} for n in (30, 10, 20)]
     path = written(records)
-    assert [e.id for e in edits.load("unkebench", path)] == ["30", "10", "20"]
-    assert [e.id for e in edits.load("unkebench", path, limit=2)] == ["30", "10"]
-    assert len(edits.load("unkebench", path, limit=9)) == 3
+    assert [e.id for e in formats.load("unkebench", path)] == ["30", "10", "20"]
+    assert [e.id for e in formats.load("unkebench", path, limit=2)] == ["30", "10"]
+    assert len(formats.load("unkebench", path, limit=9)) == 3
     for limit in (0, -1, 2.0, True):
         with pytest.raises(InputError, match="limit is .* expected a whole number of at least 1"):
-            edits.load("unkebench", path, limit=limit)
+            formats.load("unkebench", path, limit=limit)
 
 
 BAD_FIELDS = [
@@ -289,17 +233,13 @@ BAD_FIELDS = [
     ),
     ("unkebench", {"sub_answer": "x"}, "field 'sub_answer': expected a list, found text"),
     ("unkebench", {"sub_answer": ["x", ""]}, r"field 'sub_answer\[1\]': is empty"),
-    ("unkebench", {"mmlu_questions": ["q"]}, "field 'mmlu_choices': is missing"),
-    (
-        "akew-counterfact",
-        {"requested_rewrite": [REWRITE]},
-        "'requested_rewrite': expected an object, found a list",
-    ),
+    ("unkebench", {"mmlu_questions": ["q"]}, "field 'mmlu_choices': has 0 items; expected 1"),
+    ("akew-counterfact", {"requested_rewrite": 4}, "'requested_rewrite': expected a list, found"),
     ("akew-counterfact", {"paraphrase_prompts": []}, "'paraphrase_prompts': is empty"),
     (
         "akew-mquake",
         {"requested_rewrite": []},
-        "'requested_rewrite': is empty; expected at least one object",
+        "'requested_rewrite': is empty; expected at least one item",
     ),
     (
         "akew-mquake",
@@ -310,23 +250,10 @@ BAD_FIELDS = [
     (
         "akew-wikiupdate",
         {"requested_rewrite": {}},
-        "'requested_rewrite.question': is missing; the fields are no field",
+        r"'requested_rewrite\[0\].subject': is missing; the fields are no field",
     ),
     ("editeverything", {"category": ...}, "'category': is missing"),
-    ("zsre", {"alt": ["x"]}, "'alt': expected text, found a list"),
-    ("zsre", {"loc_ans": 7}, r"'loc_ans': expected text, found a whole number \(7\)"),
-    ("zsre", {"loc_ans": ...}, "'loc_ans': is missing"),
-    (
-        "knowedit",
-        {"locality": {"R": [{"prompt": "x"}]}},
-        r"'locality.R\[0\].ground_truth': is missing",
-    ),
-    ("knowedit", {"locality": []}, "'locality': expected an object, found a list"),
-    (
-        "knowedit",
-        {"portability": {"R": [{"prompt": "x\ny", "ground_truth": 1}]}},
-        r"'portability.R\[0\].ground_truth'",
-    ),
+    ("akew-wikiupdate", {"loc_ans": 7}, r"'loc_ans': expected text, found a whole number \(7\)"),
 ]
 
 
@@ -339,7 +266,7 @@ def test_a_bad_field_is_named_with_file_and_record_in_one_line(one, dataset, cha
 
 @pytest.mark.parametrize("answer", ["E", 4, -1, "pond", None, True])
 def test_a_choice_that_was_not_offered_is_refused(one, answer):
-    with pytest.raises(InputError, match=r"'mmlu_answer\[0\]': is .*expected one of A, B"):
+    with pytest.raises(InputError, match="'mmlu_answer': item 0 is .*expected one of A, B"):
         one("unkebench", mmlu_questions=["q"], mmlu_choices=[["x", "y"]], mmlu_answer=[answer])
 
 
@@ -352,15 +279,15 @@ def test_an_id_is_a_whole_number_or_a_text(one, id):
 def test_an_id_twice_is_refused_even_as_number_and_text(written):
     path = written([RECORDS["unkebench"], RECORDS["unkebench"] | {"id": "7"}])
     with pytest.raises(InputError, match=r"record 1 \(id '7'\): record 0 has this id too"):
-        edits.load("unkebench", path)
+        formats.load("unkebench", path)
 
 
 BAD_FILES = [
-    (b"", "is empty; expected a JSON list"),
-    (b" \n", "is empty; expected a JSON list"),
+    (b"", "data.json: is empty"),
+    (b" \n", "data.json: is empty"),
     (b'[{"id": 0,\n "question": "Who', r"at line 2 column 14: Unterminated string.*truncated\?"),
     (b'[{"id": 0},\n', r"at line \d column \d: .*truncated\?"),
-    (b'{"id": 0}\n{"id": 1}\n', "at line 2 column 1: Extra data; expected one JSON list"),
+    (b'{"id": 0}\n{"id": 1}\n', "at line 2 column 1: Extra data"),
     (b'[{"id": 0 "question": "x"}]', "at line 1 column 11: Expecting ',' delimiter"),
     (b"\x89PNG\r\n\x1a\n\x00", "byte 0 is not UTF-8"),
     (b"\x00\x01\x02", "not valid JSON at line 1 column 1"),
@@ -376,24 +303,24 @@ BAD_FILES = [
 @pytest.mark.parametrize(("content", "message"), BAD_FILES, ids=range(len(BAD_FILES)))
 def test_a_file_that_is_no_list_of_records_is_one_line(written, content, message):
     with pytest.raises(InputError, match=message) as caught:
-        edits.load("unkebench", written(content))
+        formats.load("unkebench", written(content))
     assert "data.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_directory_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(InputError, match="cannot be read .*directory.*; expected one JSON file"):
-        edits.load("unkebench", tmp_path)
+        formats.load("unkebench", tmp_path)
     with pytest.raises(InputError, match="nothing.json: cannot be read .No such file"):
-        edits.load("unkebench", tmp_path / "nothing.json")
+        formats.load("unkebench", tmp_path / "nothing.json")
 
 
 def test_an_unknown_dataset_names_the_nearest(tmp_path):
     with pytest.raises(InputError, match="unknown dataset 'unkbench'; did you mean 'unkebench'"):
-        edits.load("unkbench", tmp_path)
+        formats.load("unkbench", tmp_path)
 
 
 def test_a_byte_order_mark_is_no_obstacle(written):
-    assert edits.load(
+    assert formats.load(
         "unkebench", written(b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode())
     )
 
@@ -411,7 +338,7 @@ def probe(**changes) -> dict:
 def test_locality_returns_the_probes_of_these_edits_only(one, written):
     edit = one("unkebench")
     path = written([probe(edit=7), probe(edit="8"), probe(number=1, chat=False, aliases=["b"])])
-    found = edits.load_locality(path, [edit])
+    found = formats.load_locality(path, [edit])
     assert [(p.edit, p.number, p.chat, p.aliases) for p in found] == [
         ("7", 0, True, ()),
         ("7", 1, False, ("b",)),
@@ -432,23 +359,29 @@ def test_locality_returns_the_probes_of_these_edits_only(one, written):
         ([probe(reference="")], "record 0, field 'reference'"),
         ([probe(number=-1)], "record 0, field 'number'"),
         ([probe(chat="yes")], "record 0, field 'chat'"),
-        ([{"edit": "7"}], "record 0, field 'kind': Field required"),
+        ([{"edit": "7"}], "record 0, field 'kind': is missing"),
         (["x"], "record 0: expected an object, found text"),
     ],
 )
 def test_a_bad_locality_file_is_one_line(one, written, records, message):
     edit = one("unkebench")
     with pytest.raises(InputError, match=message) as caught:
-        edits.load_locality(written(records), [edit])
+        formats.load_locality(written(records), [edit])
     assert "data.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_locality_probe_cannot_take_the_place_of_the_edits_own(one, written):
-    edit = one("zsre")
-    with pytest.raises(
-        InputError, match="'number': is 0, but edit '0' has a probe of kind 'struct_trip'"
-    ):
-        edits.load_locality(written([probe(edit=0, kind="struct_trip")]), [edit])
+def test_a_locality_probe_cannot_replace_a_probe_of_the_edit(one, written):
+    edit = one("akew-wikiupdate")
+    taken = "'number': is 0, but edit '10' has a probe of kind 'struct_trip'"
+    with pytest.raises(InputError, match=taken):
+        formats.load_locality(written([probe(edit=10, kind="struct_trip")]), [edit])
+
+
+def test_the_table_of_kinds_holds_the_papers_average_and_known_metrics():
+    assert edits.AVERAGE == tuple("original paraphrase detail rel_doc rand_doc struct_trip".split())
+    assert in_group("nearby", "skill") == ("near_triple", "general")
+    assert {kind.against for kind in KINDS.values()} == {"reference", "before"}
+    assert all(kind.against == "before" for kind in map(KINDS.get, in_group("locality")))
 
 
 def test_values_are_frozen_and_refuse_what_they_do_not_know(one):
@@ -481,16 +414,12 @@ def test_fingerprint_sees_every_field_and_the_order(one):
     assert edits.fingerprint([one("unkebench")]) == edits.fingerprint([first])
 
 
-# Folder of the real files, and the kinds that every edit from there must bring.
+# The kinds that every edit of a real file must bring.
 REAL = {
-    "unkebench": ("unkebench", {"original", "paraphrase", "detail"}),
-    "akew-mquake": ("akew", {"original", "detail", "multi_hop"}),
-    "editeverything": ("editeverything", {"original"}),
-    "zsre": ("structured", {"original", "paraphrase", "struct_trip"}),
-    "counterfact": ("structured", {"original", "paraphrase", "struct_trip"}),
-    "wikibigedit": ("structured", {"original", "paraphrase", "struct_trip"}),
+    "unkebench": {"original", "paraphrase", "detail"},
+    "akew-mquake": {"original", "detail", "multi_hop"},
+    "editeverything": {"original"},
 }
-NAMES = {"unkebench": "final_data", "akew-mquake": "MQuAKE", "editeverything": "editevery"}
 
 
 @pytest.mark.skipif(
@@ -498,13 +427,10 @@ NAMES = {"unkebench": "final_data", "akew-mquake": "MQuAKE", "editeverything": "
 )
 @pytest.mark.parametrize("dataset", REAL)
 def test_real_files_load_whole(dataset):
-    folder, expected = REAL[dataset]
-    found = sorted(
-        (Path(os.environ["UKE_DATA"]) / folder).glob(f"{NAMES.get(dataset, dataset)}*.json")
-    )
+    found = sorted(Path(os.environ["UKE_DATA"]).glob(formats.DATA_FILES[dataset]))
     if not found:
         pytest.skip(f"no file of {dataset} under UKE_DATA")
     for path in found:
-        loaded = edits.load(dataset, path)
+        loaded = formats.load(dataset, path)
         assert len(loaded) == len(json.loads(path.read_text(encoding="utf-8")))
-        assert all({probe.kind for probe in edit.probes} >= expected for edit in loaded)
+        assert all({probe.kind for probe in edit.probes} >= REAL[dataset] for edit in loaded)

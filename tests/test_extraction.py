@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from uke.data import edits
+from uke.data import edits, formats
 from uke.errors import InputError
 from uke.locality.facts import (
     EXTRACTORS,
@@ -43,7 +43,7 @@ def benchmark(dataset, file):
         pytest.skip("UKE_DATA is unset: no real benchmark files to read")
     if not (Path(folder) / file).is_file():
         pytest.skip(f"no {file} under UKE_DATA")
-    return edits.load(dataset, Path(folder) / file)
+    return formats.load(dataset, Path(folder) / file)
 
 
 # What is a name.

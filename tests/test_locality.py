@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from uke.data import edits
+from uke.data import edits, formats
 from uke.data.documents import Document
 from uke.data.edits import Cloze, Edit
 from uke.errors import InputError
@@ -292,8 +292,8 @@ def built(ordered, tmp_path_factory):
 
 
 def test_a_set_is_written_with_schema_and_card_and_read_by_the_loader(ordered, built):
-    every = edits.load(ordered.dataset, ordered.edit_file)
-    items = edits.load_locality(built, every)
+    every = formats.load(ordered.dataset, ordered.edit_file)
+    items = formats.load_locality(built, every)
     assert len(items) == 4 * len(every) == 240
     schema = json.loads(built.with_name("UnKEBench-Loc.schema.json").read_text())
     assert set(schema["items"]["properties"]) == set(edits.Item.model_fields)
@@ -358,7 +358,7 @@ def test_an_unknown_setting_is_named_with_its_file(tmp_path):
 
 def test_in_the_world_no_item_touches_a_known_fact_of_any_edit(ordered, built):
     sources = ordered.sources()
-    items = edits.load_locality(built, sources.edits)
+    items = formats.load_locality(built, sources.edits)
     known, of_documents = audit.known_of_world(1, "development", sources)
     found = audit.leaks(items, sources, 0, known, of_documents)
     assert found.loc[found["kind"] == "rel_doc", "batch"].str.len().eq(0).mean() >= 0.98
@@ -410,7 +410,7 @@ def test_the_audit_sees_a_leak_in_either_direction_and_whole_words_only(sources,
 
 def test_related_documents_are_more_like_the_edit_than_random_ones(ordered, built):
     sources = ordered.sources()
-    scores = audit.likeness(edits.load_locality(built, sources.edits), sources, None)
+    scores = audit.likeness(formats.load_locality(built, sources.edits), sources, None)
     means = scores[scores["measure"] == "overlap"].groupby("kind")["score"].mean()
     assert means["rel_doc"] > means["rand_doc"] > 0
 
@@ -468,7 +468,7 @@ def test_real_files_give_whole_sets_whose_items_share_no_stated_fact(data, tmp_p
     order = card.of_files(data, "", [], [])
     path = card.ensure(order, Settings(retriever="bm25"), tmp_path)
     sources = order.sources()
-    items = edits.load_locality(path, sources.edits)
+    items = formats.load_locality(path, sources.edits)
     assert len(items) == 4 * len(sources.edits) and path.name == f"{card.NAMES[data]}.json"
     found = audit.leaks(items, sources, 0, audit.stated_names(sources.edits))
     assert found["own"].str.len().eq(0).all() and found["batch"].str.len().gt(0).mean() < 0.02

@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from uke.data import edits
+from uke.data import edits, formats
 from uke.world import files as world_files
 from uke.world import generate as world
 from uke.world.generate import POOLS, SPLITS
@@ -135,10 +135,10 @@ def test_an_interrupted_write_leaves_no_world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("split", "least"), [("development", 60), ("test", 120)])
 def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
-    loaded = edits.load("unkebench", folder / split / world_files.UNKEBENCH)
-    exercises = edits.load_locality(folder / split / world_files.GENERAL, loaded)
-    akew = edits.load("akew-counterfact", folder / split / world_files.AKEW)
-    triples = edits.load_clozes(folder / split / world_files.KNOWEDIT)
+    loaded = formats.load("unkebench", folder / split / world_files.UNKEBENCH)
+    exercises = formats.load_locality(folder / split / world_files.GENERAL, loaded)
+    akew = formats.load("akew-counterfact", folder / split / world_files.AKEW)
+    triples = formats.load_clozes(folder / split / world_files.KNOWEDIT)
     assert len(loaded) == len(akew) == least and len(triples) == 2 * POOLS[f"{split}_locality"]
     assert all(
         triple.question and triple.subject in triple.question and len(triple.answers) == 1

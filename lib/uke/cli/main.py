@@ -19,7 +19,7 @@ from uke.cli import params
 from uke.cli.execute import Failure, Job, execute, runs
 from uke.cli.preflight import check, factor_levels, factor_methods
 from uke.data.documents import COLLECTIONS, find_collections
-from uke.data.edits import find_data
+from uke.data.formats import find_data
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.project import Paths

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictInt, ValidationError
 
-from uke.data.edits import DATA_FILES
+from uke.data.formats import DATA_FILES
 from uke.errors import InputError, nearest
 from uke.files import StrictLoader, read_yaml
 

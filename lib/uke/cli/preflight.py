@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uke.data import edits
+from uke.data import edits, formats
 from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.locality.card import settings
@@ -41,7 +41,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
     if on_disk:
         _check_depth(model, folder, methods)
     file = parameters.get("data_file")
-    every = edits.load(data, file) if file else ()
+    every = formats.load(data, file) if file else ()
     chosen = [edit for edit in every if edits.in_split(edit.id, split)]
     if on_disk and methods:
         _check_prompts(folder, chosen[: parameters.get("limit")], methods)

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
 
-from uke.data.formats import Name, Source, Text, describe, explain, located, read_json, read_list
+from uke.data.formats import (
+    Name,
+    Source,
+    Text,
+    Trimmed,
+    describe,
+    explain,
+    located,
+    read_json,
+    read_list,
+)
 from uke.errors import InputError
 
 # Parameters that name collections of files, and where UKE_DATA has them.
@@ -64,16 +74,16 @@ class Passage(Source):
 
     id: Name | None = None
     title: Text
-    text: str
-    section: str | None = None
-    question: str | None = None
+    text: Trimmed
+    section: Trimmed | None = None
+    question: Trimmed | None = None
     questions: list[Question] = []
 
     def document(self, id: str) -> Document:
         questions = [(_spaced(one.question), one.answer) for one in self.questions]
         questions += [(_spaced(self.question), "")] if _spaced(self.question) else []
         heading = _spaced(self.title), _spaced(self.section)
-        return Document(self.id or id, heading[0], self.text.strip(), heading[1], tuple(questions))
+        return Document(self.id or id, heading[0], self.text, heading[1], tuple(questions))
 
 
 def read(path: Path | str) -> Iterator[Document]:

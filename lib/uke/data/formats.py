@@ -125,8 +125,6 @@ def _problem(error: Mapping[str, Any], fields: Iterable[str]) -> str:
             return "is empty; expected text"
         case "too_short":
             return "is empty; expected at least one item"
-        case "string_unicode":
-            return "holds half a character (a lone surrogate); expected valid Unicode text"
         case "extra_forbidden":
             return message + nearest(str(error["loc"][-1]), fields)
         case "literal_error":
@@ -137,9 +135,18 @@ def _problem(error: Mapping[str, Any], fields: Iterable[str]) -> str:
 
 
 def _trim(text: str) -> str:
-    if not text.strip():
-        raise ValueError("is empty; expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem = "holds half a character (a lone surrogate)"
+        raise ValueError(f"{problem}; expected valid Unicode text") from None
     return text.strip()
+
+
+def _require(text: str) -> str:
+    if not text:
+        raise ValueError("is empty; expected text")
+    return text
 
 
 def as_text(value: Any) -> Any:
@@ -177,7 +184,8 @@ def as_many_as(other: str) -> AfterValidator:
 OrEmpty = BeforeValidator(lambda value: [] if value is None else value)
 OrSingle = BeforeValidator(lambda value: [value] if type(value) is dict else value)
 Named = BeforeValidator(lambda value: value.get("str") if type(value) is dict else value)
-Text = Annotated[StrictStr, AfterValidator(_trim)]
+Trimmed = Annotated[StrictStr, AfterValidator(_trim)]
+Text = Annotated[Trimmed, AfterValidator(_require)]
 Name = Annotated[Text, BeforeValidator(as_text)]
 Texts = Annotated[list[Text], OrEmpty]
 Answers = Annotated[tuple[Text, ...], BeforeValidator(_flatten)]
@@ -428,7 +436,7 @@ def _records(path: str | Path, model: type[Made], limit: int | None = None) -> I
         if type(values) is not dict:
             raise InputError(f"{place}: expected an object, found {describe(values)}")
         id = values.get("id", values.get("case_id", position))
-        place += f" (id '{id}')" if type(id) in (int, str) else ""
+        place += f" (id '{id}')" if type(id) in (int, str) and id != "" else ""
         with located(place):
             record = model.model_validate(values | {"id": id})
         if record.id in seen:

@@ -8,7 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from uke.data import edits as edit_files
-from uke.data.edits import Detail, Edit, Probe, find_data
+from uke.data import formats
+from uke.data.edits import Detail, Edit, Probe
+from uke.data.formats import find_data
 from uke.errors import InputError, nearest
 from uke.explore.choices import Refused
 from uke.locality import card
@@ -46,19 +48,19 @@ class Library:
         self.order = card.of_world(world_files.ensure(paths.home / "results", world_seed), split)
         self.built: dict[str, list[Probe]] = {}
         if paths.data == "world":
-            self.edits = edit_files.load(self.order.dataset, self.order.edit_file)
+            self.edits = formats.load(self.order.dataset, self.order.edit_file)
             exercises = self._exercises
         else:
             file = find_data(paths.data, data_file)
             self.edits = tuple(
                 edit
-                for edit in edit_files.load(paths.data, file)
+                for edit in formats.load(paths.data, file)
                 if edit_files.in_split(edit.id, split)
             )
             exercises = ()
             if (built := card.built(paths)).is_file():
                 card.check_made_for(built, Path(file))
-                exercises = edit_files.load_locality(built, self.edits)
+                exercises = formats.load_locality(built, self.edits)
         for probe in exercises:
             self.built.setdefault(probe.edit, []).append(probe)
         self.around = lru_cache(maxsize=256)(self._around)
@@ -103,9 +105,9 @@ class Library:
     @cached_property
     def _exercises(self) -> tuple[Probe, ...]:
         """The general skill that the world has to lose, by the ids of its edits."""
-        return edit_files.load_locality(
+        return formats.load_locality(
             self.order.edit_file.parent / world_files.GENERAL,
-            edit_files.load(self.order.dataset, self.order.edit_file),
+            formats.load(self.order.dataset, self.order.edit_file),
         )
 
     @cached_property

@@ -113,16 +113,6 @@ class Builder:
         ]
 
     @cached_property
-    def askable(self) -> np.ndarray:
-        """Which documents can be asked for, (N,): those with a question of their own or a readable title."""
-        return np.array(
-            [
-                bool(self.settings.own_question and document.questions) or document.named
-                for document in self.sources.documents
-            ]
-        )
-
-    @cached_property
     def words(self) -> int:
         return self.settings.words or round(
             median(len(edit.answer.split()) for edit in self.sources.edits)
@@ -196,7 +186,7 @@ class Builder:
             ]
         )
         for edit in edits:
-            yield from self.documents_of(edit, free & self.askable)
+            yield from self.documents_of(edit, free)
             yield from self.triples_of(edit, apart)
 
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
@@ -308,7 +298,8 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
 def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
     """The RelDocs that would be taken if a shared fact were no matter: the control of an audit."""
     builder = Builder(sources, fitted(settings, sources), folder)
-    found = (item for edit in sources.edits for item in builder.documents_of(edit, builder.askable))
+    every = np.ones(len(sources.documents), bool)
+    found = (item for edit in sources.edits for item in builder.documents_of(edit, every))
     return tuple(item for item in found if item.kind == "rel_doc")
 
 

@@ -11,9 +11,10 @@ import yaml
 from filelock import FileLock
 from pydantic import ValidationError
 
-from uke.data import documents, edits
+from uke.data import documents, edits, formats
 from uke.data.documents import COLLECTIONS, find_collections
-from uke.data.edits import Item, find_data
+from uke.data.edits import Item
+from uke.data.formats import find_data
 from uke.errors import InputError, nearest
 from uke.files import read_yaml, sha256, write_atomic
 from uke.locality.build import Settings, Sources, build, fitted
@@ -68,7 +69,7 @@ class Order:
 
     def sources(self) -> Sources:
         """Everything read; InputError for the first thing wrong in any file."""
-        every = edits.load(self.dataset, self.edit_file)
+        every = formats.load(self.dataset, self.edit_file)
         groups = (
             [
                 tuple(edit for edit in every if edits.in_split(edit.id, split))
@@ -77,7 +78,7 @@ class Order:
             if not self.generated
             else [every]
         )
-        triples = tuple(cloze for path in self.structured for cloze in edits.load_clozes(path))
+        triples = tuple(cloze for path in self.structured for cloze in formats.load_clozes(path))
         return Sources(
             tuple(filter(None, groups)), tuple(documents.gather(self.documents)), triples
         )

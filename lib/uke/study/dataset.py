@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from uke.data import edits as edit_files
-from uke.data.edits import SPLITS, Edit, Probe, in_split, load_locality
+from uke.data import formats
+from uke.data.edits import SPLITS, Edit, Probe, fingerprint, in_split
+from uke.data.formats import load_locality
 from uke.errors import InputError, nearest
 from uke.locality import card
 from uke.project import Paths
@@ -78,7 +79,7 @@ def load(
     if data == "world":
         edits, locality = of_world(paths, split, world_seed, form)
     else:
-        edits, locality = edit_files.load(data, data_file), ()
+        edits, locality = formats.load(data, data_file), ()
         if (built := card.built(paths)).is_file():
             card.check_made_for(built, Path(data_file))
             locality = load_locality(built, edits)
@@ -91,7 +92,7 @@ def load(
     return Dataset(
         chosen,
         {edit.id: tuple(probes[edit.id]) for edit in chosen},
-        edit_files.fingerprint(edits, locality),
+        fingerprint(edits, locality),
         paths,
         split,
         world_seed if data == "world" else None,
@@ -104,7 +105,7 @@ def of_world(
     """Load all edits of a split of a world, and its locality set with (UnKEBench) exercises of a general skill."""
     folder = world_files.ensure(paths.home / "results", seed)
     order = card.of_world(folder, split, form)
-    edits = edit_files.load(order.dataset, order.edit_file)
+    edits = formats.load(order.dataset, order.edit_file)
     built = card.ensure(order, card.settings(paths.home, "world"), folder / split / "locality")
     exercises = (
         load_locality(folder / split / world_files.GENERAL, edits) if form == "unkebench" else ()
