@@ -1,13 +1,19 @@
-"""Losses and the training loop: direct weights and adapters, all edits at once or in minibatches."""
+"""Fine-tuning: the losses, the adapters, and the one training loop of every recipe.
+
+What is trained are lanes, independent copies of the weights that a recipe selects. A batch of edits
+has one lane, the model's own weights, whose loss is the mean over its edits (`train`). Edits that
+are each written alone have a lane each, side by side in one forward pass (`train_each`).
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,40 +32,40 @@ from uke.models.prompts import IGNORED, Example, collate, group_by_length, train
 if TYPE_CHECKING:
     from uke.methods.recipes import Recipe
 
-# AdaLoRA starts with half as many ranks again and prunes them to `rank` in the middle of the training.
+# AdaLoRA starts with half as many ranks again and prunes them in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
+DROP_SHARE = 1 / 8  # ended lanes leave the batch when they are at least this share of it
 
-DROP_SHARE = 1 / 8  # lanes that have ended leave the batch when they are at least this share of it
+# --- Losses: which positions predict the answer's tokens ---
 
 
 def target_tokens_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Teacher-forced mean of -log p over each edit's labelled tokens (FT-M), shape (B,), nats per token."""
+    """Mean of -log p over each edit's answer, teacher-forced (FT-M): (B,), nats per token."""
     labels = batch["labels"][:, 1:]  # (B, T-1)
     read = (labels != IGNORED).any(0).nonzero().squeeze(1)  # (U,) positions that predict a label
     logits = _logits(model, batch, read)  # (B, U, V)
     labels = labels[:, read]  # (B, U)
+    # Flat: along another axis than the last the softmax is three times slower.
     surprisal = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    )  # (B * U,)
     return surprisal.view_as(labels).sum(1) / (labels != IGNORED).sum(1)
 
 
 def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean of -log p over each edit's labelled tokens, all read where its prompt ends (FT-L), shape (B,), nats."""
+    """Mean of -log p over each edit's answer, every token read off the prompt's end (FT-L): (B,), nats."""
     wanted = batch["labels"] != IGNORED  # (B, T)
     ends = wanted.int().argmax(1) - 1  # (B,)
     read, place = ends.unique(return_inverse=True)  # (U,), (B,)
     prompts = {name: tensor[:, : int(read.max()) + 1] for name, tensor in batch.items()}
     logits = _logits(model, prompts, read)  # (B, U, V)
-    surprisal = -logits[torch.arange(len(place), device=place.device), place].log_softmax(
-        -1
-    )  # (B, V)
-    surprisal = surprisal.gather(1, batch["labels"].clamp(min=0))  # (B, T)
+    own = logits[torch.arange(len(place), device=place.device), place]  # (B, V)
+    surprisal = (-own.log_softmax(-1)).gather(1, batch["labels"].clamp(min=0))  # (B, T)
     return surprisal.where(wanted, 0.0).sum(1) / wanted.sum(1)
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], read: Tensor) -> Tensor:
-    """Logits at the positions `read` only: the vocabulary is the widest matrix of a small model."""
+    """Logits at the positions `read` alone: the vocabulary is the widest matrix of a small model."""
     # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
     return model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=read).logits.float()
 
@@ -71,45 +77,11 @@ LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], scope: str) -> Tensor:
-    """Loss of each edit of a right-padded batch (see `prompts.collate`) in one scope, shape (B,), nats per token."""
+    """Return the loss of each edit of a right-padded batch (see `collate`): (B,), nats per token."""
     return LOSSES[scope](model, batch)
 
 
-def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
-    """The model wrapped in the recipe's adapter, for a training on `count` edits; `unload` takes it off again.
-
-    InputError where layers and components select no projection, or the steps are too few for AdaLoRA's schedule.
-    """
-    common = {
-        "target_modules": module_names(model, recipe.layers, recipe.components),
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": 0.0,
-    }
-    if recipe.adapter == "lora":
-        config = LoraConfig(r=recipe.rank, **common)
-    else:
-        steps = recipe.steps * math.ceil(count / (recipe.batch_size or count))
-        if steps < 3:
-            raise InputError(
-                f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 steps or more, not {steps}"
-            )
-        schedule = {
-            "total_step": steps,
-            "tinit": int(WARM_UP * steps),
-            "tfinal": int(FINISH * steps),
-        }
-        ranks = {"init_r": math.ceil(SPARE_RANK * recipe.rank), "target_r": recipe.rank}
-        config = AdaLoraConfig(**ranks, **schedule, **common)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        return get_peft_model(model, config).eval()
-
-
-def trained(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """The parameters a recipe trains, by name: those it selects, or the adapter's (made by `adapt`)."""
-    if recipe.adapter is None:
-        return recipe.weights(model)
-    return {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
+# --- Training: many edits together, or each alone ---
 
 
 def train(
@@ -119,107 +91,215 @@ def train(
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> Training:
-    """Write the edits into the model in place; for an adapter recipe the model is what `adapt` made.
+    """Write the edits together into the model in place; with an adapter the model is what `adapt` made.
 
-    One pass is one optimiser step on all edits, or on each shuffled minibatch; a batch whose mean loss is below
-    `stop_loss` is skipped, and a pass whose mean is below it ends the training. `progress(passes, loss)` follows
-    each. InputError, before any weight moves, names an edit longer than the context; FloatingPointError names the
-    edits whose loss is not finite. To restore the weights is the caller's part (`editing.edited`).
+    One pass is one optimiser step on all edits, or on each shuffled minibatch. A batch whose mean
+    loss is below `stop_loss` is skipped, and a pass whose mean is below it ends the training.
+    `progress(passes, loss)` follows each. InputError as `Method.examples`, before any weight moves;
+    Diverged names the edits whose loss is not finite.
     """
-    started = time.perf_counter()
-    passes = _passes(
-        recipe.examples(model, tokenizer, edits),
-        recipe,
-        tokenizer.pad_token_id or 0,
-        training_tokens(model.device),
-    )
-    training, parameters = Training(), trained(model, recipe)
+    started, lane = time.perf_counter(), _Lane()
+    examples = recipe.examples(model, tokenizer, edits)
+    tokens = training_tokens(model.device)
+    passes = _passes(examples, recipe, tokenizer.pad_token_id or 0, tokens)
+    weights = trained(model, recipe)
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
-    with (
-        _only(model, parameters),
-        constant_below(model, list(parameters)) if same else nullcontext(Below()) as below,
-    ):
-        optimiser = Optimiser(model, list(parameters.values()), recipe)
-        for batches in passes:
-            losses = [
-                value
-                for batch in batches
-                for value in _learn(model, optimiser, batch, recipe, below)
-            ]
-            training.losses.append(sum(losses) / len(losses))
-            if progress:
-                progress(len(training.losses), training.losses[-1])
-            if training.losses[-1] < recipe.stop_loss:
-                training.stopped = "loss"
-                break
-    training.steps, training.seconds = optimiser.steps, time.perf_counter() - started
-    return training
+    constant = constant_below(model, list(weights)) if same else nullcontext(Below())
+    with _only(model, weights), constant as below:
+        adalora = model.base_model if recipe.adapter == "adalora" else None
+        optimiser = _Optimiser(list(weights.values()), recipe, adalora)
+        _descend(model, recipe, [lane], passes, optimiser, below, progress=progress)
+    if lane.error:
+        raise lane.error
+    lane.training.seconds = time.perf_counter() - started
+    return lane.training
 
 
-class Batch(NamedTuple):
-    """The edits of one optimiser step: their ids, and their tensors in parts, which accumulate their gradient."""
+def train_each(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+) -> Written:
+    """Train each edit as if alone, those of similar length side by side; seconds are an equal share.
+
+    An edit whose loss is not finite gets no lane; Diverged where that is every edit. AdaLoRA, whose
+    ranks are pruned by step, is trained one by one. `requires_grad` is the caller's to restore.
+    """
+    if recipe.adapter == "adalora":
+        return _train_one_by_one(model, tokenizer, edits, recipe)
+    started, lanes = time.perf_counter(), {}
+    examples = recipe.examples(model, tokenizer, edits)
+    ids, pad_id = list(examples), tokenizer.pad_token_id or 0
+    lengths = [len(one.ids) for one in examples.values()]
+    for rows in group_by_length(lengths, training_tokens(model.device)):
+        group = [ids[row] for row in rows]
+        lanes |= {edit: _Lane() for edit in group}
+        stacks = _stacks(model, recipe, group)
+        batch = Batch(group, [collate([examples[edit] for edit in group], pad_id)])
+        passes = itertools.repeat([batch], recipe.steps)
+        model.requires_grad_(False)
+        constant = constant_below(model, (*stacks.weights, *stacks.low_rank))
+        with constant as below, stacks.laid():
+            optimiser = _Optimiser(stacks.stacks, recipe)
+            own = [lanes[edit] for edit in group]
+            _descend(model, recipe, own, passes, optimiser, below, stacks)
+    failed = {edit: str(lanes[edit].error) for edit in ids if lanes[edit].error}
+    if len(failed) == len(ids):
+        raise Diverged("; ".join(failed.values()), ids)
+    written = {edit: lanes[edit] for edit in ids if edit not in failed}
+    columns = zip(*(lane.weights for lane in written.values()), strict=True)
+    stacks.hold(list(written), [torch.stack(column) for column in columns])
+    for lane in written.values():
+        lane.training.seconds = (time.perf_counter() - started) / len(edits)
+    return Written(stacks, [lane.training for lane in written.values()], failed)
+
+
+# --- The loop ---
+
+
+@dataclass
+class _Lane:
+    """What becomes of one copy of the weights; where others go on beside it, also its last weights."""
+
+    training: Training = field(default_factory=Training)
+    seen: list[float] = field(default_factory=list)  # losses in the present pass
+    weights: list[Tensor] = field(default_factory=list)
+    error: Diverged | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the training goes on."""
+        return self.error is None and self.training.stopped == "steps"
+
+
+def _descend(
+    model: nn.Module,
+    recipe: Recipe,
+    lanes: Sequence[_Lane],
+    passes: Iterable[Sequence[Batch]],
+    optimiser: _Optimiser,
+    below: Below,
+    stacks: Lanes | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Take steps until every lane's mean loss is below `stop_loss`, or the passes are over.
+
+    Every lane has as many edits in a batch, in the order of the lanes; with `stacks` one, and a
+    pass is the same one batch. Adam is element-wise: on stacked weights it is one Adam a lane.
+    """
+    for batches in passes:
+        for batch in batches:
+            size, losses = len(batch.ids) // len(lanes), []
+            for below.part, part in enumerate(batch.parts):
+                part = {name: tensor.to(model.device) for name, tensor in part.items()}
+                each = loss(model, part, recipe.loss)  # (B,)
+                losses += each.tolist()
+                own = [losses[row : row + size] for row in range(0, len(losses), size)]
+                learning = [
+                    lane.active and _mean(values) >= recipe.stop_loss
+                    for lane, values in zip(lanes, own, strict=True)
+                ]
+                # The last part is where it shows that nothing is left to learn.
+                if len(losses) < len(batch.ids) or any(learning):
+                    (each.sum() / size).backward()
+            for row, lane in enumerate(lanes):
+                if not lane.active:
+                    continue
+                lane.seen += own[row]
+                edits = zip(batch.ids[row * size :], own[row], strict=False)
+                if broken := [edit for edit, value in edits if not math.isfinite(value)]:
+                    lane.error = diverged(recipe, broken, lane.training.steps)
+                elif learning[row]:
+                    lane.training.steps += 1
+                elif stacks:
+                    lane.weights = stacks.weights_of(row)
+            if any(lane.active and learns for lane, learns in zip(lanes, learning, strict=True)):
+                optimiser.step()
+            optimiser.clear()
+        for lane in lanes:
+            if lane.active:
+                mean, lane.seen = _mean(lane.seen), []
+                lane.training.losses.append(mean)
+                if progress:
+                    progress(len(lane.training.losses), mean)
+                if mean < recipe.stop_loss:
+                    lane.training.stopped = "loss"
+        going = [row for row, lane in enumerate(lanes) if lane.active]
+        if not going:
+            return
+        if stacks and len(lanes) - len(going) >= max(1, DROP_SHARE * len(lanes)):
+            lanes = [lanes[row] for row in going]
+            batch.keep(going)
+            below.keep(going)
+            stacks.hold(batch.ids, optimiser.keep(going))
+    for row, lane in enumerate(lanes):
+        if stacks and lane.active:
+            lane.weights = stacks.weights_of(row)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def diverged(recipe: Recipe, broken: Sequence[str], steps: int) -> Diverged:
+    """Return the error about edits whose loss is not finite after so many steps."""
+    return Diverged(
+        f"recipe {recipe.name}: the loss of edit {', '.join(map(repr, broken))} is not finite "
+        f"after {steps} steps; expected a learning_rate below {recipe.learning_rate:g}",
+        broken,
+    )
+
+
+@dataclass
+class Batch:
+    """The edits of one optimiser step, in parts that each fit into a forward pass."""
 
     ids: list[str]
     parts: list[dict[str, Tensor]]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the only part, without the columns that are padding in all of them."""
+        (part,) = self.parts
+        longest = int(part["attention_mask"][rows].sum(1).max())
+        self.ids = [self.ids[row] for row in rows]
+        self.parts = [{name: tensor[rows, :longest] for name, tensor in part.items()}]
 
 
 def _passes(
     examples: Mapping[str, Example], recipe: Recipe, pad_id: int, tokens: int
 ) -> Iterator[list[Batch]]:
+    """Yield the batches of each pass: all edits at once, or shuffled minibatches."""
+
+    def batch(ids: Sequence[str]) -> Batch:
+        lengths = [len(examples[edit].ids) for edit in ids]
+        parts = [[ids[row] for row in rows] for rows in group_by_length(lengths, tokens)]
+        tensors = [collate([examples[edit] for edit in part], pad_id) for part in parts]
+        return Batch([edit for part in parts for edit in part], tensors)
+
     ids = list(examples)
     size = recipe.batch_size or len(ids)
+    if size >= len(ids):
+        yield from itertools.repeat([batch(ids)], recipe.steps)
+        return
     order = torch.Generator().manual_seed(recipe.seed)
-    whole = [_batch(ids, examples, pad_id, tokens)] if size >= len(ids) else None
     for _ in range(recipe.steps):
-        shuffled = [ids[i] for i in torch.randperm(len(ids), generator=order).tolist()]
-        yield whole or [
-            _batch(shuffled[i : i + size], examples, pad_id, tokens)
-            for i in range(0, len(ids), size)
-        ]
+        shuffled = [ids[row] for row in torch.randperm(len(ids), generator=order).tolist()]
+        yield [batch(shuffled[row : row + size]) for row in range(0, len(ids), size)]
 
 
-def _batch(ids: Sequence[str], examples: Mapping[str, Example], pad_id: int, tokens: int) -> Batch:
-    each = [
-        [ids[place] for place in part]
-        for part in group_by_length([len(examples[edit].ids) for edit in ids], tokens)
-    ]
-    return Batch(
-        [edit for part in each for edit in part],
-        [collate([examples[edit] for edit in part], pad_id) for part in each],
-    )
-
-
-@contextmanager
-def _only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Gradients flow to these parameters alone, so autograd keeps nothing of the blocks below the lowest of them."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-    try:
-        yield list(trained.values())
-    finally:
-        for parameter, value in required:
-            parameter.requires_grad_(value).grad = None
-
-
-class Optimiser:
-    """Adam; weights in less than float32 are stepped as float32 copies and rounded back after each step."""
+class _Optimiser:
+    """Adam; weights in less than float32 are stepped as float32 copies and rounded back."""
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], recipe: Recipe
+        self, parameters: Sequence[nn.Parameter], recipe: Recipe, adalora: nn.Module | None = None
     ) -> None:
-        self.parameters, self.steps = parameters, 0
-        self.adalora = model.base_model if recipe.adapter == "adalora" else None
+        self.parameters, self.adalora, self.steps = list(parameters), adalora, 0
         # `float` hands a float32 weight back as it is, so only less precise ones cost a copy.
         self.masters = [parameter.detach().float() for parameter in parameters]
-        self.adam = torch.optim.Adam(
-            self.masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
+        rates = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        self.adam = torch.optim.Adam(self.masters, fused=True, **rates)
 
     def step(self) -> None:
-        """One step on the gradients of the parameters; AdaLoRA also counts it in its budget of ranks."""
+        """Take one step on the parameters' gradients; AdaLoRA counts it for its pruning."""
         if self.adalora:
             _orthogonality(self.adalora).backward()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -237,51 +317,106 @@ class Optimiser:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
 
+    def keep(self, rows: Sequence[int]) -> list[nn.Parameter]:
+        """Keep these lanes of stacked float32 parameters, with Adam's moments; return the new stacks."""
+        rows = torch.tensor(rows, device=self.parameters[0].device)
+        states = [self.adam.state.pop(master) for master in self.masters]
+        self.parameters = [nn.Parameter(old.detach()[rows].clone()) for old in self.parameters]
+        self.masters = [parameter.detach() for parameter in self.parameters]
+        for old, new in zip(states, self.masters, strict=True):
+            self.adam.state[new] = {
+                name: value[rows].clone() if value.dim() else value for name, value in old.items()
+            }
+        self.adam.param_groups[0]["params"] = self.masters
+        return self.parameters
 
-def _orthogonality(adalora: nn.Module) -> Tensor:
-    """The part of AdaLoRA's loss that keeps its singular vectors orthogonal (arXiv 2303.10512, equation 4)."""
-    distances = []
-    for name, weight in adalora.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            vectors = weight if ".lora_A." in name else weight.T  # (r, features)
-            distances.append(
-                torch.linalg.norm(
-                    vectors @ vectors.T - torch.eye(len(vectors), device=weight.device)
-                )
+
+@contextmanager
+def _only(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients flow to these weights alone: autograd keeps nothing of the blocks below the lowest."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in weights.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, value in required:
+            parameter.requires_grad_(value).grad = None
+
+
+def trained(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """Return the parameters that a training steps, by name: those selected, or the adapter's."""
+    if recipe.adapter is None:
+        return recipe.weights(model)
+    return {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
+
+
+def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
+    """Lanes that all begin where the recipe begins: at the model's weights, or at a fresh adapter."""
+
+    def stack(weight: Tensor) -> nn.Parameter:
+        return nn.Parameter(weight.detach().float().expand(len(ids), *weight.shape).clone())
+
+    if recipe.adapter is None:
+        return Lanes(model, ids, {name: stack(w) for name, w in recipe.weights(model).items()})
+    wrapped = adapt(model, recipe, 1)
+    low_rank = {
+        name: LowRank(stack(one.down[0]), stack(one.up[0]), one.scale)
+        for name, one in adapter(wrapped).items()
+    }
+    wrapped.unload()
+    return Lanes(model, ids, {}, low_rank)
+
+
+# --- Adapters: LoRA and AdaLoRA, by peft ---
+
+
+def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
+    """Wrap the model in the recipe's adapter, for a training on `count` edits; `unload` takes it off.
+
+    InputError where layers and components select no projection, or the steps are too few to prune.
+    """
+    common = {
+        "target_modules": module_names(model, recipe.layers, recipe.components),
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": 0.0,
+    }
+    if recipe.adapter == "lora":
+        config = LoraConfig(r=recipe.rank, **common)
+    else:
+        steps = recipe.steps * math.ceil(count / (recipe.batch_size or count))
+        if steps < 3:
+            raise InputError(
+                f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 steps or more, "
+                f"not {steps}"
             )
-    return (
-        adalora.peft_config[adalora.active_adapter[0]].orth_reg_weight
-        * torch.stack(distances).mean()
-    )
+        config = AdaLoraConfig(
+            init_r=math.ceil(SPARE_RANK * recipe.rank),
+            target_r=recipe.rank,
+            total_step=steps,
+            tinit=int(WARM_UP * steps),
+            tfinal=int(FINISH * steps),
+            **common,
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return get_peft_model(model, config).eval()
 
 
-def _learn(
-    model: nn.Module, optimiser: Optimiser, batch: Batch, recipe: Recipe, below: Below
-) -> list[float]:
-    """Loss of each edit of one batch, and one step unless their mean is below `stop_loss`."""
-    losses: list[float] = []
-    for below.part, part in enumerate(batch.parts):
-        part = {name: tensor.to(model.device) for name, tensor in part.items()}
-        each = loss(model, part, recipe.loss)  # (B,)
-        (each.sum() / len(batch.ids)).backward()
-        losses += each.tolist()
-    if broken := [
-        edit for edit, value in zip(batch.ids, losses, strict=True) if not math.isfinite(value)
-    ]:
-        raise diverged(recipe, broken, optimiser.steps)
-    if sum(losses) / len(losses) >= recipe.stop_loss:
-        optimiser.step()
-    optimiser.clear()
-    return losses
-
-
-def diverged(recipe: Recipe, broken: Sequence[str], steps: int) -> Diverged:
-    """What is said of edits whose loss is not finite after so many steps."""
-    return Diverged(
-        f"recipe {recipe.name}: the loss of edit {', '.join(map(repr, broken))} is not finite "
-        f"after {steps} steps; expected a learning_rate below {recipe.learning_rate:g}",
-        broken,
-    )
+def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
+    """Read what the model's adapter adds to each projection, by name, as one lane."""
+    found, own = {}, wrapped.active_adapter
+    for name, layer in _adapted_layers(wrapped).items():
+        if own in getattr(layer, "lora_E", {}):
+            # AdaLoRA: singular values between the matrices, and ranks that count after pruning.
+            down, up = layer.lora_A[own] * layer.lora_E[own], layer.lora_B[own]
+            scale = float(layer.scaling[own] / (layer.ranknum[own] + 1e-5))
+        else:
+            down, up = layer.lora_A[own].weight, layer.lora_B[own].weight
+            scale = float(layer.scaling[own])
+        found[name] = LowRank(down.detach()[None].clone(), up.detach()[None].clone(), scale)
+    return found
 
 
 @contextmanager
@@ -292,7 +427,7 @@ def adapted(
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> Iterator[Applied]:
-    """The model wrapped in an adapter trained on the edits, which is taken off on exit."""
+    """Yield the model wrapped in an adapter trained on the edits, which is taken off on exit."""
     wrapped = adapt(model, recipe, len(edits))
     try:
         training = train(wrapped, tokenizer, edits, recipe, progress)
@@ -300,8 +435,7 @@ def adapted(
             f"{name}.weight": relative_norm(
                 layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach()
             )
-            for name, layer in wrapped.get_base_model().named_modules()
-            if isinstance(layer, LoraLayer)
+            for name, layer in _adapted_layers(wrapped).items()
         }
         yield Applied(wrapped, training, norms)
     finally:
@@ -321,211 +455,40 @@ def train_and_merge(
     return applied.training
 
 
-def train_each(
+def _train_one_by_one(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
 ) -> Written:
-    """Each edit in weights or an adapter of its own; AdaLoRA, whose ranks are pruned by step, one by one."""
-    if recipe.adapter != "adalora":
-        return _train_lanes(model, tokenizer, edits, recipe)
-    trainings, found, failed = {}, [], {}
+    trainings, adapters, failed = {}, [], {}
     for edit in edits:
         try:
             with adapted(model, tokenizer, [edit], recipe) as applied:
                 trainings[edit.id] = applied.training
-                found.append(adapter(applied.model))
+                adapters.append(adapter(applied.model))
         except Diverged as error:
             failed[edit.id] = str(error)
-    if not found:
+    if not adapters:
         raise Diverged("; ".join(failed.values()), failed)
-    scaled = {name: [one[name] for one in found] for name in found[0]}
-    low_rank = {
-        name: LowRank(
-            torch.cat([one.down for one in each]),
-            torch.cat([one.scale * one.up for one in each]),
-            1.0,
-        )
-        for name, each in scaled.items()
-    }
-    return Written(Lanes(model, list(trainings), {}, low_rank), list(trainings.values()), failed)
+    low_rank = {}
+    for name in adapters[0]:
+        each = [one[name] for one in adapters]  # pruning leaves each a scale of its own
+        up = torch.cat([one.scale * one.up for one in each])
+        low_rank[name] = LowRank(torch.cat([one.down for one in each]), up, 1.0)
+    lanes = Lanes(model, list(trainings), {}, low_rank)
+    return Written(lanes, list(trainings.values()), failed)
 
 
-def _train_lanes(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
-) -> Written:
-    """Lanes that hold each edit as if it had been trained alone, and what each training did; seconds are an equal share.
-
-    Adam is element-wise, so one Adam on stacked weights is one for each lane. Edits of like length are trained together;
-    lanes that have ended leave the batch. An edit whose loss is not finite leaves too and gets no lane: the last of the
-    three says why, by its id; Diverged where that is every edit. `requires_grad` is the caller's to restore.
-    """
-    started = time.perf_counter()
-    examples = recipe.examples(model, tokenizer, edits)
-    ids = list(examples)
-    courses = []
-    for places in group_by_length(
-        [len(one.ids) for one in examples.values()], training_tokens(model.device)
-    ):
-        lanes = _laid_out(model, recipe, [ids[place] for place in places])
-        batch = collate([examples[edit] for edit in lanes.ids], tokenizer.pad_token_id or 0)
-        courses.append(_Course(recipe, lanes.ids))
-        _train_all(
-            lanes, {name: tensor.to(model.device) for name, tensor in batch.items()}, courses[-1]
-        )
-    ended, trainings, failed = (
-        {edit: one for course in courses for edit, one in getattr(course, of).items()}
-        for of in ("ended", "trainings", "failed")
-    )
-    written = [edit for edit in ids if edit not in failed]
-    if not written:
-        raise Diverged("; ".join(failed.values()), ids)
-    lanes.hold(
-        written,
-        [
-            torch.stack([ended[edit][number] for edit in written])
-            for number in range(len(lanes.stacks))
-        ],
-    )
-    for training in trainings.values():
-        training.seconds = (time.perf_counter() - started) / len(edits)
-    return Written(lanes, [trainings[edit] for edit in written], failed)
+def _adapted_layers(wrapped: PeftModel) -> dict[str, LoraLayer]:
+    modules = wrapped.get_base_model().named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
 
 
-def _train_all(lanes: Lanes, batch: Mapping[str, Tensor], course: "_Course") -> None:
-    """All lanes from where they begin to where each ends; the course has what became of them."""
-    recipe, model = course.recipe, lanes.model
-    model.requires_grad_(False)
-    adam = torch.optim.Adam(
-        lanes.stacks, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    with constant_below(model, (*lanes.weights, *lanes.low_rank)) as below, lanes.laid():
-        for _ in range(recipe.steps):
-            losses = loss(model, batch, recipe.loss)  # (A,)
-            course.note(losses.tolist(), lanes.stacks)
-            if course.left == 0:
-                return
-            adam.zero_grad()
-            losses.sum().backward()
-            adam.step()
-            if places := course.leave():
-                batch = _shortened(batch, places)
-                below.keep(places)
-                lanes.hold(course.going, _kept(adam, torch.tensor(places, device=model.device)))
-    course.end(lanes.stacks)
-
-
-@dataclass
-class _Course:
-    """Trainings side by side: which edits are still in the batch, what each has done, the weights of those that ended."""
-
-    recipe: Recipe
-    going: list[str]
-    trainings: dict[str, Training] = field(init=False)
-    ended: dict[str, list[Tensor]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.going = list(self.going)
-        self.trainings = {edit: Training() for edit in self.going}
-
-    def _goes_on(self, edit: str) -> bool:
-        return edit not in self.ended and edit not in self.failed
-
-    @property
-    def left(self) -> int:
-        """How many have not ended."""
-        return sum(map(self._goes_on, self.going))
-
-    def note(self, losses: Sequence[float], stacks: Sequence[Tensor]) -> None:
-        """The loss of every edit in the batch before its next step; those below `stop_loss` end with the weights they have."""
-        for place, (edit, value) in enumerate(zip(self.going, losses, strict=True)):
-            training = self.trainings[edit]
-            if not self._goes_on(edit):
-                continue
-            if not math.isfinite(value):
-                self.failed[edit] = str(diverged(self.recipe, [edit], training.steps))
-                continue
-            training.losses.append(value)
-            if value < self.recipe.stop_loss:
-                training.stopped = "loss"
-                self.ended[edit] = [stack.detach()[place].clone() for stack in stacks]
-            else:
-                training.steps += 1
-
-    def leave(self) -> list[int] | None:
-        """Places in the batch that go on, once enough edits have ended to make it worth while."""
-        places = [place for place, edit in enumerate(self.going) if self._goes_on(edit)]
-        if len(self.going) - len(places) < max(1, DROP_SHARE * len(self.going)):
-            return None
-        self.going = [self.going[place] for place in places]
-        return places
-
-    def end(self, stacks: Sequence[Tensor]) -> None:
-        """Those that have not ended yet end with the weights they have."""
-        for place, edit in enumerate(self.going):
-            if self._goes_on(edit):
-                self.ended[edit] = [stack.detach()[place].clone() for stack in stacks]
-
-
-def _laid_out(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
-    """Lanes that all begin where the recipe begins: at the model's weights, or at the adapter that `adapt` makes."""
-    count = len(ids)
-    if recipe.adapter is None:
-        return Lanes(
-            model,
-            ids,
-            {name: _leaf(weight, count) for name, weight in trained(model, recipe).items()},
-        )
-    wrapped = adapt(model, recipe, 1)
-    low_rank = {
-        name: LowRank(_leaf(one.down[0], count), _leaf(one.up[0], count), one.scale)
-        for name, one in adapter(wrapped).items()
-    }
-    wrapped.unload()
-    return Lanes(model, ids, {}, low_rank)
-
-
-def _leaf(weight: Tensor, count: int) -> nn.Parameter:
-    return nn.Parameter(weight.detach().float().expand(count, *weight.shape).clone())
-
-
-def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
-    """What a model's adapter adds to each projection by name, as one lane."""
-    found = {}
-    for name, layer in wrapped.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        own = wrapped.active_adapter
-        if (
-            hasattr(layer, "lora_E") and own in layer.lora_E
-        ):  # AdaLoRA's singular values, and ranks that count after pruning
-            down, up = layer.lora_A[own] * layer.lora_E[own], layer.lora_B[own]
-            scale = float(layer.scaling[own] / (layer.ranknum[own] + 1e-5))
-        else:
-            down, up, scale = (
-                layer.lora_A[own].weight,
-                layer.lora_B[own].weight,
-                float(layer.scaling[own]),
-            )
-        found[name] = LowRank(down.detach()[None].clone(), up.detach()[None].clone(), scale)
-    return found
-
-
-def _shortened(batch: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
-    """The rows that go on, without the columns that are padding in all of them."""
-    longest = int(batch["attention_mask"][places].sum(1).max())
-    return {name: tensor[places, :longest] for name, tensor in batch.items()}
-
-
-def _kept(adam: torch.optim.Adam, places: Tensor) -> list[nn.Parameter]:
-    """The parameters of the places that go on, in their order, with their moments."""
-    renewed = []
-    for parameter in adam.param_groups[0]["params"]:
-        new = nn.Parameter(parameter.detach()[places].clone())
-        state = adam.state.pop(parameter)
-        adam.state[new] = {
-            name: value[places].clone() if value.shape == parameter.shape else value
-            for name, value in state.items()
-        }
-        renewed.append(new)
-    adam.param_groups[0]["params"] = renewed
-    return renewed
+def _orthogonality(adalora: nn.Module) -> Tensor:
+    """The part of AdaLoRA's loss that keeps its singular vectors orthogonal (arXiv 2303.10512, eq. 4)."""
+    distances = []
+    for name, weight in adalora.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            vectors = weight if ".lora_A." in name else weight.T  # (r, features)
+            identity = torch.eye(len(vectors), device=weight.device)
+            distances.append(torch.linalg.norm(vectors @ vectors.T - identity))
+    weight = adalora.peft_config[adalora.active_adapter[0]].orth_reg_weight
+    return weight * torch.stack(distances).mean()

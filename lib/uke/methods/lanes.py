@@ -108,6 +108,10 @@ class Lanes:
         self.grouping = grouping([self.places[edit] for edit in ids], len(self.ids), self.device)
         self._chosen: dict[str, Tensor] = {}
 
+    def weights_of(self, lane: int) -> list[Tensor]:
+        """Copies of one lane's part of every stack, in the order of `stacks`."""
+        return [stack.detach()[lane].clone() for stack in self.stacks]
+
     def change_norms(self) -> list[dict[str, float]]:
         """Of each lane, the relative Frobenius norm of the change of each weight."""
         own = {name: weight.detach() for name, weight in self.model.named_parameters()}
