@@ -1,4 +1,17 @@
-"""Methods by name: recipes and peers, the files that change them, and what tuning chose for a model and a batch size."""
+"""Read methods with their settings from `params/methods`, one YAML file a method, and write back
+what tuning chose.
+
+    base: FT-M            # the published method; fields that differ from it stand beside this key
+    tuned: {embedded: {8: {learning_rate: 2e-3}}}  # by model and batch size, chosen by tuning
+    trials: {embedded: [{learning_rate: 5e-4}]}    # by model, what tuning tries
+    levels: {embedded: {layers: {all: {learning_rate: 1e-3, average: 0.72}}}}
+
+`levels` has, by model, factor and level, the tuned changes and their average metric on development
+edits. A method whose factors are studied also has `level_rates`, the learning rates that every
+level is tried with, and `candidate_trials`, those of the candidate for FT-UKE that it becomes.
+Published settings are for models of 7 to 8 billion parameters; a model that a file does not name
+uses them.
+"""
 
 import hashlib
 import os
@@ -6,20 +19,32 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from uke.errors import InputError, nearest
-from uke.files import write_yaml
-from uke.methods.method import Method
-from uke.methods.recipes import BASELINES, FACTORS, RECIPES, SINGLES, Recipe, candidate, vary
+from uke.files import read_yaml, write_atomic
+from uke.methods.method import Method, Positive
+from uke.methods.recipes import (
+    BASELINES,
+    FACTORS,
+    RECIPES,
+    SINGLE_BLOCKS,
+    Count,
+    Recipe,
+    candidate,
+    vary,
+)
 
 Named = TypeVar("Named")
+Changes = dict[str, Any]  # fields of a method with the values that they get
 
 # Published settings, by published name.
 PUBLISHED: Mapping[str, Method] = MappingProxyType(
@@ -31,74 +56,140 @@ METHODS: dict[str, Method] = dict(PUBLISHED)
 
 
 def key(name: str) -> str:
-    """The name as a part of a number's key and of a file's name: `AnyEdit (MEMIT)` is `anyedit_memit`, `AnyEdit++` `anyedit_pp`."""
+    """Return the name as part of a number's key or a file's name: `AnyEdit (MEMIT)` becomes
+    `anyedit_memit`.
+    """
     return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("++", " pp")).strip("_")
 
 
 def find(name: Any, among: Mapping[str, Named] = PUBLISHED, where: str = "") -> Named:
-    """The method of that name, or of that key, among those given; InputError naming the nearest one."""
+    """Return the entry of that name or key; InputError naming the nearest one."""
     by_key = {key(known): known for known in among}
     if not isinstance(name, str) or key(name) not in by_key:
         raise InputError(f"{where}unknown method '{name}'{nearest(str(name), among)}")
     return among[by_key[key(name)]]
 
 
-def load(path: str | Path) -> Method:
-    """A method from a YAML file that holds only its differences from the published one that its key `base` names.
+class MethodFile(BaseModel):
+    """A file of `params/methods` as written; differing fields of the method are extra ones."""
 
-    Without a base the file stands on the defaults of `Recipe`. It is called as its base, or else as its file, unless it
-    has a `name`. InputError for a missing file, a misspelt key, a wrong type or an unknown base.
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    base: str | None = None
+    tuned: dict[str, dict[Count, Changes]] = {}
+    trials: dict[str, list[Changes]] = {}
+    levels: dict[str, dict[str, dict[str, Changes]]] = {}
+    level_rates: dict[str, list[Positive]] = {}
+    candidate_trials: dict[str, list[Changes]] = {}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One method and everything its file says, checked; all but `method` by model."""
+
+    path: Path
+    method: Method
+    tuned: Mapping[str, Mapping[int, Method]]
+    trials: Mapping[str, Sequence[Method]]
+    levels: Mapping[str, Mapping[str, Mapping[str, Changes]]]
+    level_rates: Mapping[str, Sequence[float]]
+    candidate_trials: Mapping[str, Sequence[Changes]]
+
+
+def settings(path: str | Path) -> Settings:
+    """Read one file; InputError, in one line with the place, for anything in it that is no setting.
+
+    Without a `base` the file stands on the defaults of `Recipe`. The method is called as its base,
+    or else as its file, unless the file has a `name`.
     """
-    written = _read(Path(path))
-    base = written.pop("base", None)
-    method = (
-        Recipe(name=Path(path).stem) if base is None else find(base, where=f"{path}: field base: ")
-    )
-    return _changed(method, written, str(path))
+    path = Path(path)
+    stamp = path.stat() if path.is_file() else None
+    return _settings(path, stamp and (stamp.st_mtime_ns, stamp.st_ino, stamp.st_size))
 
 
-def _changed(method: Method, written: Any, where: str) -> Method:
-    """The method with these written, checked; InputError that begins with `where`."""
-    fields = type(method).model_fields
-    if not isinstance(written, Mapping):
-        raise InputError(
-            f"{where}: expected fields of {method.name} and their values, found {written!r}"
-        )
-    if unknown := [name for name in written if name not in fields]:
-        raise InputError(f"{where}: unknown field '{unknown[0]}'{nearest(str(unknown[0]), fields)}")
+@lru_cache(maxsize=256)
+def _settings(path: Path, stamp: tuple | None) -> Settings:
+    written = read_yaml(path)
     try:
-        return type(method)(**{**method.model_dump(), **written})
+        file = MethodFile(**written)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise InputError(
-            f"{where}: field {fault['loc'][0]}: {fault['msg']} (found {fault['input']!r})"
-        ) from None
+        raise InputError(f"{path}: {_fault(error)}") from None
+    if file.base is None:
+        base = Recipe(name=path.stem)
+    else:
+        base = find(file.base, where=f"{path}: field base: ")
+    method = changed(base, file.model_extra, f"{path}", MethodFile.model_fields)
+    tuned = {
+        model: {
+            size: changed(method, own, f"{path}: tuned, {model}, {size}")
+            for size, own in sorted(by_size.items())
+        }
+        for model, by_size in file.tuned.items()
+    }
+    trials = {
+        model: [
+            changed(method, own, f"{path}: trials, {model}, {number}")
+            for number, own in enumerate(every, 1)
+        ]
+        for model, every in file.trials.items()
+    }
+    for model, factors in file.levels.items():
+        for factor, levels in factors.items():
+            for level, own in levels.items():
+                _at_level(method, factor, level, own, f"{path}: levels, {model}, ")
+    return Settings(
+        path, method, tuned, trials, file.levels, file.level_rates, file.candidate_trials
+    )
 
 
-def _read(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+def _fault(error: ValidationError, depth: int | None = None) -> str:
+    """Return the first fault of a validation in one line, its place to a depth."""
+    fault = error.errors(include_url=False)[0]
+    place = ", ".join(str(part) for part in fault["loc"][:depth] if part != "[key]")
+    return f"field {place}: {fault['msg']} (found {fault['input']!r})"
+
+
+def changed(method: Method, changes: Any, where: str, besides: Iterable[str] = ()) -> Method:
+    """Return the method with these fields changed; InputError that begins with `where`."""
+    fields = type(method).model_fields
+    for name in changes:
+        if name not in fields:
+            raise InputError(
+                f"{where}: unknown field '{name}'{nearest(str(name), {*fields, *besides})}"
+            )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict | None):
-        raise InputError(f"{path}: a mapping was expected, found {type(content).__name__}")
-    return dict(content or {})
+        return type(method)(**{**method.model_dump(), **changes})
+    except ValidationError as error:
+        raise InputError(f"{where}: {_fault(error, depth=1)}") from None
 
 
-def changes(method: Method, base: Method) -> dict[str, Any]:
-    """What the method chooses otherwise than its base, by field, as YAML holds it."""
+def _at_level(method: Method, factor: str, level: str, own: Changes, where: str) -> Recipe:
+    """Return the method at a level of a factor with the changes chosen there, all but their
+    `average`.
+    """
+    if not method.factors:
+        raise InputError(f"{where}{method.name}: it has no levels; expected a way to fine-tune")
+    average = own.get("average", 0.0)
+    if isinstance(average, bool) or not isinstance(average, int | float):
+        raise InputError(f"{where}{factor}, {level}: average: expected a number, found {average!r}")
+    try:
+        varied = vary(method, factor, level)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+    changes = {name: value for name, value in own.items() if name != "average"}
+    return changed(varied, changes, f"{where}{factor}, {level}")
+
+
+def changes(method: Method, base: Method) -> Changes:
+    """Return the fields in which the method differs from its base, as YAML holds them."""
     own, other = method.model_dump(mode="json", exclude={"name"}), base.model_dump(mode="json")
     return {field: value for field, value in own.items() if value != other[field]}
 
 
 def differences(method: Method, base: Method) -> str:
-    """The same in one line, `as published` where there is none."""
-    return (
-        ", ".join(f"{field} {_plain(value)}" for field, value in changes(method, base).items())
-        or "as published"
-    )
+    """Return the same in one line, `as published` where there is none."""
+    parts = [f"{field} {_plain(value)}" for field, value in changes(method, base).items()]
+    return ", ".join(parts) or "as published"
 
 
 def _plain(value: Any) -> str:
@@ -107,14 +198,19 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def tuned_file(folder: Path, model: str) -> Path:
-    """Where the settings chosen for a model are kept, by batch size."""
-    return folder / "tuned" / f"{_file_name(model)}.yaml"
+def catalog(folder: Path) -> dict[str, Settings]:
+    """Return the settings of every method of `folder`/methods, by name."""
+    every = map(settings, sorted(folder.glob("methods/*.yaml")))
+    return {one.method.name: one for one in every}
 
 
-def _file_name(model: str) -> str:
-    """A model of another world has the settings of the embedded one: what is chosen must not depend on the world."""
-    return "embedded" if _of_a_world(model) else re.sub("[^A-Za-z0-9.]+", "-", model).strip("-")
+def settings_name(model: str) -> str:
+    """Return the name that a model has in the files.
+
+    The model of another world has the settings of the embedded one: what is chosen must not depend
+    on the world.
+    """
+    return "embedded" if _of_a_world(model) else model
 
 
 def _of_a_world(model: str) -> bool:
@@ -124,219 +220,166 @@ def _of_a_world(model: str) -> bool:
 def configured(
     folder: Path, model: str, batch_size: int = 1, tuned: bool = True
 ) -> dict[str, Method]:
-    """Every method of `folder`/methods by name, with what the model's tuned file changes in it, if there is one.
+    """Return every method by name, as tuned for the model and a batch size.
 
-    Published settings are for models of 7 to 8 billion parameters; a tuned file holds what development edits chose for
-    another model at some batch sizes, of which each method has the one nearest to `batch_size` (by ratio; the smaller of two).
-    InputError for a bad file, or a tuned method that does not exist.
+        configured(Path("params"), "embedded", batch_size=8)["FT-M"].learning_rate    # 2e-3
+
+    A method tuned at some batch sizes has the settings of the nearest one (by ratio; the smaller of
+    two). Published settings stand where nothing is tuned, or `tuned` is false; methods of your own
+    in METHODS are returned as they are. InputError for a bad file.
     """
-    found = {method.name: method for method in map(load, sorted(folder.glob("methods/*.yaml")))}
-    path = tuned_file(folder, model)
-    held = tuned_at(path) if tuned and path.is_file() else {}
-    chosen: dict[str, Method] = {}
-    for size in nearest_first(held, batch_size):
-        for name, own in held[size].items():
-            method = find(name, found, f"{path}: {size}: ")
-            chosen.setdefault(method.name, _changed(method, own, f"{path}: {size}: {method.name}"))
-    own = {name: method for name, method in METHODS.items() if name not in PUBLISHED}
-    return own | found | chosen
+    found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
+    for name, one in catalog(folder).items():
+        by_size = one.tuned.get(settings_name(model), {}) if tuned else {}
+        sizes = nearest_first(by_size, batch_size)
+        found[name] = by_size[sizes[0]] if sizes else one.method
+    return found
 
 
 def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
-    """Batch sizes by their ratio to one, the nearest first; of two as far from it the smaller."""
+    """Sort batch sizes by their ratio to one, the nearest first, and of two equally near the
+    smaller.
+    """
     return sorted(sizes, key=lambda size: (max(size / batch_size, batch_size / size), size))
 
 
-def tuned_at(path: Path) -> dict[int, dict[str, Any]]:
-    """What a tuned file holds: by batch size, the changes of each method."""
-    held = _read(path)
-    for size, methods in held.items():
-        if type(size) is not int or size < 1 or not isinstance(methods, dict):
+def at_level(folder: Path, model: str, method_name: str, factor: str, level: str) -> Recipe:
+    """Return the method at a level of a factor, with the rate that was tuned for this level.
+
+    Rates by level belong to the untuned settings. Where the file lacks the level, the method as
+    tuned for single edits is varied. InputError for an unknown method, factor or level, or a bad
+    file.
+    """
+    one = find(method_name, catalog(folder))
+    own = one.levels.get(settings_name(model), {}).get(factor, {}).get(level)
+    if own is not None:
+        return _at_level(one.method, factor, level, own, f"{one.path}: ")
+    return _at_level(configured(folder, model)[one.method.name], factor, level, {}, "")
+
+
+def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
+    """Return, of these levels of `layers`, the single block with the best average on development
+    edits.
+
+    Where the method's file has no averages: the published block, or else the last single one.
+    InputError where none of the levels trains a single block.
+    """
+    singles = [level for level in SINGLE_BLOCKS if level in among]
+    if not singles:
+        raise InputError(
+            f"layers: {', '.join(among)}: none trains a single block; "
+            f"expected one of {', '.join(SINGLE_BLOCKS)}"
+        )
+    own = find(method_name, catalog(folder)).levels.get(settings_name(model), {}).get("layers", {})
+    averages = {
+        level: own[level]["average"] for level in singles if "average" in own.get(level, {})
+    }
+    if averages:
+        return max(averages, key=averages.__getitem__)
+    layers = FACTORS["layers"].levels
+    published = RECIPES["FT-M"].layers[0]
+    return next((one for one in singles if layers[one]["layers"] == published), singles[-1])
+
+
+def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
+    """Return, for each of these methods by name, the variants that tuning tries.
+
+    Candidates for FT-UKE have those of their family's `candidate_trials`. InputError where there
+    are none, or where one method has more than another: budgets are equal.
+    """
+    every = catalog(folder)
+    families = {candidate(one.method, {}).name: one for one in every.values() if _is_family(one)}
+    found: dict[str, list[Method]] = {}
+    for method in methods:
+        one = families.get(method.name) or find(method.name, every)
+        place = f"{one.path}: {'candidate_trials' if method.name in families else 'trials'}"
+        by_model = one.candidate_trials if method.name in families else one.trials
+        own = by_model.get(settings_name(model))
+        if not own:
+            raise InputError(f"{place}: none for model '{model}'{_models(by_model)}")
+        if method.name in families:
+            own = [changed(method, one, f"{place}, {number}") for number, one in enumerate(own, 1)]
+        found[method.name] = list(own)
+        first, budget = next((name, len(own)) for name, own in found.items())
+        if not len({trial.fingerprint for trial in own}) == len(own) == budget:
             raise InputError(
-                f"{path}: {size!r}: expected a batch size, and under it the methods with their fields"
+                f"{place}: {len(own)} trials, {first} has {budget}; "
+                "expected different ones, as many for every method"
             )
-    return held
+    return found
+
+
+def _is_family(one: Settings) -> bool:
+    return bool(one.method.factors and one.candidate_trials)
+
+
+def _models(by_model: Mapping[str, Any]) -> str:
+    return f"; expected a list of trials, as for {', '.join(by_model)}" if by_model else ""
+
+
+def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict[str, list[float]]:
+    """Return, for each family by name, the learning rates that every level of a factor is tried
+    with.
+
+    InputError where there are none, where one family has more than another, and, like `trials`,
+    where the candidate for FT-UKE that the family may become has none.
+    """
+    families, found = list(families), {}
+    for recipe in families:
+        one = find(recipe.name, catalog(folder))
+        rates = one.level_rates.get(settings_name(model), [])
+        if not rates or len(rates) != len(next(iter(found.values()), rates)):
+            raise InputError(
+                f"{one.path}: level_rates: {len(rates)} for model '{model}'; "
+                "expected as many for every family"
+            )
+        found[recipe.name] = list(rates)
+    trials(folder, model, [candidate(recipe, {}) for recipe in families])
+    return found
 
 
 def tune(
     folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]
-) -> Path:
-    """Write what was chosen for some methods at a batch size to the model's tuned file, beside what it holds of others."""
-    path = tuned_file(folder, model)
-    with _alone(path, model):
-        held = tuned_at(path) if path.is_file() else {}
-        held[batch_size] = {
-            **held.get(batch_size, {}),
-            **{name: dict(own) for name, own in chosen.items()},
-        }
-        return _write(
-            path,
-            "By batch size; chosen on development edits by `make tune` (notebooks/tuning.ipynb and tuning_levels.ipynb, their rows are committed beside the figures).",
-            held,
+) -> list[Path]:
+    """Write the changes chosen for methods at a batch size into their files; return the paths."""
+    return [
+        _write(folder, model, name, "tuned", {batch_size: dict(own)})
+        for name, own in chosen.items()
+    ]
+
+
+def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> list[Path]:
+    """Write what was chosen at each level, by method and factor, in place of what the files hold of
+    these factors.
+    """
+    return [_write(folder, model, name, "levels", own) for name, own in chosen.items()]
+
+
+def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> Path:
+    """Update the model's part of one block of a method's file, and keep the rest of the file as it
+    is written.
+    """
+    if _of_a_world(model):
+        raise InputError(
+            f"{model}: the model of another world has the settings of the embedded one; "
+            "expected model embedded"
         )
+    path = find(name, catalog(folder)).path
+    with _locked(path):
+        held = read_yaml(path).get(block, {})
+        held[model] = dict(sorted({**held.get(model, {}), **new}.items()))
+        text = path.read_text(encoding="utf-8").rstrip() + "\n"
+        dumped = yaml.safe_dump({block: held}, sort_keys=False, default_flow_style=None, width=100)
+        # The key's line and the indented ones below it.
+        pattern = re.compile(rf"^{block}:.*\n(?:[ \t].*\n|\n(?=[ \t]))*", re.MULTILINE)
+        replaced, count = pattern.subn(lambda _: dumped, text, count=1)
+        return write_atomic(path, replaced if count else f"{text}\n{dumped}")
 
 
 @contextmanager
-def _alone(path: Path, model: str) -> Iterator[None]:
-    """Keep others on this machine from changing the file meanwhile: two notebooks may tune one model at once."""
-    if _of_a_world(model):
-        raise InputError(
-            f"{model}: the model of another world has the settings of the embedded one; expected model embedded"
-        )
+def _locked(path: Path) -> Iterator[None]:
+    """Lock the file on this machine: two notebooks may tune one model at once."""
     locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
     locks.mkdir(exist_ok=True)
     with FileLock(locks / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.lock"):
         yield
-
-
-def _write(path: Path, said: str, held: Mapping) -> Path:
-    return write_yaml(path, dict(sorted(held.items())), said)
-
-
-def levels_file(folder: Path, model: str) -> Path:
-    """Where the rates chosen for a model at each level of each factor are kept."""
-    return folder / "levels" / f"{_file_name(model)}.yaml"
-
-
-def levels_at(folder: Path, model: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """What the model's levels file holds: by method, factor and level its own changes, and its `average` on development edits.
-
-    Nothing where there is no file. InputError for an unknown method, factor, level or field, or a wrong value.
-    """
-    path = levels_file(folder, model)
-    found: dict[str, Any] = {}
-    for name, factors in (_read(path) if path.is_file() else {}).items():
-        method = _recipe(name, PUBLISHED, f"{path}: ")
-        for factor, levels in _mapping(factors, f"{path}: {name}").items():
-            for level, own in _mapping(levels, f"{path}: {name}, {factor}").items():
-                place = f"{path}: {name}, {factor}, {level}"
-                changed = {
-                    field: value
-                    for field, value in _mapping(own, place).items()
-                    if field != "average"
-                }
-                if not isinstance(own.get("average", 0.0), (int, float)):
-                    raise InputError(
-                        f"{place}: average: expected a number, found {own['average']!r}"
-                    )
-                _changed(_varied(method, factor, level, f"{path}: {name}: "), changed, place)
-                found.setdefault(method.name, {}).setdefault(factor, {})[level] = own
-    return found
-
-
-def _mapping(value: Any, place: str) -> Mapping:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{place}: a mapping was expected, found {value!r}")
-    return value
-
-
-def _recipe(name: str, among: Mapping[str, Method], where: str = "") -> Recipe:
-    method = find(name, among, where)
-    if not method.factors:
-        raise InputError(f"{where}{method.name}: it has no levels; expected a way to fine-tune")
-    return method
-
-
-def _varied(method: Recipe, factor: str, level: str, where: str) -> Recipe:
-    try:
-        return vary(method, factor, level)
-    except InputError as error:
-        raise InputError(f"{where}{error}") from None
-
-
-def at_level(folder: Path, model: str, method_name: str, factor: str, level: str) -> Recipe:
-    """The method at a level of a factor, with what the model's levels file chose for it there, its rate for one.
-
-    The rates of the file belong to the settings that the method has before it is tuned; where the file lacks the level, it is
-    the method as tuned for single edits that is varied. InputError for an unknown method, factor or level, or a bad file.
-    """
-    own = levels_at(folder, model).get(find(method_name).name, {}).get(factor, {}).get(level)
-    method = _recipe(method_name, configured(folder, model, tuned=own is None))
-    changed = {field: value for field, value in (own or {}).items() if field != "average"}
-    return _changed(
-        vary(method, factor, level),
-        changed,
-        f"{levels_file(folder, model)}: {method.name}, {factor}, {level}",
-    )
-
-
-def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
-    """Of the levels of `layers` given, the single block that was best on development edits, by the model's levels file.
-
-    Where the file does not say: the published block, or else the last single one. InputError where none trains a single block.
-    """
-    singles = [level for level in SINGLES if level in among]
-    if not singles:
-        raise InputError(
-            f"layers: {', '.join(among)}: none trains a single block; expected one of {', '.join(SINGLES)}"
-        )
-    held = levels_at(folder, model).get(find(method_name).name, {}).get("layers", {})
-    averages = {
-        level: held[level]["average"] for level in singles if "average" in held.get(level, {})
-    }
-    published = [
-        level
-        for level in singles
-        if FACTORS["layers"].levels[level]["layers"] == RECIPES["FT-M"].layers[0]
-    ]
-    return max(averages, key=averages.__getitem__) if averages else (published or singles)[-1]
-
-
-def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> Path:
-    """Write what was chosen at each level, by method and factor, to the model's levels file, in place of what it holds of these methods."""
-    path = levels_file(folder, model)
-    with _alone(path, model):
-        held = {**levels_at(folder, model), **chosen}
-        return _write(
-            path,
-            "By method, factor and level: the rate chosen on development edits, and its average there (notebooks/tuning_levels.ipynb).",
-            held,
-        )
-
-
-def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
-    """Of each method by name, the variants that tuning tries, from `folder`/trials/<model>.yaml.
-
-    InputError where the file lacks a method or tries one more often than another: budgets are equal.
-    """
-    path = folder / "trials" / f"{_file_name(model)}.yaml"
-    spaces = _read(path)
-    found = {}
-    for method in methods:
-        space = find(method.name, spaces, f"{path}: ")
-        if not isinstance(space, list) or not space:
-            raise InputError(
-                f"{path}: {method.name}: expected a list of trials, found {type(space).__name__}"
-            )
-        found[method.name] = [
-            _changed(method, own, f"{path}: {method.name}, trial {number}")
-            for number, own in enumerate(space, 1)
-        ]
-    for name, tried in found.items():
-        if (
-            not len({one.fingerprint for one in tried})
-            == len(tried)
-            == len(next(iter(found.values())))
-        ):
-            raise InputError(
-                f"{path}: {name}: {len(tried)} trials, {next(iter(found))} has {len(next(iter(found.values())))}; expected different ones, as many for every method"
-            )
-    return found
-
-
-def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict[str, list[float]]:
-    """Of each family by name, the rates that every level of a factor gets, from `<name> by level` of the trials file.
-
-    InputError as `trials` has, and where it lacks the trials of the candidate for FT-UKE that the family may become.
-    """
-    families = list(families)
-    found = trials(
-        folder,
-        model,
-        [recipe.model_copy(update={"name": f"{recipe.name} by level"}) for recipe in families],
-    )
-    trials(folder, model, [candidate(recipe, {}) for recipe in families])
-    return {
-        recipe.name: [one.learning_rate for one in found[f"{recipe.name} by level"]]
-        for recipe in families
-    }

@@ -304,7 +304,7 @@ _COMPONENTS = {
     "attention": ("attention",),
     "both": ("mlp", "attention"),
 }
-SINGLES = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
+SINGLE_BLOCKS = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
 
 FACTORS: Mapping[str, Factor] = MappingProxyType(
     {

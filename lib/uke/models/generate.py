@@ -42,8 +42,8 @@ CachedAnswer = tuple[list[int], int]  # token ids of an answer, and its limit of
 class AnswerCache:
     """Greedy answers of one unedited model by prompt, kept in a folder of small JSON files.
 
-    A file is written atomically and never changed, so several processes may add to a folder at once. The folder's
-    name must say what else decides an answer: weights, precision and code.
+    A file is written atomically and never changed, so several processes may add to a folder at
+    once. The folder's name must say what else decides an answer: weights, precision and code.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,13 +59,13 @@ class AnswerCache:
                     _keep_longer(known, tuple(map(int, prompt.split())), ids)
             except (ValueError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{path}: not a file of cached answers ({error}); expected [prompt, ids, limit] "
-                    "each; delete it and the answers are generated again"
+                    f"{path}: not a file of cached answers ({error}); expected "
+                    "[prompt, ids, limit] each; delete it and the answers are generated again"
                 ) from None
         return known
 
     def look_up(self, prompt: Prompt, limit: int) -> list[int] | None:
-        """Return the answer of at most `limit` tokens, or None where no answer that long is known."""
+        """Return the answer of at most `limit` tokens, or None where none is that long."""
         ids, known_limit = self._known.get(prompt, ([], -1))
         # Greedy answers are prefixes of each other, and one below its own limit has ended.
         return ids[:limit] if known_limit >= limit or len(ids) < known_limit else None
@@ -91,9 +91,10 @@ def _keep_longer(known: dict[Prompt, CachedAnswer], prompt: Prompt, new: CachedA
 class Generation:
     """Options of `answer` and `target_log_probability`.
 
-    `max_new_tokens`: a number, or a function of the probe. `chat`: None follows each probe; False asks all of them
-    without the template; cloze probes never use it. `batch_tokens`: tokens of prompts and answers decoded together.
-    `cache`: answers of this very model, read before decoding and added to afterwards.
+    `max_new_tokens`: a number, or a function of the probe. `chat`: None follows each probe; False
+    asks all of them without the template; cloze probes never use it. `batch_tokens`: tokens of
+    prompts and answers decoded together. `cache`: answers of this very model, read before decoding
+    and added to afterwards.
     """
 
     max_new_tokens: int | Callable[[Probe], int] = 160
@@ -109,7 +110,9 @@ class Generation:
 
 
 class Query(NamedTuple):
-    """Token ids of a prompt, and the edit whose lane answers it (None where the model has no lanes)."""
+    """Token ids of a prompt, and the edit whose lane answers it (None where the model has no
+    lanes).
+    """
 
     lane: str | None
     prompt: Prompt
@@ -118,14 +121,15 @@ class Query(NamedTuple):
 def answer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[str]:
-    """Answer every probe greedily, in order; special tokens and surrounding white space are stripped.
+    """Answer every probe greedily, in order; special tokens and surrounding white space are
+    stripped.
 
         model, tokenizer = load("embedded")
         answer(model, tokenizer, edit.probes, max_new_tokens=80)
 
-    `options` are the fields of `Generation`. Each distinct prompt is decoded once. An answer ends at the token that
-    ends a turn or the text, at its limit of tokens, or at the end of the context. Raises InputError for a prompt
-    that fills the context.
+    `options` are the fields of `Generation`. Each distinct prompt is decoded once. An answer ends
+    at the token that ends a turn or the text, at its limit of tokens, or at the end of the context.
+    Raises InputError for a prompt that fills the context.
     """
     chosen = Generation(**options)
     has_lanes, context = hasattr(model, "lanes"), max_context(model)
@@ -183,7 +187,9 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]
 
 
 def _batches(limits: Mapping[Query, int], tokens: int) -> Iterator[list[Query]]:
-    """Group prompts of similar length: at most `tokens` with their answers, but at least one prompt."""
+    """Group prompts of similar length: at most `tokens` with their answers, but at least one
+    prompt.
+    """
     batch: list[Query] = []
     longest = 0
 
@@ -203,7 +209,8 @@ def _batches(limits: Mapping[Query, int], tokens: int) -> Iterator[list[Query]]:
         yield batch
 
 
-# Not inference mode: rotary embeddings of some models renew buffers while reading, which training then needs.
+# Not inference mode: rotary embeddings of some models renew buffers while reading, which training
+# then needs.
 @torch.no_grad()
 def _decode(
     model: nn.Module, queries: list[Query], limits: list[int], endings: set[int]
@@ -277,7 +284,9 @@ class _Step:
 
 
 class _SpareLayer(DynamicLayer):
-    """Keys and values of one layer with free positions behind them: a token more copies only itself."""
+    """Keys and values of one layer with free positions behind them: a token more copies only
+    itself.
+    """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -322,9 +331,11 @@ def surprisals(
     edits: Sequence[str | None],
     tokens: int | None = None,
 ) -> list[Tensor]:
-    """Return -log p (nats) of every target token of each example, teacher-forced, shape (tokens of its answer,).
+    """Return -log p (nats) of every target token of each example, teacher-forced, shape (tokens of
+    its answer,).
 
-    `edits` names the lane that reads each example, where the model has lanes; `tokens` limits one forward pass.
+    `edits` names the lane that reads each example, where the model has lanes; `tokens` limits one
+    forward pass.
     """
     device = model.get_input_embeddings().weight.device
     surprisal_of: dict[int, Tensor] = {}
@@ -332,7 +343,8 @@ def surprisals(
         select_lanes(model, [edits[row] for row in rows])
         ids = collate([examples[row] for row in rows], pad_id=0)["input_ids"].to(device)  # (B, T)
         first = min(examples[row].prompt_length for row in rows)
-        # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
+        # Padding stands to the right, so causality alone keeps it from what is read: no mask to
+        # build.
         logits = model(
             input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - first
         ).logits  # (B, S, V), each predicting the label at its place
@@ -351,7 +363,9 @@ def _reference_surprisals(
     probes: Sequence[Probe],
     options: Mapping[str, Any],
 ) -> tuple[list[Example], list[Tensor]]:
-    """Return each probe with its reference as an example, and the surprisal of the reference's tokens."""
+    """Return each probe with its reference as an example, and the surprisal of the reference's
+    tokens.
+    """
     chosen = Generation(**options)
     examples: list[Example] = []
     for probe in probes:
@@ -360,7 +374,8 @@ def _reference_surprisals(
         _check_length(probe, len(examples[-1].ids), max_context(model))
         if examples[-1].prompt_length == len(examples[-1].ids):
             raise InputError(
-                f"edit {probe.edit}, {probe.kind} {probe.number}: reference is empty; expected a text"
+                f"edit {probe.edit}, {probe.kind} {probe.number}: "
+                "reference is empty; expected a text"
             )
     edits = [probe.edit for probe in probes]
     return examples, surprisals(model, examples, edits, chosen.batch_tokens)
@@ -369,10 +384,11 @@ def _reference_surprisals(
 def target_log_probability(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[float]:
-    """Return the mean log-probability (nats) of a token of each probe's reference after its prompt, in order.
+    """Return the mean log-probability (nats) of a token of each probe's reference after its prompt,
+    in order.
 
-    `options` are the fields of `Generation`; the token that ends a turn is not counted. Raises InputError where
-    prompt and reference exceed the context, and for an empty reference.
+    `options` are the fields of `Generation`; the token that ends a turn is not counted. Raises
+    InputError where prompt and reference exceed the context, and for an empty reference.
     """
     _, values = _reference_surprisals(model, tokenizer, probes, options)
     return [-float(value.mean()) for value in values]
@@ -388,7 +404,8 @@ class Token(NamedTuple):
 def token_probabilities(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[list[Token]]:
-    """Return the tokens of each probe's reference with their probabilities; their texts joined are the reference.
+    """Return the tokens of each probe's reference with their probabilities; their texts joined are
+    the reference.
 
     Options and errors are those of `target_log_probability`.
     """
@@ -400,7 +417,9 @@ def token_probabilities(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text; a character of several tokens is added by the last of them."""
+    """Return what each token adds to the text; a character of several tokens is added by the last
+    of them.
+    """
     pieces, text = [], ""
     for end in range(1, len(ids) + 1):
         longer = tokenizer.decode(

@@ -1,4 +1,6 @@
-"""Load a causal language model, name its weights by layer and component, restore and fingerprint it."""
+"""Load a causal language model, name its weights by layer and component, restore and fingerprint
+it.
+"""
 
 import hashlib
 import json
@@ -32,9 +34,9 @@ def load(
 
         model, tokenizer = load("embedded")
 
-    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a directory is read
-    without touching the network. By default `device` is CUDA where there is any, and `dtype` its `precision`.
-    Raises InputError where `name` is no complete causal model.
+    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a
+    directory is read without touching the network. By default `device` is CUDA where there is any,
+    and `dtype` its `precision`. Raises InputError where `name` is no complete causal model.
     """
     source, local = _source(name)
     if device == "auto":
@@ -49,7 +51,8 @@ def load(
             use_safetensors=True,
             output_loading_info=True,
         )
-    # The readers of the files raise classes of their own, SafetensorError among them, with no common base.
+    # The readers of the files raise classes of their own, SafetensorError among them, with no
+    # common base.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
@@ -61,7 +64,9 @@ def load(
 
 
 def precision(device: str) -> torch.dtype:
-    """Return the dtype that models are loaded in: bfloat16 on CUDA devices with native support, else float32."""
+    """Return the dtype that models are loaded in: bfloat16 on CUDA devices with native support,
+    else float32.
+    """
     if torch.device(device).type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -116,7 +121,9 @@ def _linear(block: nn.Module) -> list[str]:
 
 
 def _part(kind: str, block: nn.Module) -> list[str]:
-    """Return the names, within the block, of the projections of its attention or of its feed-forward part."""
+    """Return the names, within the block, of the projections of its attention or of its
+    feed-forward part.
+    """
     return [
         name
         for name in _linear(block)
@@ -139,7 +146,8 @@ def _indices(layers: Layers, depth: int) -> list[int]:
 
 
 def layer_index(layer: int | float, depth: int) -> int:
-    """Return the index of the block that a number or a fraction of the depth (0.0 first, 1.0 last) names.
+    """Return the index of the block that a number or a fraction of the depth (0.0 first, 1.0 last)
+    names.
 
     Raises InputError where it is out of range.
     """
@@ -166,12 +174,14 @@ def _inside(block: nn.Module, component: str) -> list[str]:
 
 
 def module_names(model: nn.Module, layers: Layers, components: str | Sequence[str]) -> list[str]:
-    """Return the names of the linear projections that `layers` and `components` select, in the model's order.
+    """Return the names of the linear projections that `layers` and `components` select, in the
+    model's order.
 
-    `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth (0.0 the first block, 1.0
-    the last), or a list of numbers and fractions. `components`: "mlp", "attention", "all", or the name of a
-    projection such as "down_proj". Raises InputError on a layer out of range, an unknown component (naming those
-    that exist), and where nothing is selected.
+    `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth (0.0 the
+    first block, 1.0 the last), or a list of numbers and fractions. `components`: "mlp",
+    "attention", "all", or the name of a projection such as "down_proj". Raises InputError on a
+    layer out of range, an unknown component (naming those that exist), and where nothing is
+    selected.
     """
     decoder = blocks(model)
     components = [components] if isinstance(components, str) else components
@@ -192,7 +202,8 @@ def select(
 ) -> dict[str, nn.Parameter]:
     """Return the weights and biases, by name, of the projections that `module_names` returns.
 
-    The component "all" stands for every parameter of a block, norms included. Raises InputError like `module_names`.
+    The component "all" stands for every parameter of a block, norms included. Raises InputError
+    like `module_names`.
     """
     prefixes = module_names(model, layers, components)
     if "all" in components:
@@ -208,8 +219,8 @@ def kept(
 ) -> Iterator[nn.Module]:
     """Restore `parameters` (all if None) bit for bit on exit, also after an exception.
 
-    Buffers, `requires_grad` of every parameter and the training mode are restored too, and gradients are dropped.
-    Only the given parameters and the buffers are copied.
+    Buffers, `requires_grad` of every parameter and the training mode are restored too, and
+    gradients are dropped. Only the given parameters and the buffers are copied.
     """
     named = dict(model.named_parameters()) if parameters is None else parameters
     training = {module: module.training for module in model.modules()}
@@ -230,7 +241,9 @@ def kept(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return 16 hex digits that change with any weight and with the configuration, not with the model's path."""
+    """Return 16 hex digits that change with any weight and with the configuration, not with the
+    model's path.
+    """
     config = model.config.to_diff_dict()
     for passing in ("_name_or_path", "architectures", "transformers_version", "dtype"):
         config.pop(passing, None)
@@ -242,7 +255,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def max_context(model: nn.Module) -> int:
-    """Return the positions the model was made for, in tokens; unbounded where the configuration gives none."""
+    """Return the positions the model was made for, in tokens; unbounded where the configuration
+    gives none.
+    """
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 

@@ -1,4 +1,6 @@
-"""Turn questions and answers into token ids: chat templates, labels, padding, batches of similar length."""
+"""Turn questions and answers into token ids: chat templates, labels, padding, batches of similar
+length.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +21,9 @@ TRAINING_TOKENS = 1024
 
 
 class Example(NamedTuple):
-    """One prompt with the answer to learn: T token ids, T labels (-100 on the prompt), prompt length."""
+    """One prompt with the answer to learn: T token ids, T labels (-100 on the prompt), prompt
+    length.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -39,14 +43,16 @@ def question_of(model: nn.Module, probe: Probe) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str:
-    """Return the prompt as text: up to where the answer begins in the chat template, or unchanged."""
+    """Return the prompt as text: the chat template up to the answer, or the question itself."""
     if not chat:
         return question
     if not tokenizer.chat_template:
         raise InputError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; expected one, or chat: false"
+            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; "
+            "expected one, or chat: false"
         )
-    # Templates of reasoning models read `enable_thinking`, others ignore it: a scored answer begins at once.
+    # Templates of reasoning models read `enable_thinking`, others ignore it: a scored answer begins
+    # at once.
     turn = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(
         turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -54,7 +60,8 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
-    """Return the token ids of the prompt, with one beginning-of-text token (a chat template writes its own).
+    """Return the token ids of the prompt, with one beginning-of-text token (a chat template writes
+    its own).
 
     Raises InputError for `chat` without a template in the tokenizer, and for an empty prompt.
     """
@@ -73,14 +80,14 @@ def example(
 ) -> Example:
     """Join prompt and answer into one sequence whose labels are the answer.
 
-    With `end_of_turn` the token that ends a turn is learned too. A raw prompt is continued after one space.
-    The prompt's ids are exactly those that `encode` returns.
+    With `end_of_turn` the token that ends a turn is learned too. A raw prompt is continued after
+    one space. The prompt's ids are exactly those that `encode` returns.
     """
     prompt = encode(tokenizer, question, chat)
     text = render(tokenizer, question, chat)
     space = "" if chat or text[-1:].isspace() or answer[:1].isspace() else " "
-    # Tokenizing both together spares the answer the word-start mark that some tokenizers put before any text.
-    # Where the two would merge into one token, the answer is tokenized alone.
+    # Tokenizing both together spares the answer the word-start mark that some tokenizers put before
+    # any text. Where the two would merge into one token, the answer is tokenized alone.
     together = _tokenize(tokenizer, text + space + answer, special=not chat)
     if together[: len(prompt)] == prompt:
         target = together[len(prompt) :]
@@ -92,7 +99,8 @@ def example(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that ends an assistant's turn in the chat template, else of end-of-text.
+    """Return the id of the token that ends an assistant's turn in the chat template, else of
+    end-of-text.
 
     Raises InputError where the tokenizer has neither.
     """
@@ -117,7 +125,9 @@ _end_of_turn = end_of_turn  # `example` has an option of the same name
 def collate(
     examples: Sequence[Example], pad_id: int, side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, `attention_mask` and `labels`, each (B, T), T the longest example, padded on `side`."""
+    """Return `input_ids`, `attention_mask` and `labels`, each (B, T), T the longest example, padded
+    on `side`.
+    """
     longest = max(len(one.ids) for one in examples)
 
     def pad(row: Sequence[int], value: int) -> list[int]:
@@ -137,9 +147,11 @@ def training_tokens(device: torch.device) -> int:
 
 
 def group_by_length(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
-    """Split row indices into passes of similar length, longest first, so that little of a pass is padding.
+    """Split row indices into passes of similar length, longest first, so that little of a pass is
+    padding.
 
-    Each pass holds at most `tokens` tokens, padding included and never more than PASS_TOKENS, but at least one row.
+    Each pass holds at most `tokens` tokens, padding included and never more than PASS_TOKENS, but
+    at least one row.
     """
     tokens = PASS_TOKENS if tokens is None else min(tokens, PASS_TOKENS)
     passes: list[list[int]] = []
