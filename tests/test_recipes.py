@@ -89,7 +89,7 @@ def test_query_and_value_alone_are_a_level_of_adapters_only():
 def test_the_eighths_name_one_block_in_each_eighth_of_the_depth_and_the_published_one_among_them(
     depth, expected
 ):
-    fractions = [FACTORS["layers"].levels[level]["layers"] for level in recipes.SINGLES]
+    fractions = [FACTORS["layers"].levels[level]["layers"] for level in recipes.SINGLE_BLOCKS]
     assert [int(fraction * depth) for fraction in fractions] == expected
     assert RECIPES["FT-M"].layers[0] in fractions and len(fractions) == 8
 
