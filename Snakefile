@@ -48,7 +48,6 @@ def sources(wildcards):
         "lib/uke/**/*.py",
         "lib/uke/*/*.yaml",
         "lib/uke/embedded/*",
-        "params/methods/*.yaml",
         "params/studies.yaml",
         f"params/profiles/{PROFILE}.yaml",
         "params/locality*",
@@ -61,6 +60,9 @@ def sources(wildcards):
         patterns += ["benchmarks/results/*.json"]
     found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
     files = sorted(map(str, found))
+    # Tuning writes what it chose into the files of methods: newer ones are no reason to tune again.
+    methods = sorted(map(str, ROOT.glob("params/methods/*.yaml")))
+    files += [ancient(path) for path in methods] if notebook in TUNING else methods
     if path := find_data(DATA, str(config.get("data_file", ""))):
         files.append(path)
     own = PROFILE == STUDIES[notebook].report  # a profile of its own reads every file of UKE_DATA
