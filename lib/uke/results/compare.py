@@ -57,7 +57,7 @@ def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     InputError where cells differ in their edits.
     """
     kinds = [kind for kind in AVERAGE if kind in set(after["kind"])]
-    parts = []
+    after, parts = after.assign(level=after["level"].fillna("")), []
     for frame, phase in ((after, "after"), (before, "before")):
         of_kinds = rows.primary(frame, phase)
         found = pd.concat([of_kinds, rows.average(of_kinds, kinds).assign(kind="average")])
@@ -72,11 +72,13 @@ def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
         index=both.index,
     )
     both = both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
-    names = [
-        method if method == BEFORE else f"{method}, {label(level)}"
-        for method, level in zip(both["method"], both["level"])
-    ]
-    return both.assign(cell=names)
+    return both.assign(cell=cells(both))
+
+
+def cells(frame: pd.DataFrame) -> list[str]:
+    """Name the cell of each row: its method, and its level if it has one of its own."""
+    pairs = zip(frame["method"], frame["level"].fillna(""))
+    return [name if level in ("", name) else f"{name}, {label(level)}" for name, level in pairs]
 
 
 def lacking(after: pd.DataFrame) -> list[str]:
@@ -191,16 +193,19 @@ def curves(after: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(steps, columns=["method", "level", "edit", "step", "loss"])
 
 
-def costs(after: pd.DataFrame) -> pd.DataFrame:
-    """What an edit costs and how large it is, by method and level: means over edits."""
-    units = after.drop_duplicates(["method", "level", "batch"])
-    return (
-        units.groupby(["method", "level"], sort=False)[
-            ["learning_rate", "steps", "train_seconds", "answer_seconds", "change_norm"]
-        ]
-        .mean()
-        .reset_index()
-    )
+def costs(after: pd.DataFrame, by: Sequence[str] = ("method", "level")) -> pd.DataFrame:
+    """What writing an edit or a batch costs and how large its change is: means over them."""
+    by = list(by)
+    measured = [
+        "learning_rate",
+        "steps",
+        "train_seconds",
+        "answer_seconds",
+        "peak_mib",
+        "change_norm",
+    ]
+    units = after.drop_duplicates([*by, "batch"])
+    return units.groupby(by, sort=False)[measured].mean().reset_index()
 
 
 LOCALITY, SKILL = SIDES["locality"], ("general",)
@@ -385,3 +390,194 @@ def leading(averages: pd.DataFrame, batch_size: int, count: int) -> set[tuple[st
 def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
     """Batch sizes by their ratio to one, the nearest first; of two as far from it the smaller."""
     return sorted(sizes, key=lambda size: (max(size / batch_size, batch_size / size), size))
+
+
+def by_batch(after: pd.DataFrame) -> pd.DataFrame:
+    """Score every method at every batch size by kind of probe; methods may differ in their edits.
+
+    The average metric, over those of its kinds that the data has, is the kind `average`. Columns:
+    batch_size, method, batch, edit, kind, score, with the methods in the order of `after`.
+    """
+    primary, kinds = rows.primary(after), [kind for kind in AVERAGE if kind in set(after["kind"])]
+    averages = [
+        rows.average(own, kinds).assign(kind="average")
+        for _, own in primary.groupby(["batch_size", "method"], sort=False)
+    ]
+    found = pd.concat([primary, *averages])
+    place = {name: at for at, name in enumerate(after["method"].unique())}
+    found = found.sort_values("method", key=lambda names: names.map(place), kind="stable")
+    columns = ["batch_size", "method", "batch", "edit", "kind", "score"]
+    return found[columns].reset_index(drop=True)
+
+
+def ranking(scores: pd.DataFrame) -> list[str]:
+    """The methods by their mean average metric, the best first."""
+    own = scores[scores["kind"] == "average"]
+    return list(own.groupby("method")["score"].mean().sort_values(ascending=False).index)
+
+
+def plane(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean efficacy and locality of every method for which the data has all kinds of both."""
+    means = scores.groupby(["method", "kind"], sort=False)["score"].mean().unstack()
+    means = means.reindex(scores["method"].unique())
+    found = {
+        side: means.reindex(columns=list(kinds)).mean(axis=1, skipna=False)
+        for side, kinds in SIDES.items()
+    }
+    return pd.DataFrame(found).dropna().reset_index()
+
+
+def final_losses(curves: pd.DataFrame) -> pd.Series:
+    """By level, the median last loss (nats per token) of its trainings."""
+    return curves.groupby(["level", "method", "edit"])["loss"].last().groupby("level").median()
+
+
+def windows(after: pd.DataFrame) -> pd.DataFrame:
+    """Log-probability of the answers by window, without an edit and with it.
+
+    Columns: method, edit, window (from 1), phase (`no edit` or `edited`), log_probability (nats
+    per token).
+    """
+    found = [
+        (row.method, row.edit, number, phase, value)
+        for row in after.dropna(subset="curve").itertuples()
+        for pair in json.loads(row.curve)["windows"]
+        for phase, values in zip((BEFORE, "edited"), pair)
+        for number, value in enumerate(values, 1)
+    ]
+    return pd.DataFrame(found, columns=["method", "edit", "window", "phase", "log_probability"])
+
+
+def last_windows(windows: pd.DataFrame) -> pd.Series:
+    """By method, the median log-probability of the last window of the edited answers, the highest
+    first."""
+    edited = windows[windows["phase"] == "edited"].sort_values("window")
+    last = edited.groupby(["method", "edit"])["log_probability"].last()
+    return last.groupby("method").median().sort_values(ascending=False)
+
+
+def likelier(windows: pd.DataFrame) -> list[str]:
+    """The methods whose edits make the answers likelier than no edit, on average over windows."""
+    means = windows.groupby(["method", "phase"])["log_probability"].mean().unstack()
+    return list(means.index[means["edited"] > means[BEFORE]])
+
+
+def answers(after: pd.DataFrame, edit: str, kinds: Sequence[str]) -> pd.DataFrame:
+    """What an edit's first question of each kind was answered with, beside the reference and the
+    answer without an edit. Columns: kind, question, source, answer."""
+    own = after[(after["edit"] == edit) & (after["number"] == 0)]
+    parts = []
+    for kind in kinds:
+        found = own[own["kind"] == kind]
+        first = found.head(1)
+        parts.append(first.assign(source="reference", answer=first["reference"]))
+        parts.append(first.assign(source=BEFORE, answer=first["before"]))
+        parts.append(found.assign(source=cells(found)))
+    return pd.concat(parts)[["kind", "question", "source", "answer"]].reset_index(drop=True)
+
+
+def same_answers(after: pd.DataFrame, level: str, other: str) -> tuple[float, int]:
+    """The share of answers that are the same to the letter at two levels, and how many there are."""
+    place = ["method", "edit", "kind", "number"]
+    one, two = (after[after["level"] == each].set_index(place)["answer"] for each in (level, other))
+    both = pd.concat([one, two], axis=1, join="inner").dropna()
+    return float((both.iloc[:, 0] == both.iloc[:, 1]).mean()), len(both)
+
+
+def of_level(published: pd.DataFrame, metric: str, kind: str = "original") -> pd.Series:
+    """By level, a published metric of one kind of probe: mean over methods."""
+    own = published[published["kind"] == kind]
+    return own.groupby("level")[metric].mean()
+
+
+def seconds(after: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of editing and answering of every edit or batch, as scores of the kind `seconds`."""
+    units = after.drop_duplicates(["method", "batch_size", "batch"]).assign(kind="seconds")
+    units["score"] = units["train_seconds"] + units["answer_seconds"]
+    return units[["method", "batch_size", "batch", "edit", "kind", "score"]]
+
+
+def gains(scores: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
+    """How far every method is above no edit and above a baseline in the average metric.
+
+    `scores` is what `scored` gives of methods without levels. In points, paired by edit, with 95 %
+    intervals; p values of the sign-flip tests are Holm-corrected within each column.
+    """
+    own = scores[scores["kind"] == "average"]
+    names = [name for name in own["method"].unique() if name != BEFORE]
+    columns = {"method": names}
+    for other in filter(None, (BEFORE, baseline)):
+        against = (other, own.loc[own["method"] == other, "level"].iloc[0])
+        wanted = {name: {(name, ""): 1, against: -1} for name in names if name != other}
+        found = contrasts(own, wanted).set_index("effect").reindex(names)
+        score = [Score(*each) for each in found[["difference", "low", "high"]].to_numpy()]
+        columns[f"minus {other}"] = [each if each.mean == each.mean else None for each in score]
+        columns[f"p ({other})"] = found["p"].to_numpy()
+    return pd.DataFrame(columns)
+
+
+def best_baselines(
+    places: Sequence[Paths], sizes: Sequence[int], baselines: Sequence[str]
+) -> dict[int, str]:
+    """The best baseline for each batch size on development edits, at the tuned size nearest to it;
+    empty where no development rows of any baseline are committed."""
+    found = {size: on_development(places, size, baselines) for size in sizes}
+    return {size: means.index[0] for size, means in found.items() if len(means)}
+
+
+def best_here(averages: pd.DataFrame, baselines: Sequence[str]) -> dict[int, str]:
+    """The best baseline at each batch size on these very edits, which flatters it."""
+    own = averages[averages["method"].isin(baselines)]
+    means = own.groupby(["batch_size", "method"])["score"].mean()
+    return {size: scores.idxmax()[1] for size, scores in means.groupby("batch_size")}
+
+
+def leads(averages: pd.DataFrame, method: str, best: Mapping[int, str]) -> pd.DataFrame:
+    """The lead of a method over the best baseline of each batch size.
+
+    Columns: batch_size, baseline; mean, low, high in points; percent, percent_low, percent_high of
+    the baseline's average; batches. Intervals are over batches.
+    """
+    found = []
+    for size, baseline in best.items():
+        points, percent = lead(averages[averages["batch_size"] == size], method, baseline)
+        found.append((size, baseline, *points[:3], *percent[:3], points.n))
+    names = ["mean", "low", "high", "percent", "percent_low", "percent_high", "batches"]
+    return pd.DataFrame(found, columns=["batch_size", "baseline", *names])
+
+
+def lead_trend(averages: pd.DataFrame, method: str, best: Mapping[int, str]) -> Interval:
+    """Points by which that lead grows with every doubling of the batch size (see `trend`)."""
+    at = {size: averages[averages["batch_size"] == size] for size in best}
+    return trend({size: differences(at[size], method, name) for size, name in best.items()})
+
+
+def shown_leads(leads: pd.DataFrame) -> pd.DataFrame:
+    """Leads as a table, each with its interval."""
+    points = [Score(*each) for each in leads[["mean", "low", "high"]].to_numpy()]
+    columns = ["percent", "percent_low", "percent_high"]
+    percent = [Score(*each) for each in leads[columns].to_numpy()]
+    table = leads.drop(columns=["mean", "low", "high", *columns])
+    return table.assign(**{"lead (points)": points, "lead (percent)": percent})
+
+
+def separation_table(after: pd.DataFrame) -> tuple[dict[str, Interval], pd.DataFrame]:
+    """How well locality and a general skill tell methods apart: `separation`, and the same as a
+    table with the pairs of methods that each separates. Both are empty where the data has no such
+    probes or there is one method."""
+    primary = rows.primary(after)
+    if not {*LOCALITY, *SKILL} <= set(primary["kind"]) or primary["method"].nunique() < 2:
+        return {}, pd.DataFrame()
+    found = separation(primary.loc[primary.index.repeat(primary["probes"])])
+    pairs = {"locality": LOCALITY, "general": SKILL}
+    told = {
+        name: "{} of {}".format(*pairs_separated(primary, kinds)) for name, kinds in pairs.items()
+    }
+    table = pd.DataFrame(
+        {
+            "probes": list(found),
+            "separation": [Score(*value[:3]) for value in found.values()],
+            "pairs of methods told apart": [told.get(name) for name in found],
+        }
+    )
+    return found, table

@@ -1,14 +1,17 @@
 """Asks a model every probe and scores the answers: against the reference, and against the answers before an edit."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Probe
+from uke.methods.catalog import key
 from uke.models.generate import Generation, answer, target_log_probability
 from uke.results.metrics import Encoder, score
+from uke.results.stats import summarise
 
 SHORT_WORDS, SHORT_TOKENS = (
     12,
@@ -106,3 +109,21 @@ def _other(questions: Sequence[str], place: int) -> int | None:
     """The next place, going round, whose question is another one."""
     turned = [*range(place + 1, len(questions)), *range(place)]
     return next((other for other in turned if questions[other] != questions[place]), None)
+
+
+def say_means(
+    section: Any, prefix: str, scores: pd.DataFrame, by: Sequence[str], unit: str = ""
+) -> dict[str, str]:
+    """Say the mean score of every group with its interval, under a key of the prefix and `by`.
+
+        said = say_means(section, "single", scores, ["method", "kind"])
+        said["single.ft_uke.average"]  # "0.69 [0.67, 0.71], n = 40"
+
+    `scores` is what `uke.results.stats.summarise` takes. Returns what was said by key.
+    """
+    said = {}
+    for row in summarise(scores, by).to_dict("records"):
+        parts = [key(row[name]) if name == "method" else str(row[name]) for name in by]
+        name = ".".join([prefix, *parts])
+        said[name] = section.say(name, row["mean"], row["low"], row["high"], n=row["n"], unit=unit)
+    return said

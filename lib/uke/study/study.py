@@ -128,6 +128,12 @@ class Study:
         ]
         return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
+    def unchanged(self) -> bool:
+        """Whether the model still is bit for bit what it was before the first edit."""
+        before = self.mark
+        del self.mark  # so that it is taken anew
+        return self.mark == before
+
     @cached_property
     def conditions(self) -> dict[str, Any]:
         """What else tells units apart: rows made under other conditions are other rows."""

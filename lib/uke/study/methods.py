@@ -1,0 +1,160 @@
+"""Compare methods at one batch size or several: what the notebooks on both share."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from uke.methods.catalog import configured, differences, find
+from uke.methods.method import Method
+from uke.project import Paths
+from uke.results import compare
+from uke.results.stats import Interval
+from uke.study.score import say_means
+from uke.study.study import Study
+
+LEADER = "FT-UKE"  # whose lead over the best baseline is measured, if it is among the methods
+BASELINES = ("locate-then-edit", "in-context")  # families of methods it is compared with
+
+
+class MethodStudy:
+    """Compare methods on the same edits, and one of them with the best baseline.
+
+        single = MethodStudy(Study("07_recipe", dataset), ["FT-UKE", "AnyEdit++"])
+        single.run(section)                 # writes what has no rows yet
+        single.say_lead(section, "single")  # FT-UKE minus the best baseline on development edits
+
+    `methods` are names or keys, none for every method that writes a single edit into the weights.
+    Each has the settings tuned at the nearest batch size. At the sizes in `full` (all, if None)
+    every method is run, elsewhere all but the baselines, and of those the best. A size gets the
+    first `limit` edits; the leader, the best baseline, and every method at a full size that `limit`
+    fills, get at least `batches` batches.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        methods: Sequence[str],
+        sizes: Sequence[int] = (1,),
+        full: Sequence[int] | None = None,
+        limit: int | None = None,
+        batches: int = 1,
+    ):
+        self.study, self.sizes, self.said = study, list(sizes), {}
+        self._full = set(sizes if full is None else full)
+        self._limit, self._batches = limit or len(study.dataset.edits), batches
+        self.published = self._configured(1, tuned=False)
+        names = methods or [name for name, one in self.published.items() if _writes_one(one)]
+        self.names = [find(name, self.published).name for name in names]
+        self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
+        others = [name for name in self.names if name not in self.baselines]
+        self.leader = LEADER if LEADER in others else next(iter(others), None)
+        self.best = compare.best_baselines(self._tuning, self.sizes, self.baselines)
+
+    def _configured(self, size: int, tuned: bool = True) -> dict[str, Method]:
+        return configured(self.study.paths.home / "params", self.study.subject.name, size, tuned)
+
+    @property
+    def _tuning(self) -> list[Paths]:
+        """Where development rows may be committed: this run's, or those of the embedded study."""
+        world = self.study.dataset.world_seed not in (None, 1)
+        embedded = self.study.subject.name == "embedded" or world
+        return [self.study.paths, *([Paths("embedded")] if embedded else [])]
+
+    def method(self, name: str, size: int = 1) -> Method:
+        """A method as tuned for a batch size."""
+        return self._configured(size)[name]
+
+    @cached_property
+    def plan(self) -> dict[tuple[int, str], int]:
+        """How many edits each method writes at each batch size, by size and name."""
+        found = {}
+        for size in self.sizes:
+            rivals = [self.best[size]] if size in self.best else self.baselines
+            for name in self.names:
+                if size == 1 and not _writes_one(self.published[name]):
+                    continue
+                if size not in self._full and name in self.baselines and name not in rivals:
+                    continue
+                counted = (
+                    name in (self.leader, *rivals) or size in self._full and size <= self._limit
+                )
+                least = self._batches if counted else 1
+                found[size, name] = max(self._limit // size, least) * size
+        return found
+
+    def settings(self) -> pd.DataFrame:
+        """What tuning changed: the settings that differ, as published and as chosen at the first
+        batch size that each method is run at."""
+        chosen = {name: self.method(name, size) for size, name in reversed(self.plan)}
+        found = []
+        for name in self.names:
+            both = self.published[name], chosen[name]
+            found.append((name, differences(*both), differences(*reversed(both))))
+        return pd.DataFrame(found, columns=["method", "published", "chosen here"])
+
+    def run(self, section: Any, backwards: bool = False) -> None:
+        """Write the rows that are missing, and warn in a section of what a reader must know.
+
+        `backwards` begins with the last method, for where another notebook may be writing the same
+        rows from the first on.
+        """
+        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
+        for (size, name), count in list(self.plan.items())[:: -1 if backwards else 1]:
+            method = self.method(name, size)
+            section.method(method.model_dump() | {"batch": size})
+            self.study.run(method, size, count)
+        if kinds := compare.lacking(self.rows):
+            section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
+        if self.baselines and not self.best:
+            self.best = compare.best_here(self.averages, self.baselines)
+            section.warn(
+                "No development rows of the baselines: the best is the best on these very edits, "
+                "which flatters it."
+            )
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The rows of all methods, in their order."""
+        every = self.study.read()
+        return pd.concat([every[every["method"] == name] for name in self.names])
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Every score by batch size, method, batch, edit and kind, with the average metric."""
+        return compare.by_batch(self.rows)
+
+    @property
+    def averages(self) -> pd.DataFrame:
+        """The average metric of every edit."""
+        return self.scores[self.scores["kind"] == "average"]
+
+    def say(self, section: Any, prefix: str, by: Sequence[str], kinds: Sequence[str] = ()) -> None:
+        """Say the mean of every method in a section, for these kinds of probe or for all of them;
+        `said` quotes it by key."""
+        own = self.scores[self.scores["kind"].isin(kinds or self.scores["kind"].unique())]
+        self.said |= say_means(section, prefix, own, by)
+
+    def say_lead(self, section: Any, prefix: str) -> Interval:
+        """Say how far the leader is ahead of the best baseline on single edits, in points and in
+        percent of its average metric; the lead in points."""
+        points, percent = compare.lead(self.averages, self.leader, self.best[1])
+        self.said["lead"] = section.say(f"{prefix}.lead", *points, unit="points")
+        section.say(f"{prefix}.lead_relative", *percent, unit="%")
+        return points
+
+    def check(self, section: Any) -> None:
+        """Check in a section what the conclusion needs."""
+        counts = self.rows.groupby(["batch_size", "method"])["edit"].nunique().to_dict()
+        section.check(counts == self.plan, "every method wrote all edits that it was asked for")
+        split = self.study.dataset.split
+        section.check(set(self.rows["split"]) == {split}, f"every row is of the split `{split}`")
+        section.check(
+            self.study.unchanged(), "every weight of the model is as it was before the first edit"
+        )
+
+
+def _writes_one(method: Method) -> bool:
+    """Whether a method changes weights for a single edit, other than by minibatches of many."""
+    return method.moves_weights and getattr(method, "batch_size", None) is None
