@@ -8,7 +8,7 @@ import pandas as pd
 
 from uke.errors import InputError, nearest
 from uke.methods.catalog import at_level, best_single, configured, differences, find, key
-from uke.methods.recipes import FACTORS, SINGLES, Recipe
+from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, Recipe
 from uke.results import compare
 from uke.study.score import say_means
 from uke.study.study import Study
@@ -81,7 +81,7 @@ class FactorStudy:
         """What is contrasted on a method, by the end of its key."""
         levels, found = self.levels[method], {}
         for end, (level, against) in CONTRASTS[self.factor].items():
-            if against == BEST_SINGLE and set(SINGLES) & set(levels):
+            if against == BEST_SINGLE and set(SINGLE_BLOCKS) & set(levels):
                 against = best_single(self._params, self._model, method, levels)
             if {level, against} <= set(levels):
                 found[end] = (level, against)

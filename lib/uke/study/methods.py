@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from uke.methods.catalog import configured, differences, find
+from uke.methods.catalog import METHODS, configured, differences, find
 from uke.methods.method import Method
 from uke.project import Paths
 from uke.results import compare
@@ -45,7 +45,7 @@ class MethodStudy:
         self._full = set(sizes if full is None else full)
         self._limit, self._batches = limit or len(study.dataset.edits), batches
         self.published = self._configured(1, tuned=False)
-        names = methods or [name for name, one in self.published.items() if _writes_one(one)]
+        names = methods or [name for name in METHODS if _writes_one(self.published[name])]
         self.names = [find(name, self.published).name for name in names]
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
