@@ -1,4 +1,4 @@
-"""Recipes: factors that change more than they say, fingerprints that miss a choice, a rule that sees what it must not."""
+"""Recipes: factors that change more than they say, fingerprints that miss a choice, a bad rule."""
 
 import pandas as pd
 import pytest
@@ -61,7 +61,7 @@ def test_the_fingerprint_sees_every_choice_and_no_name():
     assert Recipe(name="a", layers=3).fingerprint == Recipe(name="b", layers=[3]).fingerprint
 
 
-# --- the factors, one at a time and together -------------------------------------------------------------------------
+# --- the factors, one at a time and together ------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", recipes.FAMILIES)
@@ -102,10 +102,32 @@ def test_fewer_values_are_spread_evenly_and_keep_both_ends(count, expected):
     assert recipes.evenly("abcde", count) == list(expected)
 
 
-@pytest.mark.parametrize("count", [-1, 1])
-def test_a_factor_of_one_level_is_refused(count):
-    with pytest.raises(InputError, match=f"levels is {count}; expected 0 for all, or at least 2"):
-        recipes.cells(RECIPES["FT-M"], count)
+def test_levels_are_chosen_by_name_in_the_factors_order():
+    direct, adapter = RECIPES["FT-M"], RECIPES["LoRA"]
+    assert recipes.levels(direct, "layers", ["all", "eighth_3"]) == ["eighth_3", "all"]
+    assert recipes.levels(direct, "components", ["query_value", "mlp"]) == ["mlp"]
+    assert recipes.levels(adapter, "components", ["query_value", "mlp"]) == ["mlp", "query_value"]
+    some = recipes.cells(direct, ["all", "eighth_3", "with"])
+    assert [(cell.factor, cell.level) for cell in some] == [
+        ("layers", "eighth_3"),
+        ("layers", "all"),
+        ("chat_template", "with"),
+        ("end_of_turn", "with"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        (lambda one: recipes.levels(one, "layer"), "unknown factor 'layer'; did you mean 'layers'"),
+        (lambda one: recipes.levels(one, "layers", ["al"]), "layers: unknown level 'al'; did you"),
+        (lambda one: recipes.levels(one, "components", ["query_value"]), "FT-M has none of them"),
+        (lambda one: recipes.cells(one, ["eigth_3"]), "unknown level 'eigth_3'; did you mean"),
+    ],
+)
+def test_levels_that_there_are_not_are_refused(select, expected):
+    with pytest.raises(InputError, match=expected):
+        select(RECIPES["FT-M"])
 
 
 def test_the_grid_has_every_combination_once():
@@ -128,11 +150,11 @@ def test_the_grid_has_every_combination_once():
     }
 
 
-# --- the rule --------------------------------------------------------------------------------------------------------
+# --- the rule -------------------------------------------------------------------------------------
 
 
-def measured(best=None, method="FT-M", count=0, split="development"):
-    """Development rows of every cell on three edits; `best` gives some levels of factors another score than 0.5."""
+def measured(best=None, method="FT-M", names=(), split="development"):
+    """Development rows of every cell on three edits; `best` gives some another score than 0.5."""
     return pd.DataFrame(
         [
             (
@@ -143,7 +165,7 @@ def measured(best=None, method="FT-M", count=0, split="development"):
                 edit,
                 (best or {}).get((cell.factor, cell.level), 0.5) + shift,
             )
-            for cell in recipes.cells(RECIPES[method], count)
+            for cell in recipes.cells(RECIPES[method], names)
             for edit, shift in (("a", -0.1), ("b", 0.0), ("c", 0.1))
         ],
         columns=["split", "method", "factor", "level", "edit", "score"],
@@ -223,9 +245,11 @@ def test_two_rates_of_a_level_and_missing_scores_are_refused():
 
 
 def test_fewer_levels_are_chosen_among_where_fewer_were_run():
-    few = measured({("layers", "all"): 0.6}, count=2)
-    assert recipes.choose(few, 2)["FT-M"]["layers"] == "all"
-    with pytest.raises(InputError, match="FT-M, layers: level 'eighth_2' lacks"):
+    names = ["eighth_1", "all", "with"]
+    few = measured({("layers", "all"): 0.6}, names=names)
+    chosen = {"layers": "all", "chat_template": "with", "end_of_turn": "with"}
+    assert recipes.choose(few, names)["FT-M"] == chosen
+    with pytest.raises(InputError, match="FT-M, loss_scope: level 'last_prompt_token' lacks"):
         recipes.choose(few)
 
 
@@ -253,7 +277,7 @@ def tried(*scores):
         [
             ("development", method, level, edit, score)
             for method, level, *both in scores
-            for edit, score in zip("ab", both)
+            for edit, score in zip("ab", both, strict=False)
         ],
         columns=["split", "method", "level", "edit", "score"],
     )

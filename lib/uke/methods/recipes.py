@@ -1,10 +1,11 @@
-"""Recipes: every choice of one way to fine-tune, the named ones, the factors under study, and the rule that makes FT-UKE.
+"""Name the published methods, the factors under study, and the rule that makes FT-UKE.
 
-The rule, fixed before any row of it existed, sees development rows alone. For each family, direct weights from FT-M and
-adapters from LoRA, it takes of every factor the level with the highest mean of the average metric, each level at its own
-tuned rate (`choose`); together they are the family's candidate (`candidate`). Every candidate gets as many trials as any
-other method, and FT-UKE is the one whose best trial has the highest mean of the average metric (`best_trial`). Of equal
-ones the first listed is taken. The paper's own setting was not available to us.
+The rule was fixed before it had any rows and sees development rows alone. For each family (direct
+weights from FT-M, adapters from LoRA) it takes, of every factor, the level with the highest mean of
+the average metric, each level at its own tuned rate (`choose`). Together they are the family's
+candidate (`candidate`). Every candidate gets as many trials as any other method, and FT-UKE is the
+one whose best trial has the highest mean of the average metric (`best_trial`). The paper's own
+setting was not available to us.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from uke.models.model import module_names, select
 
 
 def _several(value: Any) -> Any:
-    """One layer number becomes a list of one, so that equal choices have equal fingerprints."""
+    """Make one layer number a list of one, so that equal choices have equal fingerprints."""
     return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
@@ -52,12 +53,13 @@ Layers = Annotated[
 
 
 class Recipe(Method):
-    """Every choice of one way to fine-tune (sources: the protocol of arXiv 2506.09672 and its relatives).
+    """Every choice of one way to fine-tune (protocol of arXiv 2506.09672 and its relatives).
 
-    `layers` are numbers, fractions of the depth, halves or "all"; `components` are "mlp", "attention", "all" or a
-    projection's own name. `chat_template` trains through the tokenizer's template, `end_of_turn` puts that token into
-    the target. `steps` counts passes over all edits: one optimiser step each, or one per shuffled minibatch of
-    `batch_size` edits. A loss (nats per token) below `stop_loss` ends the training. Rates are Adam's.
+    `layers` are numbers, fractions of the depth, halves or "all"; `components` are "mlp",
+    "attention", "all" or a projection's own name. `chat_template` trains through the tokenizer's
+    template, `end_of_turn` puts that token into the target. `steps` counts passes over all edits:
+    one optimiser step each, or one per shuffled minibatch of `batch_size` edits. A loss (nats per
+    token) below `stop_loss` ends the training. Rates are Adam's.
     """
 
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
@@ -131,22 +133,27 @@ class Recipe(Method):
 
 
 class LocateRecipe(Method):
-    """Every choice of one locate-then-edit method (sources: the published code of each; arXiv 2210.07229, 2410.02355,
-    2405.15349, 2502.05628). Defaults are published settings for models of 7 to 8 billion parameters.
+    """Every choice of one locate-then-edit method: anchors, target vectors, and a solver.
 
-    `anchors` says whose hidden states are set: the last prompt token's (`last`), that before each window of `window`
-    tokens (`windows`), before each window that begins where surprisal peaks (`surprisal`), or as `windows` with a
-    loss on all later windows too (`nested`), each weighing the share of prefixes that hold it or 2 - cosine of its
-    gradient with the own window's (`weighting`). Target values: `steps` of Adam at `learning_rate` on nats per token
-    of the window + `decay` |delta| / |h|^2, with |delta| at most `clamp` |h|; an edit's end below `stop_loss`.
-    `solver` writes them: `memit` (ridge `memit_lambda` times the second moment; `keep_keys` also holds the keys of
-    all other positions of the edits), `alphaedit` (ridge `alphaedit_l2`, on directions whose second moment is below
-    `null_threshold`), or `unke` (`unke_steps` of AdamW on the last of `layers`, held to `preservation` texts).
+    `anchors` says whose hidden states are set: that of the last prompt token (`last`), that before
+    each window of `window` tokens (`windows`), or before each window that begins where surprisal
+    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, weighted by the
+    share of prefixes that hold a window or by 2 - cosine of its gradient with that of the anchor's
+    own (`weighting`).
 
-    `layers` are block numbers or fractions of the depth. Published blocks become fractions: MEMIT's 4-8 of 32, which
-    in the embedded model of 8 are 1 and 2, as several fractions may name one block; UnKE's 7 of 32, there 1.
-    `as_published` divides every layer's residual by `layers - (edits - 1)` and takes the projector of that number, as
-    AnyEdit's MEMIT and AlphaEdit do since an inner loop overwrites the counter of layers.
+    Target vectors: `steps` of Adam at `learning_rate` on nats per token of the window + `decay`
+    |delta| / |h|^2, with |delta| at most `clamp` |h|. An edit ends below `stop_loss`.
+
+    `solver` writes them. `memit`: ridge `memit_lambda` times the covariance; `keep_keys` also holds
+    the keys of all other positions of the edits. `alphaedit`: ridge `alphaedit_l2` on directions
+    with a variance below `null_threshold`. `unke`: `unke_steps` of AdamW on the last of `layers`,
+    held to `preservation` texts.
+
+    Sources: the published code of each, and arXiv 2210.07229, 2410.02355, 2405.15349, 2502.05628.
+    Defaults are published settings for models of 7 to 8 billion parameters. Published blocks are
+    fractions of the depth: MEMIT's 4-8 of 32 are blocks 1 and 2 of the embedded model's 8. As in
+    AnyEdit's code, where an inner loop overwrites the counter of layers, `as_published` divides
+    every layer's residual by `layers - (edits - 1)` and takes the projector of that number.
     """
 
     solver: Literal["memit", "alphaedit", "unke"]
@@ -234,7 +241,7 @@ class InContext(Method):
             del model.passages
 
 
-# The published block of Llama-7/8B, 21 of 32, as a fraction of the depth, so that it fits any model (Qwen2.5-7B: 27 of 28).
+# The published block of Llama-7/8B, 21 of 32, as a fraction of the depth: it fits any model.
 _SINGLE = 0.66
 _ADAPTER = {"components": ("q_proj", "v_proj"), "learning_rate": 5e-3, "steps": 70}
 
@@ -247,9 +254,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             Recipe(name="FT-A"),
             Recipe(name="LoRA", adapter="lora", **_ADAPTER),
             Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
-            # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of Llama-3-8B's 32).
+            # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of 32).
             Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
-            # Until the rule has chosen for a model: FT-M's loss on every `down_proj`, with template and end of turn.
+            # Until the rule has chosen for a model: FT-M's loss on every `down_proj`.
             Recipe(name="FT-UKE"),
         )
     }
@@ -282,28 +289,21 @@ BASELINES: Mapping[str, Method] = MappingProxyType(
 class Factor:
     """One choice under study: a field of the recipe, and for each level the changes that set it.
 
-    `asking` holds the ways of asking that each level is crossed with, as the `chat` argument of `answering.answer`
-    (None: as each probe says, False: raw prompts). Levels of `of_adapters` are studied on adapters alone.
+    Each level is crossed with the ways to generate in `chat`, as the option of `answer` (None: as
+    each probe says; False: raw prompts). Levels in `of_adapters` are studied on adapters alone.
     """
 
     name: str
     field: str
-    levels: Mapping[str, Mapping[str, Any]]
     question: str
-    asking: Mapping[str, bool | None] = field(default_factory=lambda: {"with": None})
+    levels: Mapping[str, Mapping[str, Any]]
+    chat: Mapping[str, bool | None] = field(default_factory=lambda: {"with": None})
     of_adapters: tuple[str, ...] = ()
 
 
-# One block in each eighth of the depth, the middle one; of the eighth with the published block, that block.
-_EIGHTHS = {f"eighth_{place}": (place - 0.5) / 8 for place in range(1, 9)} | {
-    f"eighth_{int(_SINGLE * 8) + 1}": _SINGLE
-}
-_COMPONENTS = {
-    "down_proj": ("down_proj",),
-    "mlp": ("mlp",),
-    "attention": ("attention",),
-    "both": ("mlp", "attention"),
-}
+# One block in each eighth of the depth, the middle one; where the published block is, that one.
+_EIGHTHS = {f"eighth_{number}": (number - 0.5) / 8 for number in range(1, 9)}
+_EIGHTHS[f"eighth_{int(_SINGLE * 8) + 1}"] = _SINGLE
 SINGLE_BLOCKS = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
 
 FACTORS: Mapping[str, Factor] = MappingProxyType(
@@ -313,41 +313,46 @@ FACTORS: Mapping[str, Factor] = MappingProxyType(
             Factor(
                 "loss_scope",
                 "loss",
-                {level: {"loss": level} for level in ("last_prompt_token", "target_tokens")},
                 "Is the loss read from the last prompt token only, or from every target token?",
+                {level: {"loss": level} for level in ("last_prompt_token", "target_tokens")},
             ),
             Factor(
                 "layers",
                 "layers",
+                "Which blocks are trained?",
                 {level: {"layers": layers} for level, layers in _EIGHTHS.items()}
                 | {level: {"layers": level} for level in ("first_half", "second_half", "all")},
-                "Which blocks are trained?",
             ),
             Factor(
                 "components",
                 "components",
-                {level: {"components": names} for level, names in _COMPONENTS.items()}
-                | {"query_value": {"components": _ADAPTER["components"]}},
                 "Which weights inside a block are trained?",
+                {
+                    "down_proj": {"components": ("down_proj",)},
+                    "mlp": {"components": ("mlp",)},
+                    "attention": {"components": ("attention",)},
+                    "both": {"components": ("mlp", "attention")},
+                    "query_value": {"components": _ADAPTER["components"]},
+                },
                 of_adapters=("query_value",),
             ),
             Factor(
                 "chat_template",
                 "chat_template",
+                "Is the text trained through the chat template, and queried through it?",
                 {"with": {"chat_template": True}, "without": {"chat_template": False}},
-                "Is the text trained through the chat template, and asked through it?",
                 {"with": None, "without": False},
             ),
             Factor(
                 "end_of_turn",
                 "end_of_turn",
-                {"with": {"end_of_turn": True}, "without": {"end_of_turn": False}},
                 "Does the target include the token that ends the assistant's turn?",
+                {"with": {"end_of_turn": True}, "without": {"end_of_turn": False}},
             ),
         )
     }
 )
-# The families the factors are studied on, and what the rule makes a candidate of.
+# The families on which the factors are studied; each becomes a candidate for FT-UKE.
 FAMILIES = ("FT-M", "LoRA")
 
 
@@ -360,138 +365,156 @@ class Cell(NamedTuple):
 
 
 def vary(recipe: Recipe, factor: str, level: str) -> Recipe:
-    """The recipe with one factor set to a level; InputError for an unknown factor or level."""
-    if factor not in FACTORS:
-        raise InputError(f"unknown factor '{factor}'{nearest(factor, FACTORS)}")
-    levels = FACTORS[factor].levels
+    """Set one factor of the recipe to a level; InputError for an unknown factor or level."""
+    levels = _factor(factor).levels
     if level not in levels:
         raise InputError(f"factor {factor}: unknown level '{level}'{nearest(level, levels)}")
     return Recipe(**{**recipe.model_dump(), **levels[level]})
 
 
-def levels(recipe: Recipe, factor: str, count: int = 0) -> list[str]:
-    """The levels of a factor that are studied on the recipe: all, or `count` of them, evenly, the first and the last among them.
+def _factor(name: str) -> Factor:
+    if name not in FACTORS:
+        raise InputError(f"unknown factor '{name}'{nearest(name, FACTORS)}")
+    return FACTORS[name]
 
-    InputError for an unknown factor, or a count that is neither 0 nor 2 or more.
+
+def levels(recipe: Recipe, factor: str, names: Sequence[str] = ()) -> list[str]:
+    """Return the levels of a factor that are studied on the recipe: all, or those of these names.
+
+    InputError for an unknown factor or level, and where the recipe has none of those named.
     """
-    if factor not in FACTORS:
-        raise InputError(f"unknown factor '{factor}'{nearest(factor, FACTORS)}")
-    if count < 0 or count == 1:
-        raise InputError(f"levels is {count}; expected 0 for all, or at least 2")
-    found = FACTORS[factor]
-    return evenly(
-        [level for level in found.levels if recipe.adapter or level not in found.of_adapters], count
-    )
+    known = _factor(factor)
+    for name in names:
+        if name not in known.levels:
+            valid = nearest(name, known.levels)
+            raise InputError(f"levels: {factor}: unknown level '{name}'{valid}")
+    studied = [level for level in known.levels if recipe.adapter or level not in known.of_adapters]
+    chosen = [level for level in studied if level in names] if names else studied
+    if not chosen:
+        raise InputError(
+            f"levels: {', '.join(names)}: {recipe.name} has none of them; "
+            f"expected some of {', '.join(studied)}"
+        )
+    return chosen
+
+
+def studied_levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the levels of every factor, by factor: all, or those of these names.
+
+    A factor without any of the names is not studied. InputError for a name that no factor has.
+    """
+    known = {level for factor in FACTORS.values() for level in factor.levels}
+    for name in names:
+        if name not in known:
+            raise InputError(f"levels: unknown level '{name}'{nearest(name, known)}")
+    every = {factor: levels(recipe, factor) for factor in FACTORS}
+    if not names:
+        return every
+    named = {factor: [one for one in own if one in names] for factor, own in every.items()}
+    return {factor: own for factor, own in named.items() if own}
 
 
 def evenly(values: Sequence, count: int) -> list:
-    """So many of the values, the first and the last among them; of one the middle, of 0 all."""
+    """Return `count` of the values, first and last among them; the middle one of 1, all of 0."""
     if not count or count >= len(values):
         return list(values)
     if count == 1:
         return [values[len(values) // 2]]
-    return [values[place * (len(values) - 1) // (count - 1)] for place in range(count)]
+    return [values[index * (len(values) - 1) // (count - 1)] for index in range(count)]
 
 
-def cells(recipe: Recipe, count: int = 0) -> list[Cell]:
-    """Every level of every factor on the recipe (`count`: see `levels`), one factor at a time."""
+def cells(recipe: Recipe, names: Sequence[str] = ()) -> list[Cell]:
+    """Vary one factor at a time through its levels (`names`: see `studied_levels`)."""
     return [
         Cell(factor, level, vary(recipe, factor, level))
-        for factor in FACTORS
-        for level in levels(recipe, factor, count)
+        for factor, own in studied_levels(recipe, names).items()
+        for level in own
     ]
 
 
 def grid(
     recipe: Recipe, choices: Mapping[str, Sequence[str]]
 ) -> list[tuple[dict[str, str], Recipe]]:
-    """Every combination of these levels, by factor, with the recipe that has them."""
-    every = [dict(zip(choices, levels)) for levels in product(*choices.values())]
-    return [(levels, combined(recipe, levels)) for levels in every]
+    """Combine these levels, by factor, in every way, each with the recipe that has them."""
+    every = [dict(zip(choices, chosen, strict=True)) for chosen in product(*choices.values())]
+    return [(chosen, combined(recipe, chosen)) for chosen in every]
 
 
 def combined(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
-    """The recipe with a level of each of several factors."""
+    """Set several factors of the recipe to a level each."""
     for factor, level in chosen.items():
         recipe = vary(recipe, factor, level)
     return recipe
 
 
-def choose(frame: pd.DataFrame, count: int = 0) -> dict[str, dict[str, str]]:
-    """By method and factor, the level with the highest mean score on development edits; of equal ones the first listed.
-
-    `frame` has a row for each cell and edit, at the level's tuned rate: split, method, factor, level, edit, score. Raises
-    InputError for a row of another split, and for a cell of `cells(recipe, count)` that lacks edits, or has one twice.
-    """
-    _refuse_others(frame)
-    chosen: dict[str, dict[str, str]] = {}
-    for method in dict.fromkeys(frame["method"]):
-        if method not in RECIPES:
-            raise InputError(
-                f"recipe rule: unknown method '{method}'{nearest(str(method), RECIPES)}"
-            )
-        own = frame[frame["method"] == method]
-        for factor in FACTORS:
-            asked = levels(RECIPES[method], factor, count)
-            means = _means(
-                own[own["factor"] == factor], asked, set(own["edit"]), f"{method}, {factor}"
-            )
-            chosen.setdefault(method, {})[factor] = max(asked, key=means.__getitem__)
-    return chosen
-
-
 def candidate(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
-    """The recipe with the chosen level of every factor, as a candidate for FT-UKE."""
+    """Return the recipe with the chosen level of every factor, as a candidate for FT-UKE."""
     return combined(recipe, chosen).model_copy(update={"name": f"FT-UKE ({recipe.name})"})
 
 
-def best_trial(frame: pd.DataFrame) -> tuple[str, str]:
-    """Method and level of the trial with the highest mean score on development edits; of equal ones the first listed.
+def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """Return, by method and factor, the level with the highest mean score on development edits.
 
-    `frame` has a row for each trial and edit: split, method, level, edit, score. Raises InputError for a row of another
-    split, and for a trial that lacks edits, or has one twice.
+    Of equal ones the first listed is taken. `frame` has a row for each cell and edit, at the
+    level's tuned rate: split, method, factor, level, edit, score. Raises InputError for a row of
+    another split, and for a cell of `cells(recipe, names)` that lacks edits or has one twice.
     """
-    _refuse_others(frame)
+    _check_split(frame)
+    chosen: dict[str, dict[str, str]] = {}
+    for method, rows in frame.groupby("method", sort=False):
+        if method not in RECIPES:
+            valid = nearest(str(method), RECIPES)
+            raise InputError(f"recipe rule: unknown method '{method}'{valid}")
+        for factor, studied in studied_levels(RECIPES[method], names).items():
+            cell = rows[rows["factor"] == factor]
+            means = _means(cell, studied, set(rows["edit"]), f"{method}, {factor}")
+            chosen.setdefault(method, {})[factor] = max(studied, key=means.__getitem__)
+    return chosen
+
+
+def best_trial(frame: pd.DataFrame) -> tuple[str, str]:
+    """Return method and level of the trial with the highest mean score on development edits.
+
+    Of equal ones the first listed is taken. `frame` has a row for each trial and edit: split,
+    method, level, edit, score. Raises InputError like `choose`.
+    """
+    _check_split(frame)
     means = {}
-    for method in dict.fromkeys(frame["method"]):
-        own = frame[frame["method"] == method]
-        tried = list(dict.fromkeys(own["level"]))
-        means |= {
-            (method, level): mean
-            for level, mean in _means(own, tried, set(frame["edit"]), method).items()
-        }
+    for method, rows in frame.groupby("method", sort=False):
+        tried = list(dict.fromkeys(rows["level"]))
+        of_method = _means(rows, tried, set(frame["edit"]), method)
+        means |= {(method, level): mean for level, mean in of_method.items()}
     return max(means, key=means.__getitem__)
 
 
-def _means(rows: pd.DataFrame, asked: Sequence[str], edits: set, place: str) -> dict[str, float]:
-    """Mean score of each level, to nine decimals, so that a rounding error breaks no tie."""
-    found = {}
-    for level in asked:
+def _means(rows: pd.DataFrame, levels: Sequence[str], edits: set, place: str) -> dict[str, float]:
+    """Return the mean score of each level, to nine decimals: a rounding error breaks no tie."""
+    means = {}
+    for level in levels:
         own = rows[rows["level"] == level]
         if absent := sorted(f"'{edit}'" for edit in edits - set(own["edit"])):
             raise InputError(
-                f"recipe rule: {place}: level '{level}' lacks {len(absent)} of {len(edits)} edits ({', '.join(absent[:5])})"
+                f"recipe rule: {place}: level '{level}' lacks {len(absent)} of {len(edits)} edits "
+                f"({', '.join(absent[:5])})"
             )
         if own["edit"].duplicated().any() or own["score"].isna().any():
             raise InputError(
-                f"recipe rule: {place}: level '{level}': expected one score for each edit, that of the tuned rate"
+                f"recipe rule: {place}: level '{level}': expected one score for each edit, "
+                "that of the tuned rate"
             )
-        found[level] = round(float(own["score"].mean()), 9)
-    return found
+        means[level] = round(float(own["score"].mean()), 9)
+    return means
 
 
-def _refuse_others(frame: pd.DataFrame) -> None:
+def _check_split(frame: pd.DataFrame) -> None:
     """Only development rows may choose, and there must be some."""
-    others = frame[frame["split"] != "development"]
+    others = frame.loc[frame["split"] != "development", "split"]
     if len(others):
-        split = others["split"].iloc[0]
-        said = (
-            "Test rows offered to the recipe rule: refused"
-            if split == "test"
-            else "Rows of no development split offered to the recipe rule: refused"
-        )
+        split = others.iloc[0]
+        what = "Test rows" if split == "test" else "Rows of no development split"
         raise InputError(
-            f"{said} ({len(others)} of {len(frame)} rows have split {split!r}; it sees rows of split 'development' alone)"
+            f"{what} offered to the recipe rule: refused ({len(others)} of {len(frame)} rows have "
+            f"split {split!r}; it sees rows of split 'development' alone)"
         )
     if frame.empty:
         raise InputError("recipe rule: no rows")
