@@ -83,7 +83,7 @@ def test_notebooks_run_in_order_once_and_again_when_a_parameter_changes(project)
 def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(project):
     write(project, "01_small", "raise ValueError('nothing there')")
     done = snakemake(project, "tune")
-    line = "01_small.ipynb: cell [2]: ValueError: nothing there"
+    line = "01_small.ipynb: cell [3]: ValueError: nothing there"
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert sum(line in each for each in done.stderr.splitlines()) == 1
     assert (project / "results/smoke/notebooks/01_small.ipynb").exists()
