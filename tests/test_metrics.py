@@ -363,7 +363,7 @@ def test_encoder_with_other_weights_is_trusted(tmp_path):
 
 
 def test_absent_encoder_passes_silently(monkeypatch):
-    monkeypatch.setattr("uke.results.similarity._encoder_folders", lambda: [])
+    monkeypatch.setattr(metrics, "ENCODER_PACKAGE", "no_such_package")
     with pytest.warns(UserWarning, match="similarity is left out"):
         assert metrics.load_encoder() is None
 

@@ -15,7 +15,7 @@ from uke.errors import InputError
 EMBEDDED = Path(__file__).with_name("embedded")  # the model directory shipped in this package
 # Edits and recipes are fingerprinted by what they hold; these packages and modules decide what is
 # made of them.
-DECIDING = ("models", "methods", "results.metrics", "results.similarity", "study.score")
+DECIDING = ("models", "methods", "results.metrics", "study.score")
 
 
 @dataclass(frozen=True)

