@@ -1,0 +1,14 @@
+"""Locality sets: the questions whose answers an edit must not change.
+
+    from uke.locality import Settings, ensure, of_world
+
+    path = ensure(of_world(folder, "test"), Settings(), folder / "locality")
+
+`build` chooses the probes, `facts` decides which texts share a fact, `retrieval` ranks documents,
+`card` keeps a set in files, `audit` checks it with evidence that did not build it.
+"""
+
+from uke.locality.build import Builder, Settings, Sources
+from uke.locality.card import SetFiles, ensure, of_files, of_world
+
+__all__ = ["Builder", "SetFiles", "Settings", "Sources", "ensure", "of_files", "of_world"]

@@ -96,7 +96,7 @@ class Vectors(Index):
 
 @functools.lru_cache(maxsize=2)
 def whole_vectors(model: Path) -> Callable[[Sequence[str]], np.ndarray]:
-    """Open a sentence encoder: a function from N texts to whole numbers of 1 / SCALE, (N, width)."""
+    """Open a sentence encoder: N texts to whole numbers of 1 / SCALE, (N, width)."""
     network = open_encoder(model)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
