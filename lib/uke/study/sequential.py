@@ -1,7 +1,10 @@
-"""Edits written one after another into the same weights, or the first of them at once; asked on the way, undone at the end."""
+"""Write edits one after another into the same weights, or the first of them at once; ask on the
+way, undo at the end."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -9,13 +12,13 @@ from tqdm.auto import tqdm
 
 from uke.data.edits import Edit
 from uke.errors import InputError
+from uke.methods.catalog import configured, find
 from uke.methods.edited import Writer, sequence
 from uke.methods.method import EditRecord, Method
-from uke.results import rows
-from uke.results.compare import SIDES
+from uke.results import compare, rows
 from uke.results.metrics import HEADLINE
 from uke.study.memory import Peak
-from uke.study.score import beside
+from uke.study.score import beside, say_means
 from uke.study.study import Study, with_record
 
 FACTOR = "count"  # what the rows vary: how many edits the weights hold
@@ -165,7 +168,7 @@ def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFra
     chosen = {
         "first edits": original & (number < asked),
         "last edits": original & (number >= scores["batch"] - asked),
-        "locality": scores["kind"].isin(SIDES["locality"]),
+        "locality": scores["kind"].isin(compare.SIDES["locality"]),
         "general skill": scores["kind"] == "general",
     }
     parts = [
@@ -179,3 +182,129 @@ def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFra
     return pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})[
         ["method", "count", "edit", "view", "score"]
     ]
+
+
+class SequenceStudy:
+    """Compare methods as edits pile up in the same weights, one after another or all at once.
+
+        study = Study("09_sequential", dataset)
+        study = SequenceStudy(study, ["FT-M"], ["LocFT-BF"], [1, 8, 24], 5)
+        study.run(section)
+        study.views()  # the first edits, the last, locality and a general skill
+
+    `methods` write edit after edit, with settings tuned for one; those in `together` write all edits
+    of a count at once, from the unedited weights and with settings tuned for as many. One that does
+    both is called `<name> (at once)` there. The first and the last `asked` edits are asked about
+    after each count; counts that exceed the dataset are cut to its size.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        methods: Sequence[str],
+        together: Sequence[str],
+        counts: Sequence[int],
+        asked: int,
+    ):
+        self.study, self.asked, self.said = study, asked, {}
+        self.counts = sorted({min(count, len(study.dataset.edits)) for count in counts})
+        self.runs = [(find(name, self._configured(1)), self.counts, False) for name in methods]
+        self.singly = [method.name for method, *_ in self.runs]
+        for name in together:
+            for count in (count for count in self.counts if count > 1):
+                method = find(name, self._configured(count))
+                if method.name in self.singly:
+                    method = method.model_copy(update={"name": f"{method.name} (at once)"})
+                self.runs.append((method, [count], True))
+        self.names = list(dict.fromkeys(method.name for method, *_ in self.runs))
+
+    def _configured(self, size: int) -> dict[str, Method]:
+        return configured(self.study.paths.home / "params", self.study.subject.name, size)
+
+    def run(self, section: Any) -> None:
+        """Write the rows that are missing, and warn in a section of methods that broke down."""
+        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
+        for method, counts, together in self.runs:
+            section.method(method.model_dump() | ({"batch": counts[0]} if together else {}))
+            run(self.study, method, counts, self.asked, together)
+        for name, own in self.rows.groupby("method", sort=False):
+            if (reached := own["batch"].max()) < self.counts[-1]:
+                note = own["notes"].dropna().iloc[-1]
+                section.warn(
+                    f"{name} did not reach {self.counts[-1]} edits: after {reached}, {note}."
+                )
+        if kinds := compare.lacking(self.rows):
+            section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The rows of all methods, in their order, by count."""
+        every = self.study.read().sort_values("batch", kind="stable")
+        return pd.concat([every[every["method"] == name] for name in self.names])
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Every score by method, count, edit and kind, the average metric among them."""
+        found = compare.by_batch(self.rows).rename(columns={"batch_size": "count"})
+        return found.drop(columns="batch")
+
+    def final(self) -> pd.DataFrame:
+        """Scores after the most edits, with those of the same edits without any (see `scored`)."""
+        last = self.rows[self.rows["batch"] == self.counts[-1]].assign(level=None)
+        before = self.study.before
+        known = before["edit"].isin(last["edit"]) & before["kind"].isin(last["kind"])
+        return compare.scored(last, before[known])
+
+    def views(self) -> pd.DataFrame:
+        """What happens to the first edits and the last ones, to locality and to a general skill."""
+        scores = self.scores.rename(columns={"count": "batch"})
+        return views(scores, self.study.dataset.edits, self.asked)
+
+    def fading(self) -> pd.Series:
+        """By method, how much better the original question of the last edits is answered than that
+        of the first ones after the most edits, the least difference first."""
+        views = self.views()
+        views = views[views["count"] == self.counts[-1]]
+        means = views.groupby(["view", "method"])["score"].mean()
+        return (means["last edits"] - means["first edits"]).sort_values()
+
+    def costs(self) -> pd.DataFrame:
+        """What a whole sequence costs, all counts added up, and how large its change becomes."""
+        units = self.rows.drop_duplicates(["method", "batch"])
+        totals = units.groupby("method", sort=False).agg(
+            edits=("batch", "max"),
+            train_seconds=("train_seconds", "sum"),
+            answer_seconds=("answer_seconds", "sum"),
+            peak_mib=("peak_mib", "max"),
+            change_norm=("change_norm", "last"),
+        )
+        return totals.reset_index()
+
+    def norms(self) -> pd.DataFrame:
+        """The relative norm of all that was changed (`norm`), by method and count."""
+        units = self.rows.drop_duplicates(["method", "batch"])
+        units = units.rename(columns={"batch": "count", "change_norm": "norm"})
+        return units[["method", "count", "norm"]]
+
+    def say(self, section: Any) -> None:
+        """Say every mean score, and that of the first and the last edits, in a section."""
+        self.said = say_means(section, "sequential", self.scores, ["method", "count", "kind"])
+        views = self.views()
+        views["view"] = views["view"].str.removesuffix(" edits")
+        ends = views[views["view"].isin(["first", "last"])]
+        self.said |= say_means(section, "sequential", ends, ["method", "count", "view"])
+
+    def check(self, section: Any) -> None:
+        """Check in a section what the conclusion needs."""
+        places = {edit.id: at for at, edit in enumerate(self.study.dataset.edits)}
+        place, count = self.rows["edit"].map(places), self.rows["batch"]
+        asked = (place < self.asked) | (place >= count - self.asked)
+        section.check(
+            (asked & (place < count)).all(), "only the first and the last edits were asked about"
+        )
+        counts = self.rows.groupby(["method", "batch"])["edit"].nunique().reset_index()
+        every = counts["edit"] == counts["batch"].clip(upper=2 * self.asked)
+        section.check(every.all(), "all of them, after every count")
+        section.check(
+            self.study.unchanged(), "every weight of the model is as it was before the first edit"
+        )
