@@ -145,14 +145,14 @@ def _section(paths: Paths, section: Mapping) -> str:
             warnings.append(f"The figure `{block['name']}` is missing from the directory.")
         else:
             body.append(block["markdown"])
-    checks = [f"- {'✓' if each['ok'] else '✗'} {prose(each['text'])}" for each in section["checks"]]
+    checks = [f"{'✓' if each['ok'] else '✗'} {prose(each['text'])}" for each in section["checks"]]
     parts = [
         f"# {prose(section['title'])} {{#{section['notebook']}}}",
         *([f"*{prose(section['question'])}*"] if section["question"] else []),
         *([_box("answer", "Answer.", section["answer"])] if section["answer"] else []),
         *(_box("warning", "Warning.", each) for each in warnings),
         *body,
-        *(["**Checks**\n\n" + "\n".join(checks)] if checks else []),
+        *(["\\\n".join(["**Checks**", *checks])] if checks else []),
     ]
     return "\n\n".join(parts)
 
@@ -258,7 +258,7 @@ def _pdf(paths: Paths, text: str) -> bytes:
 
 
 def _pandoc(paths: Paths, text: str, form: str, arguments: list[str]) -> str:
-    shared = [f"--metadata=title:{TITLE}", "--columns=100", "--wrap=none", "--metadata=lang:en"]
+    shared = [f"--metadata=title:{TITLE}", "--columns=100000", "--wrap=none", "--metadata=lang:en"]
     shared.append(f"--resource-path={paths.figures}")
     return pypandoc.convert_text(text, form, format=_FORMAT, extra_args=[*shared, *arguments])
 

@@ -127,12 +127,14 @@ def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float)
     lines = [(name, each) for name in names for each in look if (name, each) in pairs]
     gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
     heights = {line: at + gap * names.index(line[0]) for at, line in enumerate(lines)}
-    columns = 2 if width < 5 or len(titles) in (2, 4) else 3
+    columns = 2 if width < 5 else 3 if len(titles) < 8 else 4
     height = 0.55 + 0.19 * max(1 + max(heights.values()), 2)
     fig, axes = _panels(titles, columns, width, height, sharex=True, sharey=True)
     for title, ax in axes.items():
-        own = summary[summary[panel] == title].set_index([by, within])
-        _references(ax, summary[summary[panel] == title].drop_duplicates(by).set_index(by)["mean"])
+        ax.set_title(label(title))
+        own = summary[summary[panel] == title]
+        _references(ax, own.drop_duplicates(by).set_index(by)["mean"])
+        own = own.set_index([by, within])
         for line, at in heights.items():
             if line not in own.index:
                 _say(ax, at, None)
@@ -172,33 +174,32 @@ def curves(
     `frame` has x, y, `by` (and `panel`), and edit where there are several. An edit whose training
     ended keeps its last value. A loss that falls twentyfold has a log axis.
     """
-    columns = list(dict.fromkeys([by, *([panel] if panel else [])]))
+    columns = list(dict.fromkeys([panel or by, by]))
     require(frame, [*columns, x, y], "curves")
     edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
-    wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y, sort=False)
-    long = wide.sort_index().ffill().melt(ignore_index=False, value_name=y).dropna().reset_index()
     log = frame[y].min() > 0 and frame[y].max() > 20 * frame[y].min()
-    if log:
-        long[y] = long[y].clip(lower=LEAST_LOSS)
+    edits[y] = edits[y].clip(lower=LEAST_LOSS if log else None)
+    wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y).ffill()
+    present = set(wide.columns.droplevel("edit"))
     titles = ordered(frame[panel]) if panel else [""]
     height = 1.15 if panel else 2.35
     fig, axes = _panels(titles, 5, width, height, least=1.9, sharey=True)
     look, ends = looks(ordered(frame[by], KINDS)), {}
     for title, ax in axes.items():
-        own = long[long[panel] == title] if panel else long
         for name, each in look.items():
-            found = own[own[by] == name].groupby(x)[y]
-            if not len(found):
+            key = name if len(columns) == 1 else (title, name)
+            if key not in present or (panel == by and name != title):
                 continue
-            low, middle, high = (found.quantile(share) for share in (0.1, 0.5, 0.9))
-            ax.fill_between(middle.index, low, high, color=each.colour, alpha=0.15, lw=0)
-            ax.plot(middle.index, middle, color=each.colour, ls=each.dashes)
-            ends[name] = (middle.index[-1], middle.iloc[-1], each.colour)
+            own = wide[key]  # (steps, edits)
+            low, middle, high = (own.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
+            ax.fill_between(own.index, low, high, color=each.colour, alpha=0.15, lw=0)
+            ax.plot(own.index, middle, color=each.colour, ls=each.dashes)
+            ends[name] = (own.index[-1], middle.iloc[-1], each.colour)
         ax.set_title(label(title), fontsize=7)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=4 if panel else 9)
         ax.grid(axis="y")
         if log:
-            _log(ax, "y", long[y])
+            _log(ax, "y", edits[y])
     if not panel:
         ax.margins(x=0)
         label_ends(ax, ends)

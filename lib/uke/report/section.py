@@ -33,7 +33,7 @@ _SPECIAL = re.compile(r"([\\*_{}\[\]<>#$^~|@&])")
 _START = re.compile(r"^(\d+(?=[.)])|)([-+:%.)])")
 _TOGETHER = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")  # set without a line break
 _WORDY = 60  # letters; with more than three columns of longer texts each cell has a line of its own
-_LINE = 100  # letters; a wider table is set across the page, its columns sharing it
+_LINE = 100  # letters; a wider table scrolls on a narrow screen
 
 
 class Section:
@@ -217,28 +217,21 @@ def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: bool = T
     """Return a table as a pipe table with a caption, in a box of its own."""
     frame = tables.flat(frame).astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
-    aligned = [tables.numeric(frame[each]) for each in frame]
+    aligned = ["---:" if tables.numeric(frame[each]) else ":---" for each in frame]
     if sum(_longest(cells) > _WORDY for cells in columns.values()) > 3:
-        columns, aligned = _turned(columns), [False] * 3
-    widths = [max(_longest(cells), len(head)) for head, cells in columns.items()]
-    # With any line longer than pandoc's --columns, dashes are shares of the page: the square root
-    # gives long texts more, but not all of it.
-    wide = sum(widths) + 3 * len(widths) > _LINE and max(widths) > 30
-    dashes = [round(8 * width**0.5) if wide else 3 for width in widths]
-    if not wide:
-        dashes = [3] * len(widths)
-    rule = ["-" * count + ":" if right else "-" * count for count, right in zip(dashes, aligned)]
-    rows = [[_cell_markdown(cell) for cell in row] for row in zip(*columns.values())]
-    lines = [[prose(head) for head in columns], rule, *rows]
+        columns, aligned = _turned(columns), [":---"] * 3
+    below = sum(any(cell.note for cell in cells) for cells in columns.values()) > 4
+    rows = [[_cell_markdown(cell, below) for cell in row] for row in zip(*columns.values())]
+    lines = [[prose(head) for head in columns], aligned, *rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     links = f'<a href="tables/{name}.csv">CSV</a> · <a href="tables/{name}.tex">LaTeX</a>'
     links = f' `<span class="files">{links}</span>`{{=html}}' if files else ""
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    kind = "wide" if wide else "narrow"
+    kind = "wide" if sum(map(_longest, columns.values())) > _LINE else "narrow"
     return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links}\n:::"
 
 
 def _longest(cells: list[Cell]) -> int:
-    return max((len(cell.text) + len(cell.note) * 0.5 for cell in cells), default=0)
+    return max((len(cell.text) + len(cell.note) for cell in cells), default=0)
 
 
 def _turned(columns: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
@@ -248,8 +241,10 @@ def _turned(columns: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
     return dict(zip((first, " ", "Text"), map(list, zip(*lines))))
 
 
-def _cell_markdown(cell: Cell) -> str:
+def _cell_markdown(cell: Cell, below: bool) -> str:
+    """Return a cell, its interval beside the number or, in a table of many, below it."""
     text = f"**{prose(cell.text)}**" if cell.best else prose(cell.text)
     if not cell.note:
         return text
-    return f'{text} [{prose(cell.note)}]{{.note typst:text:size="0.82em"}}'
+    line = "`<br>`{=html}`#linebreak()`{=typst}" if below else " "
+    return f'{text}{line}[{prose(cell.note)}]{{.note typst:text:size="0.82em"}}'
