@@ -225,7 +225,7 @@ def compared(
     before = dict(
         zip(
             probes,
-            answer(study.model, study.tokenizer, probes, max_new_tokens=study.room),
+            answer(study.model, study.tokenizer, probes, max_new_tokens=study.token_limit),
             strict=True,
         )
     )

@@ -146,7 +146,7 @@ def _asked(
     """Seconds of answering these probes, with so many tokens of prompts and answers at once or as many as the default says."""
     held = {} if tokens is None else {"batch_tokens": tokens}
     return _seconds(
-        lambda: answering.answer(model, study.tokenizer, probes, max_new_tokens=study.room, **held),
+        lambda: answering.answer(model, study.tokenizer, probes, max_new_tokens=study.token_limit, **held),
         study.model.device,
     )
 
@@ -235,7 +235,7 @@ def _in_place(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: Amoun
     )  # bytes of a token
     speed_of_copy = block.nbytes / min(_seconds(block.clone, study.model.device) for _ in range(5))
     with edited_each(study.model, study.tokenizer, edits, recipe) as m:
-        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.token_limit)
         prompts = [len(encode(study.tokenizer, probe.question, probe.chat)) for probe in probes]
         on = partial(_asked, study, m, probes)
         copied = width * sum(
@@ -260,14 +260,14 @@ def _many_at_once(study: Study, _: Sequence[Edit], recipe: Recipe, amount: Amoun
     probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     whole = answering.Generation().batch_tokens
     with edited_each(study.model, study.tokenizer, edits, recipe) as m:
-        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.token_limit)
         questions = [
             answering.Query(probe.edit, tuple(encode(study.tokenizer, probe.question, probe.chat)))
             for probe in probes
         ]
         longest = dict(zip(questions, _lengths(study, texts), strict=True))
         limits = {
-            question: study.room(probe) for question, probe in zip(questions, probes, strict=True)
+            question: study.token_limit(probe) for question, probe in zip(questions, probes, strict=True)
         }
         off, on = (
             sum(
@@ -288,7 +288,7 @@ def _dropped_rows(study: Study, edits: Sequence[Edit], recipe: Recipe, amount: A
     """Predicted by counting: rows times the longest answer over the sum of all, as if a step cost as many rows as it has."""
     probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     with edited_each(study.model, study.tokenizer, edits, recipe) as m:
-        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        texts = answering.answer(m, study.tokenizer, probes, max_new_tokens=study.token_limit)
         on = partial(_asked, study, m, probes)
         ratios = _in_turns(replaced(answering, "DROP_SHARE", NEVER)(on), on, amount)
     lengths = _lengths(study, texts)
@@ -414,8 +414,8 @@ def _sorted_by_length(study: Study, edits: Sequence[Edit], amount: Amount) -> di
     """Batches of as many rows, of questions as they come and of questions sorted by length and limit, on the unedited model."""
     probes = [probe for edit in edits for probe in study.dataset.probes[edit.id]]
     prompts = {probe: len(encode(study.tokenizer, probe.question, probe.chat)) for probe in probes}
-    by_length = sorted(probes, key=lambda probe: (prompts[probe], study.room(probe)), reverse=True)
-    room = amount.rows * max(prompts[probe] + study.room(probe) for probe in probes)
+    by_length = sorted(probes, key=lambda probe: (prompts[probe], study.token_limit(probe)), reverse=True)
+    room = amount.rows * max(prompts[probe] + study.token_limit(probe) for probe in probes)
 
     def answers(order: Sequence[Probe]) -> list[tuple[Sequence[Probe], list[str]]]:
         groups = [order[start : start + amount.rows] for start in range(0, len(order), amount.rows)]
@@ -426,7 +426,7 @@ def _sorted_by_length(study: Study, edits: Sequence[Edit], amount: Amount) -> di
                     study.model,
                     study.tokenizer,
                     group,
-                    max_new_tokens=study.room,
+                    max_new_tokens=study.token_limit,
                     batch_tokens=room,
                 ),
             )

@@ -131,7 +131,7 @@ def test_a_way_that_gives_other_answers_ends_the_run_and_stores_nothing(
                 study.model,
                 study.tokenizer,
                 study.dataset.probes[edit.id],
-                max_new_tokens=study.room,
+                max_new_tokens=study.token_limit,
             )
             watch.lap("answer")
             yield found
@@ -155,7 +155,7 @@ def test_equal_scores_by_other_answers_are_not_enough():
 def test_every_way_answers_alike_and_leaves_the_model_as_it_was(toy, recipe):
     before = models.fingerprint(toy.model)
     unedited = answering.answer(
-        toy.model, toy.tokenizer, toy.dataset.every_probe, max_new_tokens=toy.room
+        toy.model, toy.tokenizer, toy.dataset.every_probe, max_new_tokens=toy.token_limit
     )
     found = {way: ways.timed(way, toy, toy.dataset.edits, recipe).answers for way in ways.WAYS}
     assert (
@@ -226,8 +226,8 @@ def test_plain_generate_keeps_each_answers_own_limit(toy):
     probes = toy.dataset.probes["Ada"]
     limits = {probe: 2 + 5 * place for place, probe in enumerate(probes)}
     study = replace(toy)
-    study.room = limits.__getitem__
-    own = answering.answer(toy.model, toy.tokenizer, probes, max_new_tokens=study.room)
+    study.token_limit = limits.__getitem__
+    own = answering.answer(toy.model, toy.tokenizer, probes, max_new_tokens=study.token_limit)
     assert ways.generated(toy.model, study, probes) == own and len(set(own)) > 1
 
 

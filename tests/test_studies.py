@@ -759,7 +759,7 @@ def test_the_free_memory_is_looked_at_once(toy, monkeypatch):
 @pytest.mark.parametrize("lanes", [1, 16])
 def test_raw_prompts_are_asked_through_the_template_or_share_its_rows(toy, lanes):
     raw, plain = toy(chat=False, lanes=lanes), toy(lanes=lanes)
-    probes, limit = raw.dataset.every_probe, {"max_new_tokens": raw.room}
+    probes, limit = raw.dataset.every_probe, {"max_new_tokens": raw.token_limit}
     method = FT_M.model_copy(update={"steps": 4})
     for study in (raw, plain):
         study.run(method)

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from uke.data.edits import KINDS, Edit, Probe
+from uke.data.edits import EFFICACY, KINDS, Edit, Probe
 from uke.errors import InputError
 from uke.explore.choices import Refused, check_place
 from uke.explore.surroundings import Library
@@ -27,7 +27,7 @@ from uke.models.generate import Generation, Token, answer, token_probabilities
 from uke.models.model import load
 from uke.project import Paths, check_name
 from uke.results.metrics import HEADLINE, score
-from uke.study.score import TEACHER_FORCED, ask, beside, room
+from uke.study.score import answer_and_score, token_limit, with_before
 from uke.study.study import measure_world, world_of
 
 QUESTION = "question"  # the kind of a free question's row
@@ -151,7 +151,7 @@ class Bench:
             )
             progress("asking after", 0, 0.0)
             after, tokens_after = self._asked(m, task, probes)
-            told_probes = [probe for probe in probes if probe.kind in TEACHER_FORCED]
+            told_probes = [probe for probe in probes if probe.kind in EFFICACY]
             tokens = {
                 (probe.kind, probe.number): pair
                 for probe, pair in zip(told_probes, zip(tokens_before, tokens_after))
@@ -280,19 +280,21 @@ class Bench:
     def _asked(
         self, model: nn.Module, task: Task, probes: Sequence[Probe]
     ) -> tuple[pd.DataFrame, list[list[Token]]]:
-        frame = ask(model, self.tokenizer, probes, Generation(self._room, task.chat))
+        frame = answer_and_score(model, self.tokenizer, probes, Generation(self._room, task.chat))
         return frame, token_probabilities(
-            model,
-            self.tokenizer,
-            [probe for probe in probes if probe.kind in TEACHER_FORCED],
-            task.chat,
+            model, self.tokenizer, [probe for probe in probes if probe.kind in EFFICACY], task.chat
         )
 
     def _room(self, probe: Probe) -> int:
         return (
             LONGEST
             if probe.reference == "-"
-            else room(probe, self.tokenizer, LONGEST, short=world_of(self.model) is not None)
+            else token_limit(
+                probe,
+                self.tokenizer,
+                LONGEST,
+                short=world_of(self.model.config.name_or_path) is not None,
+            )
         )
 
 
@@ -304,7 +306,7 @@ def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 def _rows(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """One row for each question: kind, number, question, reference, both answers, and its headline score before and after."""
-    both = beside(after, before.assign(before=before["answer"]))
+    both = with_before(after, before.assign(before=before["answer"]))
     free = both["number"] >= _FREE
     kinds = both["kind"].mask(free, QUESTION)
     metric = [("rougel_f1", "before") if kind == QUESTION else HEADLINE[kind] for kind in kinds]

@@ -130,9 +130,10 @@ class Method(BaseModel, ABC):
         """Say in one line what the method does."""
         return f"{self.name}: {self.family} method"
 
-    def depends_on(self, model: nn.Module) -> str | None:
+    def depends_on(self, model: nn.Module | str) -> str | None:
         """Return a digest of what else decides the result, such as statistics of the model's keys.
 
+        `model`: the unedited model, or its fingerprint, so that nothing need be loaded to look up stored rows.
         Called before any weight moves, so that it may be remembered for the unedited model.
         """
         return None

@@ -200,7 +200,7 @@ class LocateRecipe(Method):
         """Find the target vectors of all edits together, then solve for each."""
         return solvers.write_each(model, tokenizer, edits, self)
 
-    def depends_on(self, model: nn.Module) -> str | None:
+    def depends_on(self, model: nn.Module | str) -> str | None:
         """Return the digest of the texts that the model's covariance was measured on."""
         return covariance.digest(model)
 

@@ -1,7 +1,6 @@
-"""The row schema: append units of rows atomically, skip what is done, read, export, average."""
+"""The rows of a run: their schema, atomic units of work, the committed form, primary metric and average."""
 
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,29 +8,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from uke.files import replacing
+from uke.data.edits import AVERAGE, KINDS
 from uke.errors import InputError, nearest
-from uke.results.metrics import AVERAGE, HEADLINE, METRICS
-from uke.project import Paths, check_name, code_fingerprint, digest, unit_key
-
-__all__ = [
-    "COLUMNS",
-    "FINGERPRINTS",
-    "PHASES",
-    "RUN",
-    "Paths",
-    "append",
-    "average",
-    "by_work",
-    "code_fingerprint",
-    "digest",
-    "done",
-    "export",
-    "primary",
-    "read",
-    "unit_key",
-]
+from uke.files import replacing
+from uke.project import Paths, check_name, code_fingerprint
+from uke.results.metrics import METRICS
 
 PHASES = ("before", "after")
 FINGERPRINTS = ("model", "data", "recipe", "code")
@@ -54,44 +35,26 @@ COLUMNS: dict[str, pa.DataType] = {
     **dict.fromkeys(("notes", "curve"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
 }
-REQUIRED = (
-    "method",
-    "batch",
-    "edit",
-    "kind",
-    "number",
-    "phase",
-    "question",
-    "reference",
-    "answer",
-    "model",
-    "data",
-)
+REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference")
+REQUIRED += ("answer", "model", "data")
 # What tells one run from another: scores are never averaged over any of these.
-RUN = (
-    "study",
-    "method",
-    "factor",
-    "level",
-    "split",
-    "batch_size",
-    "learning_rate",
-    "seed",
-    *FINGERPRINTS,
-)
+RUN = ("study", "method", "factor", "level", "split", "batch_size", "learning_rate", "seed")
+RUN += FINGERPRINTS
 _EDIT = (*RUN, "batch", "edit")
 _PROBE = (*_EDIT, "phase", "kind", "number")
-_COMPARED = (
-    "study",
-    "factor",
-    "split",
-    "batch_size",
-    "data",
-)  # runs alike in these stand side by side
+_COMPARED = ("study", "factor", "split", "batch_size", "data")  # runs alike in these are compared
+
+
+def use_committed() -> bool:
+    """Whether rows are taken from the committed files (UKE_ROWS=committed) instead of being made."""
+    chosen = os.environ.get("UKE_ROWS", "")
+    if chosen not in ("", "committed"):
+        raise InputError(f"UKE_ROWS: unknown '{chosen}'{nearest(chosen, ['committed'])}")
+    return chosen == "committed"
 
 
 def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
-    """Write the rows of one unit as a small parquet file, whole or not at all; rows of the same unit are replaced.
+    """Write the rows of one unit as a small parquet file, atomically; rows of the same unit are replaced.
 
     Absent columns become null, `study` and `code` are filled in. Raises InputError, writing nothing, for an unknown
     column, kind or phase, a required value that is absent, a wrong type, a repeated probe, or unequal fingerprints.
@@ -118,7 +81,7 @@ def _check(place: str, study: str, frame: pd.DataFrame) -> None:
     for name in REQUIRED:
         if name not in frame or frame[name].isna().any():
             raise InputError(f"{place}: column '{name}': a value is missing")
-    for name, valid in (("kind", tuple(HEADLINE)), ("phase", PHASES), ("study", (study,))):
+    for name, valid in (("kind", tuple(KINDS)), ("phase", PHASES), ("study", (study,))):
         for value in frame[name].unique():
             if value not in valid:
                 raise InputError(
@@ -143,7 +106,7 @@ def _refuse_repeats(place: str, frame: pd.DataFrame) -> None:
 
 
 def _table(place: str, frame: pd.DataFrame) -> pa.Table:
-    """The frame in the schema's own column order and types, free of anything pandas adds."""
+    """Return the frame in the schema's own column order and types, free of anything pandas adds."""
     arrays = {}
     for name, kind in COLUMNS.items():
         if name not in frame:
@@ -163,84 +126,62 @@ def _table(place: str, frame: pd.DataFrame) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
+    options = {"compression": "zstd", "compression_level": 9}
     with replacing(path) as part:
-        pq.write_table(
-            table,
-            part,
-            compression="zstd",
-            compression_level=9,
-            store_schema=False,
-            write_statistics=False,
-        )
+        pq.write_table(table, part, store_schema=False, write_statistics=False, **options)
 
 
 def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | None]) -> bool:
     """Whether the unit has rows written with these fingerprints and by this code; any difference makes it stale."""
-    wanted = {"code": code_fingerprint(), **_checked(fingerprints)}
-    path = paths.rows(study) / f"{check_name('unit', unit)}.parquet"
+    for name in fingerprints:
+        if name not in FINGERPRINTS:
+            raise InputError(f"fingerprints: unknown '{name}'{nearest(name, FINGERPRINTS)}")
+    wanted = {"code": code_fingerprint(), **fingerprints}
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(paths.rows(study) / f"{check_name('unit', unit)}.parquet") as file:
             found = file.read(columns=list(wanted)).slice(0, 1).to_pylist()
-    except (
-        pa.ArrowException,
-        OSError,
-    ):  # absent, or cut short when a machine went down: to be written again
+    except (pa.ArrowException, OSError):  # absent, or cut short when a machine went down
         return False
     return found == [wanted]
 
 
 def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
-    """Study and unit of every file of rows in this run's results, by the digest that its name ends in."""
-    return {
-        path.stem.rpartition("-")[2]: (path.parent.name, path.stem)
-        for path in sorted((paths.results / "rows").glob("*/*.parquet"))
-    }
+    """Return study and unit of every file of rows in this run's results, by the digest that its name ends in."""
+    files = sorted((paths.results / "rows").glob("*/*.parquet"))
+    return {path.stem.rpartition("-")[2]: (path.parent.name, path.stem) for path in files}
 
 
-def _checked(fingerprints: Mapping[str, str | None]) -> dict[str, str | None]:
-    for name in fingerprints:
-        if name not in FINGERPRINTS:
-            raise InputError(f"fingerprints: unknown '{name}'{nearest(name, FINGERPRINTS)}")
-    return dict(fingerprints)
+def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
+    """Read the rows of these units from the results, in a fixed order, with every column of COLUMNS.
 
-
-def read(
-    paths: Paths,
-    study: str,
-    fingerprints: Mapping[str, str | None] | None = None,
-    mixed: bool = False,
-    units: Iterable[str] | None = None,
-) -> pd.DataFrame:
-    """The study's rows (of the named `units`, else of all) in a fixed order, with every column of COLUMNS.
-
-    Rows of the results are fresh if this code wrote them and they bear the `fingerprints`; without results, the
-    committed rows are read whatever code wrote them. `mixed` lets stale rows and several models, data or codes
-    through. Raises InputError where there are no (fresh) rows, or they do not belong together.
+    Raises InputError where a unit has no rows or other code wrote them, and where the units do not belong together:
+    several models, data or codes, or several recipes under one method and level.
     """
-    wanted = _checked(fingerprints or {})
-    files = sorted(paths.rows(study).glob("*.parquet"))
-    if units is not None:
-        files = sorted(
-            paths.rows(study) / f"{check_name('unit', unit)}.parquet" for unit in set(units)
-        )
-    if files and not mixed:
-        wanted = {"code": code_fingerprint(), **wanted}
-    place = paths.rows(study) if files else paths.exported(study)
-    if not files and not place.is_file():
-        raise InputError(
-            f"{place}: no rows of study '{study}' here or in {paths.rows(study)}: run its notebook first"
-        )
-    frame = pa.concat_tables(map(_read_file, files or [place])).to_pandas()
-    fresh = frame
-    for name, value in wanted.items():
-        fresh = fresh[fresh[name].isna() if value is None else fresh[name] == value]
-    if fresh.empty:
-        raise InputError(
-            f"{place}: {len(frame)} rows, none with {wanted}: stale, run the notebook again"
-        )
-    if not mixed:
-        _refuse_mixtures(str(place), fresh)
-    return fresh.sort_values(list(_PROBE), kind="stable", ignore_index=True)
+    folder = paths.rows(study)
+    files = sorted(folder / f"{check_name('unit', unit)}.parquet" for unit in set(units))
+    frame = pa.concat_tables(map(_read_file, files)).to_pandas() if files else pd.DataFrame()
+    if frame.empty:
+        raise InputError(f"{folder}: no rows of study '{study}': run its notebook first")
+    for name in ("model", "data", "code"):
+        if frame[name].nunique(dropna=False) > 1:
+            found = ", ".join(map(str, frame[name].unique()))
+            raise InputError(f"{folder}: rows of several '{name}' fingerprints ({found})")
+    if frame["code"].iloc[0] != code_fingerprint():
+        raise InputError(f"{folder}: rows written by other code: run the notebook again")
+    run = [*(name for name in RUN if name not in FINGERPRINTS), "phase"]
+    recipes = frame.groupby(run, dropna=False)["recipe"].nunique(dropna=False)
+    if (recipes > 1).any():
+        method = recipes[recipes > 1].index[0][run.index("method")]
+        raise InputError(f"{folder}: {method}: rows of several recipes; run the notebook again")
+    return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
+
+
+def committed(paths: Paths, study: str) -> pd.DataFrame:
+    """Read the study's committed rows, whatever code wrote them; InputError where there are none."""
+    path = paths.exported(study)
+    if not path.is_file():
+        raise InputError(f"{path}: no committed rows of study '{study}': run its notebook first")
+    return _read_file(path).to_pandas()
 
 
 def _read_file(path: Path) -> pa.Table:
@@ -251,48 +192,37 @@ def _read_file(path: Path) -> pa.Table:
         raise InputError(
             f"{path}: expected a parquet file of rows ({str(error).splitlines()[0]})"
         ) from None
-    present = set(table.column_names)  # a column added since the file was written is null
-    return pa.table(
-        {
-            name: table[name] if name in present else pa.nulls(len(table), kind)
-            for name, kind in COLUMNS.items()
-        },
-        schema=pa.schema(list(COLUMNS.items())),
-    )
-
-
-def _refuse_mixtures(place: str, frame: pd.DataFrame) -> None:
-    for name in ("model", "data", "code"):
-        if frame[name].nunique(dropna=False) > 1:
-            found = ", ".join(map(str, frame[name].unique()))
-            raise InputError(
-                f"{place}: rows of several '{name}' fingerprints ({found}); choose one, or mixed=True"
-            )
-    one_recipe = [name for name in RUN if name not in FINGERPRINTS]
-    recipes = frame.groupby([*one_recipe, "phase"], dropna=False)["recipe"].nunique(dropna=False)
-    if (recipes > 1).any():
-        method = recipes[recipes > 1].index[0][one_recipe.index("method")]
-        raise InputError(
-            f"{place}: {method}: rows of several recipes; run the notebook again, or ask for mixed=True"
-        )
+    # A column added since the file was written is null.
+    columns = {
+        name: table[name] if name in table.column_names else pa.nulls(len(table), kind)
+        for name, kind in COLUMNS.items()
+    }
+    return pa.table(columns, schema=pa.schema(list(COLUMNS.items())))
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
-    """Write the committed form of the rows in `frame`: all scores, and generated texts for five edits of each method."""
-    frame = frame.copy()
+    """Write the committed form of the rows: all scores, and generated texts for five edits of each method.
+
+    Where rows are taken from the committed files (`use_committed`), they stay as they are.
+    """
+    path = paths.exported(study)
+    if use_committed():
+        return path
     first = {
-        method: sorted(edits.unique())[:TEXTS_EXPORTED]
+        method: sorted(set(edits))[:TEXTS_EXPORTED]
         for method, edits in frame.groupby("method")["edit"]
     }
     shown = [edit in first[method] for method, edit in zip(frame["method"], frame["edit"])]
-    for name in ("answer", "before"):
-        frame[name] = frame[name].where(pd.Series(shown), None)
-    _write(_table(f"rows of study '{study}'", frame), paths.exported(study))
-    return paths.exported(study)
+    texts = {
+        name: frame[name].where(pd.Series(shown, frame.index), None)
+        for name in ("answer", "before")
+    }
+    _write(_table(f"rows of study '{study}'", frame.assign(**texts)), path)
+    return path
 
 
 def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
-    """Each kind's own comparison (HEADLINE), one row per run, batch, edit and kind: `score`, and `probes` averaged.
+    """Return the primary metric of each kind (KINDS), one row per run, batch, edit and kind: `score`, and `probes` averaged.
 
     Before the edit, a comparison with the answer before the edit is 1 by definition. Raises InputError where a score
     is missing or a probe occurs twice.
@@ -302,17 +232,19 @@ def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
     rows = frame[frame["phase"] == phase]
     _refuse_repeats("primary", rows)
     score = pd.Series(float("nan"), index=rows.index)
-    for kind, (metric, against) in HEADLINE.items():
-        of_kind = rows["kind"] == kind
-        if against == "reference":
-            score[of_kind] = rows.loc[of_kind, metric]
+    for name, kind in KINDS.items():
+        own = rows["kind"] == name
+        if kind.against == "reference":
+            score[own] = rows.loc[own, kind.metric]
         else:
-            score[of_kind] = rows.loc[of_kind, f"{metric}_before"] if phase == "after" else 1.0
+            score[own] = rows.loc[own, f"{kind.metric}_before"] if phase == "after" else 1.0
     if score.isna().any():
         first = rows[score.isna()].iloc[0]
-        metric, against = HEADLINE[first["kind"]]
+        kind = KINDS[first["kind"]]
         probe = f"edit '{first['edit']}', {first['kind']} {first['number']}"
-        raise InputError(f"primary: {first['method']}, {probe}: no {metric} against the {against}")
+        raise InputError(
+            f"primary: {first['method']}, {probe}: no {kind.metric} against the {kind.against}"
+        )
     groups = rows.assign(score=score).groupby([*_EDIT, "kind"], dropna=False, as_index=False)
     return groups.agg(score=("score", "mean"), probes=("score", "size"))
 

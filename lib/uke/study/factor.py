@@ -10,7 +10,7 @@ from uke.errors import InputError, nearest
 from uke.methods.catalog import at_level, best_single, configured, differences, find, key
 from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, Recipe
 from uke.results import compare
-from uke.study.score import say_means
+from uke.results.stats import summarise
 from uke.study.study import Study
 
 BEST_SINGLE = "best single block"  # the one that was best on development edits
@@ -24,6 +24,24 @@ CONTRASTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
 }
 SAID = ("average", "original")  # the kinds whose effects are said
 RAW = "asked_without"  # in keys: every probe was asked through a raw prompt
+
+
+def say_means(
+    section: Any, prefix: str, scores: pd.DataFrame, by: Sequence[str], unit: str = ""
+) -> dict[str, str]:
+    """Say the mean score of every group with its interval, under a key of the prefix and `by`.
+
+        said = say_means(section, "single", scores, ["method", "kind"])
+        said["single.ft_uke.average"]  # "0.69 [0.67, 0.71], n = 40"
+
+    `scores` is what `uke.results.stats.summarise` takes. Returns what was said by key.
+    """
+    said = {}
+    for row in summarise(scores, by).to_dict("records"):
+        parts = [key(row[name]) if name == "method" else str(row[name]) for name in by]
+        name = ".".join([prefix, *parts])
+        said[name] = section.say(name, row["mean"], row["low"], row["high"], n=row["n"], unit=unit)
+    return said
 
 
 class FactorStudy:
@@ -87,13 +105,13 @@ class FactorStudy:
                 found[end] = (level, against)
         return found or {f"{levels[-1]}_minus_{levels[0]}": (levels[-1], levels[0])}
 
-    def run(self, section: Any, also: Sequence[Study] = ()) -> None:
+    def run(self, section: Any) -> None:
         """Write the rows of every cell that has none, and warn in a section of what failed or is
-        missing. The studies `also` ask about each edit in another way while it is written."""
+        missing."""
         section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
         for (method, level), recipe in self.recipes.items():
             section.method(recipe.model_dump())
-            fault = self.study.attempt(recipe, also=also, factor=self.factor, level=level)
+            fault = self.study.attempt(recipe, factor=self.factor, level=level)
             if fault:
                 section.warn(f"{method}, {compare.label(level)}: failed ({fault})")
         edits = len(self.study.dataset.edits)

@@ -11,7 +11,7 @@ from uke.methods.method import Method
 from uke.project import Paths
 from uke.results import compare
 from uke.results.stats import Interval
-from uke.study.score import say_means
+from uke.study.factor import say_means
 from uke.study.study import Study
 
 LEADER = "FT-UKE"  # whose lead over the best baseline is measured, if it is among the methods

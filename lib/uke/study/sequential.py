@@ -1,89 +1,99 @@
-"""Write edits one after another into the same weights, or the first of them at once; ask on the
-way, undo at the end."""
+"""Write edits one after another into the same weights, or the first of them at once, and query them on the way."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from uke.data.edits import Edit
+from uke.data.edits import KINDS, Edit, in_group
 from uke.errors import InputError
 from uke.methods.catalog import configured, find
 from uke.methods.edited import Writer, sequence
 from uke.methods.method import EditRecord, Method
+from uke.project import code_fingerprint, unit_key
 from uke.results import compare, rows
-from uke.results.metrics import HEADLINE
+from uke.study.factor import say_means
 from uke.study.memory import Peak
-from uke.study.score import beside, say_means
+from uke.study.score import with_before
 from uke.study.study import Study, with_record
 
 FACTOR = "count"  # what the rows vary: how many edits the weights hold
-ASKED = tuple(kind for kind in HEADLINE if kind != "multi_hop")
+QUERIED = tuple(kind for kind in KINDS if kind != "multi_hop")
 
 
-def first_and_last(written: Sequence[Edit], asked: int) -> list[Edit]:
-    """The first `asked` edits and the last `asked`, each once."""
-    return [*written[:asked], *written[max(asked, len(written) - asked) :]]
+def first_and_last(written: Sequence[Edit], number: int) -> list[Edit]:
+    """Return the first `number` edits and the last `number`, each once."""
+    return [*written[:number], *written[max(number, len(written) - number) :]]
 
 
 def run(
-    study: Study, method: Method, counts: Sequence[int], asked: int, together: bool = False
+    study: Study, method: Method, counts: Sequence[int], queried: int, together: bool = False
 ) -> None:
-    """Write rows of the first and the last `asked` edits after each of `counts` edits, one unit for the whole sequence.
+    """Store rows of the first and the last `queried` edits after each of `counts` edits, one unit for the whole sequence.
 
-    Depth first, every edit is trained to its end before the next, on top of it; with `together`, breadth first, the first
-    n edits are trained at once from the unedited weights, for each n anew. Seconds are those since the count before. Where
-    a method breaks down on the way, the rows end with the last count it reached, and their notes say why; it raises where
-    it reached none. Raises InputError for counts or `asked` below 1, or more edits than the study has.
+    Depth first, every edit is trained to its end before the next, on top of it. With `together`, breadth first, the
+    first n edits are trained at once from the unedited weights, for each n anew. Seconds are those since the count
+    before. Where a method breaks down on the way, the rows end with the last count it reached, and their notes say
+    why; it raises where it reached none. InputError for counts or `queried` below 1, or more edits than there are.
     """
     edits, counts = study.dataset.edits, sorted(set(counts))
-    if not counts or counts[0] < 1 or counts[-1] > len(edits) or asked < 1:
+    if not counts or counts[0] < 1 or counts[-1] > len(edits) or queried < 1:
         raise InputError(
-            f"study {study.name}: counts {counts}, asked {asked}: expected numbers from 1 to {len(edits)}, the edits there are"
+            f"study {study.name}: counts {counts}, queried {queried}: "
+            f"expected numbers from 1 to {len(edits)}, the edits there are"
         )
-    marks = {"model": study.mark, "data": study.dataset.fingerprint, "recipe": method.fingerprint}
-    choices = study.labels | {
-        "learning_rate": method.learning_rate,
-        "seed": method.seed,
-        "factor": FACTOR,
-    }
-    texts = method.depends_on(study.model)
-    method.examples(study.model, study.tokenizer, edits[: counts[-1]])
-    said = {
+    if rows.use_committed():
+        _take_committed(study, method, counts, queried)
+        return
+    fingerprints = study.fingerprints | {"recipe": method.fingerprint}
+    choices = {
         "counts": " ".join(map(str, counts)),
-        "asked": asked,
+        "queried": queried,
         "together": together,
-        "texts": texts,
-        "code": rows.code_fingerprint(("study.sequential",)),
+        "texts": study.depends_on(method),
+        "code": code_fingerprint(("study.sequential",)),
     }
-    unit = rows.unit_key(method.name, **said, **study.conditions, **marks)
-    if not rows.done(study.paths, study.name, unit, marks):
-        frame = _spared(
-            study,
-            method,
-            lambda: _reached((_at_once if together else _one_by_one)(study, method, counts, asked)),
-        )
-        study.append(unit, frame.assign(method=method.name, **choices, **marks))
+    unit = unit_key(method.name, **choices, **study.conditions, **fingerprints)
+    if not rows.done(study.paths, study.name, unit, fingerprints):
+        method.examples(study.model, study.tokenizer, edits[: counts[-1]])
+        frame = _within_memory(study, method, counts, queried, together)
+        columns = {"method": method.name, "factor": FACTOR, "split": study.dataset.split}
+        columns |= {"learning_rate": method.learning_rate, "seed": method.seed}
+        study.append(unit, frame.assign(**columns, **fingerprints))
     study.units.append(unit)
 
 
-def _spared(study: Study, method: Method, written: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The rows of a whole sequence, begun anew in a way that takes less where memory runs out."""
+def _take_committed(study: Study, method: Method, counts: Sequence[int], queried: int) -> None:
+    for count in counts:
+        try:
+            chosen = first_and_last(study.dataset.edits[:count], queried)
+            study.take_committed(method.name, count, count, chosen, FACTOR, f"after {count}")
+        except InputError:
+            own = study.read() if study.units else pd.DataFrame({"method": [], "notes": []})
+            notes = own.loc[own["method"] == method.name, "notes"].dropna()
+            if notes.empty or not notes.iloc[-1].startswith("broke down"):
+                raise
+            return
+
+
+def _within_memory(study: Study, method: Method, *options) -> pd.DataFrame:
+    """Return the rows of a whole sequence, begun anew with less memory where it runs out."""
     while True:
         try:
-            with study.thrift.used():
-                return written()
+            with study.subject.fallbacks.active():
+                return _until_broken(_checkpoints(study, method, *options))
         except torch.OutOfMemoryError:
-            if not study.spare(method, 1):
+            if not study.take_less_memory(method, 1):
                 raise
 
 
-def _reached(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
-    """The rows of all checkpoints, or of those before a method broke down, which the last one's notes then say."""
+def _until_broken(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of all checkpoints, or of those before a method broke down, as the last one's notes then say."""
     frames: list[pd.DataFrame] = []
     try:
         for frame in checkpoints:
@@ -95,93 +105,80 @@ def _reached(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _one_by_one(
-    study: Study, method: Method, counts: Sequence[int], asked: int
+def _checkpoints(
+    study: Study, method: Method, counts: Sequence[int], queried: int, together: bool
 ) -> Iterator[pd.DataFrame]:
-    edits = study.dataset.edits
-    with (
-        sequence(study.model, study.tokenizer, method) as writer,
-        _bar(study, method, counts[-1]) as bar,
-    ):
-        for start, count in zip([0, *counts], counts):
-            yield _checkpoint(
-                study,
-                writer,
-                ([edit] for edit in edits[start:count]),
-                first_and_last(edits[:count], asked),
-            ).pipe(_placed, count)
-            bar.update(count - start)
-
-
-def _at_once(
-    study: Study, method: Method, counts: Sequence[int], asked: int
-) -> Iterator[pd.DataFrame]:
-    edits = study.dataset.edits
-    with _bar(study, method, sum(counts)) as bar:
-        for count in counts:
-            with sequence(study.model, study.tokenizer, method) as writer:
-                yield _checkpoint(
-                    study, writer, [edits[:count]], first_and_last(edits[:count], asked)
-                ).pipe(_placed, count)
-            bar.update(count)
-
-
-def _bar(study: Study, method: Method, edits: int) -> tqdm:
-    return tqdm(desc=f"{study.name}: {method.name}", total=edits, mininterval=5)
-
-
-def _placed(frame: pd.DataFrame, count: int) -> pd.DataFrame:
-    return frame.assign(batch=count, batch_size=count, level=f"after {count}")
+    edits, model, tokenizer = study.dataset.edits, study.model, study.tokenizer
+    total = sum(counts) if together else counts[-1]
+    with tqdm(desc=f"{study.name}: {method.name}", total=total, mininterval=5) as bar:
+        if together:
+            for count in counts:
+                with sequence(model, tokenizer, method) as writer:
+                    yield _checkpoint(study, writer, [edits[:count]], count, queried)
+                bar.update(count)
+            return
+        with sequence(model, tokenizer, method) as writer:
+            for start, count in pairwise([0, *counts]):
+                batches = [[edit] for edit in edits[start:count]]
+                yield _checkpoint(study, writer, batches, count, queried)
+                bar.update(count - start)
 
 
 def _checkpoint(
-    study: Study, writer: Writer, batches: Iterator[Sequence[Edit]], asked: Sequence[Edit]
+    study: Study, writer: Writer, batches: Sequence[Sequence[Edit]], count: int, queried: int
 ) -> pd.DataFrame:
-    """Write the batches one after another, then ask about some edits: their rows, the course in the first."""
+    """Write the batches one after another, then score probes of some edits; the loss curve is that of the last batch."""
     probes = [
-        probe for edit in asked for probe in study.dataset.probes[edit.id] if probe.kind in ASKED
+        probe
+        for edit in first_and_last(study.dataset.edits[:count], queried)
+        for probe in study.dataset.probes[edit.id]
+        if probe.kind in QUERIED
     ]
-    before, memory, started = study.before, Peak(study.model.device), time.perf_counter()
+    before, peak, started = study.before, Peak(study.model.device), time.perf_counter()
     trainings = [writer.write(batch) for batch in batches]
-    highest, between = memory.mib(), time.perf_counter()
-    frame = beside(study.ask(writer.model, probes), before)
-    seconds = {"train_seconds": between - started, "answer_seconds": time.perf_counter() - between}
-    last = EditRecord(
-        trainings[-1].losses,
-        sum(one.steps for one in trainings),
-        seconds["train_seconds"],
-        trainings[-1].stopped,
-        writer.norms(),
-        study.thrift.notes,
+    trained, highest = time.perf_counter(), peak.mib()
+    frame = with_before(study.answer_and_score(writer.model, probes), before)
+    frame = frame.assign(
+        phase="after",
+        batch=count,
+        batch_size=count,
+        level=f"after {count}",
+        peak_mib=highest,
+        train_seconds=trained - started,
+        answer_seconds=time.perf_counter() - trained,
     )
-    return with_record(frame.assign(phase="after", peak_mib=highest, **seconds), last)
+    record = EditRecord(
+        losses=trainings[-1].losses,
+        steps=sum(training.steps for training in trainings),
+        seconds=trained - started,
+        stopped=trainings[-1].stopped,
+        change_norm=writer.norms(),
+        notes=study.subject.fallbacks.notes,
+    )
+    return with_record(frame, record)
 
 
-def views(scores: pd.DataFrame, edits: Sequence[Edit], asked: int) -> pd.DataFrame:
-    """What happens to the first edits and to the last, to locality and to a general skill, as edits pile up.
+def views(scores: pd.DataFrame, edits: Sequence[Edit], queried: int) -> pd.DataFrame:
+    """Show what happens to the first edits and to the last, to locality and to a general skill, as edits pile up.
 
-    `scores` is what `rows.primary` gives of this module's rows. Columns: method, count, edit, view and score; of `first
+    `scores` is what `rows.primary` gives of this module's rows. Columns: method, count, edit, view, score; of `first
     edits` and `last edits` (the same where all are few) it is that of the original question.
     """
-    number = scores["edit"].map({edit.id: place for place, edit in enumerate(edits)})
+    index = scores["edit"].map({edit.id: index for index, edit in enumerate(edits)})
     original = scores["kind"] == "original"
     chosen = {
-        "first edits": original & (number < asked),
-        "last edits": original & (number >= scores["batch"] - asked),
-        "locality": scores["kind"].isin(compare.SIDES["locality"]),
-        "general skill": scores["kind"] == "general",
+        "first edits": original & (index < queried),
+        "last edits": original & (index >= scores["batch"] - queried),
+        "locality": scores["kind"].isin(in_group("locality")),
+        "general skill": scores["kind"].isin(in_group("skill")),
     }
+    by = ["method", "batch", "edit"]
     parts = [
-        scores[mask]
-        .groupby(["method", "batch", "edit"], sort=False)["score"]
-        .mean()
-        .reset_index()
-        .assign(view=name)
-        for name, mask in chosen.items()
+        scores[mask].groupby(by, sort=False)["score"].mean().reset_index().assign(view=view)
+        for view, mask in chosen.items()
     ]
-    return pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})[
-        ["method", "count", "edit", "view", "score"]
-    ]
+    found = pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})
+    return found[["method", "count", "edit", "view", "score"]]
 
 
 class SequenceStudy:
@@ -194,7 +191,7 @@ class SequenceStudy:
 
     `methods` write edit after edit, with settings tuned for one; those in `together` write all edits
     of a count at once, from the unedited weights and with settings tuned for as many. One that does
-    both is called `<name> (at once)` there. The first and the last `asked` edits are asked about
+    both is called `<name> (at once)` there. The first and the last `queried` edits are queried
     after each count; counts that exceed the dataset are cut to its size.
     """
 
@@ -204,9 +201,9 @@ class SequenceStudy:
         methods: Sequence[str],
         together: Sequence[str],
         counts: Sequence[int],
-        asked: int,
+        queried: int,
     ):
-        self.study, self.asked, self.said = study, asked, {}
+        self.study, self.queried, self.said = study, queried, {}
         self.counts = sorted({min(count, len(study.dataset.edits)) for count in counts})
         self.runs = [(find(name, self._configured(1)), self.counts, False) for name in methods]
         self.singly = [method.name for method, *_ in self.runs]
@@ -226,7 +223,7 @@ class SequenceStudy:
         section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
         for method, counts, together in self.runs:
             section.method(method.model_dump() | ({"batch": counts[0]} if together else {}))
-            run(self.study, method, counts, self.asked, together)
+            run(self.study, method, counts, self.queried, together)
         for name, own in self.rows.groupby("method", sort=False):
             if (reached := own["batch"].max()) < self.counts[-1]:
                 note = own["notes"].dropna().iloc[-1]
@@ -258,7 +255,7 @@ class SequenceStudy:
     def views(self) -> pd.DataFrame:
         """What happens to the first edits and the last ones, to locality and to a general skill."""
         scores = self.scores.rename(columns={"count": "batch"})
-        return views(scores, self.study.dataset.edits, self.asked)
+        return views(scores, self.study.dataset.edits, self.queried)
 
     def fading(self) -> pd.Series:
         """By method, how much better the original question of the last edits is answered than that
@@ -298,12 +295,12 @@ class SequenceStudy:
         """Check in a section what the conclusion needs."""
         places = {edit.id: at for at, edit in enumerate(self.study.dataset.edits)}
         place, count = self.rows["edit"].map(places), self.rows["batch"]
-        asked = (place < self.asked) | (place >= count - self.asked)
+        queried = (place < self.queried) | (place >= count - self.queried)
         section.check(
-            (asked & (place < count)).all(), "only the first and the last edits were asked about"
+            (queried & (place < count)).all(), "only the first and the last edits were queried"
         )
         counts = self.rows.groupby(["method", "batch"])["edit"].nunique().reset_index()
-        every = counts["edit"] == counts["batch"].clip(upper=2 * self.asked)
+        every = counts["edit"] == counts["batch"].clip(upper=2 * self.queried)
         section.check(every.all(), "all of them, after every count")
         section.check(
             self.study.unchanged(), "every weight of the model is as it was before the first edit"

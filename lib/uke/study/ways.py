@@ -90,7 +90,7 @@ def single(
         with edited(study.model, study.tokenizer, [edit], method) as m:
             watch.lap("train")
             found = answer(
-                m, study.tokenizer, study.dataset.probes[edit.id], max_new_tokens=study.room
+                m, study.tokenizer, study.dataset.probes[edit.id], max_new_tokens=study.token_limit
             )
             watch.lap("answer")
         watch.lap("train")
@@ -119,7 +119,7 @@ def _side_by_side(study: Study, group: Sequence[Edit], method: Method, watch: Wa
         if m.failed:  # one by one it would have ended the run too
             raise FloatingPointError("; ".join(m.failed.values()))
         probes = [probe for edit in group for probe in study.dataset.probes[edit.id]]
-        found = answer(m, study.tokenizer, probes, max_new_tokens=study.room)
+        found = answer(m, study.tokenizer, probes, max_new_tokens=study.token_limit)
         watch.lap("answer")
     watch.lap("train")
     return found
@@ -232,7 +232,7 @@ def generated(model: nn.Module, study: Study, probes: Sequence[Probe]) -> list[s
     tokenizer = study.tokenizer
     prompts = [encode(tokenizer, probe.question, probe.chat) for probe in probes]
     limits = [
-        min(study.room(probe), max_context(model) - len(prompt))
+        min(study.token_limit(probe), max_context(model) - len(prompt))
         for probe, prompt in zip(probes, prompts, strict=True)
     ]
     batch = collate([Example(prompt, prompt, len(prompt)) for prompt in prompts], 0, side="left")

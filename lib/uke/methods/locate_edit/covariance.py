@@ -39,8 +39,10 @@ _KNOWN: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary(
 Text = str | dict[str, str]
 
 
-def folder(model: nn.Module) -> Path:
-    """Where the moments of this model lie, told by its weights and configuration when it was first asked."""
+def folder(model: nn.Module | str) -> Path:
+    """Where the moments of this model lie, by its fingerprint: given, or that of its weights when it was first asked."""
+    if isinstance(model, str):
+        return Paths("embedded").home / "results" / "moments" / model
     if model not in _KNOWN:
         _KNOWN[model] = fingerprint(model)
     return Paths("embedded").home / "results" / "moments" / _KNOWN[model]
@@ -202,7 +204,7 @@ def preservation(
     return [_ids(model, tokenizer, text) for text in drawn]
 
 
-def digest(model: nn.Module) -> str | None:
+def digest(model: nn.Module | str) -> str | None:
     """16 hex digits of the texts that the moments of this model were measured on; None before that."""
     path = folder(model) / TEXTS
     return _texts(path, path.stat().st_mtime_ns)["digest"] if path.is_file() else None
