@@ -85,8 +85,7 @@ HEADLINE := 00_embedded_model 03_factor_loss_scope 04_factor_layers 05_factor_co
             06_factor_chat_template 07_recipe 08_batch_size
 world: PROFILE = embedded-world-$(SEED)
 world: $(STAMP) ## Train the model of another world (SEED=2, two hours) and run the headline notebooks
-	OMP_NUM_THREADS=$(CORES) $(BIN)/python -m uke run 00_embedded_model --profile '$(PROFILE)' \
-	  --set retrain=true
+	OMP_NUM_THREADS=$(CORES) $(BIN)/python tools/train_world_model.py '$(SEED)'
 	@$(CHECK)
 	$(SNAKEMAKE) $(HEADLINE:%='$(CURDIR)/results/$(PROFILE)/sections/%.json') --config $(CONFIG)
 	$(BIN)/python -m uke report --profile '$(PROFILE)'

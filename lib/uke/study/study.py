@@ -35,8 +35,8 @@ from uke.results import rows
 from uke.results.metrics import METRICS, encoder_folder, load_encoder
 from uke.study.dataset import Dataset, batched
 from uke.study.memory import MemoryFallbacks, Peak, free_mib
-from uke.study.pretraining import CARD, card
 from uke.study.score import answer_and_score, token_limit, with_before
+from uke.world.files import CARD, card
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,14 @@
-"""The fictional world: entities whose every fact is known, texts and questions about them, edits of them.
+"""The fictional world: entities whose every fact is known, texts and questions about them, edits.
 
-A seed decides everything. Entities live in six pools that never refer to each other; edits replace every fact of
-their subject and point only at the pool `held_out`, and literal values of edits never occur in a probed pool, so no
-locality probe can touch a fact of any edit. The language (names, values, phrasings) is data: `world.yaml`.
+A seed decides everything. Entities live in six pools that never refer to each other. Edits replace
+every fact of their subject and point only at the pool `held_out`, and literal values of edits never
+occur in a probed pool, so no locality probe can touch a fact of any edit. The language (names,
+values, phrasings) is data: `world.yaml`.
 """
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
@@ -27,7 +28,7 @@ SPLITS = ("development", "test")
 
 @cache
 def language() -> dict:
-    """Names, values, kinds, relations and phrasings of the world, as written in `world.yaml`."""
+    """Read names, values, kinds, relations and phrasings of the world from `world.yaml`."""
     return yaml.safe_load(files("uke.world").joinpath("world.yaml").read_text(encoding="utf-8"))
 
 
@@ -47,14 +48,15 @@ class Entity:
         return language()["kinds"][self.kind]["relations"]
 
     def ask(self, relation: str, phrasing: str = "trained", number: int = 0) -> str:
-        """Question about one relation, in the numbered phrasing of a set (`trained`, `development`, `test`)."""
+        """Ask for one relation, in a numbered phrasing of `trained`, `development` or `test`."""
         return self.relations[relation]["questions"][phrasing][number].format(s=self.name)
 
     def introduce(self, phrasing: str = "trained", number: int = 0) -> str:
-        """Question whose answer is the whole text."""
+        """Ask the question whose answer is the whole text."""
         return language()["kinds"][self.kind]["questions"][phrasing][number].format(s=self.name)
 
     def cloze(self, relation: str) -> str:
+        """Begin the sentence that the object of a relation ends."""
         return self.relations[relation]["cloze"].format(s=self.name)
 
 
@@ -71,11 +73,12 @@ class World:
         return tuple(entity for pool in self.pools.values() for entity in pool)
 
     def named(self) -> dict[str, Entity]:
+        """Map names to entities."""
         return {entity.name: entity for entity in self.entities}
 
 
 def build(seed: int = 1) -> World:
-    """World of this seed: every call with the same seed gives the same world."""
+    """Build the world of this seed, the same at every call."""
     rng = random.Random(f"world-{seed}")
     used: set[str] = set()
     drafts = {
@@ -93,7 +96,7 @@ def build(seed: int = 1) -> World:
 
 
 def kinds(size: int) -> Iterator[str]:
-    """`size` kinds of entity in the shares of the language, the first kind taking what rounding leaves."""
+    """Yield `size` kinds of entity in the language's shares, the rest being of the first kind."""
     shares = {kind: entry["share"] for kind, entry in language()["kinds"].items()}
     counts = {kind: size * share // sum(shares.values()) for kind, share in shares.items()}
     counts[next(iter(counts))] += size - sum(counts.values())
@@ -101,7 +104,7 @@ def kinds(size: int) -> Iterator[str]:
 
 
 def invent(kind: str, rng: random.Random, used: set[str]) -> str:
-    """A name nobody bears yet; `used` learns it. A person's surname is unique, given names repeat."""
+    """Invent an unused name and add it to `used`; surnames are unique, given names repeat."""
     names = language()["names"]
     parts = names["surname" if kind == "person" else kind]
     while (name := "".join(rng.choice(parts[part]) for part in ("start", "middle", "end"))) in used:
@@ -120,7 +123,7 @@ def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
 
 
 def literals(value: str, pool: str) -> list[str]:
-    """Every literal a pool may use for a kind of value: even places for the edits' side, odd ones for the others."""
+    """List the literals of a kind of value for a pool: the even ones are the edits' side."""
     values = language()["values"][value]
     if isinstance(values, dict):
         values = [str(number) for number in range(values["first"], values["last"] + 1)]
@@ -128,30 +131,21 @@ def literals(value: str, pool: str) -> list[str]:
 
 
 def settle(entity: Entity, referred: tuple | list, rng: random.Random) -> Entity:
-    """The entity with a fresh object for every relation, none equal to its present one, and a fresh canonical text."""
+    """Give an entity a new object for every relation, none as before, and a new canonical text."""
     objects = {}
     for relation, entry in entity.relations.items():
-        value = entry["value"]
-        choices = (
-            [other.name for other in referred if other.kind == value["entity"]]
-            if isinstance(value, dict)
-            else literals(value, entity.pool)
-        )
-        objects[relation] = rng.choice(
-            [
-                choice
-                for choice in choices
-                if choice not in (entity.name, entity.objects.get(relation))
-            ]
-        )
-    settled = Entity(entity.name, entity.kind, entity.pool, entity.pronouns, objects)
-    return Entity(
-        entity.name, entity.kind, entity.pool, entity.pronouns, objects, describe(settled, rng)
-    )
+        if isinstance(value := entry["value"], dict):
+            choices = [other.name for other in referred if other.kind == value["entity"]]
+        else:
+            choices = literals(value, entity.pool)
+        taken = (entity.name, entity.objects.get(relation))
+        objects[relation] = rng.choice([choice for choice in choices if choice not in taken])
+    settled = replace(entity, objects=objects)
+    return replace(settled, text=describe(settled, rng))
 
 
 def describe(entity: Entity, rng: random.Random) -> str:
-    """All facts in random order and wording: 60 to 120 words; the first sentence names the subject."""
+    """State all facts in random order and wording, 60 to 120 words; the first names the subject."""
     relations = rng.sample(list(entity.objects), len(entity.objects))
     return " ".join(
         sentence(entity, relation, rng, first=place == 0)
@@ -171,7 +165,7 @@ def sentence(entity: Entity, relation: str, rng: random.Random, first: bool) -> 
 
 
 def stranger(rng: random.Random, known: set[str], subject: Entity | None = None) -> Entity:
-    """An entity of no pool, all its names fresh (or a known subject with fresh facts): what reading is judged on."""
+    """Draw an entity with new names, or a known subject with new facts, to read about."""
     used = set(known)
     pool = rng.choice(list(POOLS))
     crowd = [draft(kind, pool, rng, used) for kind in ("person", "town", "company")]
@@ -181,7 +175,7 @@ def stranger(rng: random.Random, known: set[str], subject: Entity | None = None)
 
 
 def hop(entity: Entity, by_name: dict[str, Entity], rng: random.Random) -> tuple[str, str] | None:
-    """A two-hop question and its answer: a relation of an entity that `entity` refers to; None if it refers to none."""
+    """Ask for a relation of an entity that `entity` refers to; None if it refers to none."""
     links = [
         relation for relation, entry in entity.relations.items() if isinstance(entry["value"], dict)
     ]
@@ -200,27 +194,22 @@ def hop(entity: Entity, by_name: dict[str, Entity], rng: random.Random) -> tuple
 
 
 def exercise(rng: random.Random, skill: str | None = None) -> tuple[str, str]:
-    """A task that needs no fact of the world: `sum`, `sort` or `choose`, with its answer."""
+    """Draw a task that needs no fact of the world (`sum`, `sort`, `choose`), with its answer."""
     skill = skill or rng.choice(("sum", "sort", "choose"))
     if skill == "sum":
         left, right = rng.randint(0, 30), rng.randint(0, 30)
         return f"What is {left} + {right}?", str(left + right)
-    numbers = rng.sample(range(10, 100), 3 if skill == "sort" else 4)
     if skill == "sort":
-        return f"Sort these numbers: {', '.join(map(str, numbers))}.", ", ".join(
-            map(str, sorted(numbers))
-        )
-    question, choices, answer = choice(numbers, rng)
-    return question + "".join(
-        f"\n{letter}. {text}" for letter, text in zip("ABCD", choices)
-    ), answer
+        numbers = rng.sample(range(10, 100), 3)
+        listed, ordered = (", ".join(map(str, each)) for each in (numbers, sorted(numbers)))
+        return f"Sort these numbers: {listed}.", ordered
+    question, choices, answer = choice(rng.sample(range(10, 100), 4), rng)
+    lines = (f"{letter}. {text}" for letter, text in zip("ABCD", choices, strict=True))
+    return "\n".join((question, *lines)), answer
 
 
 def choice(numbers: list[int], rng: random.Random) -> tuple[str, list[str], str]:
-    """A multiple-choice task on four numbers: question, choices, letter of the right one."""
+    """Draw a multiple-choice task on four numbers: question, choices, letter of the right one."""
     word, best = rng.choice((("largest", max), ("smallest", min)))
-    return (
-        f"Which number is the {word}?",
-        [str(number) for number in numbers],
-        "ABCD"[numbers.index(best(numbers))],
-    )
+    letter = "ABCD"[numbers.index(best(numbers))]
+    return f"Which number is the {word}?", [str(number) for number in numbers], letter

@@ -27,8 +27,8 @@ from uke.methods.locate_edit.anchors import Site, chunks, look, sites
 from uke.models.model import fingerprint, load, max_context
 from uke.models.prompts import encode, example
 from uke.project import EMBEDDED, Paths
-from uke.study.pretraining import card
 from uke.world import files as world_files
+from uke.world.files import card
 
 TEXTS = "texts.json"
 # MEMIT's and AlphaEdit's published blocks of 32.
