@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
+import pandas as pd
 import yaml
 
 POOLS = {
@@ -75,6 +76,12 @@ class World:
     def named(self) -> dict[str, Entity]:
         """Map names to entities."""
         return {entity.name: entity for entity in self.entities}
+
+    def census(self) -> pd.DataFrame:
+        """Count the entities: a row for each pool, a column for each kind and for all of them."""
+        frame = pd.DataFrame([(entity.pool, entity.kind) for entity in self.entities])
+        counts = pd.crosstab(frame[0], frame[1], margins=True, margins_name="entities")
+        return counts.loc[list(POOLS)].rename_axis(index="pool", columns=None).reset_index()
 
 
 def build(seed: int = 1) -> World:
