@@ -113,6 +113,27 @@ def tiny(tokenizer):
     return build
 
 
+@pytest.fixture(scope="session")
+def measured_home(tmp_path_factory):
+    return tmp_path_factory.mktemp("measured")
+
+
+@pytest.fixture
+def measured(tiny, tokenizer, measured_home, monkeypatch):
+    """Factory: a fresh tiny model with measured covariance, in a project folder of the tests' own."""
+    from small import TEXTS
+    from uke.methods.locate_edit import covariance
+
+    monkeypatch.setenv("UKE_HOME", str(measured_home))
+
+    def build(family: str = "llama"):
+        model = tiny(family)
+        covariance.measure(model, tokenizer, TEXTS, layers=(1, 2))
+        return model
+
+    return build
+
+
 def to_explore(home: Path) -> Path:
     """A folder with what notebooks/explore.ipynb needs of the project, in which nothing has been made yet."""
     root = Path(__file__).parents[1]

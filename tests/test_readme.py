@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from uke.data import formats
 from uke.errors import InputError
-from uke.methods import edited
+from uke.methods import METHODS
 from uke.report import section as report
 from uke.results import rows
 
@@ -36,7 +36,7 @@ def test_no_other_result_stands_in_its_prose():
 def test_the_names_it_promises_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {name for name in formats.PARSERS if f"`{name}`" in text} == set(formats.PARSERS)
-    assert all(name in text for name in edited.METHODS)
+    assert all(name in text for name in METHODS)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(
         re.findall(r"`(\w+)`", text)
     )

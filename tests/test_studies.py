@@ -773,7 +773,7 @@ def test_raw_prompts_are_asked_through_the_template_or_share_its_rows(toy, lanes
         for edit in study.dataset.edits:
             own = [probe for probe in probes if probe.edit == edit.id]
             told = [place for place, probe in enumerate(own) if probe.kind != "struct_trip"]
-            with edited.edited(study.model, study.tokenizer, [edit], method) as m:
+            with edited(study.model, study.tokenizer, [edit], method) as m:
                 texts = answering.answer(m, study.tokenizer, own, chat=study.chat, **limit)
                 likely = answering.target_log_probability(
                     m, study.tokenizer, [own[place] for place in told], chat=study.chat

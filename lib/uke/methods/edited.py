@@ -23,7 +23,15 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.methods.catalog import METHODS, find
-from uke.methods.method import EditRecord, Method, Progress, Training, change_norms, restored
+from uke.methods.method import (
+    EditRecord,
+    Method,
+    Progress,
+    Training,
+    attached,
+    change_norms,
+    restored,
+)
 from uke.models.model import fingerprint, kept
 
 LANE_MIB = 64  # what a lane's activations and cache take at least
@@ -59,7 +67,7 @@ def edited(
     method = _method(method, model, tokenizer, edits)
     with kept(model, {}), method.applied(model.eval(), tokenizer, edits, progress) as applied:
         record = EditRecord(**vars(applied.training), change_norm=applied.change_norm)
-        with _attached(applied.model, edit_record=record):
+        with attached(applied.model, edit_record=record):
             yield applied.model
 
 
@@ -85,7 +93,7 @@ def edited_each(
     method = _method(method, model, tokenizer, edits)
     if not method.moves_weights:
         with edited(model, tokenizer, edits, method) as m:
-            with _attached(m, edit_records={edit.id: m.edit_record for edit in edits}, failed={}):
+            with attached(m, edit_records={edit.id: m.edit_record for edit in edits}, failed={}):
                 yield m
         return
     with kept(model, {}):
@@ -94,7 +102,7 @@ def edited_each(
             edit: EditRecord(**vars(training), change_norm=norms)
             for edit, training, norms in zip(lanes.ids, trainings, lanes.change_norms())
         }
-        with lanes.laid(), _attached(model, edit_records=records, failed=failed):
+        with lanes.laid(), attached(model, edit_records=records, failed=failed):
             yield model
 
 
@@ -153,17 +161,6 @@ def _method(
     method = find(method, METHODS) if isinstance(method, str) else method
     method.examples(model, tokenizer, edits)
     return method
-
-
-@contextmanager
-def _attached(model: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Give the model these attributes, which it loses on exit."""
-    vars(model).update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(model)[name]
 
 
 def lane_mib(model: nn.Module, method: Method) -> float:

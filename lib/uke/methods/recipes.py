@@ -31,6 +31,7 @@ from uke.methods.method import (
     Progress,
     Training,
     Written,
+    attached,
     refuse_boolean,
 )
 from uke.models.model import module_names, select
@@ -234,11 +235,8 @@ class InContext(Method):
         progress: Progress | None = None,
     ) -> Iterator[Applied]:
         """Let the model's `passages` say what stands before the questions about each edit."""
-        model.passages = {edit.id: edit.answer for edit in edits}
-        try:
+        with attached(model, passages={edit.id: edit.answer for edit in edits}):
             yield Applied(model, Training(), {})
-        finally:
-            del model.passages
 
 
 # The published block of Llama-7/8B, 21 of 32, as a fraction of the depth: it fits any model.

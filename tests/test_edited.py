@@ -1,0 +1,377 @@
+"""Editing: edits that do nothing, move the wrong weights, pile up, are saved, or leave a trace."""
+
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from small import EDITS, LONG, QUICK, Snapshot, baseline, logits, moved, state
+from uke.errors import InputError
+from uke.methods.catalog import METHODS, find
+from uke.methods.edited import ADAPTER, RECORD, WEIGHTS, edited, edited_each, load, save, sequence
+from uke.methods.finetune import train
+from uke.methods.locate_edit import covariance
+from uke.methods.recipes import Recipe
+from uke.models.model import kept, select
+from uke.models.prompts import example
+
+PAIR = EDITS[:2]
+EVERY = [("llama", name) for name in QUICK]
+EVERY += [(family, "FT-M") for family in ("qwen2", "qwen3", "mistral")]
+EVERY += [("gemma3_text", name) for name in ("FT-M", "LoRA")]
+WRITING = QUICK | {"MEMIT": baseline("memit"), "UnKE": baseline("unke")}
+
+
+def log_probability(model, tokenizer, edit, scope) -> float:
+    """Mean log p of the answer's tokens: each in its place, or all where the prompt ends."""
+    one = example(tokenizer, edit.question, edit.answer, True, True)
+    log_p = logits(model, tokenizer, edit).double().log_softmax(-1)
+    terms = [
+        log_p[place - 1 if scope == "target_tokens" else one.prompt_length - 1, one.ids[place]]
+        for place in range(one.prompt_length, len(one.ids))
+    ]
+    return torch.stack(terms).mean().item()
+
+
+# --- edited ---
+
+
+@pytest.mark.parametrize(("family", "name"), EVERY)
+def test_an_edit_takes_effect_moves_the_named_weights_alone_and_leaves_no_trace(
+    tiny, tokenizer, family, name
+):
+    model, recipe = tiny(family), QUICK[name]
+    expected = [log_probability(model, tokenizer, edit, recipe.loss) for edit in PAIR]
+    snapshot, before = Snapshot(model), state(model)
+    named = {n for n, _ in model.named_parameters() if n.split(".")[-2] in recipe.components}
+    if recipe.adapter:
+        named = {n for n in named if n.endswith(".weight")}
+    if recipe.layers != "all":
+        named &= set(select(model, recipe.layers, recipe.components))
+    assert set(recipe.weights(model)) == named
+    with edited(model, tokenizer, PAIR, recipe) as m:
+        for edit, old in zip(PAIR, expected, strict=True):
+            assert log_probability(m, tokenizer, edit, recipe.loss) > old + 0.05
+        norms = m.edit_record.change_norm
+        assert set(norms) == named and min(norms.values()) > 0 and not m.training
+        assert isinstance(m, PeftModel) == bool(recipe.adapter)
+        if recipe.adapter:
+            base = m.get_base_model().state_dict()
+            base = {n.replace(".base_layer.", "."): tensor for n, tensor in base.items()}
+            assert all(torch.equal(base[n], tensor) for n, tensor in before.items())
+        else:
+            assert m is model and moved(model, before) == named
+    snapshot.check()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "in-context"])
+def test_an_exception_inside_undoes_the_edit_too(measured, tokenizer, name, error):
+    model = measured()
+    snapshot = Snapshot(model)
+    method = WRITING.get(name) or find(name)
+    with pytest.raises(error), edited(model, tokenizer, PAIR, method):
+        assert moved(model, snapshot.weights) or name == "in-context" and model.passages
+        raise error
+    snapshot.check()
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "LocFT-BF"])
+def test_an_edit_stopped_half_way_by_its_progress_leaves_no_trace(tiny, tokenizer, name):
+    model, seen = tiny(), []
+    snapshot = Snapshot(model)
+
+    def stop(steps, loss):
+        seen.append((steps, loss))
+        if steps == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), edited(model, tokenizer, PAIR, QUICK[name], stop):
+        pytest.fail("a stopped edit was handed out")
+    assert [steps for steps, _ in seen] == [1, 2, 3] and all(loss > 0 for _, loss in seen)
+    snapshot.check()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_training_that_breaks_names_the_edits_and_restores_the_weights(tiny, tokenizer, name):
+    model = tiny()
+    snapshot = Snapshot(model)
+    recipe = QUICK[name].model_copy(update={"learning_rate": 1e38})
+    with pytest.raises(FloatingPointError, match="'ada'"), edited(model, tokenizer, PAIR, recipe):
+        pytest.fail("a broken edit was handed out")
+    snapshot.check()
+
+
+def test_an_edit_inside_another_is_undone_before_it(measured, tokenizer):
+    model = measured()
+    snapshot = Snapshot(model)
+    with edited(model, tokenizer, EDITS[:1], QUICK["FT-A"]):
+        outer = state(model)
+        for name in ("FT-M", "MEMIT", "LoRA"):
+            with edited(model, tokenizer, EDITS[1:2], WRITING[name]):
+                assert moved(model, outer)
+            assert not moved(model, outer) and hasattr(model, "edit_record")
+            with edited_each(model, tokenizer, EDITS[1:], WRITING[name]) as m:
+                assert m.lanes.ids == ["alan", "grace"]
+            assert not moved(model, outer)
+        with sequence(model, tokenizer, QUICK["LoRA"]) as writer:
+            writer.write(EDITS[1:2])
+        assert not moved(model, outer)
+    snapshot.check()
+
+
+def test_half_precision_weights_come_back_bit_for_bit(tiny, tokenizer):
+    model = tiny().bfloat16()
+    before, plain = state(model), logits(model, tokenizer)
+    for name in ("FT-M", "LoRA"):
+        with edited(model, tokenizer, PAIR, QUICK[name]) as m:
+            assert not torch.equal(logits(m, tokenizer), plain)
+        assert not moved(model, before)
+
+
+@pytest.mark.parametrize("name", ["FT-M", "AdaLoRA"])
+def test_an_edit_does_not_depend_on_what_was_drawn_or_written_before_it(tiny, tokenizer, name):
+    model, runs = tiny(), []
+    for _ in range(2):
+        torch.rand(3)
+        with edited(model, tokenizer, PAIR, QUICK[name]) as m:
+            runs.append(logits(m, tokenizer))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("enter", [edited, edited_each])
+def test_a_method_is_found_by_name_and_a_misspelt_one_by_the_nearest(
+    tiny, tokenizer, monkeypatch, enter
+):
+    model = tiny()
+    monkeypatch.setitem(METHODS, "FT-M", QUICK["FT-M"])
+    with enter(model, tokenizer, EDITS[:1], "ft_m") as m:
+        records = getattr(m, "edit_records", {}) or {"ada": m.edit_record}
+        assert records["ada"].steps == 4
+    with pytest.raises(InputError, match="unknown method 'AdaLore'; did you mean 'AdaLoRA'"):
+        with enter(model, tokenizer, EDITS[:1], "AdaLore"):
+            pass
+
+
+BAD = {
+    "no edits": ({}, (), "no edits"),
+    "given twice": ({}, (*EDITS, EDITS[0]), "edit 'ada': given twice"),
+    "too long": ({}, (*EDITS, LONG), "edit 'endless'.*context holds 256"),
+    "no such layer": ({"layers": (9,)}, EDITS, "9"),
+    "no such component": (
+        {"components": ("down_prj",)},
+        EDITS,
+        "down_prj.*did you mean 'down_proj'",
+    ),
+}
+
+
+@pytest.mark.parametrize("enter", [edited, edited_each])
+@pytest.mark.parametrize("adapter", [None, "lora", "adalora"])
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_input_is_refused_before_anything_changes(tiny, tokenizer, enter, adapter, fault):
+    model = tiny()
+    snapshot, (changes, edits, message) = Snapshot(model), BAD[fault]
+    recipe = Recipe(**{"name": "mine", "adapter": adapter, **changes})
+    with pytest.raises(InputError, match=message), enter(model, tokenizer, edits, recipe):
+        pytest.fail("written")
+    snapshot.check()
+
+
+def test_the_norm_of_the_change_is_that_of_the_matrices(tiny, tokenizer):
+    model, recipe = tiny(), QUICK["LoRA"]
+    name = "model.layers.2.mlp.down_proj.weight"
+    before = state(model)[name].double()
+    with edited(model, tokenizer, PAIR, QUICK["FT-M"]) as m:
+        ratio = (model.state_dict()[name].double() - before).norm() / before.norm()
+        assert m.edit_record.change_norm[name] == pytest.approx(float(ratio), rel=1e-4)
+    with edited(model, tokenizer, PAIR, recipe) as m:
+        layer = model.model.layers[1].self_attn.q_proj
+        low, high = (
+            part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B)
+        )
+        ratio = (high @ low * recipe.alpha / recipe.rank).norm() / layer.weight.double().norm()
+        norms = m.edit_record.change_norm
+        name = "model.layers.1.self_attn.q_proj.weight"
+        assert norms[name] == pytest.approx(float(ratio), rel=1e-4)
+
+
+# --- sequence ---
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "UnKE"])
+def test_edits_of_a_sequence_build_on_each_other_and_are_all_undone(measured, tokenizer, name):
+    model = measured()
+    snapshot = Snapshot(model)
+    with pytest.raises(KeyboardInterrupt), sequence(model, tokenizer, WRITING[name]) as writer:
+        writer.write(EDITS[:1])
+        first, norms = state(model), writer.norms()
+        assert moved(model, snapshot.weights) == set(norms) and min(norms.values()) > 0
+        writer.write(EDITS[1:2])
+        both = state(model)
+        assert moved(model, first)
+        raise KeyboardInterrupt
+    snapshot.check()
+    with sequence(model, tokenizer, WRITING[name]) as writer:
+        writer.write(EDITS[1:2])
+        assert moved(model, first) and moved(model, both)
+    snapshot.check()
+
+
+def test_two_edits_of_a_sequence_are_two_trainings_one_after_the_other(tiny, tokenizer):
+    model = tiny()
+    with sequence(model, tokenizer, QUICK["FT-M"]) as writer:
+        for edit in PAIR:
+            writer.write([edit])
+        written = state(model)
+    with kept(model):
+        for edit in PAIR:
+            train(model, tokenizer, [edit], QUICK["FT-M"])
+        assert not moved(model, written)
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "UnKE"])
+def test_one_edit_of_a_sequence_answers_as_it_does_alone_merged_or_not(measured, tokenizer, name):
+    model, method = measured(), WRITING[name]
+    with edited(model, tokenizer, EDITS[:1], method) as m:
+        alone, record = logits(m, tokenizer), m.edit_record
+    with sequence(model, tokenizer, method) as writer:
+        assert writer.write(EDITS[:1]).losses == record.losses
+        torch.testing.assert_close(logits(model, tokenizer), alone, rtol=1e-4, atol=1e-4)
+        assert writer.norms() == pytest.approx(record.change_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA"])
+def test_a_training_that_breaks_on_the_way_is_undone_with_all_before_it(tiny, tokenizer, name):
+    model = tiny()
+    snapshot = Snapshot(model)
+    with (
+        pytest.raises(FloatingPointError, match="'alan'"),
+        sequence(model, tokenizer, QUICK[name]) as writer,
+    ):
+        writer.write(EDITS[:1])
+        writer.method = QUICK[name].model_copy(update={"learning_rate": 1e38})
+        writer.write(EDITS[1:2])
+    snapshot.check()
+
+
+def test_baselines_keep_to_the_covariance_of_the_unedited_model(measured, tokenizer):
+    model = measured()
+    covariance._KNOWN.clear()  # as in a process that has not asked for it yet
+    with sequence(model, tokenizer, WRITING["MEMIT"]) as writer:
+        for edit in EDITS:
+            writer.write([edit])
+
+
+def test_a_sequence_of_a_method_that_writes_nothing_is_refused(tiny, tokenizer):
+    with (
+        pytest.raises(InputError, match="in-context: moves no weight"),
+        sequence(tiny(), tokenizer, "in-context"),
+    ):
+        pytest.fail("handed out")
+
+
+# --- save and load ---
+
+
+@pytest.mark.parametrize("name", ["FT-M", "FT-A", "LoRA", "AdaLoRA", "MEMIT"])
+def test_a_saved_edit_is_loaded_with_the_same_logits(measured, tokenizer, tmp_path, name):
+    model = measured()
+    with edited(model, tokenizer, PAIR, WRITING[name]) as m:
+        expected, record = logits(m, tokenizer), m.edit_record
+        save(m, tmp_path / "edit")
+        assert torch.equal(logits(m, tokenizer), expected)
+    assert not torch.equal(logits(model, tokenizer), expected)
+    for fresh in (measured(), model):
+        loaded = load(fresh, tmp_path / "edit")
+        assert torch.equal(logits(loaded, tokenizer), expected) and loaded.edit_record == record
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tokenizer, tmp_path_factory):
+    """One saved edit of each form, made once: a folder of each method."""
+    model, root = tiny(), tmp_path_factory.mktemp("saved")
+    for name in ("FT-M", "LoRA"):
+        with edited(model, tokenizer, PAIR, QUICK[name]) as m:
+            save(m, root / name)
+    return root
+
+
+def test_a_saved_edit_holds_the_changed_weights_and_no_others(saved):
+    assert {path.name for path in (saved / "FT-M").iterdir()} == {RECORD, WEIGHTS}
+    assert (saved / "FT-M" / WEIGHTS).stat().st_size < 32 * 48 * 4 + 1000
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA"])
+def test_a_saved_adapter_is_loaded_by_peft_and_no_edit_on_another_model(
+    tiny, tokenizer, saved, name
+):
+    if name == "LoRA":
+        plain = PeftModel.from_pretrained(tiny(), saved / name).eval()
+        ours = load(tiny(), saved / name)
+        assert torch.equal(logits(plain, tokenizer), logits(ours, tokenizer))
+    other = tiny()
+    other.model.embed_tokens.weight.data[5, 5] += 1e-3
+    before = state(other)
+    with pytest.raises(InputError, match="edit.json: field unchanged: .*another model"):
+        load(other, saved / name)
+    with pytest.raises(InputError, match="another model"):
+        load(tiny("qwen2"), saved / name)
+    assert not moved(other, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "expected"),
+    [
+        ("FT-M", RECORD, None, "edit.json: no such file"),
+        ("FT-M", RECORD, b'{"form": "wei', "edit.json: not a record"),
+        ("FT-M", RECORD, b"[]", "edit.json: not a record"),
+        ("FT-M", WEIGHTS, None, "edit.safetensors: no readable"),
+        ("FT-M", WEIGHTS, b"\x10", "edit.safetensors: no readable"),
+        ("LoRA", ADAPTER, None, "adapter_model.safetensors: no such file"),
+        ("LoRA", ADAPTER, b"\x10", "no readable peft adapter"),
+        ("LoRA", "adapter_config.json", None, "adapter_config.json: no such file"),
+        ("LoRA", "adapter_config.json", b"{", "no readable peft adapter"),
+    ],
+)
+def test_a_damaged_directory_is_named_and_the_model_stays(
+    tiny, saved, tmp_path, name, file, content, expected
+):
+    model, damaged = tiny(), shutil.copytree(saved / name, tmp_path / "damaged")
+    before = state(model)
+    (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
+    with pytest.raises(InputError, match=expected) as caught:
+        load(model, damaged)
+    assert str(caught.value).startswith(str(damaged)) and "\n" not in str(caught.value)
+    assert not moved(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes", "expected"),
+    [
+        ("FT-M", WEIGHTS, {"layers": "all"}, "edit.safetensors: .*layers.0.mlp.down_proj.weight"),
+        ("LoRA", ADAPTER, {"rank": 4}, "not the weights that adapter_config.json describes"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_record_are_refused(
+    tiny, tokenizer, saved, tmp_path, name, file, changes, expected
+):
+    model = tiny()
+    before = state(model)
+    with edited(model, tokenizer, PAIR, QUICK[name].model_copy(update=changes)) as m:
+        save(m, tmp_path)
+    (tmp_path / file).write_bytes((saved / name / file).read_bytes())
+    with pytest.raises(InputError, match=expected):
+        load(model, tmp_path)
+    assert not moved(model, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_without_an_edit_in_its_weights_is_not_saved(tiny, tokenizer, tmp_path):
+    model = tiny()
+    with pytest.raises(InputError, match="nothing to save"):
+        save(model, tmp_path / "edit")
+    with edited(model, tokenizer, PAIR, "in-context") as m:
+        with pytest.raises(InputError, match="nothing to save"):
+            save(m, tmp_path / "edit")
+    assert not (tmp_path / "edit").exists()

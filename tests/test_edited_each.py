@@ -1,0 +1,449 @@
+"""Edits side by side: one that is not what it is alone, answers of another edit, a changed model."""
+
+import math
+
+import pytest
+import torch
+from small import EDITS, LONG, NORMS, QUICK, SUBJECTS, TEXTS, Snapshot, baseline, moved, state
+from uke.data.edits import Edit, Probe
+from uke.errors import InputError
+from uke.methods import finetune
+from uke.methods.edited import LANE_MIB, LOGITS, edited, edited_each, lane_mib
+from uke.methods.locate_edit import solvers
+from uke.methods.locate_edit.anchors import by_window, locate
+from uke.methods.recipes import BASELINES, RECIPES, Recipe
+from uke.models import prompts
+from uke.models.generate import answer, target_log_probability
+from uke.models.model import select
+from uke.study import memory
+
+MANY = tuple(
+    Edit(
+        id=one,
+        question=f"Who is {one}?",
+        answer=f"{SUBJECTS[place - 3]} {one} in {1800 + 7 * place}" + " and Ada" * (place % 4),
+    )
+    for place, one in enumerate(SUBJECTS)
+)
+RAW = {"chat_template": False, "end_of_turn": False}
+# A family of models and a method: every kind of each.
+EVERY = {
+    **{name: ("llama", QUICK[name]) for name in ("FT-L", "FT-M", "FT-A", "LoRA", "AdaLoRA")},
+    "norms of heads": ("qwen3", NORMS),
+    "biases": ("qwen2", NORMS),
+    "behind norms": ("gemma3_text", NORMS),
+    "raw prompts": (
+        "mistral",
+        QUICK["FT-A"].model_copy(update=RAW | {"weight_decay": 0.1, "learning_rate": 1e-2}),
+    ),
+    "LoRA everywhere": (
+        "qwen2",
+        QUICK["LoRA"].model_copy(update={"rank": 3, "components": ("mlp", "attention")}),
+    ),
+    **{BASELINES[name].name: ("llama", baseline(name)) for name in BASELINES},
+    "behind Gemma's norms": ("gemma3_text", baseline("anyedit_memit")),
+}
+
+
+def probes(edits) -> list[Probe]:
+    """Questions of each edit's own, the same ones for all, through the template and raw."""
+    shared = [("detail", "Who was that?", True), ("struct_trip", "Ada Lovelace was", False)]
+    return [
+        probe
+        for edit in edits
+        for probe in (
+            *edit.probes,
+            *(
+                Probe(edit=edit.id, kind=kind, question=question, reference="In London.", chat=chat)
+                for kind, question, chat in shared
+            ),
+        )
+    ]
+
+
+def answers(model, tokenizer, asked) -> tuple[list[str], list[float]]:
+    """Greedy answers, and how likely the references are."""
+    texts = answer(model, tokenizer, asked, max_new_tokens=8)
+    return texts, target_log_probability(model, tokenizer, asked)
+
+
+def updates(m, before) -> dict[str, torch.Tensor]:
+    """What an edited model adds to each weight."""
+    if hasattr(m, "peft_config"):
+        layers = m.get_base_model().named_modules()
+        found = {
+            f"{name}.weight": layer.get_delta_weight(m.active_adapter)
+            for name, layer in layers
+            if hasattr(layer, "get_delta_weight")
+        }
+    else:
+        found = {name: tensor - before[name] for name, tensor in m.state_dict().items()}
+    return {
+        name: tensor.detach().double().clone() for name, tensor in found.items() if tensor.any()
+    }
+
+
+def of_lane(lanes, lane: int, before) -> dict[str, torch.Tensor]:
+    """What one lane adds to each weight."""
+    found = {name: stack[lane] - before[name] for name, stack in lanes.weights.items()}
+    found |= {
+        f"{name}.weight": one.scale * one.up[lane] @ one.down[lane]
+        for name, one in lanes.low_rank.items()
+    }
+    return {name: tensor.detach().double() for name, tensor in found.items() if tensor.any()}
+
+
+def far(one: dict, other: dict) -> float:
+    """How far two updates are apart, relative to the length of the second."""
+    assert one.keys() == other.keys()
+    difference = sum((one[name] - other[name]).square().sum() for name in one)
+    return float((difference / sum(tensor.square().sum() for tensor in other.values())) ** 0.5)
+
+
+def each_alone(model, tokenizer, edits, method) -> dict[str, tuple]:
+    """By edit, the record and the update of one edit after another."""
+    before, alone = state(model), {}
+    for edit in edits:
+        with edited(model, tokenizer, [edit], method) as m:
+            alone[edit.id] = m.edit_record, updates(m, before)
+    return alone
+
+
+# --- as each alone ---
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_edit_among_others_is_what_it_is_alone(measured, tokenizer, name):
+    family, method = EVERY[name]
+    model, changed, records, expected = measured(family), {}, {}, {}
+    before, plain = state(model), answers(model, tokenizer, probes(EDITS))[0]
+    for edit in EDITS:
+        with edited(model, tokenizer, [edit], method) as m:
+            changed[edit.id], records[edit.id] = updates(m, before), m.edit_record
+            expected[edit.id] = answers(m, tokenizer, probes([edit]))
+    snapshot = Snapshot(model)
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        assert m is model and list(m.edit_records) == [edit.id for edit in EDITS]
+        texts, likely = answers(m, tokenizer, probes(EDITS))
+        assert texts != plain or name == "FT-L"
+        assert texts == [text for edit in EDITS for text in expected[edit.id][0]]
+        values = [value for edit in EDITS for value in expected[edit.id][1]]
+        assert likely == pytest.approx(values, rel=1e-2)
+        for lane, edit in enumerate(EDITS):
+            if method.moves_weights:
+                assert far(of_lane(m.lanes, lane, before), changed[edit.id]) < 1e-2
+            record, alone = m.edit_records[edit.id], records[edit.id]
+            assert record.change_norm == pytest.approx(alone.change_norm, rel=1e-2)
+            assert (record.stopped, record.notes != []) == (alone.stopped, alone.notes != [])
+            assert (record.steps, len(record.losses)) == (alone.steps, len(alone.losses))
+            assert record.losses == pytest.approx(alone.losses, rel=1e-2, abs=1e-4)
+            assert record.seconds > 0 or not method.moves_weights
+        # Of each edit the answers do not depend on what else is asked beside it.
+        turned = probes(EDITS)[::-1]
+        assert answers(m, tokenizer, turned)[0] == texts[::-1]
+        assert answer(m, tokenizer, turned, max_new_tokens=8, batch_tokens=1) == texts[::-1]
+    snapshot.check()
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT"])
+def test_half_precision_takes_an_edit_and_does_not_keep_it(measured, tokenizer, name):
+    model = measured().bfloat16()
+    if name == "MEMIT":
+        solvers.covariance.measure(model, tokenizer, TEXTS, layers=(1, 2))
+    before, asked = state(model), [edit.probes[0] for edit in EDITS]
+    old = sum(target_log_probability(model, tokenizer, asked))
+    with edited_each(model, tokenizer, EDITS, EVERY[name][1]) as m:
+        assert sum(target_log_probability(m, tokenizer, asked)) > old + 0.1
+    assert not moved(model, before)
+
+
+# --- ends at different steps ---
+
+
+@pytest.fixture(scope="module")
+def ending(tiny, tokenizer):
+    """By method: a `stop_loss` at which some of MANY end early, and what each is alone."""
+    found = {}
+    for name, rate in (("FT-A", 3e-3), ("LoRA", 1e-2)):
+        changes = {"steps": 12, "learning_rate": rate, "stop_loss": 0.0}
+        method = QUICK[name].model_copy(update=changes)
+        lowest = sorted(
+            min(record.losses) for record, _ in each_alone(tiny(), tokenizer, MANY, method).values()
+        )
+        method = method.model_copy(update={"stop_loss": sum(lowest[3:5]) / 2})
+        found[name] = method, each_alone(tiny(), tokenizer, MANY, method)
+    return found
+
+
+@pytest.mark.parametrize("share", [0, 1 / 8, 1], ids=["each leaves", "some stay", "all stay"])
+@pytest.mark.parametrize("name", ["FT-A", "LoRA"])
+def test_a_lane_that_has_ended_stays_as_it_is_and_disturbs_no_other(
+    tiny, ending, tokenizer, name, share, monkeypatch
+):
+    monkeypatch.setattr(finetune, "DROP_SHARE", share)
+    model, (method, alone) = tiny(), ending[name]
+    before, steps = state(model), {edit: record.steps for edit, (record, _) in alone.items()}
+    assert len(set(steps.values())) > 2
+    assert {record.stopped for record, _ in alone.values()} == {"loss", "steps"}
+    with edited_each(model, tokenizer, MANY, method) as m:
+        assert {edit: record.steps for edit, record in m.edit_records.items()} == steps
+        for lane, edit in enumerate(MANY):
+            record, (own, update) = m.edit_records[edit.id], alone[edit.id]
+            assert record.stopped == own.stopped
+            assert record.losses == pytest.approx(own.losses, rel=1e-2)
+            assert far(of_lane(m.lanes, lane, before), update) < 1e-2
+    assert not moved(model, before)
+
+
+def test_an_edit_that_is_known_already_is_not_moved(tiny, tokenizer):
+    method = QUICK["FT-A"].model_copy(update={"stop_loss": 1e3})
+    with edited_each(tiny(), tokenizer, EDITS, method) as m:
+        for record in m.edit_records.values():
+            assert (record.steps, record.stopped, len(record.losses)) == (0, "loss", 1)
+            assert not any(record.change_norm.values())
+
+
+# --- a loss that is not finite ---
+
+
+def breaking(monkeypatch, row: int, call: int, until_then: float = 1.0, once: bool = False) -> None:
+    """The loss of a row is not finite in a call, and in all later ones unless `once`."""
+    plain, calls = finetune.loss, []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        losses = plain(*arguments)
+        factors = torch.ones_like(losses)
+        broken = len(calls) == call or len(calls) > call and not once
+        factors[row] = float("nan") if broken else 1.0 if len(calls) > call else until_then
+        return losses * factors
+
+    monkeypatch.setattr(finetune, "loss", loss)
+
+
+@pytest.mark.parametrize("name", ["FT-M", "LoRA"])
+def test_a_broken_edit_is_named_and_leaves_the_others_alone(tiny, tokenizer, name, monkeypatch):
+    model, method = tiny(), QUICK[name]
+    before, alone = state(model), each_alone(model, tokenizer, EDITS, method)
+    snapshot = Snapshot(model)
+    monkeypatch.setattr(prompts, "PADDING", 1.0)  # one batch, the longest first: grace, ada, alan
+    breaking(monkeypatch, 1, 3, once=True)
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        assert m.failed == {
+            "ada": f"recipe {name}: the loss of edit 'ada' is not finite after 2 steps; "
+            "expected a learning_rate below 0.02"
+        }
+        assert list(m.edit_records) == m.lanes.ids == ["alan", "grace"]
+        for lane, edit in enumerate(m.lanes.ids):
+            assert m.edit_records[edit].steps == 4
+            assert far(of_lane(m.lanes, lane, before), alone[edit][1]) < 1e-2
+    snapshot.check()
+
+
+def test_what_becomes_of_a_lane_after_its_end_does_not_break_it(tiny, tokenizer, monkeypatch):
+    model, method = tiny(), QUICK["FT-M"].model_copy(update={"stop_loss": 1e-6})
+    before, alone = state(model), each_alone(model, tokenizer, EDITS, method)
+    monkeypatch.setattr(finetune, "DROP_SHARE", 1)
+    monkeypatch.setattr(prompts, "PADDING", 1.0)
+    breaking(monkeypatch, 1, 3, until_then=1e-9)  # ada ends at once, and is no number later on
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        assert m.edit_records["ada"].steps == 0 and not of_lane(m.lanes, 0, before)
+        for lane in (1, 2):
+            assert far(of_lane(m.lanes, lane, before), alone[EDITS[lane].id][1]) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["AdaLoRA", "MEMIT", "muKE"])
+def test_of_several_edits_the_one_that_diverges_alone_is_left_out(measured, tokenizer, name):
+    """A token that only one edit has stands for no number."""
+    model, method = measured(), EVERY[name][1]
+    ids = {edit: one.ids for edit, one in method.examples(model, tokenizer, EDITS).items()}
+    own = next(token for token in ids["grace"] if token not in ids["ada"] + ids["alan"])
+    model.get_input_embeddings().weight.data[own] = float("nan")
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        assert list(m.failed) == ["grace"] and "'grace'" in m.failed["grace"]
+        assert m.lanes.ids == list(m.edit_records) == ["ada", "alan"]
+        losses = [loss for record in m.edit_records.values() for loss in record.losses]
+        assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("name", ["FT-M", "FT-L", "LoRA", "AdaLoRA", "MEMIT"])
+def test_edits_that_all_diverge_are_not_handed_out(measured, tokenizer, name):
+    model, method = measured(), EVERY[name][1].model_copy(update={"learning_rate": 1e38})
+    snapshot = Snapshot(model)
+    with (
+        pytest.raises(FloatingPointError, match="'ada'"),
+        edited_each(model, tokenizer, EDITS, method),
+    ):
+        pytest.fail("a broken edit was handed out")
+    snapshot.check()
+
+
+# --- UnKE: blocks trained side by side ---
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 8192], ids=["alone", "with some", "together"])
+def test_a_block_does_not_depend_on_how_many_are_trained_at_once(
+    measured, tokenizer, tokens, monkeypatch
+):
+    model, method = measured(), baseline("anyedit_unke")
+    before, alone = state(model), each_alone(model, tokenizer, EDITS, method)
+    found = solvers.target_values
+
+    def broken(model, located, *arguments):
+        values = found(model, located, *arguments)
+        values.hidden[[located.ids[edit] == "alan" for edit, _ in located.anchors]] = float("inf")
+        return values
+
+    monkeypatch.setattr(solvers, "PASS_TOKENS", tokens)
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        for lane, edit in enumerate(EDITS):
+            assert far(of_lane(m.lanes, lane, before), alone[edit.id][1]) < 1e-2
+    monkeypatch.setattr(solvers, "target_values", broken)
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        assert m.lanes.ids == ["ada", "grace"]
+        assert "the block's error of edit 'alan' is not finite after 0 steps" in m.failed["alan"]
+    assert not moved(model, before)
+
+
+def test_lanes_of_which_some_are_read_can_be_computed_again(measured, tokenizer):
+    """Edits of unlike length are in parts of their own, each with some of the lanes."""
+    model, method = measured(), baseline("anyedit_unke")
+    before = state(model)
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        plain = [of_lane(m.lanes, lane, before) for lane in range(len(EDITS))]
+    with memory.recomputed(model), edited_each(model, tokenizer, EDITS, method) as m:
+        for lane, update in enumerate(plain):
+            assert far(of_lane(m.lanes, lane, before), update) < 1e-5
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize("name", ["FT-A", "LoRA"])
+def test_answers_that_are_done_leave_the_rest_with_their_own_lane(tiny, tokenizer, name):
+    def limit(probe) -> int:
+        return 2 + (7 * len(probe.question) + 5 * len(probe.edit) + len(probe.kind)) % 11
+
+    asked = probes(EDITS)
+    assert len({limit(probe) for probe in asked}) > 5
+    with edited_each(tiny(), tokenizer, EDITS, QUICK[name]) as m:
+        alone = [answer(m, tokenizer, [probe], max_new_tokens=limit)[0] for probe in asked]
+        assert answer(m, tokenizer, asked, max_new_tokens=limit) == alone
+
+
+def test_the_same_question_is_answered_once_by_every_edit_with_its_own(
+    tiny, tokenizer, monkeypatch
+):
+    texts, rows = ("London.", "Cambridge.", "Philadelphia."), []
+    edits = [Edit(id=text, question="Who is Ada Lovelace?", answer=text) for text in texts]
+    method = Recipe(name="FT-A", learning_rate=5e-3, steps=40)
+    asked = [edit.probes[0] for edit in edits for _ in range(2)]
+    with edited_each(tiny(), tokenizer, edits, method) as m:
+        read = m.lanes.read
+        monkeypatch.setattr(m.lanes, "read", lambda ids: rows.append(list(ids)) or read(ids))
+        found = answer(m, tokenizer, asked, max_new_tokens=8)
+        assert found == [text for text in texts for _ in range(2)]
+        assert sorted(rows[0]) == sorted(texts)
+        assert min(target_log_probability(m, tokenizer, asked)) > -0.5
+        with pytest.raises(KeyError, match="grace"):
+            answer(m, tokenizer, EDITS[2].probes, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["FT-A", "AnyEdit (UnKE)"])
+def test_windows_are_read_of_each_edits_own_lane(measured, tokenizer, name):
+    model, method, alone = measured(), EVERY[name][1], []
+    rule = baseline("anyedit_memit", window=5)
+    located = locate(model, rule.examples(model, tokenizer, EDITS), rule)
+    before = by_window(model, located)
+    for edit in EDITS:
+        with edited(model, tokenizer, [edit], method) as m:
+            alone += by_window(m, locate(m, rule.examples(m, tokenizer, [edit]), rule))
+    with edited_each(model, tokenizer, EDITS, method) as m:
+        found = by_window(m, located)
+    assert len({*map(len, found)}) > 1
+    for one, own, was in zip(found, alone, before, strict=True):
+        assert one == pytest.approx(own, rel=1e-2, abs=1e-4)
+        assert one != pytest.approx(was, rel=1e-2)
+
+
+# --- records and refusals ---
+
+
+def test_a_record_of_a_baseline_has_the_curve_and_the_notes_of_its_own_edit(measured, tokenizer):
+    """Several windows, one and more: the texts are of different length."""
+    with edited_each(measured(), tokenizer, EDITS, baseline("anyedit_memit", window=12)) as m:
+        records = m.edit_records
+    assert len({len(record.losses) for record in records.values()}) > 1
+    short = "edit 'alan': the answer is shorter than a window of 12 tokens; one window"
+    assert [record.notes for record in records.values()] == [[], [short], []]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["FT-A", "LoRA", "MEMIT", "AnyEdit (UnKE)", "in-context"])
+def test_an_exception_inside_leaves_no_trace(measured, tokenizer, name, error):
+    model = measured()
+    snapshot = Snapshot(model)
+    with pytest.raises(error), edited_each(model, tokenizer, EDITS, EVERY[name][1]) as m:
+        assert not any(module.training for module in m.modules())
+        raise error
+    snapshot.check()
+
+
+@pytest.mark.parametrize("name", ["MEMIT", "in-context"])
+def test_bad_edits_are_refused_by_baselines_too(measured, tokenizer, name):
+    model = measured()
+    snapshot = Snapshot(model)
+    for edits, message in (
+        ((*EDITS, LONG), "edit 'endless'"),
+        ((*EDITS, EDITS[0]), "given twice"),
+        ((), "no edits"),
+    ):
+        for enter in (edited, edited_each):
+            with (
+                pytest.raises(InputError, match=message),
+                enter(model, tokenizer, edits, EVERY[name][1]),
+            ):
+                pytest.fail("written")
+    snapshot.check()
+
+
+def test_a_system_that_fails_midway_leaves_the_weights_as_they_were(
+    measured, tokenizer, monkeypatch
+):
+    model, solved = measured(), []
+    snapshot = Snapshot(model)
+
+    class Failing(solvers.ClosedForm):
+        def solve(self, located, values):
+            notes = super().solve(located, values)
+            solved.append(located.ids)
+            if len(solved) == 2:
+                raise InputError("singular")
+            return notes
+
+    monkeypatch.setitem(solvers.SOLVERS, "memit", Failing)
+    with (
+        pytest.raises(InputError, match="singular"),
+        edited_each(model, tokenizer, EDITS, baseline("memit")),
+    ):
+        pytest.fail("written")
+    assert solved == [["ada"], ["alan"]]
+    snapshot.check()
+
+
+def test_a_lane_takes_at_least_the_memory_of_its_weights(tiny):
+    """Value, gradient, two moments and a copy, four bytes each, beside the least of activations."""
+    model = tiny()
+
+    def trained(method) -> float:
+        logits = LOGITS * model.config.vocab_size
+        return ((lane_mib(model, method) - LANE_MIB) * 2**20 / 4 - logits) / 5
+
+    blocks = select(model, "all", ["down_proj"]), select(model, 2, ["all"])
+    down, block = (sum(weight.numel() for weight in part.values()) for part in blocks)
+    assert trained(RECIPES["FT-A"]) == pytest.approx(down)
+    # q and v of four blocks
+    assert trained(RECIPES["LoRA"]) == pytest.approx(4 * 8 * ((32 + 32) + (32 + 16)))
+    assert trained(baseline("memit")) == pytest.approx(2 * 32 * 48)
+    assert trained(baseline("unke")) == pytest.approx(block)
+    assert trained(baseline("in_context")) == 0
