@@ -94,6 +94,11 @@ def unit_key(method: str, **choices: Any) -> str:
     return f"{readable or 'unit'}-{digest(method, **choices)}"
 
 
+def number_key(name: str) -> str:
+    """Return a method's name as part of a number's key: `AnyEdit (MEMIT)` becomes `anyedit_memit`."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("++", " pp")).strip("_")
+
+
 def digest(method: str, **choices: Any) -> str:
     """10 hex digits, equal for equal choices and only for them."""
     plain = {

@@ -42,6 +42,7 @@ from uke.methods.recipes import (
     candidate,
     vary,
 )
+from uke.project import number_key as key
 
 Named = TypeVar("Named")
 Changes = dict[str, Any]  # fields of a method with the values that they get
@@ -53,13 +54,6 @@ PUBLISHED: Mapping[str, Method] = MappingProxyType(
 
 # Every method by name: a method of your own is one line here.
 METHODS: dict[str, Method] = dict(PUBLISHED)
-
-
-def key(name: str) -> str:
-    """Return the name as part of a number's key or a file's name: `AnyEdit (MEMIT)` becomes
-    `anyedit_memit`.
-    """
-    return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("++", " pp")).strip("_")
 
 
 def find(name: Any, among: Mapping[str, Named] = PUBLISHED, where: str = "") -> Named:

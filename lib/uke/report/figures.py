@@ -82,7 +82,7 @@ def scores(
     axes = fig.subplots(len(rows), len(titles), sharex=True, sharey="col", squeeze=False)
     for line, name in enumerate(rows):
         own = summary[summary[row] == name] if row else summary
-        for ax, title in zip(axes[line], titles):
+        for ax, title in zip(axes[line], titles, strict=False):
             _along(ax, own[own[panel] == title], x, by, places, looks(shown[by]), apart)
             ax.set_title(f"{label(name)}: {label(title)}" if row else label(title), fontsize=7)
             turned = {"rotation": 45, "ha": "right"} if len(places) > 3 else {}
@@ -123,7 +123,7 @@ def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float)
         raise InputError("scores: no rows to show besides the references")
     titles, look = ordered(summary[panel], KINDS), looks(shown[within])
     names = ordered(shown[by])
-    pairs = set(zip(shown[by], shown[within]))
+    pairs = set(zip(shown[by], shown[within], strict=False))
     lines = [(name, each) for name in names for each in look if (name, each) in pairs]
     gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
     heights = {line: at + gap * names.index(line[0]) for at, line in enumerate(lines)}
@@ -568,7 +568,7 @@ def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
         own = frame[frame["claim"] == name]
         largest = own[["value", "low", "high"]].abs().to_numpy(float).max() or 1.0
         heights = top + np.arange(len(own))
-        for at, found in zip(heights, own.itertuples(index=False)):
+        for at, found in zip(heights, own.itertuples(index=False), strict=False):
             look = VERDICTS[found.verdict]
             ends = found.low / largest, found.high / largest
             ax.hlines(at, *ends, color=look.colour, lw=1.6, zorder=2)
@@ -605,7 +605,7 @@ def _panels(
     ):  # the panel below may be switched off, so each last one has tick labels
         for ax in axes[max(0, len(titles) - columns) : len(titles)]:
             ax.tick_params(labelbottom=True)
-    return fig, dict(zip(titles, axes))
+    return fig, dict(zip(titles, axes, strict=False))
 
 
 def _mark(ax: Axes, x: Any, y: Any, look: Look, ms: float | None = None) -> None:
@@ -692,7 +692,9 @@ def _scale(ax: Axes, values: pd.Series, baseline: float | None) -> None:
 
 def _sizes(ax: Axes, values: list[float]) -> None:
     """Set ticks at these values, on an axis of powers where each is about the same multiple."""
-    ratios = [after / before for before, after in zip(values, values[1:]) if before > 0]
+    ratios = [
+        after / before for before, after in zip(values, values[1:], strict=False) if before > 0
+    ]
     if len(ratios) > 1 and min(ratios) >= 1.5 and max(ratios) <= 1.75 * min(ratios):
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())

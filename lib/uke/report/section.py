@@ -221,7 +221,10 @@ def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: bool = T
     if sum(_longest(cells) > _WORDY for cells in columns.values()) > 3:
         columns, aligned = _turned(columns), [":---"] * 3
     below = sum(any(cell.note for cell in cells) for cells in columns.values()) > 4
-    rows = [[_cell_markdown(cell, below) for cell in row] for row in zip(*columns.values())]
+    rows = [
+        [_cell_markdown(cell, below) for cell in row]
+        for row in zip(*columns.values(), strict=False)
+    ]
     lines = [[prose(head) for head in columns], aligned, *rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     links = f'<a href="tables/{name}.csv">CSV</a> · <a href="tables/{name}.tex">LaTeX</a>'
@@ -238,7 +241,7 @@ def _turned(columns: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
     """Return a table of many long texts with a line for each of its cells."""
     (first, keys), *rest = columns.items()
     lines = [(key, Cell(head), cells[row]) for row, key in enumerate(keys) for head, cells in rest]
-    return dict(zip((first, " ", "Text"), map(list, zip(*lines))))
+    return dict(zip((first, " ", "Text"), map(list, zip(*lines, strict=False)), strict=False))
 
 
 def _cell_markdown(cell: Cell, below: bool) -> str:

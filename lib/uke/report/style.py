@@ -59,7 +59,7 @@ LOOKS = {
 _OTHERS = tuple(
     Look(colour, mark)
     for colour, mark in zip(
-        ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"), "os^DvP"
+        ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"), "os^DvP", strict=False
     )
 )
 RC = {

@@ -152,7 +152,10 @@ def grid_gaps(
     full = max((found.get(cell, 0) for cell in cells), default=0) if edits is None else edits
     sentences = []
     for cell in cells:
-        rest = [f"{column.replace('_', ' ')} {label(each)}" for column, each in zip(by, cell)]
+        rest = [
+            f"{column.replace('_', ' ')} {label(each)}"
+            for column, each in zip(by, cell, strict=False)
+        ]
         name = ", ".join([str(cell[0]), *rest[1:]])
         if not found.get(cell):
             sentences.append(f"{name}: no rows, so its cell is a dash.")
@@ -245,9 +248,13 @@ def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
         {head(each).translate(_LATEX): map(_cell, columns[each]) for each in frame}
     )
     widths = [max([len(head(each)), *(len(c.text) for c in columns[each])]) for each in frame]
-    long = [width > 40 and not numeric(frame[each]) for width, each in zip(widths, frame)]
+    long = [
+        width > 40 and not numeric(frame[each]) for width, each in zip(widths, frame, strict=False)
+    ]
     # Long texts share the space that the other columns leave.
-    left = 0.93 - sum(0.012 * width + 0.03 for width, wide in zip(widths, long) if not wide)
+    left = 0.93 - sum(
+        0.012 * width + 0.03 for width, wide in zip(widths, long, strict=False) if not wide
+    )
     paragraph = rf"p{{{max(0.25, left) / max(sum(long), 1):.2f}\linewidth}}"
     aligned = ["r" if numeric(frame[each]) else "l" for each in frame]
     text = shown.style.hide(axis="index").to_latex(
@@ -256,7 +263,9 @@ def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
         label=f"tab:{name}",
         position="t",
         position_float="centering",
-        column_format="".join(paragraph if wide else each for wide, each in zip(long, aligned)),
+        column_format="".join(
+            paragraph if wide else each for wide, each in zip(long, aligned, strict=False)
+        ),
     )
     # Many columns fit the width of a page only when they are set tightly.
     tight = "\\centering\n\\small\n\\setlength{\\tabcolsep}{3pt}"
