@@ -580,3 +580,18 @@ def separation_table(after: pd.DataFrame) -> tuple[dict[str, Interval], pd.DataF
         }
     )
     return found, table
+
+
+def mean(scores: pd.DataFrame, method: str, kind: str = "average") -> Interval:
+    """Mean score of a method (or of `no edit`) over edits."""
+    own = scores[(scores["method"] == method) & (scores["kind"] == kind)]
+    return interval(own["score"].to_numpy())
+
+
+def gap(scores: pd.DataFrame, method: str, other: str) -> Interval | None:
+    """The average metric of one method minus that of another in points, paired by edit; None where
+    either is missing. `scores` is what `scored` gives of methods without levels."""
+    own = scores[scores["kind"] == "average"]
+    found = contrasts(own, {"gap": {(method, ""): 1, (other, ""): -1}})
+    found = effect(found, "gap", "average")
+    return found and Interval(*found)

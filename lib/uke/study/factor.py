@@ -10,7 +10,7 @@ from uke.errors import InputError, nearest
 from uke.methods.catalog import at_level, best_single, configured, differences, find, key
 from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, Recipe
 from uke.results import compare
-from uke.results.stats import summarise
+from uke.results.stats import interval, summarise
 from uke.study.study import Study
 
 BEST_SINGLE = "best single block"  # the one that was best on development edits
@@ -224,6 +224,13 @@ class FactorStudy:
                 if found := self.effect(contrast, kind):
                     name = self._effect_key(contrast, kind)
                     self.said[name] = section.say(name, *found[:3], n=found[3], unit="points")
+
+    def say_seconds(self, section: Any, level: str) -> None:
+        """Say how many seconds an edit takes at a level of the first method, if that was run."""
+        cell = (self.rows["method"] == self.methods[0]) & (self.rows["level"] == level)
+        units = compare.seconds(self.rows[cell])
+        if len(units):
+            section.say("cost.edit_seconds", *interval(units["score"]), unit="s")
 
     @property
     def _prefix(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from uke.errors import InputError
 from uke.methods.catalog import METHODS, configured, differences, find
 from uke.methods.method import Method
 from uke.project import Paths
@@ -84,6 +85,17 @@ class MethodStudy:
                 found[size, name] = max(self._limit // size, least) * size
         return found
 
+    @staticmethod
+    def edits_needed(sizes: Sequence[int], limit: int, batches: int) -> int:
+        """How many edits such a study reads."""
+        return max(limit, *(max(limit // size, batches) * size for size in sizes))
+
+    def require_lead(self) -> None:
+        """Raise InputError where no lead of fine-tuning over a baseline could be measured."""
+        if not self.leader or not self.baselines:
+            what = "no baseline" if self.leader else "only baselines"
+            raise InputError(f"methods: {', '.join(self.names)}: {what}; expected both kinds")
+
     def settings(self) -> pd.DataFrame:
         """What tuning changed: the settings that differ, as published and as chosen at the first
         batch size that each method is run at."""
@@ -143,6 +155,18 @@ class MethodStudy:
         self.said["lead"] = section.say(f"{prefix}.lead", *points, unit="points")
         section.say(f"{prefix}.lead_relative", *percent, unit="%")
         return points
+
+    def say_leads(self, section: Any, prefix: str, leads: pd.DataFrame) -> dict[int, str]:
+        """Say the lead at each batch size (see `compare.leads`), in points and in percent; what was
+        said of the points, by size."""
+        said = {}
+        for row in leads.to_dict("records"):
+            name, batches = f"{prefix}.{row['batch_size']}.lead", row["batches"]
+            points = (row[end] for end in ("mean", "low", "high"))
+            said[row["batch_size"]] = section.say(name, *points, n=batches, unit="points")
+            percent = (row[end] for end in ("percent", "percent_low", "percent_high"))
+            section.say(f"{name}_relative", *percent, n=batches, unit="%")
+        return said
 
     def check(self, section: Any) -> None:
         """Check in a section what the conclusion needs."""
