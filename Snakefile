@@ -114,5 +114,5 @@ for rank in sorted({study.priority for study in STUDIES.values()}):
         params:
             options=OPTIONS,
         shell:
-            "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke run {wildcards.notebook} "
+            "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke run {wildcards.notebook} --checked "
             "{params.options}"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from uke.cli import params
 from uke.cli.execute import Failure, Job, execute, runs
-from uke.cli.preflight import check, factor_levels, factor_methods
 from uke.data.documents import COLLECTIONS, find_collections
 from uke.data.formats import find_data
 from uke.errors import InputError
@@ -28,6 +27,7 @@ logger = logging.getLogger("uke")
 
 QUOTED = "embedded"  # the profile whose figures are committed and whose numbers README quotes
 DAY = 86400
+FACTORED = ("levels=", "methods=")  # shared parameters of which a factor takes its own
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "execute one notebook")
     run.add_argument("notebook", help="name of a notebook, for example 01_edits")
     run.add_argument("--set", **pair, help="a parameter of this notebook")
+    run.add_argument("--checked", action="store_true", help="`check` has passed: start at once")
     run.add_argument("--cell-timeout", type=int, default=DAY, help="seconds for one cell")
     every = [
         run,
@@ -86,11 +87,6 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
     data = params.dataset(home, options.profile, options.data)
     own = getattr(options, "set", [])
     parameters = params.merge(home, name, options.profile, options.shared, own)
-    shared = {pair.partition("=")[0] for pair in options.shared}
-    if "levels" in shared and "levels" in parameters:
-        others = [pair for pair in options.shared if not pair.startswith("levels=")]
-        usual = params.merge(home, name, options.profile, others, own)["levels"]
-        parameters["levels"] = factor_levels(name, parameters["levels"], usual)
     given = {"profile": options.profile, "data": data}
     parameters |= {key: value for key, value in given.items() if key in parameters}
     if "data_file" in parameters:
@@ -98,9 +94,15 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
     for kind in COLLECTIONS:
         if kind in parameters and data != "world":
             parameters[kind] = [str(path) for path in find_collections(kind, parameters[kind])]
-    if "methods" in shared and {"levels", "methods"} <= set(parameters):
-        parameters["methods"] = factor_methods(home, parameters)
-    if not options.rows:
+    # Torch comes with the methods: a run that needs no look at them does not wait for it.
+    if "levels" in parameters and any(pair.startswith(FACTORED) for pair in options.shared):
+        from uke.cli.preflight import narrow
+
+        others = [pair for pair in options.shared if not pair.startswith(FACTORED)]
+        narrow(home, name, parameters, params.merge(home, name, options.profile, others, own))
+    if not (options.rows or getattr(options, "checked", False)):
+        from uke.cli.preflight import check
+
         check(home, data, parameters)
     timeout = getattr(options, "cell_timeout", DAY)
     notebook_file = home / "notebooks" / f"{name}.ipynb"

@@ -47,18 +47,21 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
         _check_prompts(folder, chosen[: parameters.get("limit")], methods)
 
 
-def factor_methods(home: Path, parameters: Mapping[str, Any]) -> list[str]:
-    """Keep the methods that have factors, of those named for a whole run; all if none has."""
+def narrow(home: Path, notebook: str, parameters: dict[str, Any], usual: Mapping) -> None:
+    """Leave the notebook of a factor its own, of the methods and levels named for a whole run.
+
+    Methods without factors go, and levels of other factors; where nothing is left, the methods stay
+    (and are refused by `check`) and the levels are the `usual` ones.
+    """
     known = configured(home / "params", parameters.get("model", "embedded"))
     names = parameters["methods"]
-    return [name for name in names if find(name, known, "methods: ").factors] or names
-
-
-def factor_levels(notebook: str, levels: list[str], usual: list[str]) -> list[str]:
-    """Keep the levels of this notebook's factor, of those named for a whole run; `usual` if none."""
-    _check_levels({"levels": levels}, ())
-    own = [factor.levels for name, factor in FACTORS.items() if name in notebook]
-    return [level for level in levels if any(level in known for known in own)] or usual
+    factored = [name for name in names if find(name, known, "methods: ").factors]
+    _check_levels(parameters, ())
+    own = [factor.levels for name, factor in FACTORS.items() if name in notebook] or [
+        factor.levels for factor in FACTORS.values()
+    ]
+    levels = [name for name in parameters["levels"] if any(name in each for each in own)]
+    parameters |= {"methods": factored or names, "levels": levels or usual["levels"]}
 
 
 def _methods(home: Path, parameters: Mapping[str, Any], split: str) -> list[Method]:
