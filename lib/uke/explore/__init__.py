@@ -1,0 +1,6 @@
+"""Explore one edit by hand: a bench that writes and undoes it, and the widgets of the notebook."""
+
+from uke.explore.bench import Bench, Library, Task, Trial, comparison
+from uke.explore.widgets import show
+
+__all__ = ["Bench", "Library", "Task", "Trial", "comparison", "show"]

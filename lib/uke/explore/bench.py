@@ -1,6 +1,11 @@
-"""One model in the hand: ask before, write one edit, ask after, compare, take back, keep.
+"""Write one edit by hand: ask before, edit, ask after, undo, keep, and repeat a whole session.
 
-Every edit is written alone into the untouched weights: one that is still there is taken back first.
+    bench = Bench("embedded", Library(Paths("quick")))
+    trial = bench.write(Task(bench.library.edits[0], bench.methods["FT-UKE"]))
+    print(trial.scores, bench.ask("Who is Ansel Dorowick?"))
+    bench.undo()
+
+Every edit is written alone into the untouched weights: an earlier one is undone first.
 """
 
 import itertools
@@ -8,31 +13,58 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from uke.data.edits import EFFICACY, KINDS, Edit, Probe
-from uke.errors import InputError
-from uke.explore.choices import Refused, check_place
-from uke.explore.surroundings import Library
-from uke.methods.catalog import configured
-from uke.methods.edited import EditRecord, edited, save
-from uke.methods.method import Method
+from uke.data import formats
+from uke.data.edits import EFFICACY, KINDS, SPLITS, Edit, Probe, in_group
+from uke.errors import InputError, nearest
+from uke.files import write_yaml
+from uke.locality import card
+from uke.locality.build import Builder, Settings, Sources
+from uke.methods.catalog import METHODS, changed, changes, configured, differences, find
+from uke.methods.edited import edited, save
+from uke.methods.method import EditRecord, Method
+from uke.methods.recipes import levels, vary
 from uke.models.generate import Generation, Token, answer, token_probabilities
 from uke.models.model import load
 from uke.project import Paths, check_name
-from uke.results.metrics import HEADLINE, score
+from uke.study import dataset
 from uke.study.score import answer_and_score, token_limit, with_before
 from uke.study.study import measure_world, world_of
+from uke.world import files as world_files
 
 QUESTION = "question"  # the kind of a free question's row
-LONGEST = 160  # tokens of an answer to a question without a reference of more
-_FREE = 1000  # free questions are numbered from here
+OWN_ID = "mine"
+AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
+MAX_NEW_TOKENS = 160  # of an answer whose reference is not longer
+_FREE = 1000  # free questions are probes numbered from here
+# BM25 needs no index on disk; documents as long as the world's texts, however short the edit is.
+_SETTINGS = Settings(retriever="bm25", words=60)
+
+
+class Refused(InputError):
+    """Bad input of one field of the form."""
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field = field
+
+
+@contextmanager
+def refused(field: str) -> Iterator[None]:
+    """Say which field of the form bad input inside belongs to."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, Refused) else Refused(field, str(error)) from None
 
 
 class Stopped(Exception):
@@ -41,9 +73,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One edit to try: everything that decides its numbers but the model.
+    """One edit to try: everything but the model that decides its numbers.
 
-    `paraphrases` beyond the edit's own and free `questions` are asked before and after; `chat` False asks all through raw prompts.
+    `paraphrases` beyond the edit's own and free `questions` are asked before and after. `chat` False
+    asks everything without the chat template.
     """
 
     edit: Edit
@@ -55,8 +88,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a task. `rows`: one for each question, with both answers and headline scores; `tokens`: of the texts
-    with a wanted answer, by kind and number, its tokens before and after."""
+    """The outcome of a task.
+
+    `rows`: one a question, with both answers and their primary scores. `tokens`: by kind and number,
+    the tokens of the wanted answer before and after the edit.
+    """
 
     number: int
     task: Task
@@ -66,261 +102,366 @@ class Trial:
 
     @property
     def scores(self) -> pd.DataFrame:
-        """Mean headline score of each kind: columns kind, metric, against, before, after, probes."""
-        named = self.rows.rename(columns={"before": "answer_before", "after": "answer_after"})
-        grouped = named.groupby(["kind", "metric", "against"], sort=False, as_index=False)
-        found = grouped.agg(
+        """Mean score of each kind: columns kind, metric, against, before, after, probes."""
+        means = self.rows.groupby("kind", as_index=False).agg(
+            metric=("metric", "first"),
+            against=("against", "first"),
             before=("score_before", "mean"),
             after=("score_after", "mean"),
             probes=("number", "size"),
         )
-        order = {kind: place for place, kind in enumerate((*KINDS, QUESTION))}
-        return found.sort_values("kind", key=lambda kinds: kinds.map(order), ignore_index=True)
+        order = [*KINDS, QUESTION].index
+        return means.sort_values("kind", key=lambda kinds: kinds.map(order), ignore_index=True)
+
+
+class Library:
+    """The edits of a world's split or of a benchmark's file, and the probes around each of them.
+
+    An edit that brings no locality probes gets some of the world's: a related and a random
+    document, an unrelated and a near triple, none of which shares a fact with it. An edit of a
+    person's own gets exercises of a general skill too. Raises InputError as `dataset.load` does.
+    """
+
+    def __init__(
+        self, paths: Paths, split: str = "test", data_file: str = "", world_seed: int = 1
+    ) -> None:
+        if split not in SPLITS:
+            raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
+        self.paths, self.parameters = paths, {"data": paths.data, "data_file": data_file}
+        self.parameters |= {"split": split, "world_seed": world_seed}
+        world = world_files.ensure(paths.home / "results", world_seed)
+        self.order = card.of_world(world, split)
+        edits = formats.load(self.order.dataset, self.order.edit_file)
+        self._exercises = formats.load_locality(world / split / world_files.GENERAL, edits)
+        if paths.data != "world":
+            found = dataset.load(paths.profile, paths.data, split, data_file=data_file)
+            self.edits, self._probes = found.edits, found.probes
+        else:
+            own = {edit.id: [*edit.probes] for edit in edits}
+            for probe in self._exercises:
+                own[probe.edit].append(probe)
+            self.edits, self._probes = edits, own
+        self._around = lru_cache(maxsize=256)(self._build_around)
+
+    def find(self, name: str) -> Edit:
+        """Return the edit of this id; InputError naming the nearest one."""
+        by_id = {edit.id: edit for edit in self.edits}
+        if name not in by_id:
+            raise InputError(f"edit: unknown edit '{name}'{nearest(str(name), by_id)}")
+        return by_id[name]
+
+    def search(self, words: str) -> list[Edit]:
+        """Return the edits whose id, question or answer holds every one of these words."""
+        wanted = words.casefold().split()
+        texts = [f"{edit.id} {edit.question} {edit.answer}".casefold() for edit in self.edits]
+        found = (all(word in text for word in wanted) for text in texts)
+        return list(itertools.compress(self.edits, found))
+
+    def probes(self, edit: Edit, paraphrases: Sequence[str] = ()) -> tuple[Probe, ...]:
+        """Return every question about an edit; further paraphrases are asked like the first."""
+        own = self._probes[edit.id] if edit in self.edits else edit.probes
+        shared = {"edit": edit.id, "kind": "paraphrase", "reference": edit.answer}
+        more = [
+            Probe(number=number, question=text, **shared)
+            for number, text in enumerate(paraphrases, start=1 if edit.paraphrase else 0)
+        ]
+        has_locality = any(probe.kind in AROUND for probe in own)
+        return (*own, *more, *(() if has_locality else self._around(edit)))
+
+    @cached_property
+    def _builder(self) -> Builder:
+        """Holds the facts of documents and triples, which are the same for every edit."""
+        return Builder(self.order.sources(), _SETTINGS, self.order.edit_file.parent)
+
+    def _build_around(self, edit: Edit) -> tuple[Probe, ...]:
+        known = self._builder
+        alone = Sources(((edit,),), known.sources.documents, known.sources.clozes)
+        builder = Builder(alone, known.settings, known.folder)
+        builder.document_facts, builder.cloze_facts = known.document_facts, known.cloze_facts
+        first = self._exercises[0].edit
+        exercises = [one for one in self._exercises if one.edit == first and edit not in self.edits]
+        renamed = (probe.model_copy(update={"edit": edit.id}) for probe in exercises)
+        return (*builder.block((edit,)), *renamed)
+
+
+def own_edit(**fields: Any) -> Edit:
+    """Make an edit of a person's own; Refused, naming the field, where one is empty or unknown."""
+    for name in ("question", "answer"):
+        if not str(fields.get(name, "")).strip():
+            raise Refused(name, f"The {name} is empty; expected a text.")
+    try:
+        return Edit(id=OWN_ID, **fields)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ", ".join(map(str, fault["loc"]))
+        raise Refused(str(fault["loc"][0]), f"{place}: {fault['msg']}") from None
 
 
 @dataclass
 class Bench:
-    """A model, the edit that is in its weights now, if any, and the trials so far. `stop()` ends what runs, from any thread."""
+    """A model, the edit in its weights if there is one, and the trials so far."""
 
-    name: str = "embedded"
-    library: Library = field(default_factory=lambda: Library(Paths("quick")))
+    name: str
+    library: Library
     trials: list[Trial] = field(default_factory=list, init=False)
+    edited: nn.Module | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.model, self.tokenizer = load(self.name)
-        with torch.device("meta"):
-            self.frame = type(self.model)(
-                self.model.config
-            )  # its modules without weights, which no edit wraps
-        self.methods = configured(self.library.paths.home / "params", self.name)
-        self._stop, self._in_place, self._spare = threading.Event(), ExitStack(), {}
-        self.edited: nn.Module | None = None
+        with torch.device("meta"):  # the same modules without weights, which no edit wraps
+            self.skeleton = type(self.model)(self.model.config)
+        self.methods = METHODS | configured(self.library.paths.home / "params", self.name)
+        self.folder = self.library.paths.home / "results" / "explore"
+        self._stop, self._undo = threading.Event(), ExitStack()
+        self._untouched: list[
+            tuple[nn.Parameter, Tensor]
+        ] = []  # the other values of edited weights
         self._before: dict[Any, tuple[pd.DataFrame, list[list[Token]]]] = {}
 
-    def warm(self, edit: Edit) -> None:
-        """Do what only the first edit would wait for: read the scorers, and the questions around this edit."""
-        score(["a"], ["a"])
-        self.library.probes(edit)
-
     def stop(self) -> None:
-        """Let what runs, or what comes next, raise Stopped at its next step."""
+        """Let what runs raise Stopped at its next step, from any thread."""
         self._stop.set()
 
-    def resume(self) -> None:
-        """Forget an earlier `stop`."""
-        self._stop.clear()
-
-    def check(self, task: Task) -> None:
-        """Refused, naming the field, where the task cannot be done on this model."""
-        check_place(self.frame, task.method)
-        if task.chat is None and not self.tokenizer.chat_template:
-            raise Refused("chat", "The tokenizer has no chat template: ask through raw prompts.")
+    def check(self, edit: Edit, method: Method) -> None:
+        """Refuse, naming the field, an edit that the method cannot write into this model."""
+        with refused("layers"):
+            method.weights(self.skeleton)
         try:
-            task.method.examples(self.frame, self.tokenizer, [task.edit])
+            method.examples(self.skeleton, self.tokenizer, [edit])
         except InputError as error:
-            raise Refused(
-                "chat_template" if "template" in str(error) else "answer", str(error)
-            ) from None
+            raise Refused("layers" if "template" in str(error) else "answer", str(error)) from None
+
+    def why_not(self, method: Method, factor: str, level: str) -> str:
+        """Say why a level of a factor does not go with the method on this model; empty if it does."""
+        if factor not in method.factors:
+            return f"{method.name} ({method.family}) has no such choice"
+        if level not in levels(method, factor):
+            return "a choice of adapters only (LoRA, AdaLoRA)"
+        try:
+            self.check(self.library.edits[0], vary(method, factor, level))
+        except InputError as error:
+            return str(error)
+        return ""
 
     def write(
         self, task: Task, progress: Callable[[str, int, float], None] = lambda *_: None
     ) -> Trial:
-        """Ask, write the edit, ask again; the edit stays in the weights until `undo`. `progress(phase, steps, loss)` follows.
+        """Ask, write the edit, ask again; the edit stays in the weights until `undo`.
 
-        Raises Refused as `check` does, Stopped, and what `editing.edited` raises, all with the weights untouched.
+        `progress(phase, steps, loss)` follows. Raises Refused as `check` does, Stopped, and what
+        `edited` raises, all with the weights untouched.
         """
         self.undo()
-        with self._stoppable(), ExitStack() as stack:
-            self.check(task)
-            probes = self._probes(task)
+        with self._stoppable() as check_stop, ExitStack() as stack:
+            if task.chat is None and not self.tokenizer.chat_template:
+                raise Refused("chat", "The tokenizer has no chat template: ask with raw prompts.")
+            self.check(task.edit, task.method)
+            probes = (*self.library.probes(task.edit, task.paraphrases), *_free(task))
             progress("asking before", 0, 0.0)
-            before, tokens_before = self._before_of(task, probes)
+            if (probes, task.chat) not in self._before:
+                self._before[probes, task.chat] = self._ask(self.model, probes, task.chat)
+            before, tokens_before = self._before[probes, task.chat]
             if task.method.family == "locate-then-edit":
                 measure_world(self.model, self.tokenizer)
-            spare = {
-                name: weight.detach().to("cpu", copy=True)
-                for name, weight in task.method.weights(self.model).items()
-            }
+            untouched = [
+                (weight, weight.detach().to("cpu", copy=True))
+                for weight in task.method.weights(self.model).values()
+            ]
 
-            def told(steps: int, loss: float) -> None:
+            def report(steps: int, loss: float) -> None:
                 progress("writing", steps, loss)
-                self._check()
+                check_stop()
 
             m = stack.enter_context(
-                edited(self.model, self.tokenizer, [task.edit], task.method, progress=told)
+                edited(self.model, self.tokenizer, [task.edit], task.method, progress=report)
             )
             progress("asking after", 0, 0.0)
-            after, tokens_after = self._asked(m, task, probes)
-            told_probes = [probe for probe in probes if probe.kind in EFFICACY]
-            tokens = {
-                (probe.kind, probe.number): pair
-                for probe, pair in zip(told_probes, zip(tokens_before, tokens_after))
-            }
-            trial = Trial(len(self.trials) + 1, task, _rows(before, after), tokens, m.edit_record)
-            self._in_place, self._spare, self.edited = stack.pop_all(), spare, m
-        self.trials.append(trial)
-        return trial
+            after, tokens_after = self._ask(m, probes, task.chat)
+            scored = [(one.kind, one.number) for one in probes if one.kind in EFFICACY]
+            tokens = dict(zip(scored, zip(tokens_before, tokens_after, strict=True), strict=True))
+            rows = _side_by_side(before, after)
+            self.trials.append(Trial(len(self.trials) + 1, task, rows, tokens, m.edit_record))
+            self._undo, self._untouched, self.edited = stack.pop_all(), untouched, m
+        return self.trials[-1]
 
     def undo(self) -> bool:
-        """Take back the edit that is in the weights; whether there was one. Every weight is bit for bit as before."""
-        there, self.edited, self._spare = self.edited is not None, None, {}
-        self._in_place.close()
-        return there
+        """Undo the edit in the weights, bit for bit; return whether there was one."""
+        was_edited, self.edited, self._untouched = self.edited is not None, None, []
+        self._undo.close()
+        return was_edited
 
     def keep(self, name: str) -> str:
-        """Save the edit that is in the weights below results/explore/; the two lines that load it elsewhere."""
+        """Save the edit in the weights below results/explore/; return the lines that load it."""
         if self.edited is None:
             raise Refused("keep", "There is no edit in the weights to keep; write one first.")
-        try:
+        if not self.trials[-1].record.change_norm:
+            raise Refused("keep", "This method changes no weight, so there is nothing to keep.")
+        with refused("keep"):
             folder = self.folder / check_name("Keep as", name.strip())
             if folder.exists():
-                raise Refused("keep", f"{name} is there already; choose another name.")
+                raise InputError(f"{name} is there already; choose another name.")
             save(self.edited, folder)
-        except InputError as error:
-            raise Refused(
-                "keep",
-                "This method writes nothing into the weights, so there is nothing to keep."
-                if "nothing to save" in str(error)
-                else str(error),
-            ) from None
-        return f'from uke import editing, models\nmodel = editing.load(models.load("{self.name}")[0], "{folder}")'
-
-    @property
-    def folder(self) -> Path:
-        """Where edits are kept and sessions exported to."""
-        return self.library.paths.home / "results" / "explore"
+        return (
+            "from uke import methods, models\n"
+            f'model = methods.load(models.load("{self.name}")[0], "{folder}")'
+        )
 
     def free_name(self) -> str:
-        """A name that no edit is kept under yet."""
-        return next(
-            name
-            for number in itertools.count(1)
-            if not (self.folder / (name := f"edit-{number}")).exists()
-        )
+        """Return a name that no edit is kept under yet."""
+        names = (f"edit-{number}" for number in itertools.count(1))
+        return next(name for name in names if not (self.folder / name).exists())
 
     def ask(self, question: str, chat: bool | None = None) -> tuple[str, str | None]:
-        """The answers to a free question without and with the edit that is in the weights (None where there is none)."""
+        """Answer a free question without the edit in the weights, and with it (None if none is)."""
         if not question.strip():
             raise Refused("ask", "The question is empty; expected something to ask.")
-        mark = self.trials[-1].task.edit.id if self.edited is not None else "free"
-        probe = [
-            Probe(edit=mark, kind="general", number=_FREE, question=question.strip(), reference="-")
-        ]
-        try:
-            with self._stoppable():
-                with self._without():
-                    before = answer(
-                        self.model if self.edited is None else self.edited,
-                        self.tokenizer,
-                        probe,
-                        max_new_tokens=LONGEST,
-                        chat=chat,
-                    )[0]
-                return before, None if self.edited is None else answer(
-                    self.edited, self.tokenizer, probe, max_new_tokens=LONGEST, chat=chat
-                )[0]
-        except InputError as error:
-            raise Refused("ask", str(error)) from None
+        edit = self.trials[-1].task.edit.id if self.edited is not None else OWN_ID
+        probe = Probe(edit=edit, kind="general", question=question.strip(), reference="-")
+
+        def answered(model: nn.Module) -> str:
+            options = {"max_new_tokens": MAX_NEW_TOKENS, "chat": chat}
+            return answer(model, self.tokenizer, [probe], **options)[0]
+
+        with refused("ask"), self._stoppable():
+            if self.edited is None:
+                return answered(self.model), None
+            with self._unedited():
+                before = answered(self.edited)
+            return before, answered(self.edited)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the model."""
+        return self.model.config.get_text_config(decoder=True).num_hidden_layers
 
     @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Every forward pass inside looks whether it shall go on."""
-        handle = self.model.get_input_embeddings().register_forward_pre_hook(
-            lambda *_: self._check()
-        )
+    def _stoppable(self) -> Iterator[Callable[[], None]]:
+        """Let every forward pass inside raise Stopped once `stop` was called; yield the check."""
+
+        def check(*_: Any) -> None:
+            if self._stop.is_set():
+                raise Stopped
+
+        handle = self.model.get_input_embeddings().register_forward_pre_hook(check)
         try:
-            yield
+            yield check
         finally:
             handle.remove()
-            self.resume()
-
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
+            self._stop.clear()
 
     @contextmanager
-    def _without(self) -> Iterator[None]:
-        """The edit that is in the weights is out of them meanwhile."""
-        if isinstance(self.edited, PeftModel):
-            with self.edited.disable_adapter():
-                yield
-            return
-        passages = self.model.__dict__.pop("passages", None)
-        own = dict(self.model.named_parameters())
-        now = {name: own[name].detach().to("cpu", copy=True) for name in self._spare}
-        try:
-            _put(own, self._spare)
+    def _unedited(self) -> Iterator[None]:
+        """Take the edit out of the model for a moment, whatever form it has."""
+        with ExitStack() as stack:
+            if isinstance(self.edited, PeftModel):
+                stack.enter_context(self.edited.disable_adapter())
+            else:
+                self._swap()
+                stack.callback(self._swap)
+            if passages := vars(self.model).pop("passages", None):
+                stack.callback(setattr, self.model, "passages", passages)
             yield
-        finally:
-            _put(own, now)
-            if passages is not None:
-                self.model.passages = passages
 
-    def _probes(self, task: Task) -> tuple[Probe, ...]:
-        free = (
-            Probe(
-                edit=task.edit.id,
-                kind="general",
-                number=_FREE + place,
-                question=text,
-                reference="-",
-            )
-            for place, text in enumerate(task.questions)
-        )
-        return (*self.library.probes(task.edit, task.paraphrases), *free)
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the edited weights with their untouched values."""
+        for weight, other in self._untouched:
+            now = weight.detach().to("cpu", copy=True)
+            weight.copy_(other)
+            other.copy_(now)
 
-    def _before_of(
-        self, task: Task, probes: tuple[Probe, ...]
+    def _ask(
+        self, model: nn.Module, probes: Sequence[Probe], chat: bool | None
     ) -> tuple[pd.DataFrame, list[list[Token]]]:
-        """What the untouched model answers; asked once for the same questions."""
-        if (probes, task.chat) not in self._before:
-            self._before[probes, task.chat] = self._asked(self.model, task, probes)
-        return self._before[probes, task.chat]
+        """Answer and score all probes, and read the tokens of those with a wanted answer."""
+        frame = answer_and_score(model, self.tokenizer, probes, Generation(self._limit, chat))
+        scored = [probe for probe in probes if probe.kind in EFFICACY]
+        return frame, token_probabilities(model, self.tokenizer, scored, chat=chat)
 
-    def _asked(
-        self, model: nn.Module, task: Task, probes: Sequence[Probe]
-    ) -> tuple[pd.DataFrame, list[list[Token]]]:
-        frame = answer_and_score(model, self.tokenizer, probes, Generation(self._room, task.chat))
-        return frame, token_probabilities(
-            model, self.tokenizer, [probe for probe in probes if probe.kind in EFFICACY], task.chat
-        )
-
-    def _room(self, probe: Probe) -> int:
-        return (
-            LONGEST
-            if probe.reference == "-"
-            else token_limit(
-                probe,
-                self.tokenizer,
-                LONGEST,
-                short=world_of(self.model.config.name_or_path) is not None,
-            )
-        )
+    def _limit(self, probe: Probe) -> int:
+        if probe.number >= _FREE:
+            return MAX_NEW_TOKENS
+        short = world_of(self.model.config.name_or_path) is not None
+        return token_limit(probe, self.tokenizer, MAX_NEW_TOKENS, short=short)
 
 
-def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-
-
-def _rows(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """One row for each question: kind, number, question, reference, both answers, and its headline score before and after."""
-    both = with_before(after, before.assign(before=before["answer"]))
-    free = both["number"] >= _FREE
-    kinds = both["kind"].mask(free, QUESTION)
-    metric = [("rougel_f1", "before") if kind == QUESTION else HEADLINE[kind] for kind in kinds]
-    found = both[["number", "question", "reference", "before"]].assign(
-        after=both["answer"], kind=kinds
-    )
-    found["reference"] = found["reference"].mask(free, "")
-    found["metric"], found["against"] = zip(*metric, strict=True)
-    found["score_before"] = [
-        before[name].iloc[place] if against == "reference" else 1.0
-        for place, (name, against) in enumerate(metric)
+def _free(task: Task) -> list[Probe]:
+    """Return the free questions of a task as probes without a reference."""
+    return [
+        Probe(edit=task.edit.id, kind="general", number=number, question=text, reference="-")
+        for number, text in enumerate(task.questions, start=_FREE)
     ]
-    found["score_after"] = [
-        both[name if against == "reference" else f"{name}_before"].iloc[place]
-        for place, (name, against) in enumerate(metric)
-    ]
-    return found
+
+
+def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a question: both answers, and the primary score of its kind for each."""
+    rows = []
+    after = with_before(after, before.assign(before=before["answer"]))
+    for old, new in zip(before.to_dict("records"), after.to_dict("records"), strict=True):
+        kind, metric, against = new["kind"], *KINDS[new["kind"]][2:4]
+        if new["number"] >= _FREE:
+            kind, metric, against = QUESTION, "rougel_f1", "before"
+        wanted = against == "reference"
+        row = {name: new[name] for name in ("number", "question", "before")}
+        row |= {"kind": kind, "metric": metric, "against": against, "after": new["answer"]}
+        row["reference"] = "" if kind == QUESTION else new["reference"]
+        row["score_before"] = old[metric] if wanted else 1.0
+        row["score_after"] = new[metric if wanted else f"{metric}_before"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def to_run(task: Task, library: Library) -> dict[str, Any]:
+    """Return a task as plain values: one of the notebook's parameter `runs`."""
+    edit, name = task.edit, task.method.name
+    own = edit.model_dump(mode="json", exclude={"id"}, exclude_defaults=True)
+    run = {
+        "edit": edit.id if edit in library.edits else own,
+        "method": name,
+        "changes": changes(task.method, METHODS.get(name, task.method)),
+        "paraphrases": list(task.paraphrases),
+        "questions": list(task.questions),
+        "chat": task.chat,
+    }
+    return {field: value for field, value in run.items() if value not in ([], None)}
+
+
+def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Method]) -> Task:
+    """Return the task of one of the notebook's `runs`; InputError for what is unknown in it.
+
+    `edit` is an id, or the fields of an edit of one's own. `changes` are those from the published
+    method; without them the method is as tuned for the model.
+    """
+    fields = ("edit", "method", "changes", "paraphrases", "questions", "chat")
+    for name in run:
+        if name not in fields:
+            raise InputError(f"runs: unknown field '{name}'{nearest(str(name), fields)}")
+    edit = run.get("edit", "")
+    edit = own_edit(**edit) if isinstance(edit, Mapping) else library.find(edit)
+    method = find(run.get("method", "FT-UKE"), methods, "runs: ")
+    if "changes" in run:
+        published = METHODS.get(method.name, method)
+        method = changed(published, run["changes"], f"runs: {method.name}")
+    more = (tuple(run.get(name, ())) for name in ("paraphrases", "questions"))
+    return Task(edit, method, *more, run.get("chat"))
+
+
+def export(bench: Bench, path: Path) -> Path:
+    """Write the session as a parameter file with which papermill repeats it; return its path."""
+    if not bench.trials:
+        raise Refused("export", "There is no edit in this session yet.")
+    runs = [to_run(trial.task, bench.library) for trial in bench.trials]
+    session = {"model": bench.name, **bench.library.parameters, "widgets": "never", "runs": runs}
+    return write_yaml(path, session)
+
+
+def comparison(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Return one row a trial: edit, method, settings, mean score of each kind after it, steps."""
+    rows = []
+    for trial in trials:
+        method, means = trial.task.method, trial.scores.set_index("kind")["after"]
+        row = {"number": trial.number, "edit": trial.task.edit.question, "method": method.name}
+        row["settings"] = differences(method, METHODS.get(method.name, method))
+        row |= means.drop(QUESTION, errors="ignore").to_dict()
+        rows.append(row | {"steps": trial.record.steps})
+    return pd.DataFrame(rows)

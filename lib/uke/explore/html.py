@@ -1,317 +1,195 @@
-"""HTML of one edit: changed words marked, a heat line over the wanted text, scores with their direction, a map of the weights that moved.
+"""Show an edit as HTML: answers side by side, a heat line over the wanted text, scores, weights.
 
-Colours are those of the JupyterLab theme, light or dark, and of the reader's own page elsewhere; nothing is said by colour alone.
+The templates escape every text. Colours are those of the JupyterLab theme, light or dark, and of the
+reader's own page elsewhere.
 """
 
 import difflib
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
-from uke.data.edits import KINDS as KIND_ORDER
-from uke.results.compare import LABELS
+from uke.data.edits import KINDS, in_group
+from uke.explore.bench import QUESTION, Trial
+from uke.models.generate import Token
 
-OWN = ("original", "paraphrase", "detail", "multi_hop")
-GROUPS = (
-    ("What was written: the answers should become the new text", OWN),
-    (
-        "What must not change: the answers should stay",
-        tuple(kind for kind in KIND_ORDER if kind not in OWN),
-    ),
-    ("Your questions", ("question",)),
-)
-KINDS = LABELS | {
+# One probe is shown at a time, for readers who need not know the field's abbreviations.
+LABELS = {name: kind.label for name, kind in KINDS.items()} | {
     "detail": "Detail",
     "rel_doc": "Related document",
     "rand_doc": "Random document",
     "struct_trip": "Unrelated triple",
     "near_triple": "Near triple",
-    "question": "Your question",
+    QUESTION: "Your question",
 }
-SHORT = 60  # letters of an answer that stands beside its question
-METRICS = {"rougel_f1": "ROUGE-L F1", "exact": "exact match"}
+WRITTEN = in_group("efficacy", "portability")
+GROUPS = {
+    "What was written: the answers should become the new text": WRITTEN,
+    "What must not change: the answers should stay": [one for one in KINDS if one not in WRITTEN],
+    "Your questions": [QUESTION],
+}
+SHORT = 60  # characters of an answer that stands beside its question
 STYLE = (Path(__file__).parent / "explore.css").read_text(encoding="utf-8")
+
+_environment = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_environment.globals |= {
+    "labels": LABELS,
+    "metrics": {"rougel_f1": "ROUGE-L F1", "exact": "exact match"},
+}
+show = _environment.get_template(
+    "explore.html"
+).module  # each macro is a function: show.message(...)
 
 
 class Page(str):
-    """HTML that a notebook shows as such."""
+    """HTML that a notebook displays."""
 
     def _repr_html_(self) -> str:
         return str(self)
 
     def alone(self, title: str) -> str:
-        """The page as a file of its own, light or dark as its reader has it."""
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        return f'<!doctype html><html lang="en"><head>{head}</head><body><h1 style="font-family: system-ui, sans-serif">{escape(title)}</h1>{self}</body></html>\n'
+        """Return the page as a file of its own, light or dark as its reader prefers."""
+        return f"{show.document(title, Markup(self))}\n"
 
 
 def page(*parts: str) -> Page:
-    """The parts in one frame, with the style that they need."""
-    return Page(f'<style>{STYLE}</style><div class="uke">{"".join(parts)}</div>')
+    """Put the parts into one frame with the style that they need."""
+    return Page(f"<style>{STYLE}</style>{framed(''.join(parts))}")
 
 
 def framed(html: str) -> str:
-    """HTML for a widget that stands beside one with the STYLE."""
+    """Return HTML for a widget that stands beside one with the STYLE."""
     return f'<div class="uke">{html}</div>' if html else ""
 
 
-def message(text: str, kind: str = "status") -> str:
-    """A line that a screen reader says when it appears: `status`, or `alert` where something is refused."""
-    return (
-        framed(
-            f'<p class="uke-{kind}" role="{kind}">{"⚠ " if kind == "alert" else ""}{escape(text)}</p>'
-        )
-        if text
-        else ""
-    )
-
-
-def meter(label: str, done: float, said: str) -> str:
-    """A progress bar, `done` from 0 to 1."""
-    return framed(
-        f'<label class="uke-meter">{escape(label)} <progress max="1" value="{done:.3f}" aria-label="{escape(label)}"></progress> <span>{escape(said)}</span></label>'
-    )
-
-
-def marked(before: str, after: str) -> tuple[str, str]:
-    """Both texts as HTML: words that only the first has as deleted, words that only the second has as inserted."""
+def marked(before: str, after: str) -> tuple[Markup, Markup]:
+    """Mark the words that only the first text has as deleted, those of the second as inserted."""
     old, new = (re.findall(r"\S+\s*", text) for text in (before, after))
-    left, right = [], []
-    for what, a, b, c, d in difflib.SequenceMatcher(
-        None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False
-    ).get_opcodes():
-        for side, words, tag in ((left, old[a:b], "del"), (right, new[c:d], "ins")):
-            text = "".join(words)
-            side.append(
-                escape(text)
-                if what == "equal" or not text
-                else f"<{tag}>{escape(text.rstrip())}</{tag}>{escape(text[len(text.rstrip()) :])}"
-            )
-    return "".join(left), "".join(right)
+    words = [[word.strip() for word in side] for side in (old, new)]
+    left, right = Markup(), Markup()
+    for operation, a, b, c, d in difflib.SequenceMatcher(None, *words, False).get_opcodes():
+        same = operation == "equal"
+        left += escape("".join(old[a:b])) if same else _tagged("del", "".join(old[a:b]))
+        right += escape("".join(new[c:d])) if same else _tagged("ins", "".join(new[c:d]))
+    return left, right
 
 
-def heat(tokens: Sequence[tuple[str, float]]) -> str:
-    """The tokens of a text, each the stronger coloured the more probable it is; its probability on pointing at it."""
-    spans = (
-        f'<span style="--p:{probability:.2f}" title="{escape(text.strip() or "space")}: {probability:.2f}">{escape(text)}</span>'
-        for text, probability in tokens
+def _tagged(tag: str, text: str) -> Markup:
+    words = text.rstrip()
+    return (
+        Markup(f"<{tag}>{{}}</{tag}>{{}}").format(words, text[len(words) :]) if text else Markup()
     )
-    return f'<span class="uke-heat">{"".join(spans)}</span>'
-
-
-def mean(tokens: Sequence[tuple[str, float]]) -> str:
-    """Geometric mean of the probabilities of the tokens, in print."""
-    return f"{math.exp(sum(math.log(max(probability, 1e-9)) for _, probability in tokens) / max(1, len(tokens))):.2g}"
 
 
 def curve(losses: Sequence[float], stop: float = 0.0, width: int = 300, height: int = 90) -> str:
-    """The loss (nats per token, logarithmic) after each step as a line; the dashed one is where training ends by itself."""
+    """Draw the loss (nats per token, logarithmic) after each step; the dashed line ends training."""
     if not losses:
         return ""
-    floor = max(1e-4, min([*losses, *([stop] if stop else [])]) * 0.7)
+    floor = max(1e-4, 0.7 * min([*losses, stop or math.inf]))
     low, high = math.log(floor), math.log(max(*losses, floor * 10))
-    spots = [
-        (34 + (width - 44) * place / max(1, len(losses) - 1), _height(loss, low, high, height))
-        for place, loss in enumerate(losses)
-    ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    dots = (
-        "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in spots)
-        if len(spots) <= 40
-        else ""
-    )
-    end = (
-        f'<line class="uke-stop" x1="34" x2="{width - 10}" y1="{_height(stop, low, high, height):.1f}" y2="{_height(stop, low, high, height):.1f}"/>'
-        if stop
-        else ""
-    )
-    said = f"Loss after each step: {losses[0]:.2f} at first, {losses[-1]:.3g} after {len(losses)}."
-    labels = f'<text x="30" y="14">{math.exp(high):.2g}</text><text x="30" y="{height - 14}">{floor:.1g}</text>'
-    return (
-        f'<figure class="uke-curve"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}">{labels}{end}'
-        f'<polyline points="{line}"/>{dots}</svg><figcaption>{said} Nats per token, logarithmic.</figcaption></figure>'
-    )
 
+    def y(loss: float) -> float:
+        share = (high - math.log(max(loss, floor))) / (high - low)
+        return round(10 + (height - 24) * share, 1)
 
-def _height(loss: float, low: float, high: float, height: int) -> float:
-    return 10 + (height - 24) * (high - math.log(max(loss, math.exp(low)))) / (high - low)
+    step = (width - 44) / max(1, len(losses) - 1)
+    points = [(round(34 + step * index, 1), y(loss)) for index, loss in enumerate(losses)]
+    first, last = f"{losses[0]:.2f} at first", f"{losses[-1]:.3g} after {len(losses)}"
+    caption, ends = (
+        f"Loss after each step: {first}, {last}.",
+        (f"{math.exp(high):.2g}", f"{floor:.1g}"),
+    )
+    return show.curve(caption, width, height, points, y(stop) if stop else None, *ends)
 
 
 def weight_map(norms: Mapping[str, float]) -> str:
-    """Layer by component, how far each weight moved relative to its size; stronger colour is further."""
-    cells: dict[str, dict[int, list[float]]] = {}
+    """Show by block and projection how far each weight moved relative to its size."""
+    components: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    largest = max(filter(math.isfinite, norms.values()), default=0.0) or 1.0
     for name, norm in norms.items():
-        found = re.search(r"\.(\d+)\.(.+?)(\.base_layer)?\.(weight|bias)$", name)
-        if found:
-            cells.setdefault(found[2].rpartition(".")[2], {}).setdefault(int(found[1]), []).append(
-                norm
-            )
-    if not cells:
-        return '<p class="uke-fine">No weight moved.</p>'
-    depth = 1 + max(layer for row in cells.values() for layer in row)
-    highest = max(filter(math.isfinite, norms.values()), default=0.0) or 1.0
-    head = "".join(f'<th scope="col">{layer}</th>' for layer in range(depth))
-    rows = "".join(
-        f'<tr><th scope="row">{escape(component)}</th>{"".join(_moved(row.get(layer), highest) for layer in range(depth))}</tr>'
-        for component, row in cells.items()
-    )
-    return (
-        '<div class="uke-scroll"><table class="uke-map"><caption>Which weights moved: change by block and projection, in % of the weight’s norm; '
-        f'· is untouched.</caption><thead><tr><th scope="col">block</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _moved(norms: list[float] | None, highest: float) -> str:
-    if norms is None:
-        return '<td class="uke-none">·</td>'
-    norm = max(norms)
-    return f'<td style="--p:{min(1.0, norm / highest):.2f}">{100 * norm:.2g}</td>'
-
-
-def scores(frame: pd.DataFrame) -> str:
-    """A table of the mean score of each kind before and after, with direction; columns kind, metric, against, before, after."""
-    rows = "".join(
-        f'<tr><th scope="row">{KINDS.get(row.kind, row.kind)}{f" ({row.probes})" if row.probes > 1 else ""}</th><td>{row.before:.2f}</td><td>{row.after:.2f}</td><td>{_direction(row.before, row.after)}</td>'
-        f'<td class="uke-fine">{METRICS.get(row.metric, row.metric)}, {"wanted answer" if row.against == "reference" else "answer before"}</td></tr>'
-        for row in frame.itertuples()
-    )
-    return (
-        '<div class="uke-scroll"><table class="uke-scores"><caption>Scores, from 0 to 1; higher is better in every row.</caption><thead><tr><th scope="col">kind</th>'
-        f'<th scope="col">before</th><th scope="col">after</th><th scope="col">change</th><th scope="col">score, against</th></tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _direction(before: float, after: float) -> str:
-    if abs(after - before) < 5e-3:
-        return '<span class="uke-same">= unchanged</span>'
-    return (
-        '<span class="uke-up">▲ better</span>'
-        if after > before
-        else '<span class="uke-down">▼ worse</span>'
-    )
+        if found := re.search(r"\.(\d+)\.(.+?)(\.base_layer)?\.(weight|bias)$", name):
+            cells, layer = components[found[2].rpartition(".")[2]], int(found[1])
+            if layer not in cells or cells[layer]["percent"] < 100 * norm:
+                cells[layer] = {"percent": 100 * norm, "share": min(1.0, norm / largest)}
+    depth = 1 + max((layer for cells in components.values() for layer in cells), default=0)
+    return show.weight_map(depth, list(components.items()))
 
 
 def side_by_side(
-    rows: pd.DataFrame, tokens: Mapping[tuple[str, int], tuple[Sequence, Sequence]] | None = None
-) -> str:
-    """Every question with its answers before and after, by what should happen to them; see `workbench.Trial` for both arguments."""
+    rows: pd.DataFrame, tokens: Mapping[tuple[str, int], tuple[list[Token], list[Token]]]
+) -> Markup:
+    """Show each question with its answers before and after; see `Trial` for both arguments."""
     parts = []
-    for title, kinds in GROUPS:
-        own = [row for kind in kinds for row in rows[rows["kind"] == kind].itertuples()]
-        if own:
-            parts.append(
-                f"<h4>{title}</h4>"
-                + "".join(_question(row, (tokens or {}).get((row.kind, row.number))) for row in own)
+    for title, kinds in GROUPS.items():
+        found = [row for kind in kinds for row in rows[rows["kind"] == kind].itertuples()]
+        parts += [show.heading(title)] if found else []
+        for row in found:
+            lines = [_heat_line(row.kind, line) for line in tokens.get((row.kind, row.number), ())]
+            before, after = map(
+                show.answer, ("Before", "After"), marked(row.before, row.after), lines or ("", "")
             )
-    return "".join(parts)
+            short = max(len(row.before), len(row.after)) < SHORT
+            parts.append(show.probe(row, short, before, after))
+    return Markup("").join(parts)
 
 
-def _question(row: Any, tokens: tuple[Sequence, Sequence] | None) -> str:
-    left, right = marked(row.before, row.after)
-    head = f'<span class="uke-kind">{KINDS.get(row.kind, row.kind)}</span> <strong>{escape(row.question)}</strong>'
-    told = f"{METRICS.get(row.metric, row.metric)} {row.score_before:.2f} → {row.score_after:.2f} {_direction(row.score_before, row.score_after)}"
-    wanted = f" · wanted: {escape(row.reference)}" if row.kind == "multi_hop" else ""
-    pair = "".join(
-        f'<div class="uke-answer"><span class="uke-when">{when}</span><p>{text or "<em>(nothing)</em>"}</p>{_heated(row.kind, heated)}</div>'
-        for when, text, heated in (
-            ("Before", left, tokens and tokens[0]),
-            ("After", right, tokens and tokens[1]),
-        )
-    )
-    short = " uke-short" if max(map(len, (row.before, row.after))) < SHORT else ""
-    return f'<article class="uke-probe{short}" data-kind="{row.kind}"><header>{head}<span class="uke-told">{told}{wanted}</span></header><div class="uke-pair">{pair}</div></article>'
+def _heat_line(kind: str, tokens: Sequence[Token]) -> str:
+    logs = [math.log(max(token.probability, 1e-9)) for token in tokens]
+    mean = math.exp(sum(logs) / max(1, len(logs)))
+    return show.heat_line(kind, tokens, f"{mean:.2g}") if tokens else ""
 
 
-def _heated(kind: str, tokens: Sequence | None) -> str:
-    if not tokens:
-        return ""
-    if kind == "detail":
-        return f'<p class="uke-fine">wanted: {heat(tokens)}, probability {mean(tokens)}</p>'
-    return (
-        f"<details{' open' if kind == 'original' else ''}><summary>how probable the wanted text is, token by token</summary><p>{heat(tokens)}</p>"
-        f'<p class="uke-fine">probability of a token: {mean(tokens)} (geometric mean)</p></details>'
-    )
+def result(trial: Trial, heading: str = "") -> str:
+    """Show all of a trial: scores, weights that moved, loss curve, answers before and after."""
+    losses, stop = trial.record.losses, getattr(trial.task.method, "stop_loss", 0.0)
+    moved = weight_map(trial.record.change_norm)
+    probes = side_by_side(trial.rows, trial.tokens)
+    return show.result(heading, trial, moved, curve(losses, stop), probes)
 
 
-def table(frame: pd.DataFrame, caption: str) -> str:
-    """Any frame as a table: floats with two decimals, a dash where there is nothing."""
-    head = "".join(
-        f'<th scope="col">{escape(KINDS.get(name, str(name).replace("_", " ")))}</th>'
-        for name in frame
-    )
-    rows = "".join(
-        f"<tr>{''.join(_cell(value) for value in row)}</tr>"
-        for row in frame.itertuples(index=False)
-    )
-    return f'<div class="uke-scroll"><table class="uke-scores uke-compared"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "<td>–</td>" if math.isnan(value) else f"<td>{value:.2f}</td>"
-    return f"<td{' class=uke-long' if len(str(value)) > 24 else ''}>{escape(str(value))}</td>"
-
-
-def code(text: str) -> str:
-    """Lines of code, to be copied."""
-    return f"<pre>{escape(text)}</pre>"
-
-
-def result(trial: Any, heading: str = "") -> str:
-    """All of a trial: scores, which weights moved, the course of the training, and every answer before and after."""
-    notes = "".join(f'<p class="uke-fine">{escape(note)}</p>' for note in trial.record.notes)
-    losses, stop = trial.record.losses, trial.task.method.stop_loss
-    return (
-        f"<h3>{escape(heading)}</h3>" * bool(heading)
-        + f'<div class="uke-columns">{scores(trial.scores)}<div>{weight_map(trial.record.change_norm)}{curve(losses, stop)}{notes}</div></div>'
-        + LEGEND
-        + side_by_side(trial.rows, trial.tokens)
-    )
-
-
-def taken_back(question: str, answer: str) -> str:
-    """What stands in place of a result when the edit is out of the weights again."""
-    return f'<h3>The edit is undone</h3><article class="uke-probe" data-kind="undone"><header><strong>{escape(question)}</strong></header><div class="uke-answer"><span class="uke-when">Now</span><p>{escape(answer)}</p></div></article>'
+def undone(question: str, answer: str) -> str:
+    """Show what stands in place of a result once the edit is undone."""
+    now = show.answer("Now", answer)
+    return f"<h3>The edit is undone</h3>{show.reply('undone', question, [now])}"
 
 
 def reply(question: str, before: str, after: str | None) -> str:
-    """A free question with its answer, or where an edit is in the weights both answers."""
-    pair = (
-        [("Without an edit", escape(before))]
-        if after is None
-        else list(zip(("Without the edit", "With the edit"), marked(before, after)))
-    )
-    columns = "".join(
-        f'<div class="uke-answer"><span class="uke-when">{when}</span><p>{text}</p></div>'
-        for when, text in pair
-    )
-    return f'<article class="uke-probe" data-kind="free"><header><strong>{escape(question)}</strong></header><div class="uke-pair">{columns}</div></article>'
+    """Show a free question with its answer, where there is an edit both without and with it."""
+    answers = [show.answer("Without an edit", before)]
+    if after is not None:
+        names = ("Without the edit", "With the edit")
+        answers = list(map(show.answer, names, marked(before, after)))
+    return show.reply("free", question, answers)
 
 
-LEGEND = (
-    '<p class="uke-fine"><del>only before</del> <ins>only after</ins> · token probability: <span class="uke-heat uke-scale">'
-    + "".join(f'<span style="--p:{step / 4}">{step / 4:g}</span>' for step in range(5))
-    + "</span></p>"
-)
+def table(frame: pd.DataFrame, caption: str) -> str:
+    """Show any frame: numbers with two decimals, a dash where there is none."""
+    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    return show.table(list(frame), rows, caption)
 
 
-def several(trials: Iterable[Any], table_of: pd.DataFrame) -> Page:
-    """A static page of several trials, the comparison first where there is more than one."""
-    trials = list(trials)
-    first = (
-        [table(table_of, "The edits of this session, mean score of each kind after the edit.")]
-        if len(trials) > 1
-        else []
-    )
-    return page(
-        *first,
-        *(
-            result(trial, f"{trial.number}. {trial.task.method.name}: {trial.task.edit.question}")
-            for trial in trials
-        ),
-    )
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.2f}"
+    return str(value)
+
+
+def several(trials: Iterable[Trial], comparison: pd.DataFrame) -> Page:
+    """Show several trials on a static page, the comparison first if there is more than one."""
+    parts = [
+        result(trial, f"{trial.number}. {trial.task.method.name}: {trial.task.edit.question}")
+        for trial in trials
+    ]
+    caption = "The edits of this session, mean score of each kind after the edit."
+    return page(*([table(comparison, caption)] if len(parts) > 1 else []), *parts)
