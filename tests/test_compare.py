@@ -4,9 +4,10 @@ import json
 
 import pandas as pd
 import pytest
+from uke.data.edits import AVERAGE, KINDS
 from uke.errors import InputError
 from uke.results import compare
-from uke.results.metrics import AVERAGE, HEADLINE, METRICS
+from uke.results.metrics import METRICS
 
 EDITS = ("a", "b", "c")
 
@@ -117,7 +118,7 @@ def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
         "FT-M, all",
         "no edit",
     ]  # as they came, not by the alphabet
-    kept = sum(HEADLINE[kind][1] == "before" for kind in AVERAGE)
+    kept = sum(KINDS[kind].against == "before" for kind in AVERAGE)
     assert means.tolist() == pytest.approx(
         [3.5 / 6, 3.3 / 6, (0.2 + 0.5 * (len(AVERAGE) - kept - 1) + kept) / 6]
     )

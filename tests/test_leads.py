@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from uke.data.edits import AVERAGE
 from uke.errors import InputError
 from uke.project import Paths
 from uke.results import compare
-from uke.results.metrics import AVERAGE, METRICS
+from uke.results.metrics import METRICS
 
 EDITS = ("a", "b", "c", "d")
 

@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 from rouge import Rouge
 from rouge_score.rouge_scorer import RougeScorer
+from uke.data.edits import KINDS
 from uke.errors import InputError
 from uke.results import metrics
-from uke.results.metrics import HEADLINE, METRICS, holm, interval, paired, score
+from uke.results.metrics import METRICS, score
+from uke.results.stats import holm, interval, paired
 
 PERFECT = [
     name
@@ -309,8 +311,8 @@ def test_metric_without_direction_definition_or_source():
     for name, metric in METRICS.items():
         assert metric.name == name and metric.direction in ("higher", "lower", "near one")
         assert len(metric.definition) > 20 and metric.source
-    assert {metric for metric, _ in HEADLINE.values()} <= set(METRICS) and len(HEADLINE) == 9
-    against = {kind for kind, (_, other) in HEADLINE.items() if other == "before"}
+    assert {kind.metric for kind in KINDS.values()} <= set(METRICS) and len(KINDS) == 9
+    against = {kind for kind, (_, _, _, other, _) in KINDS.items() if other == "before"}
     assert against == {"rel_doc", "rand_doc", "struct_trip", "near_triple", "general"}
 
 

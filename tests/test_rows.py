@@ -9,9 +9,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from uke import project as places
+from uke.data.edits import AVERAGE
+from uke.data.edits import KINDS as TABLE
 from uke.errors import InputError
 from uke.results import rows
-from uke.results.metrics import AVERAGE, HEADLINE, METRICS
+from uke.results.metrics import METRICS
 from uke.results.rows import COLUMNS, Paths
 
 MARKS = {"model": "m" * 16, "data": "d" * 16, "recipe": "r" * 16}
@@ -342,17 +344,12 @@ def test_column_added_later_makes_old_rows_unreadable(here):
 
 def test_headline_takes_the_wrong_column(here):
     frame = unit(
-        edits=("e1",),
-        kinds=dict.fromkeys(HEADLINE, 1),
-        study="s",
-        factor=None,
-        split="test",
-        code="c",
+        edits=("e1",), kinds=dict.fromkeys(TABLE, 1), study="s", factor=None, split="test", code="c"
     )
     for place, name in enumerate(METRICS):
         frame[name], frame[f"{name}_before"] = 100.0 + place, 200.0 + place
     found = rows.primary(frame).set_index("kind")["score"]
-    for kind, (metric, against) in HEADLINE.items():
+    for kind, (_, _, metric, against, _) in TABLE.items():
         assert found[kind] == (100 if against == "reference" else 200) + list(METRICS).index(
             metric
         ), kind

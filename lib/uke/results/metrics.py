@@ -12,24 +12,8 @@ import numpy as np
 import pandas as pd
 from uke.errors import InputError
 from uke.files import sha256
-from uke.results.stats import Interval, Paired, holm, interval, paired
+from uke.results.stats import holm, interval, paired  # noqa: F401 (notebooks)
 
-__all__ = [
-    "AVERAGE",
-    "HEADLINE",
-    "METRICS",
-    "Encoder",
-    "Interval",
-    "Metric",
-    "Paired",
-    "holm",
-    "interval",
-    "load_encoder",
-    "normalise",
-    "pad",
-    "paired",
-    "score",
-]
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -42,30 +26,35 @@ Encoder = Callable[[Sequence[str]], np.ndarray]
 class Metric(NamedTuple):
     """One score of a prediction against a reference.
 
-    `direction` is "higher", "lower" or "near one" (which is better). `function(prediction, reference)` gives a float;
-    it is None where texts are scored together through an encoder. With `best_alias` the score is the best one over
-    the reference and its aliases.
+    `function(prediction, reference)` gives a float, but for `similarity`, whose texts are scored together through an
+    encoder. `direction` is "higher", "lower" or "near one" (which is better). With `best_alias` the score is the best
+    one over the reference and its aliases.
     """
 
     name: str
+    function: Callable[..., Any]
     direction: str
-    definition: str
     source: str
-    function: Callable[[str, str], float] | None
     best_alias: bool = False
+
+    @property
+    def definition(self) -> str:
+        """What the score is, as the function says."""
+        return " ".join(self.function.__doc__.split())
 
 
 def pad(prediction: str) -> str:
-    """The prediction as the published evaluation scores it: one space appended where it has none."""
+    """Append one space to a prediction that has none, as the published evaluation does."""
     return prediction if " " in prediction else prediction + " "
 
 
 def normalise(text: str) -> str:
-    """Case folded, runs of white space made one space, ends trimmed, one final period dropped."""
+    """Fold case, make runs of white space one space, trim the ends and drop one final period."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def _bleu_char(prediction: str, reference: str) -> float:
+    """NLTK sentence_bleu of raw strings: character 1- to 4-grams, unsmoothed."""
     from nltk.translate.bleu_score import sentence_bleu
 
     with warnings.catch_warnings():
@@ -80,15 +69,25 @@ def _rouge_texts(prediction: str, reference: str) -> tuple[str, str]:
     return pad(prediction), reference if reference.strip(".") else " "
 
 
-def _rouge_n_recall(prediction: str, reference: str, name: str) -> float:
+def _rouge(name: str, prediction: str, reference: str) -> float:
     from rouge import Rouge
 
     texts = _rouge_texts(prediction, reference)
     return Rouge(metrics=[name], stats=["r"]).get_scores(*texts)[0][name]["r"]
 
 
+def _rouge1_recall(prediction: str, reference: str) -> float:
+    """Share of the reference's distinct words found; package rouge."""
+    return _rouge("rouge-1", prediction, reference)
+
+
+def _rouge2_recall(prediction: str, reference: str) -> float:
+    """Share of the reference's distinct word pairs found; package rouge."""
+    return _rouge("rouge-2", prediction, reference)
+
+
 def _lcs_rows(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """Table of longest common subsequences, one integer per row (bit-parallel: Crochemore et al. 2001; Hyyrö 2004).
+    """Tabulate longest common subsequences, one integer per row (bit-parallel: Crochemore et al. 2001; Hyyrö 2004).
 
     Bit j of row i is 0 where cell (i, j + 1) exceeds cell (i, j) by one.
     """
@@ -108,7 +107,7 @@ def _lcs_length(row: int, columns: int) -> int:
 
 
 def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Words of the subsequence that package `rouge` reconstructs: on a tie it leaves the second text's word first."""
+    """Return the words of the subsequence that package `rouge` reconstructs: on a tie it leaves the second text's word first."""
     rows, words = _lcs_rows(first, second), set()
     i, j = len(first), len(second)
     while i and j:
@@ -123,6 +122,8 @@ def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
 
 
 def _rougel_recall(prediction: str, reference: str) -> float:
+    """Share of the reference's distinct words in longest common subsequences of its sentences; equals package rouge,
+    with bit-parallel tables."""
     predicted, wanted = (
         [" ".join(part.split()).split(" ") for part in text.split(".") if part]
         for text in _rouge_texts(prediction, reference)
@@ -132,12 +133,12 @@ def _rougel_recall(prediction: str, reference: str) -> float:
 
 
 def _rougel_f1(prediction: str, reference: str) -> float:
+    """F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9 only, no
+    stemmer), with bit-parallel tables; equal texts without a token score 1."""
     from rouge_score.tokenize import tokenize
 
     predicted, wanted = tokenize(prediction, None), tokenize(reference, None)
-    if (
-        not predicted or not wanted
-    ):  # the package says 0, but an unchanged answer must count as kept
+    if not predicted or not wanted:  # the package says 0, but an unchanged answer is an equal one
         return float(prediction == reference)
     common = _lcs_length(_lcs_rows(wanted, predicted)[-1], len(predicted))
     return 2 * common / (len(predicted) + len(wanted))
@@ -151,14 +152,18 @@ def _sacrebleu() -> Any:
 
 
 def _bleu_token(prediction: str, reference: str) -> float:
+    """Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1."""
     return _sacrebleu().sentence_score(prediction, [reference]).score / 100
 
 
 def _exact(prediction: str, reference: str) -> float:
+    """1 if prediction and reference (or an alias) are equal with case folded, white space collapsed and one final
+    period dropped."""
     return float(normalise(prediction) == normalise(reference))
 
 
 def _mention(prediction: str, reference: str) -> float:
+    """1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words."""
     wanted = normalise(reference)
     if not wanted:
         return _exact(prediction, reference)
@@ -178,7 +183,7 @@ _SOMEWHERE = re.compile(
 
 
 def _letter(text: str, anywhere: bool = False) -> str | None:
-    """The choice that a text states as its letter, in one of the plain ways or `anywhere`; None where it states none."""
+    """Return the letter that a text states as its choice, in one of the plain ways or `anywhere`; None for no letter."""
     found = _ALONE.fullmatch(text) or _FIRST.match(text) or _NAMED.search(text)
     if found:
         return found[1].upper()
@@ -187,6 +192,8 @@ def _letter(text: str, anywhere: bool = False) -> str | None:
 
 
 def _choice(prediction: str, reference: str) -> float:
+    """1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the
+    reference's; only for questions with lettered choices. The same as exact where the reference states no letter."""
     wanted = _letter(reference)
     if wanted is None:
         return _exact(prediction, reference)
@@ -197,134 +204,42 @@ def _choice(prediction: str, reference: str) -> float:
 
 
 def _length_ratio(prediction: str, reference: str) -> float:
+    """Words of the prediction per word of the reference."""
     predicted, wanted = len(prediction.split()), len(reference.split())
     return 1.0 if predicted == wanted else predicted / max(wanted, 1)
 
 
 def _repetition(prediction: str, reference: str = "") -> float:
+    """Share of the prediction's word triples that occurred before: 1 - distinct-3."""
     words = prediction.split()
     triples = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
+    """Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT score."""
+    first, second = encoder(predictions), encoder(references)  # (N, width), unit length
+    return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)  # (N,)
 
 
 PUBLISHED = "published evaluation of UnKE and AnyEdit (PAPER, section 2)"
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "bleu_char",
-            "higher",
-            "NLTK sentence_bleu of raw strings: character 1- to 4-grams, unsmoothed.",
-            PUBLISHED,
-            _bleu_char,
-        ),
-        Metric(
-            "rouge1_recall",
-            "higher",
-            "Share of the reference's distinct words found; package rouge.",
-            PUBLISHED,
-            functools.partial(_rouge_n_recall, name="rouge-1"),
-        ),
-        Metric(
-            "rouge2_recall",
-            "higher",
-            "Share of the reference's distinct word pairs found; package rouge.",
-            PUBLISHED,
-            functools.partial(_rouge_n_recall, name="rouge-2"),
-        ),
-        Metric(
-            "rougel_recall",
-            "higher",
-            "Share of the reference's distinct words in longest common subsequences of its sentences; equals "
-            "package rouge, with bit-parallel tables.",
-            PUBLISHED,
-            _rougel_recall,
-        ),
-        Metric(
-            "similarity",
-            "higher",
-            "Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT score.",
-            PUBLISHED,
-            None,
-        ),
-        Metric(
-            "rougel_f1",
-            "higher",
-            "F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9 only, no "
-            "stemmer), with bit-parallel tables; equal texts without a token score 1.",
-            "Lin 2004; rouge-score",
-            _rougel_f1,
-        ),
-        Metric(
-            "bleu_token",
-            "higher",
-            "Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1.",
-            "Post 2018; sacrebleu",
-            _bleu_token,
-        ),
-        Metric(
-            "exact",
-            "higher",
-            "1 if prediction and reference (or an alias) are equal with case folded, white space collapsed and one "
-            "final period dropped.",
-            "this project",
-            _exact,
-            best_alias=True,
-        ),
-        Metric(
-            "mention",
-            "higher",
-            "1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words.",
-            "this project",
-            _mention,
-            best_alias=True,
-        ),
-        Metric(
-            "choice",
-            "higher",
-            "1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the "
-            "reference's; only for questions with lettered choices. The same as exact where the reference states no letter.",
-            "this project",
-            _choice,
-            best_alias=True,
-        ),
-        Metric(
-            "length_ratio",
-            "near one",
-            "Words of the prediction per word of the reference.",
-            "this project",
-            _length_ratio,
-        ),
-        Metric(
-            "repetition",
-            "lower",
-            "Share of the prediction's word triples that occurred before: 1 - distinct-3.",
-            "Li et al. 2016 (distinct-n)",
-            _repetition,
-        ),
+        Metric("bleu_char", _bleu_char, "higher", PUBLISHED),
+        Metric("rouge1_recall", _rouge1_recall, "higher", PUBLISHED),
+        Metric("rouge2_recall", _rouge2_recall, "higher", PUBLISHED),
+        Metric("rougel_recall", _rougel_recall, "higher", PUBLISHED),
+        Metric("similarity", cosines, "higher", PUBLISHED),
+        Metric("rougel_f1", _rougel_f1, "higher", "Lin 2004; rouge-score"),
+        Metric("bleu_token", _bleu_token, "higher", "Post 2018; sacrebleu"),
+        Metric("exact", _exact, "higher", "this project", best_alias=True),
+        Metric("mention", _mention, "higher", "this project", best_alias=True),
+        Metric("choice", _choice, "higher", "this project", best_alias=True),
+        Metric("length_ratio", _length_ratio, "near one", "this project"),
+        Metric("repetition", _repetition, "lower", "Li et al. 2016 (distinct-n)"),
     )
 }
-
-# The comparison that counts for each kind of probe, fixed before any row existed (DESIGN, section 9).
-HEADLINE: dict[str, tuple[str, str]] = {
-    "original": ("rougel_f1", "reference"),
-    "paraphrase": ("rougel_f1", "reference"),
-    "detail": ("exact", "reference"),
-    "rel_doc": ("rougel_f1", "before"),
-    "rand_doc": ("rougel_f1", "before"),
-    "struct_trip": ("exact", "before"),
-    "near_triple": ("exact", "before"),
-    "multi_hop": ("exact", "reference"),
-    "general": ("exact", "before"),
-}
-AVERAGE: tuple[str, ...] = (
-    "original",
-    "paraphrase",
-    "detail",
-    "rel_doc",
-    "rand_doc",
-    "struct_trip",
-)
 
 
 @functools.lru_cache(maxsize=2**14)
@@ -335,7 +250,7 @@ def _score_pair(prediction: str, references: tuple[str, ...]) -> dict[str, float
             for one in references[: None if metric.best_alias else 1]
         )
         for metric in METRICS.values()
-        if metric.function
+        if metric.function is not cosines
     }
 
 
@@ -357,21 +272,15 @@ def score(
             f"score: expected one reference (and alias list) for each prediction, found {counts}"
         )
     pairs = [(one, (other, *names)) for one, other, names in zip(predictions, references, aliases)]
-    for place, (prediction, wanted) in enumerate(pairs):
+    for index, (prediction, wanted) in enumerate(pairs):
         for text in (prediction, *wanted):
             if not isinstance(text, str):
-                raise InputError(f"score: pair {place}: expected text, found {type(text).__name__}")
+                raise InputError(f"score: pair {index}: expected text, found {type(text).__name__}")
     names = [name for name in METRICS if name != "similarity" or encoder]
     frame = pd.DataFrame([_score_pair(*pair) for pair in pairs], columns=names, dtype=float)
     if encoder and pairs:
         frame["similarity"] = cosines([pad(one) for one in predictions], references, encoder)
     return frame
-
-
-def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
-    """Compute the cosine of each prediction with its reference, (N,)."""
-    first, second = encoder(predictions), encoder(references)  # (N, width), unit length
-    return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)
 
 
 def load_encoder(source: str | Path | None = None) -> Encoder | None:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uke.data import formats
-from uke.data.edits import SPLITS, Edit, Probe, fingerprint, in_split
+from uke.data.edits import KINDS, SPLITS, Edit, Probe, fingerprint, in_split
 from uke.data.formats import load_locality
 from uke.errors import InputError, nearest
 from uke.locality import card
 from uke.project import Paths
-from uke.results.metrics import HEADLINE
 from uke.world import files as world_files
 
 
@@ -40,8 +39,8 @@ class Dataset:
 
     def only(self, kinds: Sequence[str]) -> "Dataset":
         """Return the same edits with probes of these kinds alone, a dataset of its own; InputError for an unknown kind."""
-        if unknown := [kind for kind in kinds if kind not in HEADLINE]:
-            raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], HEADLINE)}")
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], KINDS)}")
         probes = {
             edit: tuple(probe for probe in every if probe.kind in kinds)
             for edit, every in self.probes.items()

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from uke.data.edits import Probe
+from uke.data.edits import AVERAGE, KINDS, Probe
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import key
-from uke.results.metrics import AVERAGE, HEADLINE, score
+from uke.results.metrics import score
 from uke.results.rows import shortened
 from uke.results.stats import Score, ordered
 
@@ -155,16 +155,16 @@ def average(probes: Sequence[Probe], answers: Sequence[str], before: Sequence[st
     """The average metric of these answers, over all edits together: mean over kinds of each kind's own comparison."""
     frame = pd.DataFrame({"kind": [probe.kind for probe in probes]})
     references = [
-        one if HEADLINE[probe.kind][1] == "before" else probe.reference
+        one if KINDS[probe.kind].against == "before" else probe.reference
         for probe, one in zip(probes, before, strict=True)
     ]
     scores = score(
         answers,
         references,
-        [probe.aliases if HEADLINE[probe.kind][1] == "reference" else () for probe in probes],
+        [probe.aliases if KINDS[probe.kind].against == "reference" else () for probe in probes],
     )
     frame["score"] = [
-        scores[HEADLINE[kind][0]].iat[place] for place, kind in enumerate(frame["kind"])
+        scores[KINDS[kind].metric].iat[place] for place, kind in enumerate(frame["kind"])
     ]
     means = frame.groupby("kind")["score"].mean()
     return float(means[means.index.isin(AVERAGE)].mean())
