@@ -259,6 +259,7 @@ def _learn(
     """Train a fresh copy of the encoder; return it with the loss of every step."""
     import torch
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.util import batch_to_device
     from transformers import get_linear_schedule_with_warmup
 
     model = open_encoder(base).eval()  # no dropout
@@ -276,10 +277,7 @@ def _learn(
             [passage(documents[pair.own]) for pair, _ in batch],
             [passage(documents[negative]) for _, negative in batch],
         )
-        features = [
-            {name: value.to(model.device) for name, value in model.preprocess(texts).items()}
-            for texts in columns
-        ]
+        features = [batch_to_device(model.preprocess(texts), model.device) for texts in columns]
         loss = criterion(features, labels=None)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
