@@ -1,18 +1,21 @@
-"""Figures show the numbers they are given, in colours that do not wander, and redraw to the same bytes."""
+"""Figures show the numbers they are given, in colours that do not wander, as the same bytes."""
 
 import json
 import subprocess
 import sys
+from itertools import combinations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
+from uke.data.edits import KINDS
 from uke.errors import InputError
-from uke.report import figures
+from uke.report import figures, style
 from uke.results.stats import interval
 
-KINDS = ("original", "detail", "rel_doc", "general")
+SOME = ("original", "detail", "rel_doc", "general")
 
 
 def scores(*methods: str) -> pd.DataFrame:
@@ -20,7 +23,7 @@ def scores(*methods: str) -> pd.DataFrame:
     rows = [
         (method, kind, f"e{edit}", float(generator.uniform(0.2, 0.9)))
         for method in methods
-        for kind in KINDS
+        for kind in SOME
         for edit in range(6)
     ]
     return pd.DataFrame(rows, columns=["method", "kind", "edit", "score"])
@@ -30,92 +33,272 @@ def panels(fig) -> dict:
     return {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_title(loc="left")}
 
 
-def marks(ax) -> list[tuple[float, float, str]]:
-    """Position and colour of the point of each line."""
-    found = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
-    return [(line.get_xdata()[0], line.get_ydata()[0], to_hex(line.get_color())) for line in found]
+def points(ax) -> list[tuple[float, float, str]]:
+    """Return position and colour of every mark."""
+    return [
+        (float(x), float(y), to_hex(line.get_color()))
+        for line in ax.get_lines()
+        if line.get_marker() not in ("None", "")
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
+
+
+def lines(ax) -> list:
+    """Return the solid lines that join something."""
+    return [
+        line for line in ax.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1
+    ]
+
+
+def segments(ax) -> list[np.ndarray]:
+    return [
+        segment
+        for each in ax.collections
+        if hasattr(each, "get_segments")
+        for segment in each.get_segments()
+    ]
 
 
 def test_a_point_and_its_interval_are_those_of_the_rows():
     frame = scores("FT-L", "FT-M")
-    ax = panels(figures.levels(frame))["Details"]
-    own = frame[(frame["method"] == "FT-M") & (frame["kind"] == "detail")]["score"]
-    expected = interval(own)
-    assert any(x == pytest.approx(expected.mean) and place == 1 for x, place, _ in marks(ax))
-    ends = [
-        segment[:, 0]
-        for lines in ax.collections
-        if hasattr(lines, "get_segments")
-        for segment in lines.get_segments()
-    ]
-    assert any(end == pytest.approx([expected.low, expected.high]) for end in ends)
+    ax = panels(figures.scores(frame))["Details"]
+    expected = interval(frame[(frame["method"] == "FT-M") & (frame["kind"] == "detail")]["score"])
+    assert any(x == pytest.approx(expected.mean) and y == 1 for x, y, _ in points(ax))
+    ends = [expected.low, expected.high]
+    assert any(segment[:, 0] == pytest.approx(ends) for segment in segments(ax))
 
 
 def test_details_of_one_edit_do_not_count_as_several_edits():
-    frame = pd.DataFrame(
-        {
-            "method": "FT-M",
-            "kind": "detail",
-            "edit": ["a", "a", "a", "b"],
-            "score": [0.0, 0.0, 0.0, 1.0],
-        }
-    )
-    (x, _, _), *_ = marks(panels(figures.levels(frame))["Details"])
-    assert x == pytest.approx(0.5)
+    frame = pd.DataFrame({"edit": list("aaab"), "score": [0.0, 0.0, 0.0, 1.0]})
+    ax = panels(figures.scores(frame.assign(method="FT-M", kind="detail")))["Details"]
+    assert points(ax)[0][0] == pytest.approx(0.5)
 
 
-def test_the_model_before_the_edit_is_a_reference_and_no_method():
+def test_no_edit_and_the_floor_are_references_and_no_methods():
     frame = scores("FT-M", "no edit", "floor")
-    fig = figures.levels(frame)
+    fig = figures.scores(frame)
     ax = panels(fig)["RelDoc"]
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["FT-M"]
-    before = frame[(frame["method"] == "no edit") & (frame["kind"] == "rel_doc")]["score"].mean()
+    assert [name.get_text() for name in fig.axes[0].get_yticklabels()] == ["FT-M"]
+    unedited = frame[(frame["method"] == "no edit") & (frame["kind"] == "rel_doc")]["score"].mean()
     dashed = [line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2]
-    assert dashed == [pytest.approx(before)]
-    assert {text.get_text() for text in fig.legends[0].get_texts()} == {
-        "no edit",
-        "below the floor",
-    }
+    assert dashed == [pytest.approx(unedited)]
+    explained = {text.get_text() for text in fig.legends[0].get_texts()}
+    assert explained == {"no edit", "below the floor"}
     with pytest.raises(InputError, match="besides the references"):
-        figures.levels(scores("no edit"))
+        figures.scores(scores("no edit"))
 
 
 def test_a_method_keeps_its_colour_whatever_stands_beside_it():
-    alone = marks(panels(figures.levels(scores("FT-M")))["Original"])[0][2]
-    beside = marks(panels(figures.levels(scores("LoRA", "FT-L", "FT-M")))["Original"])
+    alone = points(panels(figures.scores(scores("FT-M")))["Original"])[0][2]
+    beside = points(panels(figures.scores(scores("LoRA", "FT-L", "FT-M")))["Original"])
     assert alone == beside[2][2] and len({colour for _, _, colour in beside}) == 3
-    assert len(set(figures.looks(f"level {place}" for place in range(6)).values())) == 6
+    assert len(set(style.looks(f"level {at}" for at in range(6)).values())) == 6
+    method, variant = style.looks(["FT-UKE", "FT-UKE (at once)"]).values()
+    assert method.colour == variant.colour and (method.dashes, variant.dashes) == ("-", "--")
 
 
 def test_a_kind_without_rows_for_a_method_shows_a_dash():
     frame = scores("FT-L", "FT-M")
     frame = frame[(frame["method"] == "FT-L") | (frame["kind"] != "general")]
-    ax = panels(figures.levels(frame))["General skill"]
-    assert len(marks(ax)) == 1 and "–" in [text.get_text() for text in ax.texts]
+    ax = panels(figures.scores(frame))["General skill"]
+    assert len(points(ax)) == 1 and "–" in [text.get_text() for text in ax.texts]
 
 
-def test_levels_within_a_method_are_dodged_and_not_drawn_over_each_other():
-    frame = pd.concat([scores("FT-M", "LoRA").assign(level=level) for level in ("single", "all")])
-    ax = panels(figures.levels(frame, by="level", within="method"))["Original"]
-    assert len({place for _, place, _ in marks(ax)}) == 4
+def test_ten_kinds_of_five_levels_in_two_methods_are_dodged_and_fit_on_a_page():
+    rows = [
+        (level, method, kind, 0.5, 0.4, 0.6)
+        for level in "abcde"
+        for method in ("FT-M", "LoRA")
+        for kind in (*KINDS, "average")
+    ]
+    frame = pd.DataFrame(rows, columns=["level", "method", "kind", "mean", "low", "high"])
+    fig = figures.scores(frame, by="level", within="method")
+    assert fig.get_figheight() < 9.2 and len(panels(fig)) == 10
+    assert len({y for _, y, _ in points(panels(fig)["Original"])}) == 10
 
 
-def test_an_edit_that_stopped_early_still_counts_in_the_curve():
-    steps = [("a", step, 1.0) for step in range(2)] + [("b", step, 3.0) for step in range(4)]
-    frame = pd.DataFrame(steps, columns=["edit", "step", "loss"]).assign(method="FT-M")
-    line = max(figures.curves(frame).axes[0].get_lines(), key=lambda each: len(each.get_xdata()))
-    assert line.get_xdata().tolist() == [0, 1, 2, 3] and line.get_ydata().tolist() == [2.0] * 4
+LEVELS = pd.DataFrame(
+    [
+        (level, method, "average", edit, score + edit / 10)
+        for method, start in (("FT-M", 0.3), ("LoRA", 0.1))
+        for level, score in (("all", start + 0.2), ("eighth_1", start), ("eighth_2", start + 0.1))
+        for edit in (0, 1)
+    ]
+    + [("no edit", "no edit", "average", edit, 0.25) for edit in (0, 1)],
+    columns=["level", "method", "kind", "edit", "score"],
+)
+
+
+def test_levels_stand_along_an_axis_and_those_apart_are_not_on_the_line():
+    (ax,) = figures.scores(LEVELS, x="level", apart=["all"]).axes
+    assert [each.get_text() for each in ax.get_xticklabels()] == ["eighth 1", "eighth 2", "all"]
+    joined = [list(line.get_ydata()) for line in lines(ax)]
+    assert joined == [pytest.approx([0.35, 0.45]), pytest.approx([0.15, 0.25])]
+    heights = [y for _, y, _ in points(ax)]
+    assert heights == pytest.approx([0.35, 0.45, 0.55, 0.15, 0.25, 0.35])
+    assert any(list(line.get_ydata()) == [0.25, 0.25] for line in ax.get_lines())  # no edit
+
+
+def test_a_level_that_a_method_lacks_leaves_its_place_empty_and_rows_are_kept_apart():
+    short = LEVELS[(LEVELS["method"] != "LoRA") | (LEVELS["level"] != "eighth_1")]
+    (ax,) = figures.scores(short, x="level").axes
+    assert sum(np.isnan(y) for _, y, _ in points(ax)) == 1
+    frame = LEVELS[LEVELS["method"] != "no edit"].assign(trained="with")
+    axes = figures.scores(frame, x="level", by="trained", row="method").axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["FT-M: Average", "LoRA: Average"]
+    assert [max(y for _, y, _ in points(ax)) for ax in axes] == pytest.approx([0.55, 0.35])
+
+
+CURVES = [("FT-M", 0, 0, 4.0), ("FT-M", 0, 1, 1.0), ("FT-M", 1, 0, 2.0), ("MEMIT", 1, 0, 0.01)]
+CURVES = pd.DataFrame(CURVES, columns=["method", "edit", "step", "loss"])
+
+
+def test_an_edit_whose_training_ended_keeps_its_last_loss():
+    first, second = figures.curves(CURVES, panel="method").axes
+    assert list(lines(first)[0].get_ydata()) == [3, 1.5]
+    assert list(second.get_lines()[0].get_ydata())[:1] == [0.01]
+    assert first.get_yscale() == second.get_yscale() == "log"
+    (ax,) = figures.curves(CURVES[CURVES["method"] == "FT-M"]).axes
+    assert list(lines(ax)[0].get_ydata()) == [3, 1.5]
+
+
+def test_windows_show_the_median_over_edits_without_and_with_the_edit():
+    rows = [
+        ("MEMIT", phase, edit, window, value)
+        for edit in (1, 2, 9)
+        for window in (1, 2)
+        for phase, value in (("no edit", -2.0 - window), ("after", -1.0 * edit))
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "phase", "edit", "window", "log_probability"])
+    options = {"x": "window", "y": "log_probability", "by": "phase", "panel": "method"}
+    unedited, after = figures.curves(frame, **options).axes[0].get_lines()
+    assert list(unedited.get_ydata()) == [-3, -4] and list(after.get_ydata()) == [-2, -2]
 
 
 def test_names_of_lines_that_end_together_do_not_overlap():
-    rows = [
-        (method, step, 1.0 + step)
-        for method in ("FT-L", "FT-M", "FT-A", "LoRA")
-        for step in range(3)
-    ]
+    names = ("FT-L", "FT-M", "FT-A", "LoRA")
+    rows = [(method, step, 1.0 + step) for method in names for step in range(3)]
     ax = figures.curves(pd.DataFrame(rows, columns=["method", "step", "loss"])).axes[0]
     heights = sorted(text.xyann[1] for text in ax.texts)
-    assert len(heights) == 4 and min(np.diff(heights)) > 0.07 and heights[-1] < 1.05
+    assert len(heights) == 4 and min(np.diff(heights)) > 0.07 and heights[-1] < 1.06
+
+
+def test_a_loss_that_falls_less_than_a_hundredfold_still_has_ticks_to_read_it_by():
+    frame = pd.DataFrame({"method": "FT-M", "step": range(5), "loss": [5.0, 2.0, 1.0, 0.5, 0.2]})
+    ax = figures.curves(frame).axes[0]
+    low, high = ax.get_ylim()
+    assert ax.get_yscale() == "log" and sum(low <= tick <= high for tick in ax.get_yticks()) >= 3
+
+
+def test_trends_are_means_over_edits_with_a_panel_for_each_quantity():
+    rows = [
+        (name, view, count, factor * (score * count + 0.1 * edit))
+        for name, score in (("FT-M", 0.02), ("MEMIT", 0.01))
+        for view, factor in (("first", 1), ("seconds", 40))
+        for count in (10, 1)
+        for edit in (0, 2)
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "panel", "count", "score"])
+    first, seconds = figures.trend(frame, "count", panel="panel").axes
+    assert [list(line.get_xdata()) for line in lines(first)] == [[1, 10]] * 2
+    expected = [pytest.approx([0.12, 0.3]), pytest.approx([0.11, 0.2])]
+    assert [list(line.get_ydata()) for line in lines(first)] == expected
+    assert first.get_ylim()[1] == pytest.approx(1.03) and seconds.get_ylim()[0] == 0
+    assert [each.get_text() for each in first.figure.legends[0].get_texts()] == ["FT-M", "MEMIT"]
+
+
+def test_orders_of_magnitude_have_a_log_axis_and_a_method_may_lack_a_panel():
+    frame = pd.DataFrame({"method": ["FT-M", "FT-M", "MEMIT"], "panel": ["a", "a", "b"]})
+    frame = frame.assign(x=[1, 2, 2], score=[1.0, 100.0, 3.0])
+    a, b = figures.trend(frame, "x", panel="panel").axes
+    assert a.get_yscale() == "log" and b.get_yscale() == "linear" and len(points(b)) == 1
+
+
+def test_a_lead_has_its_intervals_and_the_line_of_no_lead():
+    frame = pd.DataFrame({"batch_size": [1, 8, 40], "mean": [4.0, 9.0, 20.0]})
+    frame = frame.assign(low=frame["mean"] - 1, high=frame["mean"] + 1)
+    (ax,) = figures.trend(frame, y="mean", by=None, baseline=0, label_y="lead (points)").axes
+    assert [list(segment[:, 1]) for segment in segments(ax)] == [[3, 5], [8, 10], [19, 21]]
+    assert any(list(line.get_ydata()) == [0, 0] for line in ax.get_lines())
+    assert [text.get_text() for text in ax.texts] == ["4.0", "9.0", "20.0"]
+
+
+@pytest.mark.parametrize(
+    "sizes, scale",
+    [
+        ((1, 2, 4, 8, 16, 40), "log"),
+        ((1, 4, 16, 64), "log"),
+        ((26, 48, 95, 187), "log"),
+        ((1, 10, 20, 40), "linear"),
+        ((1, 2, 8), "linear"),
+    ],
+)
+def test_numbers_that_grow_by_a_factor_stand_apart_from_each_other(sizes, scale):
+    frame = pd.DataFrame({"method": "FT-M", "panel": "editing", "batch size": sizes, "score": 0.5})
+    (ax,) = figures.trend(frame, "batch size", panel="panel").axes
+    assert ax.get_xscale() == scale and list(ax.get_xticks()) == list(sizes)
+
+
+TRIALS = pd.DataFrame(
+    {
+        "method": ["FT-M", "FT-M", "MEMIT", "MEMIT"] * 2,
+        "batch_size": [1] * 4 + [8] * 4,
+        "score": [0.7, 0.5, 0.6, 0.4, 0.6, 0.65, 0.3, 0.5],
+        "chosen": [False, True] * 4,
+        "before": 0.56,
+    }
+)
+
+
+def test_every_trial_is_a_point_and_the_chosen_one_is_ringed_even_if_another_scored_higher():
+    axes = figures.tuning(TRIALS).axes
+    rings = [
+        {
+            (float(line.get_xdata()[0]), int(line.get_ydata()[0]))
+            for line in ax.get_lines()
+            if line.get_markerfacecolor() == "none" and line.get_marker() == "o"
+        }
+        for ax in axes
+    ]
+    assert rings == [{(0.5, 0), (0.4, 1)}, {(0.65, 0), (0.5, 1)}]
+    assert [len(cloud.get_offsets()) for ax in axes for cloud in ax.collections] == [2] * 4
+
+
+def test_the_expected_best_of_k_is_the_mean_over_all_choices_of_k_trials():
+    trials = [0.3, 0.1, 0.8, 0.8, 0.5]
+    expected = [np.mean([max(some) for some in combinations(trials, k)]) for k in range(1, 6)]
+    assert figures.best_of(trials) == pytest.approx(expected)
+    few = TRIALS[(TRIALS["batch_size"] == 1) | (TRIALS["method"] == "FT-M")]
+    for frame, curves in ((TRIALS, [2, 2]), (few, [2, 1])):
+        fig = figures.tuning(frame, expected=True)
+        assert [len(lines(ax)) for ax in fig.axes] == curves
+        named = {text.get_text() for text in fig.axes[-1].texts}
+        named |= {text.get_text() for legend in fig.legends for text in legend.get_texts()}
+        assert {"FT-M", "MEMIT"} <= named  # also where the last panel lacks a line
+
+
+def test_every_value_is_a_point_and_the_median_is_said():
+    frame = pd.DataFrame({"kind": ["rel_doc"] * 3 + ["rand_doc"] * 2, "measure": "overlap"})
+    fig = figures.distribution(frame.assign(score=[0.1, 0.5, 0.9, 0.2, 0.4]), panel="measure")
+    (ax,) = fig.axes
+    clouds = [each for each in ax.collections if not hasattr(each, "get_segments")]
+    assert sorted(len(cloud.get_offsets()) for cloud in clouds) == [2, 3]
+    assert {text.get_text() for text in ax.texts} == {"0.50", "0.30"}
+    assert [each.get_text() for each in ax.get_yticklabels()] == ["RelDoc", "RandDoc"]
+
+
+def test_every_length_is_counted_in_its_histogram_and_ranks_rise_to_one():
+    lengths = [*range(60, 100), 0, 1, 2, 3, 3]
+    frame = pd.DataFrame({"dataset": ["long"] * 40 + ["short"] * 5, "length": lengths})
+    axes = figures.distribution(frame, "length", by="dataset", form="histogram").axes
+    assert [ax.get_title(loc="right") for ax in axes] == ["median 80, n = 40", "median 2, n = 5"]
+    assert all(ax.get_xscale() == "log" for ax in axes)
+    frame = pd.DataFrame({"kind": ["rel_doc", "rel_doc", "rand_doc"], "rank": [1, 4, 200]})
+    fig = figures.distribution(frame, "rank", form="cumulative", floor=100)
+    assert all(line.get_ydata()[-1] == 1 for line in lines(fig.axes[0])[:2])
+    assert [each.get_text() for each in fig.legends[0].get_texts()] == ["RelDoc", "RandDoc"]
+    with pytest.raises(InputError, match="form: expected one of points"):
+        figures.distribution(frame, "rank", form="bars")
 
 
 def test_bars_of_knowledge_reach_the_mean_and_mark_what_was_asked_for():
@@ -123,117 +306,81 @@ def test_bars_of_knowledge_reach_the_mean_and_mark_what_was_asked_for():
     ax = figures.knowledge(frame).axes[0]
     means = frame.groupby("kind")["score"].mean()
     assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx(sorted(means))
-    upright = [
-        segment
-        for lines in ax.collections
-        for segment in lines.get_segments()
-        if segment[0][0] == segment[1][0] == 0.98
-    ]
-    assert len(upright) == 1
+    assert sum(each[0][0] == each[1][0] == 0.98 for each in segments(ax)) == 1
 
 
-def test_every_answer_is_counted_in_the_histogram_of_lengths():
-    frame = pd.DataFrame(
-        {"dataset": ["long"] * 40 + ["short"] * 5, "length": [*range(60, 100), 0, 1, 2, 3, 3]}
-    )
-    axes = figures.lengths(frame).axes
-    assert [sum(ax.patches[0].get_data().values) for ax in axes] == [40, 5]
-    assert [ax.get_title(loc="right") for ax in axes] == ["median 80, n = 40", "median 2, n = 5"]
+def test_a_plane_has_a_point_for_each_method_and_a_cross_for_no_edit():
+    frame = pd.DataFrame({"method": ["FT-M", "no edit"]})
+    ax = figures.plane(frame.assign(locality=[0.9, 1.0], efficacy=[0.5, 0.1])).axes[0]
+    marks = [(line.get_marker(), line.get_xdata()[0]) for line in ax.get_lines()[-2:]]
+    assert marks == [("o", 0.9), ("x", 1.0)]
+
+
+def test_heat_says_each_mean_and_leaves_blank_what_was_not_changed():
+    frame = pd.DataFrame({"method": ["FT-A", "FT-A", "FT-A", "MEMIT"], "layer": [10, 2, 2, 2]})
+    ax = figures.heat(frame.assign(norm=[0.1, 0.2, 0.4, 0.05])).axes[0]
+    assert [each.get_text() for each in ax.get_xticklabels()] == ["2", "10"]
+    assert [each.get_text() for each in ax.get_yticklabels()] == ["FT-A", "MEMIT"]
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["0.30", "0.10", "0.05"]
+
+
+def test_a_specification_is_sorted_and_shows_the_levels_of_each_combination():
+    frame = pd.DataFrame({"layers": ["one", "all"], "loss": ["x", "x"], "mean": [0.4, 0.7]})
+    frame = frame.assign(low=0.3, high=0.8, chosen=[True, False])
+    top, below = figures.specification(frame, ["layers", "loss"]).axes
+    assert top.collections[1].get_offsets()[:, 1].tolist() == [0.7, 0.4]
+    (ring,) = [line for line in top.get_lines() if line.get_markerfacecolor() == "none"]
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1], [0.4])
+    names = [each.get_text() for each in below.get_yticklabels()]
+    assert names == ["layers: all", "layers: one", "loss: x"]
 
 
 @pytest.mark.parametrize(
     ("draw", "column"),
     [
-        (figures.levels, "kind"),
+        (figures.scores, "kind"),
         (figures.curves, "step"),
+        (figures.trend, "batch_size"),
+        (figures.tuning, "chosen"),
+        (figures.distribution, "score"),
         (figures.knowledge, "score"),
-        (figures.lengths, "length"),
+        (figures.plane, "efficacy"),
+        (figures.heat, "norm"),
+        (lambda frame: figures.specification(frame, ["layers"]), "mean"),
+        (figures.claims, "said"),
     ],
 )
 def test_a_missing_column_is_named_with_the_nearest_one(draw, column):
-    frame = pd.DataFrame(
-        {
-            name: [1.0]
-            for name in ("method", "kind", "edit", "score", "step", "loss", "dataset", "length")
-        }
-    ).rename(columns={column: column + "x"})
+    columns = "method kind edit score step loss batch_size chosen locality efficacy layer norm"
+    frame = pd.DataFrame({name: [1.0] for name in columns.split()})
+    frame = frame.assign(layers=1, mean=1, claim="c", verdict="v", value=1, low=0, high=1, said="")
+    if column != "mean":
+        frame = frame.drop(columns=["mean"])
     with pytest.raises(InputError, match=f"no column '{column}'; did you mean '{column}x'"):
-        draw(frame)
+        draw(frame.rename(columns={column: column + "x"}))
+    assert plt.get_fignums() == []  # and nothing stays in pyplot's memory
 
 
 LOSSES = pd.DataFrame({"method": "FT-M", "step": range(5), "loss": [4.0, 2.0, 1.0, 0.5, 0.1]})
 DRAW = """
 import json, sys
 import pandas as pd
-from uke import figures, report
+from uke.report import compose, figures, style
 frame = pd.read_json(sys.argv[1] + "/losses.json")
-figures.save(figures.curves(frame), sys.argv[1], "losses")
+style.save(figures.curves(frame), sys.argv[1], "losses", png=True)
 json.dump(sorted(sys.modules), open(sys.argv[1] + "/modules.json", "w"))
 """
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """Folder in which a process with another hash seed has drawn LOSSES and listed the modules it loaded."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    LOSSES.to_json(folder / "losses.json")
-    environment = {
-        "PYTHONHASHSEED": "99",
-        "PYTHONPATH": ":".join(filter(None, sys.path)),
-        "HOME": str(folder),
-    }
-    subprocess.run([sys.executable, "-c", DRAW, str(folder)], check=True, env=environment)
-    return folder
-
-
-def test_a_redraw_gives_the_same_bytes_in_another_process(elsewhere, tmp_path):
-    saved = figures.save(figures.curves(LOSSES), tmp_path, "losses")
-    assert [path.name for path in saved] == ["losses.pdf", "losses.png"]
-    for path in saved:
-        assert path.read_bytes() == (elsewhere / path.name).read_bytes()
-    assert b"CreationDate" not in saved[0].read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.pdf", "losses.png"]
-
-
-def test_drawing_and_reporting_need_no_torch(elsewhere):
-    loaded = json.loads((elsewhere / "modules.json").read_text(encoding="utf-8"))
-    assert "uke.report.section" in loaded and "torch" not in loaded and "transformers" not in loaded
-
-
-def test_ten_kinds_of_five_levels_in_two_methods_fit_on_a_page():
-    """Drawn in three columns they ran off the top of it."""
-    kinds = (
-        "original",
-        "paraphrase",
-        "detail",
-        "multi_hop",
-        "rel_doc",
-        "rand_doc",
-        "struct_trip",
-        "near_triple",
-        "general",
-        "average",
-    )
-    rows = [
-        (level, method, kind, 0.5, 0.4, 0.6)
-        for level in "abcde"
-        for method in ("FT-M", "LoRA")
-        for kind in kinds
-    ]
-    fig = figures.levels(
-        pd.DataFrame(rows, columns=["level", "method", "kind", "mean", "low", "high"]),
-        by="level",
-        within="method",
-    )
-    assert fig.get_figheight() < 9.2 and len(fig.axes) == 12
-
-
-def test_a_loss_that_falls_less_than_a_hundredfold_still_has_ticks_to_read_it_by():
-    fig = figures.curves(
-        pd.DataFrame({"method": "FT-M", "step": range(5), "loss": [5.0, 2.0, 1.0, 0.5, 0.2]})
-    )
-    low, high = fig.axes[0].get_ylim()
-    assert (
-        fig.axes[0].get_yscale() == "log"
-        and sum(low <= tick <= high for tick in fig.axes[0].get_yticks()) >= 3
-    )
+def test_another_process_draws_the_same_bytes_and_loads_no_torch(tmp_path):
+    LOSSES.to_json(tmp_path / "losses.json")
+    path = ":".join(filter(None, sys.path))
+    environment = {"PYTHONHASHSEED": "99", "PYTHONPATH": path, "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", DRAW, str(tmp_path)], check=True, env=environment)
+    saved = style.save(figures.curves(LOSSES), tmp_path / "here", "losses", png=True)
+    assert [path.name for path in saved] == ["losses.svg", "losses.png"]
+    for here in saved:
+        assert here.read_bytes() == (tmp_path / here.name).read_bytes()
+    assert b"<text" not in saved[0].read_bytes() and b"dc:date" not in saved[0].read_bytes()
+    loaded = json.loads((tmp_path / "modules.json").read_text(encoding="utf-8"))
+    assert "uke.report.section" in loaded and not {"torch", "transformers"} & set(loaded)
