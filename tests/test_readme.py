@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from uke.data import formats
+from uke.data import FORMATS
 from uke.errors import InputError
 from uke.methods import METHODS
-from uke.report import section as report
-from uke.results import rows
+from uke.project import Paths
+from uke.report import compose
 
 ROOT = Path(__file__).parents[1]
 QUOTE = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
@@ -35,7 +35,7 @@ def test_no_other_result_stands_in_its_prose():
 
 def test_the_names_it_promises_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert {name for name in formats.PARSERS if f"`{name}`" in text} == set(formats.PARSERS)
+    assert {name for name in FORMATS if f"`{name}`" in text} == set(FORMATS)
     assert all(name in text for name in METHODS)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(
         re.findall(r"`(\w+)`", text)
@@ -44,19 +44,19 @@ def test_the_names_it_promises_exist():
 
 def test_quoting_renews_a_stale_number_and_refuses_an_unknown_one(tmp_path, monkeypatch):
     monkeypatch.setenv("UKE_HOME", str(tmp_path))
-    paths = rows.Paths("embedded")
+    paths = Paths("embedded")
     paths.figures.mkdir(parents=True)
     (paths.figures / "numbers.json").write_text(json.dumps({"a.b": {"said": "0.93"}}))
     page = tmp_path / "README.md"
     page.write_text("x <!-- number: a.b -->old<!-- --> y\n")
-    report.quote(page, paths)
+    compose.quote(page, paths)
     assert page.read_text() == "x <!-- number: a.b -->0.93<!-- --> y\n"
     (paths.figures / "numbers.json").write_text(
         json.dumps({"a.b": {"said": "1 holds", "unit": "holds"}})
     )
     page.write_text("<!-- word: a.b -->fails<!-- -->")
-    report.quote(page, paths)
+    compose.quote(page, paths)
     assert page.read_text() == "<!-- word: a.b -->holds<!-- -->"
     page.write_text("<!-- number: a.c -->old<!-- -->")
     with pytest.raises(InputError, match="a.c: not in .*did you mean 'a.b'"):
-        report.quote(page, paths)
+        compose.quote(page, paths)

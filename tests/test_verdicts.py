@@ -1,14 +1,14 @@
 """Verdicts follow the rule that was fixed beforehand, and what a user writes wrongly is named."""
 
 import json
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
-import matplotlib.colors
 import pytest
+from matplotlib.colors import to_hex
 from uke.cli import params
 from uke.errors import InputError
-from uke.report import diagrams, panels, verdicts
+from uke.report import figures, verdicts
 from uke.report.verdicts import FAILS, HOLDS, IN_PART, UNTESTABLE, Claim, judge
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def test_two_numbers_of_opposite_signs(own, other, expected):
     )
     assert (
         verdict.word == expected
-        and [each.key for each in verdict.seen] == ["a.b", "a.c"]
+        and [each.key for each in verdict.evidence] == ["a.b", "a.c"]
         and verdict.worlds == 1
     )
 
@@ -147,7 +147,7 @@ def test_every_number_that_a_pattern_matches_must_agree_and_deeper_keys_do_not_m
         "akew.batch.8.lead": said(*AGAINST),
     }
     verdict = judge(claim, {"w": numbers})
-    assert verdict.word == HOLDS and [each.key for each in verdict.seen] == [
+    assert verdict.word == HOLDS and [each.key for each in verdict.evidence] == [
         "batch.8.lead",
         "batch.24.lead",
     ]
@@ -159,7 +159,7 @@ def test_the_reason_of_an_untestable_claim_is_shown_whatever_the_numbers_say():
     verdict = judge(
         Claim(key="c", claim="c", untestable="models of another size"), {"w": {"a.b": said(*SURE)}}
     )
-    assert (verdict.word, verdict.worlds, verdict.seen) == (UNTESTABLE, 0, ())
+    assert (verdict.word, verdict.worlds, verdict.evidence) == (UNTESTABLE, 0, ())
     assert verdicts.table([verdict]).iloc[0].tolist() == [
         "c",
         "",
@@ -169,36 +169,41 @@ def test_the_reason_of_an_untestable_claim_is_shown_whatever_the_numbers_say():
     ]
 
 
-# --- what is read --------------------------------------------------------------------------------------------------
-
-
-def section(folder, name, numbers, **more):
-    (folder / "sections").mkdir(parents=True, exist_ok=True)
-    (folder / "sections" / f"{name}.json").write_text(json.dumps({"numbers": numbers} | more))
+def run(folder, sections=None, numbers=None):
+    """Paths of a run with these sections (or with this numbers.json alone)."""
+    paths = SimpleNamespace(figures=folder, sections=folder.parent / "results" / folder.name)
+    folder.mkdir(parents=True)
+    paths.sections.mkdir(parents=True)
+    for name, content in (sections or {}).items():
+        (paths.sections / f"{name}.json").write_text(json.dumps({"notebook": name} | content))
+    if numbers is not None:
+        (folder / "numbers.json").write_text(json.dumps(numbers))
+    return paths
 
 
 def test_numbers_come_from_this_run_and_from_the_other_worlds_beside_it(tmp_path):
-    own, other = tmp_path / "embedded", tmp_path / "embedded-world-2"
-    section(own, "07_recipe", {"single.lead": said(*SURE)})
-    section(own, "08_batch_size", {"batch.trend": said(*SURE)}, smoke_run=True)
-    section(own, verdicts.NOTEBOOK, {"verdict.a": said(1)})
-    other.mkdir()
-    (other / "numbers.json").write_text(json.dumps({"single.lead": said(*HINT)}))
-    (tmp_path / "quick-world-2").mkdir()
-    found = verdicts.gather(types.SimpleNamespace(figures=own))
-    assert {name: list(numbers) for name, numbers in found.items()} == {
-        "embedded": ["single.lead"],
-        "embedded-world-2": ["single.lead"],
+    sections = {
+        "07_recipe": {"numbers": {"single.lead": said(*SURE)}},
+        "08_batch_size": {"numbers": {"batch.trend": said(*SURE)}, "smoke_run": True},
+        verdicts.NOTEBOOK: {"numbers": {"verdict.a": said(1)}},
     }
+    paths = run(tmp_path / "embedded", sections, numbers={"old": said(1)})
+    run(tmp_path / "embedded-world-2", numbers={"single.lead": said(*HINT)})
+    run(tmp_path / "quick-world-2")
+    found = verdicts.gather(paths)
+    names = {name: list(numbers) for name, numbers in found.items()}
+    assert names == {"embedded": ["single.lead"], "embedded-world-2": ["single.lead"]}
     assert judge(Claim(key="c", claim="c", number="single.lead", sign="+"), found).word == IN_PART
-    assert verdicts.gather(types.SimpleNamespace(figures=tmp_path / "quick")) == {"quick": {}}
+    assert verdicts.gather(run(tmp_path / "quick")) == {"quick": {}}
+    alone = run(tmp_path / "clone", numbers={"a.b": said(1)})  # has no sections
+    assert list(verdicts.gather(alone)["clone"]) == ["a.b"]
 
 
 def test_a_broken_section_is_named(tmp_path):
-    section(tmp_path, "07_recipe", {})
-    (tmp_path / "sections" / "07_recipe.json").write_text("[1")
+    paths = run(tmp_path / "quick")
+    (paths.sections / "07_recipe.json").write_text("[1")
     with pytest.raises(InputError, match="07_recipe.json: expected JSON"):
-        verdicts.read(tmp_path)
+        verdicts.gather(paths)
 
 
 @pytest.mark.parametrize(
@@ -243,56 +248,49 @@ ENTRY = "published:\n- {set: S, model: M, metric: similarity, source: T, cells: 
         ("original", "orignal", "cells: UnKE: unknown 'orignal'; did you mean 'original'"),
         ("97.4", "much", "cells: UnKE: original: expected a number, found 'much'"),
         ("published:", "publishd:", "unknown key 'publishd'; did you mean 'published'"),
-        ("source: T", "source: T, batch: 8", "batch: unknown '8'"),
+        ("source: T", "source: T, batch: 8", "batch: expected a text, found 8"),
     ],
 )
 def test_a_published_value_written_wrongly_is_named(tmp_path, old, new, message):
     path = tmp_path / "paper.yaml"
     path.write_text(ENTRY)
-    assert [(cell.method, cell.kind, cell.value) for cell in verdicts.published(path)] == [
-        ("UnKE", "original", 97.4)
-    ]
+    (entry,) = verdicts.paper(path).published
+    assert entry.cells == {"UnKE": {"original": 97.4}}
     path.write_text(ENTRY.replace(old, new))
     with pytest.raises(InputError, match="paper.yaml.*" + message):
-        verdicts.published(path)
+        verdicts.paper(path)
 
 
-def test_published_values_stand_beside_ours_of_the_same_kind_and_set(tmp_path):
-    cell = verdicts.Cell(
-        "UnKEBench", "M", "AnyEdit (MEMIT)", "rougel_recall", "", "paraphrase", 70.0, "T"
-    )
-    lead = verdicts.Cell("AKEW-CF", "M", "FT-UKE", "lead", "largest", "average", 10.8, "T")
+def test_published_values_stand_beside_ours_of_the_same_kind_and_set():
+    entry = {"set": "UnKEBench", "model": "M", "metric": "rougel_recall", "source": "T"}
+    cells = {"AnyEdit (MEMIT)": {"paraphrase": 70.0}}
+    lead = {"set": "AKEW-CF", "metric": "lead", "cells": {"FT-UKE": {"average": 10.8}}}
     numbers = {
         "single.anyedit_memit.paraphrase": said(0.321, 0.3, 0.35),
         "akew.batch.8.lead": said(4.0),
         "akew.batch.24.lead": said(9.0),
         "batch.24.lead": said(1.0),
     }
-    other = (
-        cell._replace(set="AKEW-CF"),
-        cell._replace(metric="similarity"),
-        cell._replace(method="PIPE"),
-        lead._replace(batch="smallest"),
-    )
-    assert verdicts.beside([cell, lead, *other], numbers)["ours"].fillna("").tolist() == [
-        "32.1 [30.0, 35.0]",
-        "9.0",
-        "",
-        "",
-        "",
-        "4.0",
+    entries = [
+        entry | {"cells": cells},
+        entry | lead | {"batch": "largest"},
+        entry | {"cells": cells, "set": "AKEW-CF"},
+        entry | {"cells": cells, "metric": "similarity"},
+        entry | {"cells": {"PIPE": {"paraphrase": 70.0}}},
+        entry | lead | {"batch": "smallest"},
     ]
+    frame = verdicts.beside([verdicts.Published(**each) for each in entries], numbers)
+    assert frame["ours"].fillna("").tolist() == ["32.1 [30.0, 35.0]", "9.0", "", "", "", "4.0"]
 
 
 def test_the_committed_files_are_sound():
     claims = verdicts.claims(ROOT / "params" / "claims.yaml")
-    assert len({claim.label for claim in claims}) == len(claims) >= 15 and all(
-        claim.paper for claim in claims
-    )
-    assert len(verdicts.published(ROOT / "params" / "paper.yaml")) >= 30
-    assert {"Table 4", "Table 5", "number not known"} <= set(
-        verdicts.correspondence(ROOT / "params" / "paper.yaml")["the paper"]
-    )
+    assert len({claim.label for claim in claims}) == len(claims) >= 15
+    assert all(claim.paper for claim in claims)
+    paper = verdicts.paper(ROOT / "params" / "paper.yaml")
+    assert sum(len(values) for each in paper.published for values in each.cells.values()) >= 30
+    shown = verdicts.correspondence(paper.correspondence)["the paper"]
+    assert {"Table 4", "Table 5", "number not known"} <= set(shown)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +307,6 @@ def test_the_profile_of_another_world_names_one_seed_and_is_valid_for_every_note
         )
 
 
-# --- what is drawn -------------------------------------------------------------------------------------------------
-
-
 def test_the_figure_turns_every_number_into_the_direction_of_its_claim():
     numbers = {
         "a.b": said(-2.0, -4.0, -1.0),
@@ -319,34 +314,25 @@ def test_the_figure_turns_every_number_into_the_direction_of_its_claim():
         "a.d": said(1.0, -1.0, 2.0),
     }
     claims = [
-        Claim("x", "x", "down", number="a.b", sign="-"),
-        Claim("y", "y", "bound", number="a.c", sign="+", than=0.99),
-        Claim("z", "z", "either", number="a.b", sign="either"),
-        Claim("v", "v", "opposite", number="a.b", sign="opposite", than="a.d"),
-        Claim("w", "w", "none", number="q", sign="+"),
+        {"label": "down", "number": "a.b", "sign": "-"},
+        {"label": "bound", "number": "a.c", "sign": "+", "than": 0.99},
+        {"label": "either", "number": "a.b", "sign": "either"},
+        {"label": "opposite", "number": "a.b", "sign": "opposite", "than": "a.d"},
+        {"label": "none", "number": "q", "sign": "+"},
     ]
-    judged = [judge(claim, {"w": numbers}) for claim in claims]
+    judged = [judge(Claim(key="x", claim="x", **claim), {"w": numbers}) for claim in claims]
     frame = verdicts.points(judged).set_index("claim")
-    assert frame.loc["down", ["value", "low", "high"]].tolist() == [2, 1, 4] and frame.loc[
-        "either", ["value", "low", "high"]
-    ].tolist() == [2, 1, 4]
-    assert frame.loc["bound", ["value", "low", "high"]].tolist() == pytest.approx(
-        [-0.01, -0.02, 0.005]
-    )
-    assert frame.loc["opposite", "value"].tolist() == [2, -1] and frame.loc[
-        "opposite", "said"
-    ].tolist() == ["b: −2.00 [−4.00, −1.00]", "d: 1.00 [−1.00, 2.00]"]
-    assert "none" not in frame.index
-    (axes,) = diagrams.claims(frame.reset_index()).axes
-    drawn = [(float(line.get_xdata()[0]), line.get_color()) for line in axes.lines[1:]]
-    colours = {word: colour for word, (colour, _) in panels.VERDICTS.items()}
-    assert drawn == [
-        (0.5, colours[HOLDS]),
-        (-0.5, colours[FAILS]),
-        (0.5, colours[HOLDS]),
-        (0.5, colours[IN_PART]),
-        (-0.25, colours[IN_PART]),
-    ]
-    assert all(
-        matplotlib.colors.is_color_like(colour) for colour, _ in panels.VERDICTS.values()
-    ) and set(panels.VERDICTS) == set(verdicts.WORDS) - {UNTESTABLE}
+    ends = frame[["value", "low", "high"]]
+    assert ends.loc["down"].tolist() == ends.loc["either"].tolist() == [2, 1, 4]
+    assert ends.loc["bound"].tolist() == pytest.approx([-0.01, -0.02, 0.005])
+    assert frame.loc["opposite", "value"].tolist() == [2, -1]
+    words = ["b: −2.00 [−4.00, −1.00]", "d: 1.00 [−1.00, 2.00]"]
+    assert frame.loc["opposite", "said"].tolist() == words and "none" not in frame.index
+    (axes,) = figures.claims(frame.reset_index()).axes
+    drawn = [(float(line.get_xdata()[0]), to_hex(line.get_color())) for line in axes.lines[1:]]
+    colours = {word: look.colour for word, look in figures.VERDICTS.items()}
+    places = [(0.5, HOLDS), (-0.5, FAILS), (0.5, HOLDS), (0.5, IN_PART), (-0.25, IN_PART)]
+    assert drawn == [(place, colours[word]) for place, word in places]
+    assert set(figures.VERDICTS) == set(verdicts.WORDS) - {UNTESTABLE}
+    counted = verdicts.counts(judged)
+    assert counted == {HOLDS: 2, IN_PART: 1, FAILS: 1, UNTESTABLE: 1}

@@ -54,6 +54,7 @@ def compose(
     sections = read_sections(paths)
     numbers = _merge_numbers(sections)
     text = markdown(paths, sections, expected, runs)
+    paths.figures.mkdir(parents=True, exist_ok=True)
     contents = {
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
         "report.html": _html(paths, text),

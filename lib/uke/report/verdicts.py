@@ -125,7 +125,8 @@ def _valid(model: type[Model], place: str, content: Any) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as failure:
-        error = failure.errors()[0]
+        # A misspelt key is the reason why another one is missing.
+        error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
     where = [f"entry {part + 1}" if isinstance(part, int) else str(part) for part in error["loc"]]
     where = [part for part in where if part not in ("float", "str", "constrained-str", "[key]")]
     message = error["msg"].removeprefix("Value error, ")
