@@ -1,6 +1,4 @@
-"""Peers: residuals that no layer closes, updates that push away, systems solved wrongly, moments of another corpus."""
-
-import json
+"""Baselines: residuals that no layer closes, wrong systems, another corpus's covariance."""
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from uke.methods.edited import METHODS, edited, load, save
 from uke.methods.locate_edit import covariance, solvers
 from uke.methods.locate_edit.anchors import by_window, locate, look, sites, states
 from uke.methods.locate_edit.solvers import System, ridge
-from uke.methods.locate_edit.targets import target_values
+from uke.methods.locate_edit.targets import find_targets
 from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
@@ -63,7 +61,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ready(tiny, tokenizer):
-    """Factory: a tiny model whose moments are measured."""
+    """Factory: a tiny model whose covariance is measured."""
 
     def build(family: str = "llama", **changes):
         model = tiny(family, **changes)
@@ -74,7 +72,7 @@ def ready(tiny, tokenizer):
 
 
 def quick(name: str, **changes) -> LocateRecipe:
-    """The named peer for an untrained model of four blocks, in few and large steps."""
+    """The named recipe for an untrained model of four blocks, in few and large steps."""
     small = {
         "window": 6,
         "steps": 8,
@@ -116,16 +114,16 @@ def log_probabilities(model, tokenizer, edits=EDITS) -> list[float]:
     return target_log_probability(model, tokenizer, [edit.probes[0] for edit in edits])
 
 
-def distances(model, tokenizer, edits, peer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How far the anchors' hidden states are from the target values before and after the edit, and log p gained."""
-    last = sites(model, peer.layers)[-1]
-    located = locate(model, peer.examples(model, tokenizer, edits), peer)
-    wanted = target_values(model, located, last, peer).hidden
+def distances(model, tokenizer, edits, recipe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How far hidden states are from the targets before and after the edit, and log p gained."""
+    last = sites(model, recipe.layers)[-1]
+    located = locate(model, recipe.examples(model, tokenizer, edits), recipe)
+    wanted = find_targets(model, located, last, recipe).hidden
     before, old = (
         states(model, located, last, last).hidden,
         log_probabilities(model, tokenizer, edits),
     )
-    with edited(model, tokenizer, edits, peer) as m:
+    with edited(model, tokenizer, edits, recipe) as m:
         after, new = states(m, located, last, last).hidden, log_probabilities(m, tokenizer, edits)
     return (
         (wanted - before).norm(dim=-1),
@@ -134,10 +132,10 @@ def distances(model, tokenizer, edits, peer) -> tuple[torch.Tensor, torch.Tensor
     )
 
 
-# --- the choices -----------------------------------------------------------------------------------------------------
+# --- the choices ----------------------------------------------------------------------------------
 
 
-def test_the_named_peers_are_solvers_times_anchor_rules():
+def test_the_named_baselines_are_solvers_times_anchor_rules():
     assert {
         "memit",
         "alphaedit",
@@ -148,7 +146,7 @@ def test_the_named_peers_are_solvers_times_anchor_rules():
         "anyedit_pp",
         "muke",
     } == set(WRITING)
-    assert {peer.name for peer in BASELINES.values()} <= set(METHODS)
+    assert {recipe.name for recipe in BASELINES.values()} <= set(METHODS)
     for name in ("memit", "alphaedit", "unke"):
         base, split = BASELINES[name].model_dump(), BASELINES[f"anyedit_{name}"].model_dump()
         assert {field for field in base if base[field] != split[field]} <= {
@@ -169,7 +167,7 @@ def test_published_blocks_become_fractions_of_the_depth(tiny):
         ] == [{32: 7, 8: 1}[depth]]
 
 
-def test_a_peer_is_frozen_strict_and_told_by_every_choice():
+def test_a_baseline_is_frozen_strict_and_told_by_every_choice():
     base, other = (
         BASELINES["memit"],
         BASELINES["anyedit_unke"].model_dump()
@@ -209,14 +207,14 @@ def test_a_peer_is_frozen_strict_and_told_by_every_choice():
             LocateRecipe(**base.model_dump() | changes)
 
 
-# --- second moments --------------------------------------------------------------------------------------------------
+# --- covariance -----------------------------------------------------------------------------------
 
 
-def test_second_moments_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
+def test_covariances_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
     model = tiny()
     covariance.measure(model, tokenizer, TEXTS, (1, 3))
     for site, found in zip(
-        sites(model, (1, 3)), covariance.second_moments(model, sites(model, (1, 3))), strict=True
+        sites(model, (1, 3)), covariance.covariances(model, sites(model, (1, 3))), strict=True
     ):
         keys = []
         for text in TEXTS:
@@ -240,7 +238,7 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
     model, looked = tiny(), []
     monkeypatch.setattr(prompts, "PADDING", 1.0)  # three texts at a time, whatever their lengths
     whole = (
-        covariance.second_moments(model, sites(model, (1,)))
+        covariance.covariances(model, sites(model, (1,)))
         if covariance.measure(model, tokenizer, TEXTS, (1,), every=3)
         else None
     )
@@ -256,10 +254,10 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
     monkeypatch.setattr(covariance, "look", counted)
     with pytest.raises(KeyboardInterrupt):
         covariance.measure(model, tokenizer, TEXTS, (1,), every=3)
-    with pytest.raises(InputError, match="no second moments"):
-        covariance.second_moments(model, sites(model, (1,)))
+    with pytest.raises(InputError, match="no covariance"):
+        covariance.covariances(model, sites(model, (1,)))
     covariance.measure(model, tokenizer, TEXTS, (1, 2), every=3)  # block 1 goes on, block 2 begins
-    assert torch.equal(covariance.second_moments(model, sites(model, (1,)))[0], whole[0])
+    assert torch.equal(covariance.covariances(model, sites(model, (1,)))[0], whole[0])
     calls = len(looked)
     assert calls == 3 + 3 + 5
     covariance.measure(model, tokenizer, TEXTS, (1, 2))
@@ -267,31 +265,30 @@ def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
     path.write_bytes(b"cut short")
     covariance.measure(model, tokenizer, TEXTS, (1,))
     assert torch.allclose(
-        covariance.second_moments(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6
+        covariance.covariances(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6
     )
     assert not [part for part in covariance.folder(model).iterdir() if part.name.endswith(".part")]
 
 
-def test_moments_of_another_model_or_of_other_texts_are_not_used(ready, tiny, tokenizer):
+def test_a_covariance_of_another_model_or_of_other_texts_is_not_used(ready, tiny, tokenizer):
     model = ready()
     other = tiny()
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     with pytest.raises(
         InputError,
-        match="no second moments of this model; .*python -m uke.methods.locate_edit.covariance MODEL TEXTS.json --layers 1 2",
+        match="no covariance of this model; .*uke covariance MODEL TEXTS.json --layers 1 2",
     ):
         with edited(other, tokenizer, EDITS, quick("memit")):
             pass
     with pytest.raises(
-        InputError,
-        match="no preservation texts of this model; .*python -m uke.methods.locate_edit.covariance",
+        InputError, match="no preservation texts of this model; .*python -m uke covariance"
     ):
         with edited(other, tokenizer, EDITS, quick("unke")):
             pass
     covariance.measure(model, tokenizer, TEXTS[:3], (1,))
-    assert len(covariance.second_moments(model, sites(model, (1,)))) == 1
+    assert len(covariance.covariances(model, sites(model, (1,)))) == 1
     with pytest.raises(InputError, match="--layers 2$"):
-        covariance.second_moments(model, sites(model, (1, 2)))
+        covariance.covariances(model, sites(model, (1, 2)))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '[""]', '[{"question": "a"}]', "[1]"])
@@ -301,27 +298,10 @@ def test_a_corpus_of_another_shape_is_refused(tmp_path, content):
         covariance.read_texts(tmp_path / "texts.json")
 
 
-def test_the_command_measures_a_model_of_a_directory(tiny, tokenizer, tmp_path, capsys):
-    model = tiny()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    covariance.main([str(tmp_path / "model"), str(tmp_path / "texts.json"), "--layers", "1", "0.5"])
-    assert len(covariance.second_moments(model, sites(model, (1, 2)))) == 2
-    for wrong in (
-        [str(tmp_path / "model")],
-        [str(tmp_path / "model"), "none.json"],
-        [str(tmp_path), str(tmp_path / "texts.json")],
-    ):
-        with pytest.raises(SystemExit):
-            covariance.main(wrong)
-    assert "none.json: expected a JSON list" in capsys.readouterr().err
-
-
 def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
     model = ready()
     (site,) = sites(model, (1,))
-    (moment,) = covariance.second_moments(model, (site,))
+    (moment,) = covariance.covariances(model, (site,))
     (null,) = covariance.projectors(model, (site,), 0.3)
     assert torch.allclose(null @ null, null, atol=1e-10) and torch.allclose(null, null.T)
     values, vectors = torch.linalg.eigh(moment)
@@ -333,7 +313,7 @@ def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
         covariance.projectors(model, (site,), 1e-30)
 
 
-# --- the solve -------------------------------------------------------------------------------------------------------
+# --- the solve ------------------------------------------------------------------------------------
 
 
 def drawn(n: int = 7, wide: int = 12, deep: int = 5, kept: int = 4):
@@ -392,20 +372,20 @@ def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer)
     before = state(model)
     with pytest.raises(
         InputError,
-        match="MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite; expected",
+        match="MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite",
     ):
         with edited(model, tokenizer, EDITS, quick("memit")):
             pass
     assert not moved(model, before) and hooks(model) == 0
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["memit", "anyedit_memit", "anyedit_alphaedit"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["memit", "anyedit_alphaedit"])
 def test_the_last_layer_closes_the_residual(ready, tokenizer, family, name):
-    peer = quick(
+    recipe = quick(
         name,
         layers=(0, 1, 2),
         memit_lambda=1e-7,
@@ -413,18 +393,17 @@ def test_the_last_layer_closes_the_residual(ready, tokenizer, family, name):
         null_threshold=1e9,
         keep_keys=False,
     )
-    before, after, gained = distances(ready(family), tokenizer, EDITS, peer)
-    # Behind Gemma's norm the projection sets a direction alone, so what the layers below moved is met in part.
+    before, after, gained = distances(ready(family), tokenizer, EDITS, recipe)
+    # Behind Gemma's norm the projection sets a direction alone: the residual is met in part.
     assert float((after / before).max()) < (0.5 if family == "gemma3_text" else 1e-2)
     assert float(gained.min()) > 0
 
 
-@pytest.mark.parametrize("count", [1, 6, 20])
-@pytest.mark.parametrize("name", ["memit", "alphaedit", "anyedit_memit"])
+@pytest.mark.parametrize(("name", "count"), [("memit", 20), ("alphaedit", 6)])
 def test_batches_of_any_size_push_towards_the_target(ready, tokenizer, name, count):
     model = ready(num_hidden_layers=6)
-    peer = quick(name, layers=(0, 1, 2, 3, 4), steps=10, null_threshold=1e9, alphaedit_l2=1.0)
-    before, after, gained = distances(model, tokenizer, MANY[:count], peer)
+    recipe = quick(name, layers=(0, 1, 2, 3, 4), steps=10, null_threshold=1e9, alphaedit_l2=1.0)
+    before, after, gained = distances(model, tokenizer, MANY[:count], recipe)
     assert (
         float((after / before).max()) < 1
         and float((after / before).mean()) < 0.9
@@ -434,13 +413,13 @@ def test_batches_of_any_size_push_towards_the_target(ready, tokenizer, name, cou
 
 def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(ready, tokenizer):
     model = ready(num_hidden_layers=6)
-    peer = quick("memit", layers=(0, 1, 2, 3, 4), steps=3, memit_lambda=1e-7, as_published=True)
-    before, after, _ = distances(model, tokenizer, MANY[:1], peer)
+    recipe = quick("memit", layers=(0, 1, 2, 3, 4), steps=3, memit_lambda=1e-7, as_published=True)
+    before, after, _ = distances(model, tokenizer, MANY[:1], recipe)
     assert float(after / before) > 0.1  # a fifth of what is left at every layer, never all of it
-    before, after, _ = distances(model, tokenizer, MANY[:20], peer)
+    before, after, _ = distances(model, tokenizer, MANY[:20], recipe)
     assert float((after / before).min()) > 1  # divided by 5 - 19: away from the target
     with pytest.raises(InputError, match="batch of 6 edits: .*divided by 5 - 5 = 0"):
-        with edited(model, tokenizer, MANY[:6], peer):
+        with edited(model, tokenizer, MANY[:6], recipe):
             pass
     with edited(
         model,
@@ -460,40 +439,39 @@ def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(rea
 
 
 def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):
-    model, peer = ready(), quick("anyedit_alphaedit")
-    places = sites(model, peer.layers)
+    model, recipe = ready(), quick("anyedit_alphaedit")
+    places = sites(model, recipe.layers)
     before = [site.projection.weight.detach().clone() for site in places]
-    with edited(model, tokenizer, EDITS, peer):
+    with edited(model, tokenizer, EDITS, recipe):
         for site, old, moment in zip(
-            places, before, covariance.second_moments(model, places), strict=True
+            places, before, covariance.covariances(model, places), strict=True
         ):
             values, vectors = torch.linalg.eigh(moment)
             change = site.projection.weight.detach().double() - old.double()
-            kept = change @ vectors[:, values >= peer.null_threshold]
+            kept = change @ vectors[:, values >= recipe.null_threshold]
             assert float(kept.norm()) < 1e-5 * float(change.norm()) and kept.shape[1] > 3
 
 
 def test_kept_keys_hold_the_other_positions(ready, tokenizer):
     model, drift = ready(), {}
     for keep in (True, False):
-        peer = quick("anyedit_memit", layers=(2,), memit_lambda=1e-4, keep_keys=keep)
-        located = locate(model, peer.examples(model, tokenizer, EDITS), peer)
-        (site,) = sites(model, peer.layers)
+        recipe = quick("anyedit_memit", layers=(2,), memit_lambda=1e-4, keep_keys=keep)
+        located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
+        (site,) = sites(model, recipe.layers)
         keys, old = (
             states(model, located, site, site).others,
             site.projection.weight.detach().clone(),
         )
-        with edited(model, tokenizer, EDITS, peer):
+        with edited(model, tokenizer, EDITS, recipe):
             drift[keep] = float((keys @ (site.projection.weight.detach() - old).T).norm())
     assert drift[True] < 0.5 * drift[False]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["unke", "anyedit_unke"])
-def test_unkes_loss_falls_and_no_other_block_moves(ready, tokenizer, family, name):
-    model, peer = ready(family), quick(name)
+@pytest.mark.parametrize(("name", "family"), [("unke", "llama"), ("anyedit_unke", "gemma3_text")])
+def test_unkes_loss_falls_and_no_other_block_moves(ready, tokenizer, name, family):
+    model, recipe = ready(family), quick(name)
     before, old = state(model), log_probabilities(model, tokenizer)
-    with edited(model, tokenizer, EDITS, peer) as m:
+    with edited(model, tokenizer, EDITS, recipe) as m:
         assert (
             {name.split(".")[2] for name in moved(m, before)}
             == {"2"}
@@ -518,32 +496,31 @@ def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer):
     assert drift[1] < 0.5 * drift[0]
 
 
-@pytest.mark.parametrize("name", ["memit", "alphaedit", "unke"])
+@pytest.mark.parametrize("name", ["memit", "unke"])
 @pytest.mark.parametrize("anchors", ["windows", "surprisal", "nested"])
 def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(
     ready, tokenizer, name, anchors
 ):
     model, written = ready(), []
-    for peer in (quick(name), quick(name, anchors=anchors, window=99)):
-        with edited(model, tokenizer, EDITS, peer) as m:
+    for recipe in (quick(name), quick(name, anchors=anchors, window=99)):
+        with edited(model, tokenizer, EDITS, recipe) as m:
             written.append(state(m))
             notes = [note for note in m.edit_record.notes if "one window" in note]
     assert all(torch.equal(one, written[1][key]) for key, one in written[0].items())
     assert [note.split("'")[1] for note in notes] == ["ada", "alan"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize(("name", "family"), zip(WRITING, FAMILIES * 2, strict=False))
 def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace(
-    ready, tokenizer, family, name
+    ready, tokenizer, name, family
 ):
-    model, peer = ready(family), quick(name, null_threshold=1e9)
+    model, recipe = ready(family), quick(name, null_threshold=1e9)
     model.train()
     before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    located = locate(model.eval(), peer.examples(model, tokenizer, EDITS), peer)
+    located = locate(model.eval(), recipe.examples(model, tokenizer, EDITS), recipe)
     old = by_window(model, located)
     model.train()
-    with pytest.raises(KeyError), edited(model, tokenizer, EDITS, peer) as m:
+    with pytest.raises(KeyError), edited(model, tokenizer, EDITS, recipe) as m:
         record = m.edit_record
         assert (
             m is model
@@ -571,14 +548,14 @@ def test_half_precision_weights_are_edited_and_come_back(ready, tiny, tokenizer,
     assert not moved(model, before)
 
 
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", ["memit", "anyedit_unke"])
 def test_an_edit_beyond_the_context_is_refused_before_anything_changes(
     ready, tokenizer, name, monkeypatch
 ):
     model = ready()
     before = state(model)
     monkeypatch.setattr(
-        solvers, "target_values", lambda *_: pytest.fail("the long edit was not seen")
+        solvers, "find_targets", lambda *_: pytest.fail("the long edit was not seen")
     )
     long = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
     with (
@@ -590,7 +567,7 @@ def test_an_edit_beyond_the_context_is_refused_before_anything_changes(
 
 
 @pytest.mark.parametrize("name", ["memit", "unke"])
-def test_a_peer_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenizer, name):
+def test_a_baseline_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenizer, name):
     model = ready()
     before, seen = state(model), []
 
@@ -612,7 +589,7 @@ def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     before = state(model)
     with pytest.raises(
         FloatingPointError,
-        match="UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps; expected an unke_rate below 1e",
+        match="UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps",
     ):
         with edited(model, tokenizer, EDITS, quick("unke", unke_rate=1e30)):
             pass
@@ -628,7 +605,7 @@ def test_an_edit_is_saved_and_loaded(ready, tokenizer, tmp_path):
     assert log_probabilities(loaded, tokenizer) == expected and loaded.edit_record == record
 
 
-# --- in context ------------------------------------------------------------------------------------------------------
+# --- in context -----------------------------------------------------------------------------------
 
 
 def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(

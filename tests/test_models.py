@@ -1,4 +1,4 @@
-"""Prompts, labels and selections are exactly what they are named, and what is kept comes back bit for bit."""
+"""Models: broken directories, prompts and labels that are wrong, weights that do not come back."""
 
 import json
 import shutil
@@ -10,8 +10,16 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 from uke.errors import InputError
 from uke.models import model as models
+from uke.models import prompts
 from uke.models.model import blocks, kept, max_context, module_names, select
-from uke.models.prompts import collate, encode, end_of_turn, example
+from uke.models.prompts import (
+    collate,
+    encode,
+    end_of_turn,
+    example,
+    group_by_length,
+    training_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +48,7 @@ def test_a_directory_loads_without_the_network_and_bit_for_bit(directory, tiny, 
     assert models.load(str(directory), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_a_gpu_without_bfloat16_is_given_it_or_told_of_at_every_model(
-    directory, monkeypatch, caplog
-):
-    """No GPU is at hand: what one would say is put in its place, and the model stays where it is."""
+def test_a_gpu_without_bfloat16_gets_float32_and_one_warning(directory, monkeypatch, caplog):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
     )
@@ -238,3 +243,30 @@ def test_a_fingerprint_sees_one_bit_and_no_path(tiny, directory, copy):
     config = copy / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
     assert models.fingerprint(models.load(str(copy), device="cpu")[0]) != first
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 400, 8192])
+@pytest.mark.parametrize(
+    "lengths", [[130, 131, 90, 187, 26, 90, 130], [], list(range(1, 200)), [9000, 10, 9000, 3]]
+)
+def test_every_row_is_read_once_with_others_of_similar_length(lengths, tokens):
+    passes = group_by_length(lengths, tokens)
+    assert sorted(row for one in passes for row in one) == list(range(len(lengths)))
+    for one in passes:
+        own = [lengths[row] for row in one]
+        assert own == sorted(own, reverse=True)
+        assert len(own) == 1 or len(own) * own[0] <= tokens
+        assert sum(own) >= 0.85 * len(own) * own[0]
+
+
+def test_passes_are_as_large_as_memory_and_device_allow(monkeypatch):
+    assert [len(one) for one in group_by_length([100] * 9, 400)] == [4, 4, 1]
+    assert [len(one) for one in group_by_length([100, 50, 50], 10_000)] == [1, 2]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert training_tokens(cpu) < prompts.PASS_TOKENS == training_tokens(gpu)
+    assert len(group_by_length([10] * 4)) == 1
+    monkeypatch.setattr(prompts, "PASS_TOKENS", 20)
+    assert len(group_by_length([10] * 4)) == 2 and training_tokens(cpu) == 20

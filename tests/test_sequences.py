@@ -186,9 +186,9 @@ def test_one_edit_answers_as_it_does_alone_merged_or_not(loaded, name):
         assert writer.norms() == pytest.approx(record.change_norm, rel=1e-4)
 
 
-def test_peers_keep_to_the_second_moments_of_the_unedited_model(loaded):
+def test_peers_keep_to_the_covariances_of_the_unedited_model(loaded):
     model, tokenizer = loaded
-    covariance._KNOWN.clear()  # as in a process that has not asked for them yet
+    covariance._FINGERPRINTS.clear()  # as in a process that has not asked for them yet
     with sequence(model, tokenizer, METHODS["MEMIT"]) as writer:
         for edit in EDITS[:3]:
             writer.write([edit])

@@ -406,7 +406,7 @@ def test_a_trial_that_fails_late_leaves_not_even_its_first_rows(toy):
 
 def test_a_trial_that_cannot_start_says_why(toy):
     study = toy()
-    assert "no second moments of this model" in study.attempt(MEMIT, limit=1)
+    assert "no covariance of this model" in study.attempt(MEMIT, limit=1)
     assert study.units == []
 
 

@@ -1,4 +1,8 @@
-"""Where locate-then-edit methods write: sites, anchors with their windows, and the hidden states there."""
+"""Find where locate-then-edit methods write: sites, anchors and their windows, hidden states.
+
+An anchor is the position whose hidden state is set; its window holds the target tokens that this
+state should make likely. A key is what a site's `down_proj` reads at a position.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
-    """One place to write: a block and its `down_proj`, with the norm that follows it in some architectures (Gemma)."""
+    """A block and its `down_proj`, with the norm that follows it in some architectures (Gemma)."""
 
     name: str
     block: nn.Module
@@ -27,13 +31,14 @@ class Site(NamedTuple):
     norm: nn.Module | None
 
     def through(self, output: Tensor) -> Tensor:
-        """What the block adds to the hidden state for an output of its projection."""
+        """Return what the block adds to the hidden state for an output of its projection."""
         return output if self.norm is None else self.norm(output)
 
     def back(self, output: Tensor, change: Tensor) -> Tensor:
-        """The change of the projection's output (n, D) that changes what the block adds by `change`.
+        """Return the change of the projection's output (n, D) that adds `change` to the block's.
 
-        A norm gives every output the same length: behind one the direction is met, and the length as far as it can be.
+        A norm gives every output the same length. Behind one, the direction is met exactly and the
+        length as far as possible.
         """
         if self.norm is None:
             return change
@@ -44,22 +49,24 @@ class Site(NamedTuple):
 
 
 def sites(model: nn.Module, layers: Sequence[int | float]) -> list[Site]:
-    """The places that `layers` name, from the bottom; InputError for a layer out of range or without `down_proj`."""
-    every = blocks(model)
-    found = []
+    """Return the sites of these layers, lowest first.
+
+    InputError for a layer out of range or without `down_proj`.
+    """
+    every, found = blocks(model), []
     for name in module_names(model, layers, ("down_proj",)):
         block = next(block for prefix, block in every if name.startswith(f"{prefix}."))
-        after = (
+        norms = (
             part
-            for own, part in block.named_children()
-            if own.startswith("post_") and ("feedforward" in own or "mlp" in own)
+            for part_name, part in block.named_children()
+            if part_name.startswith("post_") and ("feedforward" in part_name or "mlp" in part_name)
         )
-        found.append(Site(name, block, model.get_submodule(name), next(after, None)))
+        found.append(Site(name, block, model.get_submodule(name), next(norms, None)))
     return found
 
 
 class Window(NamedTuple):
-    """Positions of some target tokens, `start` to before `stop`, and of the anchor just before them."""
+    """Positions of some target tokens (`start` to before `stop`) and of the anchor before them."""
 
     anchor: int
     start: int
@@ -68,7 +75,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Located:
-    """The edits as token ids, and the windows of each; anchors are counted through, edit by edit.
+    """Edits as token ids, with the windows of each; anchors are numbered through, edit by edit.
 
     `nested`: the loss of an anchor covers every later window too.
     """
@@ -80,54 +87,56 @@ class Located:
 
     @property
     def anchors(self) -> list[tuple[int, int]]:
-        """Edit and position of each anchor."""
+        """Index of the edit and position of each anchor."""
         return [
             (edit, window.anchor) for edit, windows in enumerate(self.windows) for window in windows
         ]
 
-    def notes(self, peer: LocateRecipe) -> list[str]:
-        """Where an answer is too short for the method's rule, so that one window holds it."""
-        if peer.anchors == "last":
+    def split(self) -> Iterator[Located]:
+        """Yield each edit alone."""
+        for edit, one, windows in zip(self.ids, self.examples, self.windows, strict=True):
+            yield Located([edit], [one], [windows], self.nested)
+
+    def notes(self, recipe: LocateRecipe) -> list[str]:
+        """Name the edits whose answer is too short for the method's rule: one window holds it."""
+        if recipe.anchors == "last":
             return []
-        short = [
-            edit
-            for edit, one in zip(self.ids, self.examples, strict=True)
-            if len(one.ids) - one.prompt_length < peer.window
-        ]
         return [
-            f"edit '{edit}': the answer is shorter than a window of {peer.window} tokens; one window"
-            for edit in short
+            f"edit '{edit}': the answer is shorter than a window of {recipe.window} tokens; "
+            "one window"
+            for edit, one in zip(self.ids, self.examples, strict=True)
+            if len(one.ids) - one.prompt_length < recipe.window
         ]
 
 
-def locate(model: nn.Module, examples: Mapping[str, Example], peer: LocateRecipe) -> Located:
-    """Anchors and windows of every edit by the peer's rule; `examples` is what `finetune.prepare` gives."""
+def locate(model: nn.Module, examples: Mapping[str, Example], recipe: LocateRecipe) -> Located:
+    """Find anchors and windows of every edit by the recipe's rule; `examples` by id of the edit."""
     every = list(examples.values())
     spans = [range(one.prompt_length, len(one.ids)) for one in every]
-    if peer.anchors == "last":
-        cuts = [[span.start] for span in spans]
-    elif peer.anchors == "surprisal":
-        surprisal = surprisals(model, every, list(examples))
-        cuts = [
-            _peaks(values, peer.window, span.start)
-            for values, span in zip(surprisal, spans, strict=True)
+    if recipe.anchors == "last":
+        starts = [[span.start] for span in spans]
+    elif recipe.anchors == "surprisal":
+        values = surprisals(model, every, list(examples))
+        starts = [
+            _peaks(surprisal, recipe.window, span.start)
+            for surprisal, span in zip(values, spans, strict=True)
         ]
     else:
-        cuts = [list(span[:: peer.window]) for span in spans]
+        starts = [list(span[:: recipe.window]) for span in spans]
     windows = [
         [
             Window(start - 1, start, stop)
-            for start, stop in zip(starts, [*starts[1:], span.stop], strict=True)
+            for start, stop in zip(own, [*own[1:], span.stop], strict=True)
         ]
-        for starts, span in zip(cuts, spans, strict=True)
+        for own, span in zip(starts, spans, strict=True)
     ]
-    return Located(list(examples), every, windows, peer.anchors == "nested")
+    return Located(list(examples), every, windows, recipe.anchors == "nested")
 
 
 def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
-    """Where windows begin: at the most surprising token half a window to one and a half after the last beginning.
+    """Begin each window at the most surprising token, 0.5 to 1.5 windows after the last beginning.
 
-    The anchor is then the state that should have foreseen that token. The range is this project's choice.
+    The anchor is then the state that should have foreseen that token. The range is our choice.
     """
     starts = [0]
     while len(surprisal) - starts[-1] > window:
@@ -138,73 +147,76 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
 
 
 def by_window(model: nn.Module, located: Located) -> list[list[float]]:
-    """Mean log-probability (nats) of a token of each window of each edit: how far a method came, and where."""
+    """Return the mean log-probability (nats) of a token of each window of each edit."""
+    values = surprisals(model, located.examples, located.ids)
     return [
         [
-            -float(nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean())
+            -float(
+                surprisal[window.start - one.prompt_length : window.stop - one.prompt_length].mean()
+            )
             for window in windows
         ]
-        for nll, one, windows in zip(
-            surprisals(model, located.examples, located.ids),
-            located.examples,
-            located.windows,
-            strict=True,
-        )
+        for surprisal, one, windows in zip(values, located.examples, located.windows, strict=True)
     ]
 
 
 def chunks(
     sequences: Sequence[Sequence[int]], device: torch.device
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Rows of like length with their ids (B, T), padded right: causality alone keeps padding from what is read."""
+    """Yield indices of sequences of similar length with their ids (B, T), padded right.
+
+    Causality alone keeps padding from what is read.
+    """
     for rows in group_by_length([len(sequence) for sequence in sequences]):
         yield rows, padded([sequences[row] for row in rows], device)
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> Tensor:
-    """Token ids (B, T), zeros where a sequence is shorter than the longest."""
+    """Return token ids (B, T), zeros where a sequence is shorter than the longest."""
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_side="left" if left else "right"
-    ).to(device)
+    side = "left" if left else "right"
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
 
 class Call(NamedTuple):
-    """What a module was given, and what it gave."""
+    """What a module was given, and what it returned."""
 
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
 
 
-class _Enough(Exception):
-    """Everything wanted was seen: the rest of the forward pass can be spared."""
+class _AllSeen(Exception):
+    """Every module was called: the rest of the forward pass can be spared."""
 
 
 @torch.no_grad()
 def look(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) -> list[Call]:
-    """What each module is given and gives in one forward pass over `ids` (B, T), which ends when all were seen."""
+    """Return the call of each module in one forward pass over `ids` (B, T).
+
+    The pass ends as soon as all of them were called.
+    """
     seen: dict[nn.Module, Call] = {}
 
     def keep(module, args, kwargs, output):
         seen[module] = Call(args, kwargs, output[0] if isinstance(output, tuple) else output)
         if len(seen) == len(set(modules)):
-            raise _Enough
+            raise _AllSeen
 
     with ExitStack() as hooks:
         for module in dict.fromkeys(modules):
             hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         try:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        except _Enough:
+        except _AllSeen:
             pass
     return [seen[module] for module in modules]
 
 
 class States(NamedTuple):
-    """At the anchors: keys (n, W) and outputs (n, D) of a site's projection, hidden states (n, D) after the last site.
+    """What stands at n anchors: keys (n, W) and outputs (n, D) of a site, hidden states (n, D).
 
-    `others` (m, W): keys at all other positions of the edits.
+    `hidden` is read after the last site; `others` (m, W) are the keys at all other positions.
     """
 
     keys: Tensor
@@ -214,19 +226,19 @@ class States(NamedTuple):
 
 
 def states(model: nn.Module, located: Located, site: Site, last: Site) -> States:
-    """Read with the weights as they are; n anchors in the order of `located.anchors`."""
-    found: dict[tuple[int, int], list[Tensor]] = {}
+    """Read the states with the weights as they are, in the order of `located.anchors`."""
+    at_anchor: dict[tuple[int, int], list[Tensor]] = {}
     others = []
     for rows, ids in chunks([one.ids for one in located.examples], model.device):
         inner, outer = look(model, ids, (site.projection, last.block))
-        rest = torch.arange(ids.shape[1])[None] < torch.tensor(
-            [[len(located.examples[row].ids)] for row in rows]
-        )
-        for place, row in enumerate(rows):
+        keys = inner.args[0]
+        lengths = torch.tensor([[len(located.examples[row].ids)] for row in rows])
+        rest = torch.arange(ids.shape[1])[None] < lengths  # (B, T)
+        for index, row in enumerate(rows):
             for window in located.windows[row]:
-                at = (place, window.anchor)
+                at = (index, window.anchor)
                 rest[at] = False
-                found[row, window.anchor] = [inner.args[0][at], inner.output[at], outer.output[at]]
-        others.append(inner.args[0][rest.to(ids.device)])
-    columns = zip(*(found[anchor] for anchor in located.anchors), strict=True)
+                at_anchor[row, window.anchor] = [keys[at], inner.output[at], outer.output[at]]
+        others.append(keys[rest.to(ids.device)])
+    columns = zip(*(at_anchor[anchor] for anchor in located.anchors), strict=True)
     return States(*(torch.stack(column) for column in columns), torch.cat(others))

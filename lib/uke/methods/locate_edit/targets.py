@@ -1,4 +1,4 @@
-"""Target values: the change of a hidden state that makes the text after it likely, for all edits of a batch at once."""
+"""Find target vectors: hidden states that make the text after them likely, for a batch of edits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,58 +27,78 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Values:
+class Targets:
     """Wanted hidden states after the last site (n, D), and how they were found.
 
-    `losses`: mean over the edits, for each step of each round of windows; `stopped` "loss" if every anchor ended below
-    the peer's `stop_loss`. `courses` and `ended`: of each edit by its id, its own losses, and how many of its anchors ended so.
+    `losses`: mean over the edits, for each step of each round of windows. `stopped` is "loss" if
+    every anchor ended below the recipe's `stop_loss`. `curves` has each edit's own losses by id,
+    and `ended` how many of its anchors ended so.
     """
 
     hidden: Tensor
     losses: list[float] = field(default_factory=list)
     steps: int = 0
     stopped: str = "loss"
-    courses: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
     ended: Counter[str] = field(default_factory=Counter)
     progress: Callable[[int, float], None] | None = None
 
-    def note(self, courses: Mapping[str, Sequence[float]], ended: Collection[str]) -> None:
-        """The losses of each edit in one round, and the edits that ended below the peer's `stop_loss`; they count with their last loss."""
-        for edit, course in courses.items():
-            self.courses.setdefault(edit, []).extend(course)
+    def record(self, curves: Mapping[str, Sequence[float]], ended: Collection[str]) -> None:
+        """Add one round: the losses of each edit, and the edits that ended below `stop_loss`.
+
+        An edit that has ended counts with its last loss.
+        """
+        for edit, curve in curves.items():
+            self.curves.setdefault(edit, []).extend(curve)
         self.ended.update(ended)
-        self.steps += max(len(course) - (edit in ended) for edit, course in courses.items())
-        every = list(courses.values())
+        self.steps += max(len(curve) - (edit in ended) for edit, curve in curves.items())
+        every = list(curves.values())
         self.losses += [
-            sum(course[min(step, len(course) - 1)] for course in every) / len(every)
+            sum(curve[min(step, len(curve) - 1)] for curve in every) / len(every)
             for step in range(max(map(len, every)))
         ]
 
+    def split(self, located: Located) -> Iterator[tuple[Located, Targets]]:
+        """Yield each edit with its own anchors, target vectors and loss curve."""
+        first = 0
+        for one in located.split():
+            (edit,), (windows,) = one.ids, one.windows
+            curve, ended = self.curves[edit], self.ended[edit]
+            yield (
+                one,
+                replace(
+                    self,
+                    hidden=self.hidden[first : first + len(windows)],
+                    losses=curve,
+                    steps=len(curve) - ended,
+                    stopped="loss" if ended == len(windows) else "steps",
+                ),
+            )
+            first += len(windows)
 
-def target_values(
+
+def find_targets(
     model: nn.Module,
     located: Located,
     site: Site,
-    peer: LocateRecipe,
+    recipe: LocateRecipe,
     progress: Callable[[int, float], None] | None = None,
-) -> Values:
-    """Hidden states that the anchors should have after `site`, in the order of `located.anchors`.
+) -> Targets:
+    """Find the hidden states that the anchors should have after `site`, in the anchors' order.
 
-    Window by window, all edits together: each has its own delta, added to what the site's projection gives at the
-    anchor, its own loss, clamp and end, and Adam is element-wise, so this is one edit at a time but for rounding.
-    Earlier deltas stay in place, frozen; the text so far is teacher-forced. FloatingPointError names an edit whose
-    loss is not finite. `progress(steps, loss)` follows each step.
+    Window by window, all edits together. Each edit has its own delta (added to the output of the
+    site's projection at the anchor), loss, clamp and end, and Adam is element-wise: this is one
+    edit at a time but for rounding. Earlier deltas stay in place, frozen; the text so far is
+    teacher-forced. `progress(steps, loss)` follows each step. Raises Diverged, which names the
+    edits whose loss is not finite.
     """
     here = states(model, located, site, site)
-    state = wide(
-        here.hidden if site.norm is None else here.outputs
-    )  # what a delta is measured against
-    values = Values(state, progress=progress)
+    # What a delta is measured against.
+    state = wide(here.hidden if site.norm is None else here.outputs)
+    targets = Targets(state, progress=progress)
     deltas = torch.zeros_like(state)  # (n, D)
-    first = [
-        0,
-        *itertools.accumulate(map(len, located.windows)),
-    ]  # number of each edit's first anchor
+    # Number of each edit's first anchor.
+    first = [0, *itertools.accumulate(map(len, located.windows))]
     with kept(model, {}):
         model.requires_grad_(False)
         for turn in range(max(map(len, located.windows))):
@@ -86,87 +106,83 @@ def target_values(
             for rows in _rows(located, turn):
                 chunks.append(chunk := _Chunk(model, located, site, rows, turn))
                 chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
-                places = [first[row] + turn for row in rows]
+                anchors = [first[row] + turn for row in rows]
                 with constant_below(model, [site.name]) as chunk.below:
-                    deltas[places] = _optimise(chunk, state[places].norm(dim=-1), peer, values)
-            values.note(
-                {edit: one for chunk in chunks for edit, one in chunk.courses.items()},
+                    deltas[anchors] = _optimise(chunk, state[anchors].norm(dim=-1), recipe, targets)
+            targets.record(
+                {edit: curve for chunk in chunks for edit, curve in chunk.curves.items()},
                 [edit for chunk in chunks for edit in chunk.ended],
             )
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
-    values.hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
-    return values
+    targets.hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
+    return targets
 
 
 def _rows(located: Located, turn: int) -> Iterator[list[int]]:
-    """Edits that have a window of this number, those of like length together, as many as a forward pass holds."""
+    """Yield the edits that have a window of this number, as many as one forward pass holds."""
     rows = [row for row, windows in enumerate(located.windows) if len(windows) > turn]
     # What an edit's rows end with: the last window in the loss.
     ends = [located.windows[row][-1 if located.nested else turn].stop for row in rows]
-    return ([rows[place] for place in part] for part in group_by_length(ends))
+    return ([rows[index] for index in group] for group in group_by_length(ends))
 
 
-def _optimise(chunk: "_Chunk", scale: Tensor, peer: LocateRecipe, values: Values) -> Tensor:
-    """Deltas (B, D) of one chunk; `scale` (B,) is the norm of the state that each is added to."""
-    weights = chunk.weights(peer)  # (B, M)
-    delta = torch.zeros(
-        len(scale), chunk.width, device=scale.device, dtype=scale.dtype, requires_grad=True
-    )
-    adam = torch.optim.Adam([delta], lr=peer.learning_rate, fused=True)
+def _optimise(chunk: _Chunk, scale: Tensor, recipe: LocateRecipe, targets: Targets) -> Tensor:
+    """Return deltas (B, D) of one chunk; `scale` (B,) is the norm of the state each is added to."""
+    weights = chunk.weights(recipe)  # (B, M)
+    delta = torch.zeros(len(scale), chunk.width, device=scale.device, dtype=scale.dtype)
+    delta.requires_grad_()
+    adam = torch.optim.Adam([delta], lr=recipe.learning_rate, fused=True)
     last = torch.full_like(scale, math.inf)  # (B,) the loss each row had when it was last read
-    going = torch.arange(len(scale), device=scale.device)
-    for step in range(peer.steps):
-        here = delta[going]
-        losses = (chunk.losses(here) * weights[going]).sum(-1) + peer.decay * here.norm(
-            dim=-1
-        ) / scale[going] ** 2  # (G,)
-        _refuse(chunk, losses, peer)
-        last[going] = losses.detach()
+    running = torch.arange(len(scale), device=scale.device)
+    for step in range(recipe.steps):
+        here = delta[running]
+        decay = recipe.decay * here.norm(dim=-1) / scale[running] ** 2
+        losses = (chunk.losses(here) * weights[running]).sum(-1) + decay  # (R,)
+        _check_finite(chunk, losses, recipe)
+        last[running] = losses.detach()
         for edit, value in zip(chunk.ids, losses.tolist(), strict=True):
-            chunk.courses[edit].append(value)
-        if values.progress:
-            values.progress(len(values.losses) + step + 1, last.mean().item())
+            chunk.curves[edit].append(value)
+        if targets.progress:
+            targets.progress(len(targets.losses) + step + 1, last.mean().item())
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
-        if (stay := losses.detach() >= peer.stop_loss).logical_not().any():
+        stay = losses.detach() >= recipe.stop_loss
+        if not stay.all():
             chunk.ended += [
                 edit for edit, stays in zip(chunk.ids, stay.tolist(), strict=True) if not stays
             ]
-            going = going[stay]
-            if not len(going):
+            running = running[stay]
+            if not len(running):
                 return delta.detach()
             chunk.keep(stay.nonzero().squeeze(1))
         before = delta.detach().clone()
         adam.step()
         with torch.no_grad():
-            norm = delta[going].norm(dim=-1)  # (G,)
-            _refuse(chunk, norm, peer)
-            short = (
-                peer.clamp * scale[going] / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            ).clamp(max=1)
-            # Whoever has ended stays: what Adam adds by momentum is taken back.
-            delta.copy_(before.index_copy(0, going, delta[going] * short[:, None]))
-    values.stopped = "steps"
+            norm = delta[running].norm(dim=-1)  # (R,)
+            _check_finite(chunk, norm, recipe)
+            longest = recipe.clamp * scale[running]
+            shrink = (longest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+            # An edit that has ended stays: what Adam adds by momentum is taken back.
+            delta.copy_(before.index_copy(0, running, delta[running] * shrink[:, None]))
+    targets.stopped = "steps"
     return delta.detach()
 
 
-def _refuse(chunk: "_Chunk", values: Tensor, peer: LocateRecipe) -> None:
-    if broken := [
-        edit
-        for edit, value in zip(chunk.ids, values.tolist(), strict=True)
-        if not math.isfinite(value)
-    ]:
+def _check_finite(chunk: _Chunk, values: Tensor, recipe: LocateRecipe) -> None:
+    pairs = zip(chunk.ids, values.tolist(), strict=True)
+    if broken := [edit for edit, value in pairs if not math.isfinite(value)]:
         raise Diverged(
-            f"{peer.name}: the target value of edit {', '.join(map(repr, broken))} diverges: "
-            f"its loss is not finite; expected a learning_rate below {peer.learning_rate:g}",
+            f"{recipe.name}: the target vector of edit {', '.join(map(repr, broken))} diverges: "
+            f"its loss is not finite; expected a learning_rate below {recipe.learning_rate:g}",
             broken,
         )
 
 
 class _Chunk:
-    """One round of windows of some edits (B): what stands before the anchors is read once, the rest at every step.
+    """One round of windows of B edits: what stands before the anchors is read only once.
 
-    Rows begin at their anchors: S tokens from there to the end of the last of the M windows in the loss.
+    Rows begin at their anchors: S tokens from there to the end of the last of the M windows in the
+    loss.
     """
 
     def __init__(
@@ -175,40 +191,28 @@ class _Chunk:
         self.model, self.site, self.ids = model, site, [located.ids[row] for row in rows]
         self.width = site.projection.weight.shape[0]
         self.earlier = [[window.anchor for window in located.windows[row][:turn]] for row in rows]
-        self.windows = [
-            located.windows[row][turn:] if located.nested else located.windows[row][turn : turn + 1]
-            for row in rows
-        ]
-        every = [located.examples[row].ids for row in rows]
+        last = None if located.nested else turn + 1
+        self.windows = [located.windows[row][turn:last] for row in rows]
+        texts = [located.examples[row].ids for row in rows]
         ends = [(windows[0].anchor, windows[-1].stop) for windows in self.windows]
-        self.tokens = padded(
-            [ids[anchor : stop - 1] for ids, (anchor, stop) in zip(every, ends, strict=True)],
-            model.device,
-        )
+        spans = [(ids, start, stop) for ids, (start, stop) in zip(texts, ends, strict=True)]
+        device = model.device
+        self.tokens = padded([ids[start : stop - 1] for ids, start, stop in spans], device)
         self.labels = padded(
-            [ids[anchor + 1 : stop] for ids, (anchor, stop) in zip(every, ends, strict=True)],
-            model.device,
+            [ids[start + 1 : stop] for ids, start, stop in spans], device
         )  # (B, S)
-        self.before = padded(
-            [ids[:anchor] for ids, (anchor, _) in zip(every, ends, strict=True)],
-            model.device,
-            left=True,
-        )  # (B, P)
-        self.lengths = torch.tensor([anchor for anchor, _ in ends], device=model.device)  # (B,)
+        self.before = padded([ids[:start] for ids, start, _ in spans], device, left=True)  # (B, P)
+        self.lengths = torch.tensor([start for start, _ in ends], device=device)  # (B,)
         self.shares = self._shares()
         self.cache = DynamicCache()
         self.below = Below()
-        self.courses: dict[str, list[float]] = {edit: [] for edit in self.ids}
+        self.curves: dict[str, list[float]] = {edit: [] for edit in self.ids}
         self.ended: list[str] = []
 
     def _shares(self) -> Tensor:
-        """What each label counts in the mean of each window, shape (B, M, S)."""
-        shares = torch.zeros(
-            len(self.windows),
-            max(map(len, self.windows)),
-            self.labels.shape[1],
-            dtype=torch.float64,
-        )
+        """Return what each label counts in the mean of each window, shape (B, M, S)."""
+        shape = len(self.windows), max(map(len, self.windows)), self.labels.shape[1]
+        shares = torch.zeros(shape, dtype=torch.float64)
         for row, windows in enumerate(self.windows):
             for number, (_, start, stop) in enumerate(windows):
                 first = windows[0].start
@@ -217,50 +221,45 @@ class _Chunk:
 
     @torch.no_grad()
     def read_before(self, deltas: Sequence[Tensor]) -> None:
-        """Fill the cache with the tokens before the anchors, `deltas[row]` (turn, D) in place at the earlier ones."""
+        """Fill the cache with the tokens before the anchors.
+
+        `deltas[row]` (turn, D) stand at the row's earlier anchors.
+        """
         longest = self.before.shape[1]
         if not longest:
             return
+        padding = longest - self.lengths  # (B,)
         at = [
-            (row, longest - int(self.lengths[row]) + anchor)
+            (row, int(padding[row]) + anchor)
             for row, anchors in enumerate(self.earlier)
             for anchor in anchors
         ]
-        positions = torch.arange(longest, device=self.before.device) - (
-            longest - self.lengths[:, None]
-        )  # (B, P)
+        positions = torch.arange(longest, device=self.before.device) - padding[:, None]  # (B, P)
         with injected(self.site, at, torch.cat(list(deltas))):
             self._forward(self.before, positions.clamp(min=0), self.cache, 1)
 
-    def keep(self, places: Tensor) -> None:
-        """Drop every row but those at `places` (G,)."""
-        self.ids = [self.ids[place] for place in places.tolist()]
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but those at `rows` (R,)."""
+        self.ids = [self.ids[row] for row in rows.tolist()]
         for name in ("tokens", "labels", "before", "lengths", "shares"):
-            setattr(self, name, getattr(self, name)[places])
-        self.below.keep(places)
+            setattr(self, name, getattr(self, name)[rows])
+        self.below.keep(rows)
         if self.before.shape[1]:
-            self.cache.batch_select_indices(places)
+            self.cache.batch_select_indices(rows)
 
     def losses(self, delta: Tensor) -> Tensor:
-        """Mean -log p (nats) over the tokens of each window, shape (B, M), with `delta` (B, D) at the anchors."""
-        positions = self.lengths[:, None] + torch.arange(
-            self.tokens.shape[1], device=delta.device
-        )  # (B, S)
-        cache = copy.copy(
-            self.cache
-        )  # reading puts new tensors into its layers, in place of the old ones
+        """Return the mean -log p (nats) of each window's tokens (B, M), `delta` (B, D) in place."""
+        steps = torch.arange(self.tokens.shape[1], device=delta.device)
+        positions = self.lengths[:, None] + steps  # (B, S)
+        last = int(self.lengths.max()) + self.tokens.shape[1] - 1
+        # Reading puts new tensors into the layers of the copy, in place of the old ones.
+        cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         with injected(self.site, [(row, 0) for row in range(len(delta))], delta):
-            logits = self._forward(
-                self.tokens,
-                positions.clamp(max=int(self.lengths.max()) + self.tokens.shape[1] - 1),
-                cache,
-                0,
-            )
-        # Flat, since along another axis than the last the softmax is three times slower.
-        nll = F.cross_entropy(
-            wide(logits).flatten(0, 1), self.labels.flatten(), reduction="none"
-        ).view_as(self.labels)  # (B, S)
+            logits = self._forward(self.tokens, positions.clamp(max=last), cache, 0)
+        # Flattened, since along another axis than the last the softmax is three times slower.
+        nll = F.cross_entropy(wide(logits).flatten(0, 1), self.labels.flatten(), reduction="none")
+        nll = nll.view_as(self.labels)  # (B, S)
         return torch.einsum("bms,bs->bm", self.shares.to(nll.dtype), nll)
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, keep: int) -> Tensor:
@@ -276,30 +275,33 @@ class _Chunk:
             logits_to_keep=keep,
         ).logits
 
-    def weights(self, peer: LocateRecipe) -> Tensor:
-        """What each window counts in an edit's loss, shape (B, M), sum 1; the windows a row lacks count nothing."""
+    def weights(self, recipe: LocateRecipe) -> Tensor:
+        """Return what each window counts in an edit's loss, shape (B, M), sum 1."""
         counts = self.shares.any(-1).sum(-1, keepdim=True)  # (B, 1)
         number = torch.arange(self.shares.shape[1], device=counts.device)  # (M,)
-        # Of the prefixes that end with window 0, 1, ... those from `number` on hold this window.
-        weights = self._unlike() if peer.weighting == "gradient" else (counts - number) / counts
+        if recipe.weighting == "gradient":
+            weights = self._unlikeness()
+        else:
+            # Of the prefixes that end with window 0, 1, ... those from `number` on hold this one.
+            weights = (counts - number) / counts
         weights = weights.where(number < counts, 0.0)
         return weights / weights.sum(-1, keepdim=True)
 
-    def _unlike(self) -> Tensor:
-        """2 - cosine of each window's gradient with that of the own window, where no delta stands yet, (B, M)."""
-        delta = torch.zeros(
-            len(self.ids), self.width, device=self.labels.device, requires_grad=True
-        )
-        sums = self.losses(delta).sum(0)  # (M,)
+    def _unlikeness(self) -> Tensor:
+        """Return 2 - cosine of each window's gradient with that of the anchor's own, (B, M).
+
+        Gradients are taken where no delta stands yet.
+        """
+        delta = torch.zeros(len(self.ids), self.width, device=self.labels.device)
+        sums = self.losses(delta.requires_grad_()).sum(0)  # (M,)
         gradients = [torch.autograd.grad(one, delta, retain_graph=True)[0] for one in sums]
-        return torch.stack(
-            [2 - F.cosine_similarity(one, gradients[0], dim=-1) for one in gradients], dim=-1
-        )
+        cosines = [F.cosine_similarity(one, gradients[0], dim=-1) for one in gradients]
+        return 2 - torch.stack(cosines, dim=-1)
 
 
 @contextmanager
 def injected(site: Site, at: Sequence[tuple[int, int]], deltas: Tensor) -> Iterator[None]:
-    """In forward passes inside, `deltas` (n, D) are added to what the site's projection gives at (row, position)."""
+    """Add `deltas` (n, D) to the output of the site's projection at each (row, position)."""
 
     def add(module, args, output):
         rows, columns = (torch.tensor(one, device=output.device) for one in zip(*at, strict=True))
