@@ -257,7 +257,7 @@ def test_a_training_that_breaks_on_the_way_is_undone_with_all_before_it(tiny, to
 
 def test_baselines_keep_to_the_covariance_of_the_unedited_model(measured, tokenizer):
     model = measured()
-    covariance._KNOWN.clear()  # as in a process that has not asked for it yet
+    covariance._FINGERPRINTS.clear()  # as in a process that has not asked for it yet
     with sequence(model, tokenizer, WRITING["MEMIT"]) as writer:
         for edit in EDITS:
             writer.write([edit])

@@ -287,7 +287,7 @@ def test_a_block_does_not_depend_on_how_many_are_trained_at_once(
 ):
     model, method = measured(), baseline("anyedit_unke")
     before, alone = state(model), each_alone(model, tokenizer, EDITS, method)
-    found = solvers.target_values
+    found = solvers.find_targets
 
     def broken(model, located, *arguments):
         values = found(model, located, *arguments)
@@ -298,7 +298,7 @@ def test_a_block_does_not_depend_on_how_many_are_trained_at_once(
     with edited_each(model, tokenizer, EDITS, method) as m:
         for lane, edit in enumerate(EDITS):
             assert far(of_lane(m.lanes, lane, before), alone[edit.id][1]) < 1e-2
-    monkeypatch.setattr(solvers, "target_values", broken)
+    monkeypatch.setattr(solvers, "find_targets", broken)
     with edited_each(model, tokenizer, EDITS, method) as m:
         assert m.lanes.ids == ["ada", "grace"]
         assert "the block's error of edit 'alan' is not finite after 0 steps" in m.failed["alan"]

@@ -54,9 +54,7 @@ def world_texts(seed: int | None = None) -> list[Text]:
 
     By default the world that the embedded model was trained on.
     """
-    if seed is None:
-        card = json.loads((EMBEDDED / "training.json").read_text("utf-8"))
-        seed = card["settings"]["world_seed"]
+    seed = card(EMBEDDED)["settings"]["world_seed"] if seed is None else seed
     world = world_files.ensure(Paths("embedded").home / "results", seed)
     return read_texts(world / world_files.PRESERVATION)
 
