@@ -510,7 +510,7 @@ def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(
     assert [note.split("'")[1] for note in notes] == ["ada", "alan"]
 
 
-@pytest.mark.parametrize(("name", "family"), zip(WRITING, FAMILIES * 2, strict=False))
+@pytest.mark.parametrize(("name", "family"), list(zip(WRITING, FAMILIES * 2, strict=False)))
 def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace(
     ready, tokenizer, name, family
 ):

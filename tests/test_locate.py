@@ -288,7 +288,7 @@ def test_a_target_that_diverges_names_its_edit_alone_and_leaves_no_hook(
     )
     model.model.embed_tokens.weight.data[own] = float("nan")
     with pytest.raises(
-        FloatingPointError, match="MEMIT: the target value of edit 'grace' diverges"
+        FloatingPointError, match="MEMIT: the target vector of edit 'grace' diverges"
     ):
         find_targets(model, located(model, tokenizer, choices), site, choices)
     monkeypatch.setattr(prompts, "PADDING", 1.0)
