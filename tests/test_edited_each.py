@@ -311,7 +311,7 @@ def test_lanes_of_which_some_are_read_can_be_computed_again(measured, tokenizer)
     before = state(model)
     with edited_each(model, tokenizer, EDITS, method) as m:
         plain = [of_lane(m.lanes, lane, before) for lane in range(len(EDITS))]
-    with memory.recomputed(model), edited_each(model, tokenizer, EDITS, method) as m:
+    with memory.checkpointed(model), edited_each(model, tokenizer, EDITS, method) as m:
         for lane, update in enumerate(plain):
             assert far(of_lane(m.lanes, lane, before), update) < 1e-5
 

@@ -118,13 +118,13 @@ def test_rows_come_back_in_another_order_or_with_another_lane(rows):
     found = grouping(rows, len(IDS), torch.device("cpu"))
     values = torch.arange(2 * len(rows)).reshape(len(rows), 2)
     lanes = torch.tensor(rows)
-    by_lane = found.apart(lanes[:, None].expand(-1, 2))
+    by_lane = found.split(lanes[:, None].expand(-1, 2))
     active = found.active.tolist() if found.active is not None else list(range(len(IDS)))
     assert active == sorted(set(rows)) and len(by_lane) == found.lanes == len(active)
-    assert torch.equal(found.together(found.apart(values)), values)
+    assert torch.equal(found.join(found.split(values)), values)
     # Where each row's slot is, its own lane stands.
     owners = torch.tensor(active)[:, None].expand(found.lanes, by_lane.shape[1])[..., None]
-    assert found.together(owners).squeeze(-1).tolist() == list(rows)
+    assert found.join(owners).squeeze(-1).tolist() == list(rows)
 
 
 @pytest.mark.parametrize("held", HELD)

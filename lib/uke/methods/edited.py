@@ -1,11 +1,11 @@
-"""The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; and edits saved and loaded."""
+"""The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; save and load."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from peft import (
     AdaLoraConfig,
@@ -18,15 +18,17 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from uke.data.edits import Edit
-from uke.errors import InputError, nearest
+from uke.errors import InputError
+from uke.files import write_atomic
 from uke.methods.catalog import METHODS, find
 from uke.methods.method import (
     EditRecord,
+    Edits,
     Method,
     Progress,
+    Tokenizer,
     Training,
     attached,
     change_norms,
@@ -43,10 +45,10 @@ RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safet
 @contextmanager
 def edited(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
+    tokenizer: Tokenizer,
+    edits: Edits,
     method: str | Method,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Iterator[nn.Module]:
     """Yield the model with the edits written into it together.
 
@@ -73,10 +75,7 @@ def edited(
 
 @contextmanager
 def edited_each(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    method: str | Method,
+    model: PreTrainedModel, tokenizer: Tokenizer, edits: Edits, method: str | Method
 ) -> Iterator[nn.Module]:
     """Yield the model with every edit written alone, each in a lane of its own.
 
@@ -100,7 +99,9 @@ def edited_each(
         lanes, trainings, failed = method.write_each(model.eval(), tokenizer, edits)
         records = {
             edit: EditRecord(**vars(training), change_norm=norms)
-            for edit, training, norms in zip(lanes.ids, trainings, lanes.change_norms())
+            for edit, training, norms in zip(
+                lanes.ids, trainings, lanes.change_norms(), strict=True
+            )
         }
         with lanes.laid(), attached(model, edit_records=records, failed=failed):
             yield model
@@ -111,12 +112,12 @@ class Writer:
     """Writes edits on top of what it wrote before; `before` holds the weights as they were."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     method: Method
     weights: dict[str, nn.Parameter]
     before: dict[str, Tensor]
 
-    def write(self, edits: Sequence[Edit]) -> Training:
+    def write(self, edits: Edits) -> Training:
         """Write these edits together into the weights as they are now."""
         return self.method.write(self.model, self.tokenizer, edits)
 
@@ -127,7 +128,7 @@ class Writer:
 
 @contextmanager
 def sequence(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str | Method
+    model: PreTrainedModel, tokenizer: Tokenizer, method: str | Method
 ) -> Iterator[Writer]:
     """Yield a writer whose edits pile up in the model's own weights.
 
@@ -151,12 +152,7 @@ def sequence(
         yield Writer(model.eval(), tokenizer, method, weights, before)
 
 
-def _method(
-    method: str | Method,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-) -> Method:
+def _method(method: str | Method, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Method:
     """Find the method and check the edits."""
     method = find(method, METHODS) if isinstance(method, str) else method
     method.examples(model, tokenizer, edits)
@@ -173,75 +169,60 @@ def lane_mib(model: nn.Module, method: Method) -> float:
 
 
 def save(m: nn.Module, directory: str | Path) -> None:
-    """Keep an edit: a peft adapter directory, or the changed weights as safetensors; beside it a small JSON record.
+    """Save an edit: its changed weights, or its peft adapter, and a small JSON record.
 
-    `m` is what `edited` yields. Raises InputError for a model that carries no edit, or carries it in its prompts.
+        with edited(model, tokenizer, edits, "LoRA") as m:
+            save(m, "my-edit")
+        m = load(model, "my-edit")  # also in another process, or in plain peft
+
+    `m` is what `edited` yields. InputError for a model without an edit in its weights.
     """
-    if not isinstance(record := getattr(m, "edit_record", None), EditRecord) or hasattr(
-        m, "passages"
-    ):
+    record, directory = getattr(m, "edit_record", None), Path(directory)
+    if record is None or hasattr(m, "passages"):
         raise InputError(
             f"{directory}: nothing to save; expected the model that edited(...) yields"
         )
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(m, PeftModel):
         form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
         if isinstance(m.active_peft_config, AdaLoraConfig):
-            # Pruned ranks are zeros: kept in the file they change nothing, cut out they would change the rounding.
+            # Pruned ranks are zeros: kept in the file they change nothing, cut out the rounding.
             m.active_peft_config.rank_pattern = None
-        # Asked for, peft would look for the base model on the hub to compare vocabularies.
+        # Without this, peft would look for the base model on the hub to compare vocabularies.
         m.save_pretrained(directory, save_embedding_layers=False)
     else:
         form, unchanged = "weights", _unchanged(m, record.change_norm)
-        parameters = dict(m.named_parameters())
-        save_file(
-            {name: parameters[name].detach().contiguous() for name in record.change_norm},
-            directory / WEIGHTS,
-        )
+        weights = {name: m.get_parameter(name).detach() for name in record.change_norm}
+        save_file({n: w.contiguous() for n, w in weights.items()}, directory / WEIGHTS)
     content = {"form": form, "unchanged": unchanged, "record": vars(record)}
     # Written last: a directory without it was never finished.
-    (directory / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomic(directory / RECORD, json.dumps(content, indent=1) + "\n")
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
-    """The model with a saved edit: itself with the saved weights, or peft's wrapper around it; with `edit_record`.
+    """Load a saved edit into the model: return it, or peft's wrapper around it, with `edit_record`.
 
-    Raises InputError, and leaves the model as it is, where the directory is incomplete or damaged, or where any
-    weight that the edit does not bring differs from the model it was made on.
+    InputError, and the model is as before, where the directory is incomplete or damaged, or where
+    any weight that the edit does not bring differs from the model it was made on.
     """
-    directory = Path(directory)
-    form, unchanged, record = _read(directory)
-    if _unchanged(model, record.change_norm if form == "weights" else ()) != unchanged:
-        raise InputError(
-            f"{directory / RECORD}: field unchanged: this edit was made on another model"
-        )
-    if form == "weights":
-        edited_model = _load_weights(model, directory / WEIGHTS, record.change_norm)
-    else:
-        edited_model = _load_adapter(model, directory)
-    edited_model.edit_record = record
-    return edited_model
-
-
-def _read(directory: Path) -> tuple[str, str, EditRecord]:
-    path = directory / RECORD
+    path = Path(directory) / RECORD
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a directory written by save(...)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        form, unchanged, record = (
-            content["form"],
-            content["unchanged"],
-            EditRecord(**content["record"]),
-        )
+        record = EditRecord(**content["record"])
+        changed = {"weights": record.change_norm, "adapter": ()}[content["form"]]
+        unchanged = content["unchanged"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a record written by save(...) ({error})") from None
-    if form not in ("weights", "adapter"):
-        raise InputError(
-            f"{path}: field form: unknown '{form}'{nearest(str(form), ('weights', 'adapter'))}"
-        )
-    return form, unchanged, record
+    if _unchanged(model, changed) != unchanged:
+        raise InputError(f"{path}: field unchanged: this edit was made on another model")
+    if content["form"] == "weights":
+        loaded = _load_weights(model, path.with_name(WEIGHTS), changed)
+    else:
+        loaded = _load_adapter(model, path.parent)
+    loaded.edit_record = record
+    return loaded
 
 
 def _load_weights(model: PreTrainedModel, path: Path, names: Collection[str]) -> PreTrainedModel:
@@ -253,7 +234,8 @@ def _load_weights(model: PreTrainedModel, path: Path, names: Collection[str]) ->
     for name in sorted({*saved, *names}):
         if name not in saved or name not in names or parameters[name].shape != saved[name].shape:
             raise InputError(
-                f"{path}: weight {name}: expected each weight of {RECORD} once, in the model's shape"
+                f"{path}: weight {name}: expected each weight of {RECORD} once, "
+                "in the model's shape"
             )
     for name, tensor in saved.items():
         parameters[name].data.copy_(tensor)
@@ -269,9 +251,8 @@ def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     try:
         config, saved = PeftConfig.from_pretrained(directory), load_file(path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(
-            f"{directory}: no readable peft adapter ({' '.join(str(error).split())})"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{directory}: no readable peft adapter ({reason})") from None
     with kept(model, {}):
         try:
             wrapped = get_peft_model(model, config)
@@ -279,32 +260,20 @@ def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
             raise InputError(
                 f"{directory}: the adapter's target_modules are not in the model"
             ) from None
-        wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        if {name: tensor.shape for name, tensor in wanted.items()} != {
-            name: t.shape for name, t in saved.items()
-        }:
+        expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        shapes = [{name: t.shape for name, t in one.items()} for one in (expected, saved)]
+        if shapes[0] != shapes[1]:
             wrapped.unload()
             raise InputError(f"{path}: not the weights that adapter_config.json describes")
         set_peft_model_state_dict(wrapped, saved)
     return wrapped.eval()
 
 
-@dataclass(frozen=True)
-class _Unchanged:
-    """What an edit leaves alone, in the form that `models.fingerprint` reads."""
-
-    config: PretrainedConfig
-    tensors: Mapping[str, Tensor]
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        return self.tensors
-
-
 def _unchanged(model: PreTrainedModel, changed: Collection[str]) -> str:
-    """Fingerprint of all weights but the changed ones, under the names they have without an adapter around them."""
+    """Fingerprint of all weights but the changed ones, by their names without an adapter."""
     tensors = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in model.state_dict().items()
         if name not in changed and ".lora_" not in name and ".ranknum." not in name
     }
-    return fingerprint(_Unchanged(model.config, tensors))
+    return fingerprint(SimpleNamespace(config=model.config, state_dict=lambda: tensors))

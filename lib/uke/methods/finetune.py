@@ -20,13 +20,11 @@ import torch.nn.functional as F
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from uke.data.edits import Edit
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Below, Lanes, LowRank, constant_below, relative_norm
-from uke.methods.method import Applied, Progress, Training, Written
-from uke.models.model import module_names
+from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written
+from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ def target_tokens_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean of -log p over each edit's answer, every token read off the prompt's end (FT-L): (B,), nats."""
+    """Mean of -log p over each edit's answer, read where the prompt ends (FT-L): (B,), nats."""
     wanted = batch["labels"] != IGNORED  # (B, T)
     ends = wanted.int().argmax(1) - 1  # (B,)
     read, place = ends.unique(return_inverse=True)  # (U,), (B,)
@@ -65,7 +63,7 @@ def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Ten
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], read: Tensor) -> Tensor:
-    """Logits at the positions `read` alone: the vocabulary is the widest matrix of a small model."""
+    """Logits at the positions `read` alone: the vocabulary is a small model's widest matrix."""
     # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
     return model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=read).logits.float()
 
@@ -77,7 +75,7 @@ LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], scope: str) -> Tensor:
-    """Return the loss of each edit of a right-padded batch (see `collate`): (B,), nats per token."""
+    """Return the loss of each edit of a right-padded batch (`collate`): (B,), nats per token."""
     return LOSSES[scope](model, batch)
 
 
@@ -85,67 +83,60 @@ def loss(model: nn.Module, batch: Mapping[str, Tensor], scope: str) -> Tensor:
 
 
 def train(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    recipe: Recipe,
-    progress: Progress | None = None,
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, progress: Progress = None
 ) -> Training:
-    """Write the edits together into the model in place; with an adapter the model is what `adapt` made.
+    """Write the edits together into the model in place; one with an adapter is what `adapt` made.
 
     One pass is one optimiser step on all edits, or on each shuffled minibatch. A batch whose mean
     loss is below `stop_loss` is skipped, and a pass whose mean is below it ends the training.
     `progress(passes, loss)` follows each. InputError as `Method.examples`, before any weight moves;
     Diverged names the edits whose loss is not finite.
     """
-    started, lane = time.perf_counter(), _Lane()
+    started, lane = time.perf_counter(), _Lane(recipe)
     examples = recipe.examples(model, tokenizer, edits)
-    tokens = training_tokens(model.device)
-    passes = _passes(examples, recipe, tokenizer.pad_token_id or 0, tokens)
+    passes = _passes(examples, recipe, tokenizer, model.device)
     weights = trained(model, recipe)
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
     constant = constant_below(model, list(weights)) if same else nullcontext(Below())
-    with _only(model, weights), constant as below:
+    with kept(model, {}), constant as below:
+        # Gradients flow to these weights alone, so that autograd keeps nothing of lower blocks.
+        model.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
         adalora = model.base_model if recipe.adapter == "adalora" else None
         optimiser = _Optimiser(list(weights.values()), recipe, adalora)
-        _descend(model, recipe, [lane], passes, optimiser, below, progress=progress)
+        _descend(model, [lane], passes, optimiser, below, progress=progress)
     if lane.error:
         raise lane.error
     lane.training.seconds = time.perf_counter() - started
     return lane.training
 
 
-def train_each(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
-) -> Written:
-    """Train each edit as if alone, those of similar length side by side; seconds are an equal share.
+def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe) -> Written:
+    """Train each edit as if alone, side by side with those of similar length.
 
     An edit whose loss is not finite gets no lane; Diverged where that is every edit. AdaLoRA, whose
-    ranks are pruned by step, is trained one by one. `requires_grad` is the caller's to restore.
+    ranks are pruned by step, is trained one by one. Seconds are an equal share; `requires_grad` is
+    the caller's to restore.
     """
     if recipe.adapter == "adalora":
         return _train_one_by_one(model, tokenizer, edits, recipe)
-    started, lanes = time.perf_counter(), {}
-    examples = recipe.examples(model, tokenizer, edits)
-    ids, pad_id = list(examples), tokenizer.pad_token_id or 0
-    lengths = [len(one.ids) for one in examples.values()]
-    for rows in group_by_length(lengths, training_tokens(model.device)):
-        group = [ids[row] for row in rows]
-        lanes |= {edit: _Lane() for edit in group}
-        stacks = _stacks(model, recipe, group)
-        batch = Batch(group, [collate([examples[edit] for edit in group], pad_id)])
+    started, examples = time.perf_counter(), recipe.examples(model, tokenizer, edits)
+    lanes = {edit: _Lane(recipe) for edit in examples}
+    for batch in _batches(list(examples), examples, tokenizer, model.device):
+        stacks = _stacks(model, recipe, batch.ids)
         passes = itertools.repeat([batch], recipe.steps)
+        group = [lanes[edit] for edit in batch.ids]
         model.requires_grad_(False)
         constant = constant_below(model, (*stacks.weights, *stacks.low_rank))
         with constant as below, stacks.laid():
             optimiser = _Optimiser(stacks.stacks, recipe)
-            own = [lanes[edit] for edit in group]
-            _descend(model, recipe, own, passes, optimiser, below, stacks)
-    failed = {edit: str(lanes[edit].error) for edit in ids if lanes[edit].error}
-    if len(failed) == len(ids):
-        raise Diverged("; ".join(failed.values()), ids)
-    written = {edit: lanes[edit] for edit in ids if edit not in failed}
+            _descend(model, group, passes, optimiser, below, stacks)
+    failed = {edit: str(lane.error) for edit, lane in lanes.items() if lane.error}
+    written = {edit: lane for edit, lane in lanes.items() if not lane.error}
+    if not written:
+        raise Diverged("; ".join(failed.values()), failed)
     columns = zip(*(lane.weights for lane in written.values()), strict=True)
     stacks.hold(list(written), [torch.stack(column) for column in columns])
     for lane in written.values():
@@ -158,8 +149,9 @@ def train_each(
 
 @dataclass
 class _Lane:
-    """What becomes of one copy of the weights; where others go on beside it, also its last weights."""
+    """What becomes of one copy of the weights; beside others that go on, also its last weights."""
 
+    recipe: Recipe
     training: Training = field(default_factory=Training)
     seen: list[float] = field(default_factory=list)  # losses in the present pass
     weights: list[Tensor] = field(default_factory=list)
@@ -170,16 +162,47 @@ class _Lane:
         """Whether the training goes on."""
         return self.error is None and self.training.stopped == "steps"
 
+    def learns(self, losses: Sequence[float]) -> bool:
+        """Return whether these losses of its edits in one batch ask for a step."""
+        return self.active and _mean(losses) >= self.recipe.stop_loss
+
+    def note(self, ids: Sequence[str], losses: Sequence[float]) -> bool:
+        """Note the losses of its edits in one batch; return whether they ask for a step."""
+        broken = [edit for edit, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
+        if broken and self.active:
+            self.error = Diverged(
+                f"recipe {self.recipe.name}: the loss of edit {', '.join(map(repr, broken))} is "
+                f"not finite after {self.training.steps} steps; expected a learning_rate below "
+                f"{self.recipe.learning_rate:g}",
+                broken,
+            )
+        step = self.learns(losses)
+        self.seen += losses
+        self.training.steps += step
+        return step
+
+    def end_pass(self, progress: Progress) -> None:
+        """Note the mean loss of the pass, and end the training where it is low enough."""
+        mean, self.seen = _mean(self.seen), []
+        self.training.losses.append(mean)
+        if progress:
+            progress(len(self.training.losses), mean)
+        if mean < self.recipe.stop_loss:
+            self.training.stopped = "loss"
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
 
 def _descend(
     model: nn.Module,
-    recipe: Recipe,
     lanes: Sequence[_Lane],
-    passes: Iterable[Sequence[Batch]],
+    passes: Iterable[Sequence[_Batch]],
     optimiser: _Optimiser,
     below: Below,
     stacks: Lanes | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> None:
     """Take steps until every lane's mean loss is below `stop_loss`, or the passes are over.
 
@@ -188,41 +211,18 @@ def _descend(
     """
     for batches in passes:
         for batch in batches:
-            size, losses = len(batch.ids) // len(lanes), []
-            for below.part, part in enumerate(batch.parts):
-                part = {name: tensor.to(model.device) for name, tensor in part.items()}
-                each = loss(model, part, recipe.loss)  # (B,)
-                losses += each.tolist()
-                own = [losses[row : row + size] for row in range(0, len(losses), size)]
-                learning = [
-                    lane.active and _mean(values) >= recipe.stop_loss
-                    for lane, values in zip(lanes, own, strict=True)
-                ]
-                # The last part is where it shows that nothing is left to learn.
-                if len(losses) < len(batch.ids) or any(learning):
-                    (each.sum() / size).backward()
+            losses = _backward(model, lanes, batch, below)
+            ids = _split(batch.ids, len(lanes))
+            steps = [lane.note(*own) for lane, *own in zip(lanes, ids, losses, strict=True)]
             for row, lane in enumerate(lanes):
-                if not lane.active:
-                    continue
-                lane.seen += own[row]
-                edits = zip(batch.ids[row * size :], own[row], strict=False)
-                if broken := [edit for edit, value in edits if not math.isfinite(value)]:
-                    lane.error = diverged(recipe, broken, lane.training.steps)
-                elif learning[row]:
-                    lane.training.steps += 1
-                elif stacks:
+                if stacks and lane.active and not steps[row]:
                     lane.weights = stacks.weights_of(row)
-            if any(lane.active and learns for lane, learns in zip(lanes, learning, strict=True)):
+            if any(steps):
                 optimiser.step()
             optimiser.clear()
         for lane in lanes:
             if lane.active:
-                mean, lane.seen = _mean(lane.seen), []
-                lane.training.losses.append(mean)
-                if progress:
-                    progress(len(lane.training.losses), mean)
-                if mean < recipe.stop_loss:
-                    lane.training.stopped = "loss"
+                lane.end_pass(progress)
         going = [row for row, lane in enumerate(lanes) if lane.active]
         if not going:
             return
@@ -236,21 +236,29 @@ def _descend(
             lane.weights = stacks.weights_of(row)
 
 
-def _mean(losses: Sequence[float]) -> float:
-    return sum(losses) / len(losses)
+def _backward(
+    model: nn.Module, lanes: Sequence[_Lane], batch: _Batch, below: Below
+) -> list[list[float]]:
+    """Add up the gradients of a batch, part by part; return the losses of each lane's edits."""
+    losses: list[float] = []
+    for below.part, part in enumerate(batch.parts):
+        each = loss(model, part, lanes[0].recipe.loss)  # (B,)
+        losses += each.tolist()
+        whole = len(losses) == len(batch.ids)
+        # The last part is where it shows that nothing is left to learn.
+        if not whole or any(map(_Lane.learns, lanes, _split(losses, len(lanes)))):
+            (each.sum() / (len(batch.ids) // len(lanes))).backward()
+    return _split(losses, len(lanes))
 
 
-def diverged(recipe: Recipe, broken: Sequence[str], steps: int) -> Diverged:
-    """Return the error about edits whose loss is not finite after so many steps."""
-    return Diverged(
-        f"recipe {recipe.name}: the loss of edit {', '.join(map(repr, broken))} is not finite "
-        f"after {steps} steps; expected a learning_rate below {recipe.learning_rate:g}",
-        broken,
-    )
+def _split(values: Sequence, count: int) -> list[Sequence]:
+    """Split into so many parts of equal length."""
+    size = len(values) // count
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 @dataclass
-class Batch:
+class _Batch:
     """The edits of one optimiser step, in parts that each fit into a forward pass."""
 
     ids: list[str]
@@ -264,16 +272,27 @@ class Batch:
         self.parts = [{name: tensor[rows, :longest] for name, tensor in part.items()}]
 
 
+def _batches(
+    ids: Sequence[str], examples: Mapping[str, Example], tokenizer: Tokenizer, device: torch.device
+) -> list[_Batch]:
+    """Return batches of edits of similar length, each as many as fit into one forward pass."""
+    lengths, found = [len(examples[edit].ids) for edit in ids], []
+    for rows in group_by_length(lengths, training_tokens(device)):
+        group = [ids[row] for row in rows]
+        tensors = collate([examples[edit] for edit in group], tokenizer.pad_token_id or 0)
+        part = {name: tensor.to(device) for name, tensor in tensors.items()}
+        found.append(_Batch(group, [part]))
+    return found
+
+
 def _passes(
-    examples: Mapping[str, Example], recipe: Recipe, pad_id: int, tokens: int
-) -> Iterator[list[Batch]]:
+    examples: Mapping[str, Example], recipe: Recipe, tokenizer: Tokenizer, device: torch.device
+) -> Iterator[list[_Batch]]:
     """Yield the batches of each pass: all edits at once, or shuffled minibatches."""
 
-    def batch(ids: Sequence[str]) -> Batch:
-        lengths = [len(examples[edit].ids) for edit in ids]
-        parts = [[ids[row] for row in rows] for rows in group_by_length(lengths, tokens)]
-        tensors = [collate([examples[edit] for edit in part], pad_id) for part in parts]
-        return Batch([edit for part in parts for edit in part], tensors)
+    def batch(ids: Sequence[str]) -> _Batch:
+        each = _batches(ids, examples, tokenizer, device)
+        return _Batch([edit for one in each for edit in one.ids], [one.parts[0] for one in each])
 
     ids = list(examples)
     size = recipe.batch_size or len(ids)
@@ -318,7 +337,7 @@ class _Optimiser:
             parameter.grad = master.grad = None
 
     def keep(self, rows: Sequence[int]) -> list[nn.Parameter]:
-        """Keep these lanes of stacked float32 parameters, with Adam's moments; return the new stacks."""
+        """Keep these lanes of float32 stacks, with Adam's moments; return the new stacks."""
         rows = torch.tensor(rows, device=self.parameters[0].device)
         states = [self.adam.state.pop(master) for master in self.masters]
         self.parameters = [nn.Parameter(old.detach()[rows].clone()) for old in self.parameters]
@@ -331,20 +350,6 @@ class _Optimiser:
         return self.parameters
 
 
-@contextmanager
-def _only(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients flow to these weights alone: autograd keeps nothing of the blocks below the lowest."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    for parameter in weights.values():
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, value in required:
-            parameter.requires_grad_(value).grad = None
-
-
 def trained(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
     """Return the parameters that a training steps, by name: those selected, or the adapter's."""
     if recipe.adapter is None:
@@ -353,7 +358,7 @@ def trained(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
 
 
 def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
-    """Lanes that all begin where the recipe begins: at the model's weights, or at a fresh adapter."""
+    """Return lanes that begin where the recipe does: at the model's weights or a fresh adapter."""
 
     def stack(weight: Tensor) -> nn.Parameter:
         return nn.Parameter(weight.detach().float().expand(len(ids), *weight.shape).clone())
@@ -373,7 +378,7 @@ def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
 
 
 def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
-    """Wrap the model in the recipe's adapter, for a training on `count` edits; `unload` takes it off.
+    """Wrap the model in the recipe's adapter, to be trained on `count` edits; `unload` undoes it.
 
     InputError where layers and components select no projection, or the steps are too few to prune.
     """
@@ -421,11 +426,7 @@ def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
 
 @contextmanager
 def adapted(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    recipe: Recipe,
-    progress: Progress | None = None,
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, progress: Progress = None
 ) -> Iterator[Applied]:
     """Yield the model wrapped in an adapter trained on the edits, which is taken off on exit."""
     wrapped = adapt(model, recipe, len(edits))
@@ -442,21 +443,8 @@ def adapted(
         wrapped.unload()
 
 
-def train_and_merge(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    recipe: Recipe,
-    progress: Progress | None = None,
-) -> Training:
-    """Train a fresh adapter on the edits and add it to the model's own weights."""
-    with adapted(model, tokenizer, edits, recipe, progress) as applied:
-        applied.model.merge_adapter()
-    return applied.training
-
-
 def _train_one_by_one(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], recipe: Recipe
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe
 ) -> Written:
     trainings, adapters, failed = {}, [], {}
     for edit in edits:
@@ -483,7 +471,7 @@ def _adapted_layers(wrapped: PeftModel) -> dict[str, LoraLayer]:
 
 
 def _orthogonality(adalora: nn.Module) -> Tensor:
-    """The part of AdaLoRA's loss that keeps its singular vectors orthogonal (arXiv 2303.10512, eq. 4)."""
+    """Return AdaLoRA's penalty on singular vectors not orthogonal (arXiv 2303.10512, eq. 4)."""
     distances = []
     for name, weight in adalora.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:

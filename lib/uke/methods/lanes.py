@@ -1,4 +1,7 @@
-"""Lanes: many edits of one model side by side; each row of a batch is read with the weights of its own edit."""
+"""Lanes: N independent copies of some weights of a model, all of them in one forward pass.
+
+Each row of a batch is read with the weights of its own edit.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +18,7 @@ from uke.models.model import blocks
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to one projection in each of N lanes: `scale` B A, with A (N, r, in) and B (N, out, r)."""
+    """What an adapter adds to a projection in N lanes: `scale` B A; A (N, r, in), B (N, out, r)."""
 
     down: Tensor
     up: Tensor
@@ -23,50 +26,56 @@ class LowRank(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Rows of a batch by lane: A lanes in use, K slots for each; slots that no row needs are read and thrown away.
+    """Rows of a batch by lane: A lanes in use, K slots for each.
 
-    `active` (A,): the lanes in use, None for all of them in order. `take` (A * K,): the row in each slot; None where
-    the rows are sorted and each lane has K. `place` (B,): the slot of each row.
+    A slot that no row needs is computed and thrown away. `active` (A,): the lanes in use, None for
+    all of them in order. `take` (A * K,): the row in each slot, None where the rows are sorted and
+    each lane has K. `slot` (B,): the slot of each row.
     """
 
     active: Tensor | None
     lanes: int
     take: Tensor | None
-    place: Tensor | None
+    slot: Tensor | None
 
-    def apart(self, x: Tensor) -> Tensor:
-        """Rows (B, ...) by lane, (A, K, ...)."""
+    def split(self, x: Tensor) -> Tensor:
+        """Arrange rows (B, ...) by lane, (A, K, ...)."""
         x = x if self.take is None else x[self.take]
         return x.reshape(self.lanes, -1, *x.shape[1:])
 
-    def together(self, x: Tensor) -> Tensor:
-        """The inverse of `apart`."""
+    def join(self, x: Tensor) -> Tensor:
+        """Undo `split`."""
         x = x.reshape(-1, *x.shape[2:])
-        return x if self.place is None else x[self.place]
+        return x if self.slot is None else x[self.slot]
 
 
 def grouping(rows: Sequence[int], count: int, device: torch.device) -> Grouping:
-    """How a batch, of which `rows` are the lanes row by row, is read by `count` lanes."""
+    """Arrange a batch, of which `rows` are the lanes row by row, for a model of `count` lanes."""
     lanes = torch.tensor(rows)
-    active, place, held = lanes.unique(return_inverse=True, return_counts=True)
+    active, index, held = lanes.unique(return_inverse=True, return_counts=True)
     slots = int(held.max())
     used = None if len(active) == count else active.to(device)
     if bool((held == slots).all()) and bool((lanes[1:] >= lanes[:-1]).all()):
         return Grouping(used, len(active), None, None)
-    order = place.argsort(stable=True)
-    within = torch.empty_like(place)
+    order = index.argsort(stable=True)
+    within = torch.empty_like(index)
     within[order] = torch.arange(len(rows)) - (held.cumsum(0) - held).repeat_interleave(held)
-    slot = place * slots + within  # (B,)
+    slot = index * slots + within  # (B,)
     take = torch.zeros(len(active) * slots, dtype=torch.long)
     take[slot] = torch.arange(len(rows))
     return Grouping(used, len(active), take.to(device), slot.to(device))
 
 
 class Lanes:
-    """The weights of N edits of a model; while they are `laid`, the model reads row b with those of `rows[b]`.
+    """The weights of N edits of a model.
 
-    `weights` holds whole parameters by their name (N, *shape), `low_rank` what is added to a projection by its name.
-    Everything else of the model is there once and shared.
+        lanes = Lanes(model, ["ada", "alan"], {"model.layers.2.mlp.down_proj.weight": stack})
+        lanes.read(["alan", "alan", "ada"])  # the lanes of the next batch, row by row
+        with lanes.laid() as m:
+            logits = m(input_ids=ids).logits
+
+    `weights` holds whole parameters by name (N, *shape), `low_rank` what is added to a projection
+    by its name. Everything else of the model is there once and shared.
     """
 
     def __init__(
@@ -81,14 +90,12 @@ class Lanes:
 
     @property
     def stacks(self) -> list[Tensor]:
-        """Every stack of weights, (N, ...), in one order."""
-        return [
-            *self.weights.values(),
-            *(part for added in self.low_rank.values() for part in (added.down, added.up)),
-        ]
+        """Every stack of weights (N, ...), in a fixed order."""
+        low_rank = (part for added in self.low_rank.values() for part in (added.down, added.up))
+        return [*self.weights.values(), *low_rank]
 
     def hold(self, ids: Sequence[str], stacks: Sequence[Tensor]) -> None:
-        """From here on these edits, with these `stacks`."""
+        """Hold these edits from here on, with these `stacks`."""
         following = iter(stacks)
         self.weights = {name: next(following) for name in self.weights}
         self.low_rank = {
@@ -96,37 +103,34 @@ class Lanes:
             for name, added in self.low_rank.items()
         }
         self.ids = list(ids)
-        self.places = {edit: place for place, edit in enumerate(self.ids)}
+        self.index = {edit: lane for lane, edit in enumerate(self.ids)}
         self.read(self.ids)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
-
     def read(self, ids: Sequence[str]) -> None:
-        """The next forward passes have one row for each of these edits, in this order."""
-        self.grouping = grouping([self.places[edit] for edit in ids], len(self.ids), self.device)
+        """Let the next forward passes have one row for each of these edits, in this order."""
+        device = self.model.get_input_embeddings().weight.device
+        self.grouping = grouping([self.index[edit] for edit in ids], len(self.ids), device)
         self._chosen: dict[str, Tensor] = {}
 
     def weights_of(self, lane: int) -> list[Tensor]:
-        """Copies of one lane's part of every stack, in the order of `stacks`."""
+        """Copy one lane's part of every stack, in the order of `stacks`."""
         return [stack.detach()[lane].clone() for stack in self.stacks]
 
     def change_norms(self) -> list[dict[str, float]]:
-        """Of each lane, the relative Frobenius norm of the change of each weight."""
+        """Return of each lane, by weight, the relative Frobenius norm of the change."""
         own = {name: weight.detach() for name, weight in self.model.named_parameters()}
-        found: list[dict[str, float]] = [{} for _ in self.ids]
-        for lane, norms in enumerate(found):
+        norms: list[dict[str, float]] = [{} for _ in self.ids]
+        for lane, found in enumerate(norms):
             for name, stack in self.weights.items():
-                norms[name] = relative_norm(stack[lane] - own[name], own[name])
+                found[name] = relative_norm(stack[lane] - own[name], own[name])
             for name, added in self.low_rank.items():
                 delta = added.scale * added.up[lane] @ added.down[lane]
-                norms[f"{name}.weight"] = relative_norm(delta, own[f"{name}.weight"])
-        return found
+                found[f"{name}.weight"] = relative_norm(delta, own[f"{name}.weight"])
+        return norms
 
     @contextmanager
     def laid(self) -> Iterator[nn.Module]:
-        """The model with these lanes in place of its own weights; it is as before on exit, also after an exception."""
+        """Put the lanes in place of the model's weights; undone on exit, also after an exception."""
         inner: dict[str, set[str]] = {name: set() for name in self.low_rank}
         for name in self.weights:
             module, _, own = name.rpartition(".")
@@ -135,13 +139,13 @@ class Lanes:
         taken = [name for name, module in modules.items() if "forward" in vars(module)]
         if taken or "lanes" in vars(self.model):
             raise RuntimeError(
-                f"{''.join(taken[:1]) or 'the model'}: another call has replaced how it reads"
+                f"{''.join(taken[:1]) or 'the model'}: another call has replaced its forward pass"
             )
-        reads = {
+        forwards = {
             module: partial(self._linear if isinstance(module, nn.Linear) else self._each, name)
             for name, module in modules.items()
         }
-        with replaced(reads):
+        with replaced(forwards):
             self.model.lanes = self
             try:
                 yield self.model
@@ -149,18 +153,18 @@ class Lanes:
                 del self.model.lanes
 
     def _of(self, name: str, stack: Tensor) -> Tensor:
-        """The part of a stack that the lanes in use hold."""
+        """Return the part of a stack that the lanes in use hold."""
         if self.grouping.active is None:
             return stack
         if torch.is_grad_enabled():
-            # Used once in a forward pass; held, it would not be taken again where a block is computed again.
+            # Used once in a forward pass. If held, it would not be taken anew by checkpointing.
             return stack[self.grouping.active]
         if name not in self._chosen:
             self._chosen[name] = stack[self.grouping.active]
         return self._chosen[name]
 
     def _linear(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        by_lane = self.grouping.apart(x)  # (A, K, ..., in)
+        by_lane = self.grouping.split(x)  # (A, K, ..., in)
         flat = by_lane.flatten(1, -2)  # (A, K * T, in)
         weight, bias = (self._own(name, module, own) for own in ("weight", "bias"))
         if weight.dim() == 2:
@@ -171,39 +175,38 @@ class Lanes:
             out = out + (bias if bias.dim() == 1 else bias.to(x.dtype)[:, None])
         if name in self.low_rank:
             added = self.low_rank[name]
-            down, up = (
-                self._of(f"{name} {part}", getattr(added, part)).to(x.dtype)
-                for part in ("down", "up")
-            )
-            out = out + added.scale * torch.bmm(
-                torch.bmm(flat, down.transpose(1, 2)), up.transpose(1, 2)
-            )
-        return self.grouping.together(out.reshape(*by_lane.shape[:-1], -1))
+            down = self._of(f"{name} down", added.down).to(x.dtype)  # (A, r, in)
+            up = self._of(f"{name} up", added.up).to(x.dtype)  # (A, out, r)
+            inner = torch.bmm(flat, down.transpose(1, 2))  # (A, K * T, r)
+            out = out + added.scale * torch.bmm(inner, up.transpose(1, 2))
+        return self.grouping.join(out.reshape(*by_lane.shape[:-1], -1))
 
     def _own(self, name: str, module: nn.Module, own: str) -> Tensor | None:
         stack = self.weights.get(f"{name}.{own}")
         return getattr(module, own) if stack is None else self._of(f"{name}.{own}", stack)
 
-    def _each(self, name: str, plain: nn.Module, x: Tensor) -> Tensor:
-        """A module of another kind (a norm), lane after lane."""
-        start = f"{name}."
+    def _each(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        """Compute a module of another kind (a norm) lane after lane."""
         stacks = {
-            own.removeprefix(start): self._of(own, stack)
+            own.removeprefix(f"{name}."): self._of(own, stack)
             for own, stack in self.weights.items()
-            if own.startswith(start)
+            if own.startswith(f"{name}.")
         }
-        by_lane = self.grouping.apart(x)
-        out = [
-            functional_call(
-                plain, {own: stack[lane].to(x.dtype) for own, stack in stacks.items()}, (one,)
-            )
-            for lane, one in enumerate(by_lane)
-        ]
-        return self.grouping.together(torch.stack(out))
+        out = []
+        for lane, rows in enumerate(self.grouping.split(x)):
+            weights = {own: stack[lane].to(x.dtype) for own, stack in stacks.items()}
+            out.append(functional_call(module, weights, (rows,)))
+        return self.grouping.join(torch.stack(out))
+
+
+def relative_norm(difference: Tensor, weight: Tensor) -> float:
+    """Return the Frobenius norm of a difference relative to that of the weight it changes."""
+    tiny = torch.finfo(torch.float32).tiny
+    return float(difference.float().norm() / weight.float().norm().clamp(min=tiny))
 
 
 class Below:
-    """What the blocks below a place give: read in the first forward pass, handed out in every later one.
+    """The output of the blocks below the trained ones: computed once, then handed out.
 
     `part`: which of several batches, each with states of its own, the next forward pass is on.
     """
@@ -216,30 +219,31 @@ class Below:
     def states(self) -> Tensor | None:
         return self.held.get(self.part)
 
-    def keep(self, places: Tensor | Sequence[int]) -> None:
-        """The rows of the batch that go on."""
+    def keep(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows of the batch."""
         if self.states is not None:
-            self.held[self.part] = self.states[places]
+            self.held[self.part] = self.states[rows]
 
     def highest(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """In place of the highest of the blocks; a batch that was cut on its right gets what it needs."""
+        """Stand in for the highest of the blocks; a batch cut on its right gets what it needs."""
         if self.states is not None:
             return self.states[:, : states.shape[1]]
-        given = block(states, *args, **kwargs)
-        if isinstance(given, Tensor):
-            self.held[self.part] = given.detach()
-        return given
+        output = block(states, *args, **kwargs)
+        if isinstance(output, Tensor):
+            self.held[self.part] = output.detach()
+        return output
 
     def lower(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """In place of the others."""
+        """Stand in for the others."""
         return block(states, *args, **kwargs) if self.states is None else states
 
 
 @contextmanager
 def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
-    """Blocks below the lowest one that holds one of these modules or parameters are read once: nothing in them changes here.
+    """Compute the blocks below the lowest one with any of these modules or parameters only once.
 
-    Every forward pass inside is on the same rows of its part (or those that `keep` leaves) and the same tokens, or their beginnings.
+    Every forward pass inside is on the same tokens of its part, or their beginnings, in the rows
+    that `keep` leaves, and nothing in these blocks changes.
     """
     below, every = Below(), blocks(model)
     lowest = min(
@@ -247,35 +251,29 @@ def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
         for number, (prefix, _) in enumerate(every)
         if any(name.startswith(f"{prefix}.") for name in names)
     )
-    with replaced(
-        {
-            block: below.highest if number == lowest - 1 else below.lower
-            for number, (_, block) in enumerate(every[:lowest])
-        }
-    ):
+    forwards = {
+        block: below.highest if number == lowest - 1 else below.lower
+        for number, (_, block) in enumerate(every[:lowest])
+    }
+    with replaced(forwards):
         yield below
 
 
 @contextmanager
-def replaced(reads: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module reads through its function, which is given the module as it read before, then what it is called with.
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the `forward` of some modules; undone on exit, also after an exception.
 
-    On exit, also after an exception, each reads as before; one inside another therefore leaves the outer one in place.
+    Each function is given the module as it was, then the arguments of the call. One replacement
+    inside another leaves the outer one in place.
     """
-    before = {module: vars(module).get("forward") for module in reads}
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
-        for module, read in reads.items():
+        for module, forward in forwards.items():
             # A shallow copy, made before: it shares everything but the replaced `forward`.
-            module.forward = partial(read, copy.copy(module))
+            module.forward = partial(forward, copy.copy(module))
         yield
     finally:
         for module, own in before.items():
             vars(module).pop("forward", None)
             if own is not None:
                 module.forward = own
-
-
-def relative_norm(difference: Tensor, weight: Tensor) -> float:
-    """Frobenius norm of a difference relative to that of the weight it changes."""
-    tiny = torch.finfo(torch.float32).tiny
-    return float(difference.float().norm() / weight.float().norm().clamp(min=tiny))

@@ -1,15 +1,15 @@
-"""The protocol of an editing method: which weights it changes and how it writes; the rest has defaults."""
+"""The protocol of an editing method: which weights it changes, how it writes, and defaults."""
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,19 +19,14 @@ from uke.methods.lanes import Lanes, relative_norm
 from uke.models.model import kept, max_context
 from uke.models.prompts import Example, example
 
-Progress = Callable[
-    [int, float], None
-]  # called with the steps so far and the loss (nats per token)
+Tokenizer = PreTrainedTokenizerBase
+Edits = Sequence[Edit]
+# Called after every step with the steps so far and the loss (nats per token).
+Progress = Callable[[int, float], None] | None
 
 
-def refuse_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number was expected, not a boolean")
-    return value
-
-
-# YAML reads `5e-4` as text, so numbers may come as text; only true and false are refused.
-Positive = Annotated[float, BeforeValidator(refuse_boolean), Field(gt=0, allow_inf_nan=False)]
+# Strict: neither text nor true and false.
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -69,7 +64,7 @@ class Applied(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Edits written alone: a lane and a training each; `failed` says why others have none, by id."""
+    """Edits written alone: a lane and a training each; `failed` says why others have none."""
 
     lanes: Lanes
     trainings: list[Training]
@@ -118,11 +113,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def write(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> Training:
         """Write the edits together into the weights as they are now, in place."""
 
@@ -133,7 +124,7 @@ class Method(BaseModel, ABC):
     def depends_on(self, model: nn.Module | str) -> str | None:
         """Return a digest of what else decides the result, such as statistics of the model's keys.
 
-        `model`: the unedited model, or its fingerprint, so that nothing need be loaded to look up stored rows.
+        `model`: the unedited model, or its fingerprint where only stored rows are looked up.
         Called before any weight moves, so that it may be remembered for the unedited model.
         """
         return None
@@ -142,9 +133,7 @@ class Method(BaseModel, ABC):
         """Count the numbers that each lane of `write_each` holds."""
         return sum(weight.numel() for weight in self.weights(model).values())
 
-    def examples(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
-    ) -> dict[str, Example]:
+    def examples(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> dict[str, Example]:
         """Return token ids and labels by the edit's id, as the method learns them.
 
         InputError for no edits, an edit given twice, and one that is longer than the context.
@@ -166,19 +155,17 @@ class Method(BaseModel, ABC):
             found[edit.id] = one
         return found
 
+    @contextmanager
     def applied(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
-    ) -> AbstractContextManager[Applied]:
-        """Enter the edits together and undo them on exit, bit for bit: what `edited` yields."""
-        return _written(self, model, tokenizer, edits, progress)
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
+    ) -> Iterator[Applied]:
+        """Write the edits together and undo them on exit, bit for bit."""
+        weights = self.weights(model)
+        with restored(model, weights) as before:
+            training = self.write(model, tokenizer, edits, progress)
+            yield Applied(model, training, change_norms(weights, before))
 
-    def write_each(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
-    ) -> Written:
+    def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Write each edit alone into the same weights; here one after another."""
         weights, trainings, failed = self.weights(model), {}, {}
         stacks: dict[str, list[Tensor]] = {name: [] for name in weights}
@@ -195,20 +182,6 @@ class Method(BaseModel, ABC):
             raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
         lanes = Lanes(model, list(trainings), {name: torch.stack(s) for name, s in stacks.items()})
         return Written(lanes, list(trainings.values()), failed)
-
-
-@contextmanager
-def _written(
-    method: Method,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    progress: Progress | None,
-) -> Iterator[Applied]:
-    weights = method.weights(model)
-    with restored(model, weights) as before:
-        training = method.write(model, tokenizer, edits, progress)
-        yield Applied(model, training, change_norms(weights, before))
 
 
 @contextmanager

@@ -18,21 +18,20 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import pandas as pd
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.methods import finetune
 from uke.methods.locate_edit import covariance, solvers
 from uke.methods.method import (
     Applied,
+    Edits,
     Method,
     Positive,
     Progress,
+    Tokenizer,
     Training,
     Written,
     attached,
-    refuse_boolean,
 )
 from uke.models.model import module_names, select
 
@@ -44,7 +43,7 @@ def _several(value: Any) -> Any:
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
-NotNegative = Annotated[float, BeforeValidator(refuse_boolean), Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Layer = Annotated[StrictInt, Field(ge=0)] | Fraction
 Several = BeforeValidator(_several)
 Layers = Annotated[
@@ -95,32 +94,24 @@ class Recipe(Method):
         return {f"{name}.weight": parameters[f"{name}.weight"] for name in names}
 
     def write(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> Training:
         """Train on the edits; an adapter is a fresh one, merged when it is trained."""
         if self.adapter is None:
             return finetune.train(model, tokenizer, edits, self, progress)
-        return finetune.train_and_merge(model, tokenizer, edits, self, progress)
+        with self.applied(model, tokenizer, edits, progress) as applied:
+            applied.model.merge_adapter()
+        return applied.training
 
     def applied(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> AbstractContextManager[Applied]:
         """As every method; the model with an adapter is peft's wrapper around it."""
         if self.adapter is None:
             return super().applied(model, tokenizer, edits, progress)
         return finetune.adapted(model, tokenizer, edits, self, progress)
 
-    def write_each(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
-    ) -> Written:
+    def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Train all edits side by side; AdaLoRA, whose ranks are pruned by step, one by one."""
         return finetune.train_each(model, tokenizer, edits, self)
 
@@ -186,18 +177,12 @@ class LocateRecipe(Method):
         return solvers.weights(model, self)
 
     def write(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> Training:
         """Locate, find target vectors, solve."""
         return solvers.write(model, tokenizer, edits, self, progress)
 
-    def write_each(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
-    ) -> Written:
+    def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Find the target vectors of all edits together, then solve for each."""
         return solvers.write_each(model, tokenizer, edits, self)
 
@@ -217,22 +202,14 @@ class InContext(Method):
         return {}
 
     def write(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> Training:
         """Refuse to write for good: nothing would pile up in the weights."""
         raise InputError(f"{self.name}: moves no weight; expected a method that writes")
 
     @contextmanager
     def applied(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        edits: Sequence[Edit],
-        progress: Progress | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> Iterator[Applied]:
         """Let the model's `passages` say what stands before the questions about each edit."""
         with attached(model, passages={edit.id: edit.answer for edit in edits}):
