@@ -130,7 +130,7 @@ class Lanes:
 
     @contextmanager
     def laid(self) -> Iterator[nn.Module]:
-        """Put the lanes in place of the model's weights; undone on exit, also after an exception."""
+        """Put the lanes in place of the model's weights; undone on exit, also by an exception."""
         inner: dict[str, set[str]] = {name: set() for name in self.low_rank}
         for name in self.weights:
             module, _, own = name.rpartition(".")
