@@ -108,7 +108,8 @@ def _check_depth(model: str, folder: Path, methods: Sequence[Method]) -> None:
         fault = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not a language model's configuration ({fault})") from None
     for method in methods:
-        layers = method.layers if isinstance(method.layers, tuple) else ()
+        layers = getattr(method, "layers", ())  # a name for all or half of them is never too high
+        layers = layers if isinstance(layers, tuple) else ()
         if beyond := [layer for layer in layers if type(layer) is int and layer >= depth]:
             blocks = f"the model has blocks 0 to {depth - 1}"
             raise InputError(f"{method.name}: layers: {beyond[0]} is out of range; {blocks}")

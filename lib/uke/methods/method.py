@@ -117,10 +117,6 @@ class Method(BaseModel, ABC):
     ) -> Training:
         """Write the edits together into the weights as they are now, in place."""
 
-    def describe(self) -> str:
-        """Say in one line what the method does."""
-        return f"{self.name}: {self.family} method"
-
     def depends_on(self, model: nn.Module | str) -> str | None:
         """Return a digest of what else decides the result, such as statistics of the model's keys.
 
