@@ -171,7 +171,8 @@ def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> 
             f"published: no rows of {', '.join(kinds)}{nearest(kinds[0], set(after['kind']))}"
         )
     names = [name for name in METRICS if texts[name].notna().any()]
-    by = ["method", "level", "kind"]
+    levels = ["level"] if texts["level"].notna().any() else []
+    by = ["method", *levels, "kind"]
     return (
         texts.groupby([*by, "edit"], sort=False)[names]
         .mean()
