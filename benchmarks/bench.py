@@ -1,274 +1,277 @@
-"""The benchmark: the published loop, one edit after another, and lanes, in one run, interleaved and repeated. `make bench` runs it.
+"""The benchmark: the published loop, one by one, and lanes, in turns and repeated (`make bench`).
 
-Writes benchmarks/results/cpu.json and, where there is a CUDA device, benchmarks/results/gpu.json; a smoke run, and one of chosen
-rows that are none of these, writes where `--into` says. What each field means stands in `uke.study.speed.Bench`.
+Writes benchmarks/results/cpu.json and, where there is a CUDA device, benchmarks/results/gpu.json; a
+smoke run writes below results/bench. `results.py` reads the files. A run whose variants give
+different answers ends with an error and stores nothing.
 """
 
 import argparse
+import json
 import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import gains
-import growth
-import predictions
-import shapes
 import torch
+from shapes import QWEN, TINY, random_qwen, random_words, repeated, widened
 from tqdm import tqdm
 from uke.cli.execute import processor
 from uke.data.edits import Edit
 from uke.errors import InputError
-from uke.methods.catalog import at_level, configured, find
+from uke.files import write_atomic
+from uke.methods.catalog import PUBLISHED, at_level, configured, find
 from uke.methods.method import Method
 from uke.models.generate import answer
-from uke.models.model import load
+from uke.models.model import load, precision
 from uke.project import Paths
-from uke.study import dataset, speed, ways
+from uke.results.rows import shortened
+from uke.study import dataset
 from uke.study.study import Study, measure_world
+from variants import VARIANTS, check_same, compare_answers, timed
+
+from results import BUSY, PARTS, RESULTS, SHAPE
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 
-
-@dataclass(frozen=True)
-class Amount:
-    """Edits that each way is timed on in one repeat: lanes on the same ones each time, the slower ways on some of them in turn."""
-
-    lanes: int
-    single: int
-    loop: int
-    repeats: int = 3
-
-    def chosen(self, edits: Sequence[Edit], repeat: int) -> dict[str, list[Edit]]:
-        edits = list(edits[: self.lanes])
-        start = repeat * self.single % len(edits)
-        single = (edits[start:] + edits[:start])[: self.single]
-        return {
-            "loop": single[:: max(1, len(single) // self.loop)][: self.loop],
-            "single": single,
-            "lanes": edits,
-        }
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much a run measures. The first method is the one of the targets."""
-
-    headline: Amount
-    others: Amount
-    methods: tuple[str, ...] = ("FT-M", "FT-UKE", "LoRA", "AnyEdit (MEMIT)")
-    kinds: tuple[str, ...] = ()  # all probes, or those of these kinds
-    steps: int = 0  # as tuned, or so many
-    growing: growth.Amount = growth.Amount()
-    gaining: gains.Amount = gains.Amount()
-
-
-SIZES = {
-    "full": Size(Amount(64, 16, 8), Amount(16, 8, 4)),
-    # Short questions after few steps: that it runs, and that the ways answer alike.
-    "smoke": Size(
-        Amount(3, 2, 1, 2),
-        Amount(2, 1, 1, 1),
-        ("FT-UKE", "LoRA"),
-        ("detail", "struct_trip"),
-        5,
-        growth.Amount((2,), (1.0,), (0.5,), 2, 8),
-        gains.Amount(2, 1, 0, 4, 3),
-    ),
+# Edits of lanes, one by one and loop in a repeat: `first` of the first method, the one of the
+# targets, `others` of the others; then repeats, and the points of growth.
+CPU_SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "methods": ("FT-M", "FT-UKE", "LoRA", "AnyEdit (MEMIT)"),
+        "first": (64, 16, 8),
+        "others": (16, 8, 4),
+        "repeats": 3,
+        "grow": {"edits": (1, 4, 16, 64), "length": (0.5, 1, 2), "width": (0.5, 1, 2), "at": 8},
+    },
+    "smoke": {  # short questions after few steps: that it runs, and that the variants answer alike
+        "methods": ("FT-UKE", "LoRA"),
+        "first": (3, 2, 1),
+        "others": (2, 1, 1),
+        "repeats": 2,
+        "kinds": ("detail", "struct_trip"),
+        "steps": 5,
+        "grow": {"edits": (2,), "length": (1.0,), "width": (0.5,), "at": 2},
+    },
 }
+GPU_SIZES: dict[str, dict[str, Any]] = {
+    "full": {"edits": (512, 16, 6), "repeats": 3, "shape": QWEN, "of_shape": (128, 4, 4)},
+    "smoke": {"edits": (3, 2, 1), "repeats": 1, "shape": TINY, "of_shape": (3, 2, 1), "steps": 2},
+}
+TEXT_TOKENS, ANSWER_TOKENS, PROBES, LANES = 130, 128, 11, 512  # of an edit of random words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument(
-        "--rows",
-        choices=("cpu", "gpu", "all"),
-        default="all",
-        help="all: those of the processor, and those of a CUDA device where there is one",
-    )
-    parser.add_argument(
-        "--into",
-        type=Path,
-        help="folder of the results; benchmarks/results by default, results/bench for smoke",
-    )
+    parser.add_argument("--size", choices=CPU_SIZES, default="full")
+    parser.add_argument("--rows", choices=("cpu", "gpu", "all"), default="all")
+    parser.add_argument("--into", type=Path, help="folder of the results")
     given = parser.parse_args(arguments)
-    into = given.into or (
-        ROOT.joinpath(*speed.RESULTS)
-        if given.size == "full"
-        else Paths("smoke").home / "results" / "bench"
-    )
-    said = (
-        "make bench"
-        + (f" SIZE={given.size}" if given.size != "full" else "")
-        + (f" ROWS={given.rows}" if given.rows != "all" else "")
-    )
+    stored = ROOT / RESULTS if given.size == "full" else Paths("smoke").home / "results" / "bench"
+    command = "make bench" + (f" SIZE={given.size}" if given.size != "full" else "")
+    command += f" ROWS={given.rows}" if given.rows != "all" else ""
+    cuda = torch.cuda.is_available()
     try:
         if given.rows != "gpu":
-            speed.save(
-                described(of_processor, SIZES[given.size], said, given.size, "cpu"),
-                into / f"{speed.CPU}.json",
-            )
-        if given.rows == "gpu" or (given.rows == "all" and torch.cuda.is_available()):
-            import gpu
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            if device == "cpu" and given.size != "smoke":
+            content = described(measure_cpu, CPU_SIZES, given.size, "cpu", command)
+            save(content, (given.into or stored) / "cpu.json")
+        if given.rows == "gpu" or (given.rows == "all" and cuda):
+            if not cuda and given.size != "smoke":
                 raise InputError("ROWS=gpu: no CUDA device here; expected one, or SIZE=smoke")
-            speed.save(
-                described(gpu.rows, gpu.SIZES[given.size], said, given.size, device),
-                into / f"{speed.GPU}.json",
-            )
+            device = "cuda" if cuda else "cpu"
+            content = described(measure_gpu, GPU_SIZES, given.size, device, command)
+            save(content, (given.into or stored) / "gpu.json")
     except (InputError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def described(measure, size, said: str, name: str, device: str) -> dict:
-    """What was measured, with the machine, what it ran and how busy it was."""
-    started, busy = time.perf_counter(), round(os.getloadavg()[0], 2)
-    if busy > speed.BUSY:
-        print(
-            f"this machine is busy (load {busy:g}): the seconds of this run are not to be trusted",
-            file=sys.stderr,
-        )
-    measured = measure(size, device)
+def described(measure, sizes: Mapping, size: str, device: str, command: str) -> dict[str, Any]:
+    """Return what was measured with the machine, the versions and how busy the machine was."""
+    started, load_before = time.perf_counter(), round(os.getloadavg()[0], 2)
+    if load_before > BUSY:
+        warning = "the seconds of this run are not to be trusted"
+        print(f"this machine is busy (load {load_before:g}): {warning}", file=sys.stderr)
+    measured = measure(sizes[size], device)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory, 1),
         "platform": platform.platform(),
-        "load_before": busy,
+        "load_before": load_before,
         "load_after": round(os.getloadavg()[0], 2),
     }
-    versions = {
-        "python": platform.python_version(),
-        **{each: metadata.version(each) for each in LIBRARIES},
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": _commit(),
-    }
-    return {
-        "size": name,
-        "command": said,
-        "machine": machine,
-        "versions": versions,
-        "seconds": time.perf_counter() - started,
-        **measured,
-    }
-
-
-def of_processor(size: Size, device: str) -> dict[str, list[dict]]:
-    """Every row of a machine without an accelerator, on the embedded model."""
-    study = embedded(size.headline.lanes, device)
-    if size.kinds:
-        study.dataset = study.dataset.only(size.kinds)
-    methods = [chosen(name, size.steps) for name in size.methods]
-    if not all(method.factors for method in methods):
-        measure_world(study.model, study.tokenizer)
-    amounts = {
-        method.name: size.others if place else size.headline for place, method in enumerate(methods)
-    }
-    timings, same = compared(study, methods, amounts)
-    memory = predictions.memory(study, methods[0], timings)
-    grown, of_width = growth.measured(study, methods[0], size.growing)
-    found = gains.measured(study, methods, timings, size.gaining)
-    return {
-        "timings": timings,
-        "same": same,
-        "growth": grown,
-        "memory": memory + of_width,
-        "gains": found,
-    }
-
-
-def embedded(count: int, device: str) -> Study:
-    """The embedded model with so many test edits of its world; where there are fewer, they come again under other ids.
-
-    In float32 wherever it is: in less, the published loop would round every step into its weights, which the others do not.
-    """
-    paths = Paths("bench")
-    model, tokenizer = load("embedded", device, torch.float32)
-    return Study(
-        "bench",
-        shapes.repeated(dataset.load(paths.profile, limit=count), count),
-        (model, tokenizer),
-        False,
-    )
-
-
-def chosen(name: str, steps: int = 0) -> Method:
-    """The method as the study tuned it for single edits, or with so many steps; FT-M on the down projections of all blocks."""
-    params = ROOT / "params"
-    method = (
-        at_level(params, "embedded", "FT-M", "layers", "all")
-        if name == "FT-M"
-        else find(name, configured(params, "embedded"))
-    )
-    return method.model_copy(update={"steps": steps}) if steps else method
-
-
-def compared(
-    study: Study, methods: Sequence[Method], amounts: dict[str, Amount]
-) -> tuple[list[dict], list[dict]]:
-    """Timings of every method in every way, and how alike the answers were; a way that answers otherwise ends the run."""
-    probes = study.dataset.every_probe
-    before = dict(
-        zip(
-            probes,
-            answer(study.model, study.tokenizer, probes, max_new_tokens=study.token_limit),
-            strict=True,
-        )
-    )
-    timings, same = [], []
-    for method in methods:
-        amount, answers = amounts[method.name], {way: {} for way in ways.WAYS}
-        for way in ways.WAYS:  # what a process does once is not timed
-            ways.timed(way, study, study.dataset.edits[:1], method)
-        for repeat in tqdm(range(amount.repeats), desc=f"{method.name}: three ways"):
-            for way, edits in amount.chosen(study.dataset.edits, repeat).items():
-                found = ways.timed(way, study, edits, method)
-                answers[way] |= found.answers
-                timings.append(row(method, way, edits, found) | {"repeat": repeat})
-            held = {
-                way: ways.alike(answers[way], answers["lanes"], before)
-                for way in ways.WAYS
-                if way != "lanes"
-            }
-            for way, one in held.items():
-                ways.check_alike(f"{way} of {method.name}", one)
-        same += [{"method": method.name, "way": way} | one for way, one in held.items()]
-    return timings, same
-
-
-def row(method: Method, way: str, edits: Sequence[Edit], found: ways.Timed) -> dict:
-    """A measurement as it is stored."""
-    return {
-        "method": method.name,
-        "way": way,
-        "edits": len(edits),
-        "probes": len(found.answers),
-    } | {name: value for name, value in found._asdict().items() if name != "answers"}
+    versions = {"python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in LIBRARIES} | {"commit": _commit()}
+    versions["cuda"] = torch.version.cuda if device == "cuda" else None
+    seconds = time.perf_counter() - started
+    head = {"size": size, "command": command, "machine": machine, "versions": versions}
+    return head | {"seconds": seconds} | measured
 
 
 def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return (
-            subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-            or None
-        )
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
         return None
+    return found.stdout.strip() or None
+
+
+def save(content: Mapping[str, Any], path: Path) -> Path:
+    """Write a run with a measurement a line, so that a reader of its changes can follow."""
+    parts = []
+    for name, value in content.items():
+        rows = value if name in PARTS else [value]
+        lines = [json.dumps(shortened(row, 5), ensure_ascii=False) for row in rows]
+        text = lines[0] if name not in PARTS else "[\n  " + ",\n  ".join(lines) + "\n ]"
+        parts.append(f' "{name}": {text}')
+    return write_atomic(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def measure_cpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
+    """Measure every method on the embedded model, and how the first one grows."""
+    study = embedded(size["first"][0], device)
+    if "kinds" in size:
+        study.dataset = study.dataset.only(size["kinds"])
+    methods = [chosen(name, size.get("steps")) for name in size["methods"]]
+    if not all(method.factors for method in methods):
+        measure_world(study.model, study.tokenizer)
+    timings, same = [], []
+    for number, method in enumerate(methods):
+        counts = size["others"] if number else size["first"]
+        found = compare(study, method, counts, size["repeats"])
+        timings, same = timings + found[0], same + found[1]
+    return {"timings": timings, "same": same, "growth": growth(study, methods[0], size["grow"])}
+
+
+def measure_gpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
+    """Measure the embedded model with hundreds of lanes, and random weights of a 7B shape."""
+    study = replace(embedded(size["edits"][0], device), lanes=LANES)
+    if "steps" in size:
+        study.dataset = study.dataset.only(("detail", "struct_trip"))
+    method = chosen("FT-M", size.get("steps"))
+    timings, same = compare(study, method, size["edits"], size["repeats"])
+    del study  # each model is held alone
+    model, tokenizer = random_qwen(size["shape"], device, precision(device))
+    count = size["of_shape"][0]
+    shaped = random_words(count, size["shape"]["vocab_size"], TEXT_TOKENS, PROBES)
+    options = {"similarity": False, "max_new_tokens": ANSWER_TOKENS, "lanes": LANES}
+    study = Study("bench", shaped, (model, tokenizer), **options)
+    changes = {"layers": "all"} | ({"steps": size["steps"]} if "steps" in size else {})
+    lora = PUBLISHED["LoRA"].model_copy(update=changes | {"name": f"LoRA, {SHAPE}", "rank": 8})
+    # Random weights prefer no word to another, and bf16 rounds, so equal answers are not required.
+    found = compare(study, lora, size["of_shape"], 1, required=False)
+    changes |= {"name": f"FT-M, {SHAPE}", "components": ("down_proj",), "steps": 3}
+    direct = PUBLISHED["FT-M"].model_copy(update=changes)
+    found[0].append(measurement("single", study, shaped.edits[:1], direct, repeat=0)[0])
+    held = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
+    of_shape = [row | {"model_mib": held} for row in found[0]]
+    return {"timings": timings + of_shape, "same": same + found[1], "growth": []}
+
+
+def embedded(count: int, device: str) -> Study:
+    """Return a study of the embedded model with `count` test edits of its world, repeated if few.
+
+    In float32: in less, the published loop would round every step into its weights, which the
+    other variants do not.
+    """
+    edits = repeated(dataset.load("bench", limit=count), count)
+    return Study("bench", edits, load("embedded", device, torch.float32), similarity=False)
+
+
+def chosen(name: str, steps: int | None = None) -> Method:
+    """Return a method as tuned for single edits; FT-M on the down projections of all blocks."""
+    params = ROOT / "params"
+    if name == "FT-M":
+        method = at_level(params, "embedded", "FT-M", "layers", "all")
+    else:
+        method = find(name, configured(params, "embedded"))
+    return method.model_copy(update={"steps": steps}) if steps else method
+
+
+def compare(
+    study: Study, method: Method, counts: Sequence[int], repeats: int, required: bool = True
+) -> tuple[list[dict], list[dict]]:
+    """Time a method in every variant, in turns, and compare the answers with those of lanes.
+
+    Lanes write the same edits in every repeat, the slower variants some of them, in turn.
+    """
+    probes = study.dataset.every_probe
+    limit = {"max_new_tokens": study.token_limit}
+    texts = answer(study.model, study.tokenizer, probes, **limit) if required else probes
+    before = dict(zip(probes, texts, strict=True))
+    timings, answers = [], {variant: {} for variant in VARIANTS}
+    for variant in VARIANTS:  # what a process does once is not timed
+        timed(variant, study, study.dataset.edits[:1], method)
+    for repeat in tqdm(range(repeats), desc=method.name):
+        edits = study.dataset.edits[: counts[0]]
+        start = repeat * counts[1] % len(edits)
+        some = (edits[start:] + edits[:start])[: counts[1]]
+        fewest = some[:: max(1, len(some) // counts[2])][: counts[2]]
+        for variant, own in {"loop": fewest, "single": some, "lanes": edits}.items():
+            row, found = measurement(variant, study, own, method, repeat=repeat)
+            timings.append(row)
+            answers[variant] |= found
+    same = []
+    for variant in ("loop", "single"):
+        found = compare_answers(answers[variant], answers["lanes"], before if required else {})
+        if required:
+            check_same(f"variant {variant} of {method.name}", found)
+        same.append({"method": method.name, "variant": variant} | found)
+    return timings, same
+
+
+def measurement(
+    variant: str, study: Study, edits: Sequence[Edit], method: Method, **labels: Any
+) -> tuple[dict[str, Any], dict]:
+    """Time a variant; return a row as it is stored, and the answers."""
+    found = timed(variant, study, edits, method)
+    row = {"method": method.name, "variant": variant} | labels | found._asdict()
+    row |= {"edits": len(edits), "probes": len(found.answers)}
+    return row, row.pop("answers")
+
+
+def growth(study: Study, method: Method, grow: Mapping[str, Any]) -> list[dict]:
+    """Time every variant once at each number of edits, length of the text and width of a model."""
+    rows = []
+    for what, value, at in tqdm(list(_points(study, grow)), desc=f"{method.name}: growth"):
+        count = len(at.dataset.edits)
+        most = {"loop": max(4, grow["at"] // 2), "single": grow["at"], "lanes": count}
+        for variant in VARIANTS:
+            edits = at.dataset.edits[: min(count, most[variant])]
+            labels = {"repeat": 0, "grows": what, "value": value}
+            rows.append(measurement(variant, at, edits, method, **labels)[0])
+    return rows
+
+
+def _points(study: Study, grow: Mapping[str, Any]) -> Iterator[tuple[str, float, Study]]:
+    for count in grow["edits"]:
+        yield "edits", count, replace(study, dataset=study.dataset.first(count))
+    for share in grow["length"]:
+        cut = study.dataset.with_length(share, grow["at"])
+        texts = [edit.answer for edit in cut.edits]
+        ids = study.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokens = round(sum(map(len, ids)) / len(ids))
+        yield "tokens of the answer", tokens, replace(study, dataset=cut)
+    few = study.dataset.first(grow["at"])
+    for share in grow["width"]:
+        model = widened(study.model, share)
+        size = sum(weight.numel() for weight in model.parameters()) / 1e6
+        pair = (model, study.tokenizer)
+        at = replace(study, subject=pair, dataset=few, max_new_tokens=48)
+        yield "parameters (millions)", size, at
 
 
 if __name__ == "__main__":

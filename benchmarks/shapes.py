@@ -1,4 +1,4 @@
-"""Models and edits made on the fly: other widths of a model, the shape of Qwen2.5-7B, and texts of a chosen length."""
+"""Models and edits made for timing alone: other widths, the shape of Qwen2.5-7B, other lengths."""
 
 import random
 from collections.abc import Mapping
@@ -34,43 +34,34 @@ TINY = QWEN | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-QUESTION, OF_TEMPLATE = (
-    16,
-    3,
-)  # words of a question of random words, tokens that the template below adds to it
+QUESTION, OF_TEMPLATE = 16, 3  # words of a question, tokens that the template below adds to it
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")
 TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> "
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
 
-def widened(model: PreTrainedModel, share: float, seed: int = 1) -> PreTrainedModel:
-    """Random weights in the model's architecture with so many times its width and heads: for growth alone, it can say nothing."""
+def widened(model: PreTrainedModel, share: float) -> PreTrainedModel:
+    """Make a model of random weights with `share` times the width and heads of another."""
     config = type(model.config)(**model.config.to_dict())
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         setattr(config, name, max(1, round(share * getattr(config, name))))
-    return random_model(config, model.device, torch.float32, seed)
+    return _random(config, model.device, torch.float32)
 
 
-def random_model(config, device, dtype: torch.dtype, seed: int = 1) -> PreTrainedModel:
-    """Random weights, made where they are to be."""
+def _random(config, device, dtype: torch.dtype) -> PreTrainedModel:
     with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def qwen(
+def random_qwen(
     shape: Mapping, device: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Random weights in the Qwen2 architecture, with a tokenizer in which a word is a token, so that lengths are exact."""
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    words = {
-        word: place
-        for place, word in enumerate(
-            [*SPECIAL, *(f"w{place}" for place in range(len(SPECIAL), shape["vocab_size"]))]
-        )
-    }
+    """Make random weights of a shape, and a tokenizer with a token a word, so lengths are exact."""
+    names = [*SPECIAL, *(f"w{number}" for number in range(len(SPECIAL), shape["vocab_size"]))]
+    words = {name: number for number, name in enumerate(names)}
     inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -81,73 +72,39 @@ def qwen(
         additional_special_tokens=["<user>", "<assistant>", "<end>"],
     )
     tokenizer.chat_template = TEMPLATE
-    return random_model(AutoConfig.for_model("qwen2", **shape, **ids), device, dtype), tokenizer
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model("qwen2", **shape, **ids)
+    return _random(config, device, dtype), tokenizer
 
 
-def worded(
-    count: int, vocabulary: int, tokens: int, asked: tuple[int, int], seed: int = 1
-) -> Dataset:
-    """Edits of so many tokens (prompt and text), `asked` probes of as many tokens each: random words, for time alone."""
-    drawn = random.Random(seed)
+def random_words(count: int, vocabulary: int, tokens: int, probes: int) -> Dataset:
+    """Make edits of `tokens` random words, each with `probes` probes: for time alone."""
+    rng = random.Random(1)
 
     def text(length: int) -> str:
-        return " ".join(f"w{drawn.randrange(len(SPECIAL), vocabulary)}" for _ in range(length))
+        return " ".join(f"w{rng.randrange(len(SPECIAL), vocabulary)}" for _ in range(length))
 
-    edits, probes = [], {}
+    edits, by_edit = [], {}
     for number in range(count):
-        edit = Edit(
-            id=f"e{number}", question=text(QUESTION), answer=text(tokens - QUESTION - OF_TEMPLATE)
+        answer = text(tokens - QUESTION - OF_TEMPLATE)
+        edit = Edit(id=f"e{number}", question=text(QUESTION), answer=answer)
+        rest = {"edit": edit.id, "reference": "none"}
+        around = (
+            Probe(kind="rel_doc", number=n, question=text(QUESTION), **rest)
+            for n in range(1, probes)
         )
-        others = [
-            Probe(
-                edit=edit.id,
-                kind="rel_doc",
-                number=other,
-                question=text(QUESTION),
-                reference="none",
-            )
-            for other in range(asked[0] - 1)
-        ]
+        by_edit[edit.id] = (Probe(kind="original", question=edit.question, **rest), *around)
         edits.append(edit)
-        probes[edit.id] = (
-            Probe(edit=edit.id, kind="original", question=edit.question, reference="none"),
-            *others,
-        )
-    return Dataset(tuple(edits), probes, f"random words {seed}", Paths("smoke"))
+    return Dataset(tuple(edits), by_edit, "random words", Paths("smoke"))
 
 
 def repeated(dataset: Dataset, count: int) -> Dataset:
-    """So many edits: where there are fewer, the same again under other ids, which to a machine are other edits."""
+    """Repeat edits under other ids, where there are fewer than `count`: the work is the same."""
     edits, probes = list(dataset.edits), dict(dataset.probes)
-    for place in range(len(edits), count):
-        first = dataset.edits[place % len(dataset.edits)]
-        own = [probe.model_copy(update={"edit": f"{first.id}-{place}"}) for probe in first.extra]
-        again = first.model_copy(update={"id": f"{first.id}-{place}", "extra": tuple(own)})
-        edits.append(again)
-        probes[again.id] = tuple(
-            probe.model_copy(update={"edit": again.id}) for probe in dataset.probes[first.id]
-        )
-    return replace(dataset, edits=tuple(edits), probes=probes)
-
-
-def cut(dataset: Dataset, share: float, count: int) -> Dataset:
-    """The first `count` edits with answers of so much of their own length (the next edit's text goes on where one ends)."""
-    words = [edit.answer.split() for edit in dataset.edits]
-    edits = []
-    for place, edit in enumerate(dataset.edits[:count]):
-        text = " ".join(
-            (words[place] + words[place + 1 - len(words)])[
-                : max(1, round(share * len(words[place])))
-            ]
-        )
-        edits.append(edit.model_copy(update={"answer": text}))
-    probes = {
-        edit.id: tuple(
-            probe.model_copy(update={"reference": edit.answer})
-            if probe.kind in ("original", "paraphrase")
-            else probe
-            for probe in dataset.probes[edit.id]
-        )
-        for edit in edits
-    }
+    for number in range(len(edits), count):
+        first = dataset.edits[number % len(dataset.edits)]
+        new = {"edit": f"{first.id}-{number}"}
+        extra = tuple(probe.model_copy(update=new) for probe in first.extra)
+        edits.append(first.model_copy(update={"id": new["edit"], "extra": extra}))
+        probes[new["edit"]] = tuple(p.model_copy(update=new) for p in dataset.probes[first.id])
     return replace(dataset, edits=tuple(edits), probes=probes)

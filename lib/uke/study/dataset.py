@@ -48,6 +48,22 @@ class Dataset:
         changed = hashlib.sha256(f"{self.fingerprint} {sorted(kinds)}".encode()).hexdigest()[:16]
         return replace(self, probes=probes, fingerprint=changed)
 
+    def with_length(self, share: float, count: int) -> "Dataset":
+        """Return the first `count` edits with answers of `share` of their length.
+
+        The next edit's text continues where one ends. Only the original probe of each is kept.
+        """
+        words = [edit.answer.split() for edit in self.edits]
+        edits = []
+        for index, edit in enumerate(self.edits[:count]):
+            longer = words[index] + words[(index + 1) % len(words)]
+            text = " ".join(longer[: max(1, round(share * len(words[index])))])
+            edits.append(edit.model_copy(update={"answer": text}))
+        probes = {edit.id: edit.probes[:1] for edit in edits}
+        flat = [probe for group in probes.values() for probe in group]
+        changed = fingerprint(edits, flat)
+        return replace(self, edits=tuple(edits), probes=probes, fingerprint=changed)
+
 
 def load(
     profile: str,

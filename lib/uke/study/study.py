@@ -214,7 +214,7 @@ class Study:
         name = f"{self.name}: {method.name}"
         with tqdm(total=len(todo), desc=name, mininterval=5, disable=not todo or None) as bar:
             while todo:
-                group = todo[: self._side_by_side(method)] if batch_size == 1 else todo[:1]
+                group = todo[: self.lanes_at_once(method)] if batch_size == 1 else todo[:1]
                 try:
                     frames, diverged = self.write(method, group)
                 except torch.OutOfMemoryError:
@@ -292,7 +292,7 @@ class Study:
             self.append(unit.key, found.drop(columns="study").assign(**labels))
         return todo
 
-    def _side_by_side(self, method: Method) -> int:
+    def lanes_at_once(self, method: Method) -> int:
         """Return how many single edits are written at once: `lanes`, or as many as half of the free memory holds."""
         fitting = free_mib(self.model.device) / 2 / lane_mib(self.model, method)
         return max(1, int(min(self.lanes, fitting)))
