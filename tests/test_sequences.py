@@ -8,11 +8,8 @@ from conftest import SENTENCES
 from uke.data.edits import Detail, Edit, Probe
 from uke.errors import InputError
 from uke.methods import catalog as methods
-from uke.methods.edited import edited
-from uke.methods.finetune import train
 from uke.methods.locate_edit import covariance
 from uke.models import model as models
-from uke.models.model import kept
 from uke.models.prompts import example
 from uke.results import rows
 from uke.study import sequential as sequences
@@ -101,105 +98,6 @@ def logits(model, tokenizer, edit=EDITS[0]) -> torch.Tensor:
     ids = example(tokenizer, edit.question, edit.answer, True, True).ids
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0]  # (T, V)
-
-
-# --- the writer ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("broken", [False, True])
-def test_every_weight_comes_back_bit_for_bit(loaded, name, broken):
-    model, tokenizer = loaded
-    model.train()
-    before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    parameters, storages = (
-        list(model.parameters()),
-        [parameter.data_ptr() for parameter in model.parameters()],
-    )
-    try:
-        with sequence(model, tokenizer, METHODS[name]) as writer:
-            for edit in EDITS[:2]:
-                writer.write([edit])
-            changed = moved(model, before)
-            assert changed and changed == set(writer.norms()) and min(writer.norms().values()) > 0
-            if broken:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert broken
-    assert not moved(model, before) and model.training and not hasattr(model, "peft_config")
-    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
-    assert [parameter.data_ptr() for parameter in model.parameters()] == storages
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
-
-
-@pytest.mark.parametrize("name", ["FT-M", "LoRA"])
-def test_a_training_that_breaks_on_the_way_is_undone_with_all_before_it(loaded, name):
-    model, tokenizer = loaded
-    before = state(model)
-    with (
-        pytest.raises(FloatingPointError, match="'Grace'"),
-        sequence(model, tokenizer, METHODS[name]) as writer,
-    ):
-        writer.write(EDITS[:1])
-        writer.method = METHODS[name].model_copy(update={"learning_rate": 1e38})
-        writer.write(EDITS[1:2])
-    assert not moved(model, before) and not hasattr(model, "peft_config")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_second_edit_starts_from_what_the_first_left(loaded, name):
-    model, tokenizer = loaded
-    with sequence(model, tokenizer, METHODS[name]) as writer:
-        writer.write(EDITS[:1])
-        first = state(model)
-        writer.write(EDITS[1:2])
-        both, said = state(model), logits(model, tokenizer)
-    with sequence(model, tokenizer, METHODS[name]) as writer:
-        writer.write(EDITS[1:2])
-        assert (
-            moved(model, first)
-            and moved(model, both)
-            and not torch.equal(logits(model, tokenizer), said)
-        )
-
-
-def test_two_edits_are_two_trainings_one_inside_the_other(loaded):
-    model, tokenizer = loaded
-    with sequence(model, tokenizer, METHODS["FT-M"]) as writer:
-        for edit in EDITS[:2]:
-            writer.write([edit])
-        written = state(model)
-    with kept(model):
-        for edit in EDITS[:2]:
-            train(model, tokenizer, [edit], METHODS["FT-M"])
-        assert not moved(model, written)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_one_edit_answers_as_it_does_alone_merged_or_not(loaded, name):
-    model, tokenizer = loaded
-    with edited(model, tokenizer, EDITS[:1], METHODS[name]) as m:
-        alone, record = logits(m, tokenizer), m.edit_record
-    with sequence(model, tokenizer, METHODS[name]) as writer:
-        assert writer.write(EDITS[:1]).losses == record.losses
-        torch.testing.assert_close(logits(model, tokenizer), alone, rtol=1e-4, atol=1e-4)
-        assert writer.norms() == pytest.approx(record.change_norm, rel=1e-4)
-
-
-def test_peers_keep_to_the_covariances_of_the_unedited_model(loaded):
-    model, tokenizer = loaded
-    covariance._FINGERPRINTS.clear()  # as in a process that has not asked for them yet
-    with sequence(model, tokenizer, METHODS["MEMIT"]) as writer:
-        for edit in EDITS[:3]:
-            writer.write([edit])
-
-
-def test_a_method_that_writes_nothing_is_refused(loaded):
-    with (
-        pytest.raises(InputError, match="in-context"),
-        sequence(*loaded, methods.find("in-context")),
-    ):
-        pytest.fail("handed out")
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
