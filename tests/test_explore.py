@@ -1,4 +1,4 @@
-"""Exploring by hand: what an edit shows, undo and stop, the form on bad input, sessions that repeat."""
+"""Explore by hand: what an edit shows, undo, stop, bad input in the form, sessions that repeat."""
 
 import html
 import os
@@ -26,9 +26,12 @@ from uke.models.model import fingerprint, select
 from uke.project import Paths
 
 QUESTION = "Who is Ansel Dorowick?"
+ANSWER = (
+    "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin."
+)
 OWN = own_edit(
     question=QUESTION,
-    answer="Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin.",
+    answer=ANSWER,
     paraphrase="What can you tell me about Ansel Dorowick?",
     details=[{"question": "When was Ansel Dorowick born?", "answer": "1802"}],
 )
@@ -95,11 +98,11 @@ def heard(panel, field: str = "action") -> str:
 def test_an_edit_stays_until_undo_and_a_free_question_is_asked_of_both_models(bench, name):
     alone = bench.ask(QUESTION)
     assert alone[1] is None
-    trial = bench.write(Task(OWN, bench.methods[name], questions=(QUESTION,)))
+    trial = bench.write(Task(OWN, bench.methods[name]))
     written = {key: value.clone() for key, value in bench.edited.state_dict().items()}
     without, with_it = bench.ask(QUESTION)
-    free = trial.rows[trial.rows["kind"] == "question"].iloc[0]
-    assert without == alone[0] == free["before"] and with_it == free["after"]
+    row = trial.rows[trial.rows["kind"] == "original"].iloc[0]
+    assert without == alone[0] == row["before"] and with_it == row["after"]
     assert all(torch.equal(written[key], value) for key, value in bench.edited.state_dict().items())
     assert bench.undo() and not bench.undo()
     assert bench.ask(QUESTION) == alone
@@ -158,7 +161,7 @@ def test_the_two_lines_load_what_was_kept(bench, name):
 
 
 def test_keeping_refuses_a_name_that_is_taken_or_none_and_an_edit_without_weights(bench):
-    with pytest.raises(Refused, match="no edit in the weights"):
+    with pytest.raises(Refused, match="nothing to save"):
         bench.keep("other")
     bench.write(Task(OWN, bench.methods["FT-M"]))
     bench.keep("taken")
@@ -167,7 +170,7 @@ def test_keeping_refuses_a_name_that_is_taken_or_none_and_an_edit_without_weight
         with pytest.raises(Refused, match=reason):
             bench.keep(name)
     bench.write(Task(OWN, bench.methods["in-context"]))
-    with pytest.raises(Refused, match="changes no weight"):
+    with pytest.raises(Refused, match="nothing to save"):
         bench.keep("passage")
 
 
@@ -253,19 +256,18 @@ def test_every_level_of_every_factor_can_be_clicked_into_the_method(panel, metho
 
 def test_a_person_edits_undoes_keeps_repeats_and_exports(panel):
     panel.form.fill(OWN)
-    panel.free.value = "Who is Kasia Broohart?"
     press(panel, "Edit")
     assert "Edit 1 is in the weights" in heard(panel)
     assert OWN.answer.split()[-1] in panel.shown.value
-    assert 'data-kind="question"' in panel.shown.value
     assert not panel.buttons["Undo"].disabled and panel.buttons["Stop"].disabled
+    panel.free.value = "Who is Kasia Broohart?"
     press(panel, "Ask")
     assert "With the edit" in panel.reply.value
     press(panel, "Keep")
     assert "methods.load" in panel.kept.value
     press(panel, "Undo")
     assert "bit for bit" in heard(panel) and panel.buttons["Undo"].disabled
-    assert html.escape(panel.bench.trials[0].rows["before"].iloc[0]) in panel.shown.value
+    assert panel.bench.trials[0].rows["before"].iloc[0] in html.unescape(panel.shown.value)
     panel.level.value = ("layers", "all")
     press(panel, "Repeat")
     layers = [trial.task.method.layers for trial in panel.bench.trials]
@@ -351,7 +353,7 @@ def test_two_clicks_at_once_are_one_edit_and_stop_half_way_is_heard(panel):
 def test_an_exported_session_gives_the_same_numbers_under_papermill(bench, home):
     slow = bench.methods["LoRA"].model_copy(update={"steps": 6, "layers": (2, 5)})
     more = ("And who was she?",)
-    bench.write(Task(OWN, bench.methods["FT-UKE"], more, ("Who is Kasia Broohart?",)))
+    bench.write(Task(OWN, bench.methods["FT-UKE"], more))
     bench.write(Task(OWN.model_copy(update={"paraphrase": None, "details": ()}), slow, chat=False))
     bench.write(Task(bench.library.edits[1], bench.methods["FT-A"]))
     path = session.export(bench, bench.folder / "session-1.yaml")
@@ -373,14 +375,14 @@ def test_an_exported_session_gives_the_same_numbers_under_papermill(bench, home)
     assert len(numbers) > 8
     assert found == pytest.approx(expected[numbers].to_numpy(), abs=1e-12, nan_ok=True)
     static = (home / "figures" / "quick" / "explore.html").read_text(encoding="utf-8")
-    assert html.escape(OWN.answer) in re.sub("</?(ins|del|span)[^>]*>", "", static)
+    assert OWN.answer in html.unescape(re.sub("</?(ins|del|span)[^>]*>", "", static))
     assert static.count("<h3>") == 3 and "<script" not in static
     assert "<article" in (home / "done.ipynb").read_text(encoding="utf-8")
 
 
 def test_a_written_session_reads_back_as_the_same_tasks_and_refuses_what_it_does_not_know(bench):
     for task in (
-        Task(OWN, bench.methods["MEMIT"], ("Who?",), ("What?",), False),
+        Task(OWN, bench.methods["MEMIT"], ("Who?",), False),
         Task(bench.library.edits[2], bench.methods["FT-L"]),
         Task(OWN, bench.methods["Doubled"]),
     ):
@@ -456,9 +458,9 @@ def test_writing_ones_own_empties_the_form_and_asks_nothing_of_the_edit_that_sto
     panel.form.own.click()
     panel.form.question.value, panel.form.answer.value = OWN.question, OWN.answer
     panel.form.chat.value = False
-    task = panel.form.task("What else?")
+    task = panel.form.task()
     assert task.edit == own_edit(question=OWN.question, answer=OWN.answer)
-    assert (task.chat, task.questions, task.paraphrases) == (False, ("What else?",), ())
+    assert task.chat is False and not task.paraphrases
 
 
 def test_details_are_read_one_on_a_line():

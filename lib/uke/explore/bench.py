@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,9 @@ from uke.study.score import answer_and_score, token_limit, with_before
 from uke.study.study import measure_world, world_of
 from uke.world import files as world_files
 
-QUESTION = "question"  # the kind of a free question's row
 OWN_ID = "mine"
 AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
 MAX_NEW_TOKENS = 160  # of an answer whose reference is not longer
-_FREE = 1000  # free questions are probes numbered from here
 # BM25 needs no index on disk; documents as long as the world's texts, however short the edit is.
 _SETTINGS = Settings(retriever="bm25", words=60)
 
@@ -75,14 +73,12 @@ class Stopped(Exception):
 class Task:
     """One edit to try: everything but the model that decides its numbers.
 
-    `paraphrases` beyond the edit's own and free `questions` are asked before and after. `chat` False
-    asks everything without the chat template.
+    `paraphrases` are asked beside the edit's own. `chat` False asks without the chat template.
     """
 
     edit: Edit
     method: Method
     paraphrases: tuple[str, ...] = ()
-    questions: tuple[str, ...] = ()
     chat: bool | None = None
 
 
@@ -90,8 +86,8 @@ class Task:
 class Trial:
     """The outcome of a task.
 
-    `rows`: one a question, with both answers and their primary scores. `tokens`: by kind and number,
-    the tokens of the wanted answer before and after the edit.
+    `rows`: one a question, with both answers and their primary scores. `tokens`: by kind and
+    number, the tokens of the wanted answer before and after the edit.
     """
 
     number: int
@@ -110,7 +106,7 @@ class Trial:
             after=("score_after", "mean"),
             probes=("number", "size"),
         )
-        order = [*KINDS, QUESTION].index
+        order = list(KINDS).index
         return means.sort_values("kind", key=lambda kinds: kinds.map(order), ignore_index=True)
 
 
@@ -210,13 +206,11 @@ class Bench:
         self.model, self.tokenizer = load(self.name)
         with torch.device("meta"):  # the same modules without weights, which no edit wraps
             self.skeleton = type(self.model)(self.model.config)
-        self.methods = METHODS | configured(self.library.paths.home / "params", self.name)
+        self.methods = configured(self.library.paths.home / "params", self.name)
         self.folder = self.library.paths.home / "results" / "explore"
         self._stop, self._undo = threading.Event(), ExitStack()
-        self._untouched: list[
-            tuple[nn.Parameter, Tensor]
-        ] = []  # the other values of edited weights
-        self._before: dict[Any, tuple[pd.DataFrame, list[list[Token]]]] = {}
+        self._untouched: list[tuple[nn.Parameter, Tensor]] = []  # weights, and values to swap
+        self._before: dict[Any, tuple] = {}  # what the untouched model answers to the same probes
 
     def stop(self) -> None:
         """Let what runs raise Stopped at its next step, from any thread."""
@@ -232,7 +226,7 @@ class Bench:
             raise Refused("layers" if "template" in str(error) else "answer", str(error)) from None
 
     def why_not(self, method: Method, factor: str, level: str) -> str:
-        """Say why a level of a factor does not go with the method on this model; empty if it does."""
+        """Say why a level does not go with the method on this model; empty if it does."""
         if factor not in method.factors:
             return f"{method.name} ({method.family}) has no such choice"
         if level not in levels(method, factor):
@@ -252,34 +246,33 @@ class Bench:
         `edited` raises, all with the weights untouched.
         """
         self.undo()
-        with self._stoppable() as check_stop, ExitStack() as stack:
-            if task.chat is None and not self.tokenizer.chat_template:
-                raise Refused("chat", "The tokenizer has no chat template: ask with raw prompts.")
-            self.check(task.edit, task.method)
-            probes = (*self.library.probes(task.edit, task.paraphrases), *_free(task))
-            progress("asking before", 0, 0.0)
-            if (probes, task.chat) not in self._before:
-                self._before[probes, task.chat] = self._ask(self.model, probes, task.chat)
-            before, tokens_before = self._before[probes, task.chat]
-            if task.method.family == "locate-then-edit":
-                measure_world(self.model, self.tokenizer)
-            untouched = [
-                (weight, weight.detach().to("cpu", copy=True))
-                for weight in task.method.weights(self.model).values()
-            ]
+        self._stop.clear()
+        if task.chat is None and not self.tokenizer.chat_template:
+            raise Refused("chat", "The tokenizer has no chat template: ask with raw prompts.")
+        self.check(task.edit, task.method)
+        probes = self.library.probes(task.edit, task.paraphrases)
 
-            def report(steps: int, loss: float) -> None:
-                progress("writing", steps, loss)
-                check_stop()
+        def report(steps: int, loss: float, phase: str = "writing") -> None:
+            progress(phase, steps, loss)
+            if self._stop.is_set():
+                raise Stopped
 
-            m = stack.enter_context(
-                edited(self.model, self.tokenizer, [task.edit], task.method, progress=report)
-            )
-            progress("asking after", 0, 0.0)
-            after, tokens_after = self._ask(m, probes, task.chat)
-            scored = [(one.kind, one.number) for one in probes if one.kind in EFFICACY]
-            tokens = dict(zip(scored, zip(tokens_before, tokens_after, strict=True), strict=True))
-            rows = _side_by_side(before, after)
+        report(0, 0.0, "asking before")
+        if (probes, task.chat) not in self._before:
+            self._before[probes, task.chat] = self._ask(self.model, probes, task.chat)
+        if task.method.family == "locate-then-edit":
+            measure_world(self.model, self.tokenizer)
+        weights = task.method.weights(self.model).values()
+        untouched = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
+        report(0, 0.0)
+        with ExitStack() as stack:
+            change = edited(self.model, self.tokenizer, [task.edit], task.method, report)
+            m = stack.enter_context(change)
+            report(0, 0.0, "asking after")
+            before, after = self._before[probes, task.chat], self._ask(m, probes, task.chat)
+            report(0, 0.0, "done")
+            rows = _side_by_side(before[0], after[0])
+            tokens = {key: (old, after[1][key]) for key, old in before[1].items()}
             self.trials.append(Trial(len(self.trials) + 1, task, rows, tokens, m.edit_record))
             self._undo, self._untouched, self.edited = stack.pop_all(), untouched, m
         return self.trials[-1]
@@ -292,19 +285,13 @@ class Bench:
 
     def keep(self, name: str) -> str:
         """Save the edit in the weights below results/explore/; return the lines that load it."""
-        if self.edited is None:
-            raise Refused("keep", "There is no edit in the weights to keep; write one first.")
-        if not self.trials[-1].record.change_norm:
-            raise Refused("keep", "This method changes no weight, so there is nothing to keep.")
         with refused("keep"):
             folder = self.folder / check_name("Keep as", name.strip())
             if folder.exists():
                 raise InputError(f"{name} is there already; choose another name.")
             save(self.edited, folder)
-        return (
-            "from uke import methods, models\n"
-            f'model = methods.load(models.load("{self.name}")[0], "{folder}")'
-        )
+        base = f'models.load("{self.name}")[0]'
+        return f'from uke import methods, models\nmodel = methods.load({base}, "{folder}")'
 
     def free_name(self) -> str:
         """Return a name that no edit is kept under yet."""
@@ -322,7 +309,7 @@ class Bench:
             options = {"max_new_tokens": MAX_NEW_TOKENS, "chat": chat}
             return answer(model, self.tokenizer, [probe], **options)[0]
 
-        with refused("ask"), self._stoppable():
+        with refused("ask"):
             if self.edited is None:
                 return answered(self.model), None
             with self._unedited():
@@ -333,21 +320,6 @@ class Bench:
     def depth(self) -> int:
         """Number of blocks of the model."""
         return self.model.config.get_text_config(decoder=True).num_hidden_layers
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[Callable[[], None]]:
-        """Let every forward pass inside raise Stopped once `stop` was called; yield the check."""
-
-        def check(*_: Any) -> None:
-            if self._stop.is_set():
-                raise Stopped
-
-        handle = self.model.get_input_embeddings().register_forward_pre_hook(check)
-        try:
-            yield check
-        finally:
-            handle.remove()
-            self._stop.clear()
 
     @contextmanager
     def _unedited(self) -> Iterator[None]:
@@ -372,25 +344,15 @@ class Bench:
 
     def _ask(
         self, model: nn.Module, probes: Sequence[Probe], chat: bool | None
-    ) -> tuple[pd.DataFrame, list[list[Token]]]:
-        """Answer and score all probes, and read the tokens of those with a wanted answer."""
-        frame = answer_and_score(model, self.tokenizer, probes, Generation(self._limit, chat))
-        scored = [probe for probe in probes if probe.kind in EFFICACY]
-        return frame, token_probabilities(model, self.tokenizer, scored, chat=chat)
-
-    def _limit(self, probe: Probe) -> int:
-        if probe.number >= _FREE:
-            return MAX_NEW_TOKENS
+    ) -> tuple[pd.DataFrame, dict[tuple[str, int], list[Token]]]:
+        """Answer and score all probes; read the tokens of those whose reference is wanted."""
         short = world_of(self.model.config.name_or_path) is not None
-        return token_limit(probe, self.tokenizer, MAX_NEW_TOKENS, short=short)
-
-
-def _free(task: Task) -> list[Probe]:
-    """Return the free questions of a task as probes without a reference."""
-    return [
-        Probe(edit=task.edit.id, kind="general", number=number, question=text, reference="-")
-        for number, text in enumerate(task.questions, start=_FREE)
-    ]
+        limit = partial(token_limit, tokenizer=self.tokenizer, most=MAX_NEW_TOKENS, short=short)
+        rows = answer_and_score(model, self.tokenizer, probes, Generation(limit, chat))
+        wanted = [probe for probe in probes if probe.kind in EFFICACY]
+        tokens = token_probabilities(model, self.tokenizer, wanted, chat=chat)
+        keys = [(probe.kind, probe.number) for probe in wanted]
+        return rows, dict(zip(keys, tokens, strict=True))
 
 
 def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -398,15 +360,12 @@ def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     rows = []
     after = with_before(after, before.assign(before=before["answer"]))
     for old, new in zip(before.to_dict("records"), after.to_dict("records"), strict=True):
-        kind, metric, against = new["kind"], *KINDS[new["kind"]][2:4]
-        if new["number"] >= _FREE:
-            kind, metric, against = QUESTION, "rougel_f1", "before"
-        wanted = against == "reference"
-        row = {name: new[name] for name in ("number", "question", "before")}
-        row |= {"kind": kind, "metric": metric, "against": against, "after": new["answer"]}
-        row["reference"] = "" if kind == QUESTION else new["reference"]
-        row["score_before"] = old[metric] if wanted else 1.0
-        row["score_after"] = new[metric if wanted else f"{metric}_before"]
+        kind = KINDS[new["kind"]]
+        row = {name: new[name] for name in ("kind", "number", "question", "reference", "before")}
+        row |= {"after": new["answer"], "metric": kind.metric, "against": kind.against}
+        wanted = kind.against == "reference"
+        row["score_before"] = old[kind.metric] if wanted else 1.0
+        row["score_after"] = new[kind.metric if wanted else f"{kind.metric}_before"]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -420,7 +379,6 @@ def to_run(task: Task, library: Library) -> dict[str, Any]:
         "method": name,
         "changes": changes(task.method, METHODS.get(name, task.method)),
         "paraphrases": list(task.paraphrases),
-        "questions": list(task.questions),
         "chat": task.chat,
     }
     return {field: value for field, value in run.items() if value not in ([], None)}
@@ -432,7 +390,7 @@ def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Meth
     `edit` is an id, or the fields of an edit of one's own. `changes` are those from the published
     method; without them the method is as tuned for the model.
     """
-    fields = ("edit", "method", "changes", "paraphrases", "questions", "chat")
+    fields = ("edit", "method", "changes", "paraphrases", "chat")
     for name in run:
         if name not in fields:
             raise InputError(f"runs: unknown field '{name}'{nearest(str(name), fields)}")
@@ -442,8 +400,7 @@ def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Meth
     if "changes" in run:
         published = METHODS.get(method.name, method)
         method = changed(published, run["changes"], f"runs: {method.name}")
-    more = (tuple(run.get(name, ())) for name in ("paraphrases", "questions"))
-    return Task(edit, method, *more, run.get("chat"))
+    return Task(edit, method, tuple(run.get("paraphrases", ())), run.get("chat"))
 
 
 def export(bench: Bench, path: Path) -> Path:
@@ -462,6 +419,5 @@ def comparison(trials: Sequence[Trial]) -> pd.DataFrame:
         method, means = trial.task.method, trial.scores.set_index("kind")["after"]
         row = {"number": trial.number, "edit": trial.task.edit.question, "method": method.name}
         row["settings"] = differences(method, METHODS.get(method.name, method))
-        row |= means.drop(QUESTION, errors="ignore").to_dict()
-        rows.append(row | {"steps": trial.record.steps})
+        rows.append(row | means.to_dict() | {"steps": trial.record.steps})
     return pd.DataFrame(rows)

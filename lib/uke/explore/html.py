@@ -1,14 +1,15 @@
 """Show an edit as HTML: answers side by side, a heat line over the wanted text, scores, weights.
 
-The templates escape every text. Colours are those of the JupyterLab theme, light or dark, and of the
-reader's own page elsewhere.
+The templates escape every text. Colours are those of the JupyterLab theme, light or dark; elsewhere
+those of the reader's page.
 """
 
 import difflib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from uke.data.edits import KINDS, in_group
-from uke.explore.bench import QUESTION, Trial
+from uke.explore.bench import Trial
 from uke.models.generate import Token
 
 # One probe is shown at a time, for readers who need not know the field's abbreviations.
@@ -26,13 +27,11 @@ LABELS = {name: kind.label for name, kind in KINDS.items()} | {
     "rand_doc": "Random document",
     "struct_trip": "Unrelated triple",
     "near_triple": "Near triple",
-    QUESTION: "Your question",
 }
 WRITTEN = in_group("efficacy", "portability")
 GROUPS = {
     "What was written: the answers should become the new text": WRITTEN,
     "What must not change: the answers should stay": [one for one in KINDS if one not in WRITTEN],
-    "Your questions": [QUESTION],
 }
 SHORT = 60  # characters of an answer that stands beside its question
 STYLE = (Path(__file__).parent / "explore.css").read_text(encoding="utf-8")
@@ -43,13 +42,10 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.globals |= {
-    "labels": LABELS,
-    "metrics": {"rougel_f1": "ROUGE-L F1", "exact": "exact match"},
-}
-show = _environment.get_template(
-    "explore.html"
-).module  # each macro is a function: show.message(...)
+_environment.globals["labels"] = LABELS
+_environment.globals["metrics"] = {"rougel_f1": "ROUGE-L F1", "exact": "exact match"}
+# Each macro of the template is a function: show.message("...", "alert").
+show = _environment.get_template("explore.html").module
 
 
 class Page(str):
@@ -61,16 +57,6 @@ class Page(str):
     def alone(self, title: str) -> str:
         """Return the page as a file of its own, light or dark as its reader prefers."""
         return f"{show.document(title, Markup(self))}\n"
-
-
-def page(*parts: str) -> Page:
-    """Put the parts into one frame with the style that they need."""
-    return Page(f"<style>{STYLE}</style>{framed(''.join(parts))}")
-
-
-def framed(html: str) -> str:
-    """Return HTML for a widget that stands beside one with the STYLE."""
-    return f'<div class="uke">{html}</div>' if html else ""
 
 
 def marked(before: str, after: str) -> tuple[Markup, Markup]:
@@ -86,14 +72,12 @@ def marked(before: str, after: str) -> tuple[Markup, Markup]:
 
 
 def _tagged(tag: str, text: str) -> Markup:
-    words = text.rstrip()
-    return (
-        Markup(f"<{tag}>{{}}</{tag}>{{}}").format(words, text[len(words) :]) if text else Markup()
-    )
+    words = text.rstrip()  # a mark ends with its last word
+    return Markup("<{0}>{1}</{0}>{2}").format(tag, words, text[len(words) :]) if text else Markup()
 
 
 def curve(losses: Sequence[float], stop: float = 0.0, width: int = 300, height: int = 90) -> str:
-    """Draw the loss (nats per token, logarithmic) after each step; the dashed line ends training."""
+    """Draw the loss (nats per token, logarithmic) by step; at the dashed line training ends."""
     if not losses:
         return ""
     floor = max(1e-4, 0.7 * min([*losses, stop or math.inf]))
@@ -106,10 +90,8 @@ def curve(losses: Sequence[float], stop: float = 0.0, width: int = 300, height: 
     step = (width - 44) / max(1, len(losses) - 1)
     points = [(round(34 + step * index, 1), y(loss)) for index, loss in enumerate(losses)]
     first, last = f"{losses[0]:.2f} at first", f"{losses[-1]:.3g} after {len(losses)}"
-    caption, ends = (
-        f"Loss after each step: {first}, {last}.",
-        (f"{math.exp(high):.2g}", f"{floor:.1g}"),
-    )
+    caption = f"Loss after each step: {first}, {last}."
+    ends = (f"{math.exp(high):.2g}", f"{floor:.1g}")
     return show.curve(caption, width, height, points, y(stop) if stop else None, *ends)
 
 
@@ -135,17 +117,16 @@ def side_by_side(
         found = [row for kind in kinds for row in rows[rows["kind"] == kind].itertuples()]
         parts += [show.heading(title)] if found else []
         for row in found:
-            lines = [_heat_line(row.kind, line) for line in tokens.get((row.kind, row.number), ())]
-            before, after = map(
-                show.answer, ("Before", "After"), marked(row.before, row.after), lines or ("", "")
-            )
+            lines = map(partial(_heat_line, row.kind), tokens.get((row.kind, row.number), ("", "")))
+            texts = marked(row.before, row.after)
+            answers = map(show.answer, ("Before", "After"), texts, lines)
             short = max(len(row.before), len(row.after)) < SHORT
-            parts.append(show.probe(row, short, before, after))
-    return Markup("").join(parts)
+            parts.append(show.probe(row, short, *answers))
+    return Markup().join(parts)
 
 
 def _heat_line(kind: str, tokens: Sequence[Token]) -> str:
-    logs = [math.log(max(token.probability, 1e-9)) for token in tokens]
+    logs = [math.log(max(probability, 1e-9)) for _, probability in tokens]
     mean = math.exp(sum(logs) / max(1, len(logs)))
     return show.heat_line(kind, tokens, f"{mean:.2g}") if tokens else ""
 
@@ -175,21 +156,14 @@ def reply(question: str, before: str, after: str | None) -> str:
 
 def table(frame: pd.DataFrame, caption: str) -> str:
     """Show any frame: numbers with two decimals, a dash where there is none."""
-    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return show.table(list(frame), rows, caption)
+    return show.table(list(frame), frame.itertuples(index=False), caption)
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.2f}"
-    return str(value)
-
-
-def several(trials: Iterable[Trial], comparison: pd.DataFrame) -> Page:
+def several(trials: Sequence[Trial], comparison: pd.DataFrame) -> Page:
     """Show several trials on a static page, the comparison first if there is more than one."""
-    parts = [
-        result(trial, f"{trial.number}. {trial.task.method.name}: {trial.task.edit.question}")
-        for trial in trials
-    ]
     caption = "The edits of this session, mean score of each kind after the edit."
-    return page(*([table(comparison, caption)] if len(parts) > 1 else []), *parts)
+    parts = [table(comparison, caption)] if len(trials) > 1 else []
+    for trial in trials:
+        heading = f"{trial.number}. {trial.task.method.name}: {trial.task.edit.question}"
+        parts.append(result(trial, heading))
+    return Page(f'<style>{STYLE}</style><div class="uke">{"".join(parts)}</div>')
