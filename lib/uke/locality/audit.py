@@ -10,26 +10,33 @@ rows.
 """
 
 import hashlib
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from uke.data.edits import Edit, Item
+from uke.data.formats import load_locality
 from uke.errors import InputError
-from uke.files import read_yaml, write_atomic
-from uke.locality.build import Sources, text_of
+from uke.files import read_yaml, sha256, write_atomic
+from uke.locality.build import Settings, Sources, text_of, unfiltered
+from uke.locality.card import SetFiles, built, ensure, of_files, of_world
 from uke.locality.facts import Extractor, facts, normal
 from uke.locality.retrieval import passage
-from uke.results.metrics import Encoder, cosines
+from uke.project import Paths
+from uke.results.metrics import Encoder, cosines, load_encoder
+from uke.results.rows import use_committed
+from uke.results.stats import Interval, Paired, interval, paired, share
 from uke.world import files as world_files
 from uke.world import generate as world
 
 SHORT = 5  # words: a longer object is a clause, which no other text repeats word for word
 VERDICT = {"set": str, "edit": str, "source": str, "texts": str, "shares": bool, "why": str}
+USED, ALONE, UNFILTERED = "texts and what records state", "texts alone", "no filter"  # filters
+LIKENESS = {"overlap": "share of longer words in common", "similarity": "cosine of embeddings"}
 Names = Mapping[str, Sequence[str]]
 
 
@@ -63,6 +70,11 @@ def stated_names(edits: Iterable[Edit]) -> Names:
         if short:
             found[edit.id] = list(dict.fromkeys(short))
     return found
+
+
+def known_of_records(sources: Sources) -> tuple[Names, None]:
+    """Look up what the records of a benchmark state; nothing is known of documents."""
+    return stated_names(sources.edits), None
 
 
 def names_found(edits: Iterable[Edit], extract: Extractor) -> pd.DataFrame:
@@ -164,8 +176,9 @@ def assess(
     """
     answers = {edit.id: edit.answer for edit in sources.edits}
     frame = leaks(items, sources, batch, known, known_documents)
+    judged = frame["edit"].isin(known)
     for column in ("own", "batch"):
-        frame[column] = frame[column].str.len()
+        frame[column] = frame[column].str.len().astype("Int64").where(judged)
     frame["rank"] = pd.Series([item.rank for item in items], dtype="Int64")
     frame["words"] = [len(item.reference.split()) for item in items]
     documents = frame["kind"].str.endswith("doc")
@@ -182,9 +195,71 @@ def _overlap(text: str, other: str) -> float:
     return len(words & known) / len(words) if words else 0.0
 
 
+def assess_sets(
+    sets: Sequence[SetFiles],
+    settings: Settings,
+    folder: Path,
+    known_of: Callable[[Sources], tuple[Names, Names | None]],
+    encoder: Encoder | None = None,
+) -> pd.DataFrame:
+    """Build sets and assess their items as they are used, by texts alone, and without any filter.
+
+    A set as it is used is filtered by what records state, too, which is what leaks are counted by;
+    so the set filtered by texts alone is what is judged. `known_of` looks up what is known of
+    sources; where it knows nothing, only the set as used is assessed. Columns of `assess`, and set,
+    filter, and of the set edits, documents, triples and sha256.
+    """
+    frames = []
+    for files in sets:
+        path, sources = ensure(files, settings, folder), files.sources()
+        known = known_of(sources)
+        made = {USED: load_locality(path, sources.edits)}
+        if known[0]:
+            blind = settings.model_copy(update={"stated": False})
+            alone = ensure(files, blind, folder / "blind", folder / "retrieval")
+            made[ALONE] = load_locality(alone, sources.edits)
+            made[UNFILTERED] = unfiltered(sources, blind, folder / "retrieval")
+        described = {
+            "set": files.name,
+            "edits": len(sources.edits),
+            "documents": len(sources.documents),
+            "triples": len(sources.clozes),
+            "sha256": sha256(path),
+        }
+        for name, items in made.items():
+            frame = assess(items, sources, settings.batch, *known, encoder=encoder)
+            frames.append(frame.assign(**described, filter=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def assess_run(
+    name: str,
+    paths: Paths,
+    settings: Settings,
+    split: str = "test",
+    world_seed: int = 1,
+    data_file: str = "",
+    documents: Sequence[str] = (),
+    structured: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Assess the sets of a run, and keep the rows under `name`; or read the committed ones.
+
+    Of the world these are the sets of one split, in the form of both benchmarks.
+    """
+    if paths.data != "world":
+        sets = [of_files(paths.data, data_file, documents, structured)]
+        rows = partial(assess_sets, sets, settings, built(paths).parent, known_of_records)
+    else:
+        world = world_files.ensure(paths.home / "results", world_seed)
+        sets = [of_world(world, split, form) for form in ("unkebench", "akew-counterfact")]
+        known_of = partial(known_of_world, world_seed, split)
+        rows = partial(assess_sets, sets, settings, world / split / "locality", known_of)
+    return stored(paths.exported(name), lambda: rows(encoder=load_encoder()))
+
+
 def stored(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Make rows and write them to `path`, or read them there where UKE_ROWS is "committed"."""
-    if os.environ.get("UKE_ROWS") != "committed":
+    """Make rows and write them to `path`, or read them there where committed rows are asked for."""
+    if not use_committed():
         write_atomic(path, make().to_parquet(index=False))
     elif not path.is_file():
         raise InputError(f"{path}: no committed rows; run the notebook without UKE_ROWS=committed")
@@ -214,9 +289,55 @@ def shape(frame: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.DataFrame:
     return pd.DataFrame(rows).astype(dict.fromkeys(ranked, "Int64"))
 
 
+def describe(frame: pd.DataFrame) -> pd.DataFrame:
+    """List the assessed sets with the numbers of their edits, documents, triples and items."""
+    columns = ["set", "edits", "documents", "triples", "sha256"]
+    table = frame.groupby(columns, sort=False).size().rename("items").reset_index()
+    return table.assign(sha256=table["sha256"].str[:16]).rename(columns={"sha256": "SHA-256"})
+
+
+def likeness(frame: pd.DataFrame) -> pd.DataFrame:
+    """List how like its edit every document is: columns of `frame`, measure and score."""
+    documents = frame[frame["kind"].str.endswith("doc")].rename(columns=LIKENESS)
+    measures = [name for name in LIKENESS.values() if name in documents]
+    kept = [column for column in frame.columns if column not in LIKENESS]
+    return documents.melt(kept, measures, "measure", "score").dropna(subset="score")
+
+
+def mean_likeness(frame: pd.DataFrame, by: str = "edit") -> dict[tuple[str, str], Interval]:
+    """Average the likeness of documents by (kind, measure); intervals are over edits or sources."""
+    return {
+        (kind, measure): interval(part[measure].to_numpy(float), part[by].tolist())
+        for kind, part in frame[frame["kind"].str.endswith("doc")].groupby("kind", sort=False)
+        for measure in LIKENESS
+        if measure in part and part[measure].notna().all()
+    }
+
+
+def overlap_gain(frame: pd.DataFrame) -> Paired:
+    """Compare the overlap of RelDoc and RandDoc, paired by edit."""
+    overlap = frame.pivot(index="edit", columns="kind", values="overlap")
+    return paired(overlap["rel_doc"], overlap["rand_doc"])
+
+
+def first_set(frame: pd.DataFrame) -> pd.DataFrame:
+    """Select the items of the first set."""
+    return frame[frame["set"] == frame["set"].iloc[0]]
+
+
+def disjoint(frame: pd.DataFrame, filter: str) -> Interval:
+    """Compute the share of the first set's RelDocs without a fact of any edit of their batch."""
+    related = first_set(frame).query("kind == 'rel_doc' and filter == @filter")
+    return share(int((related["batch"] == 0).sum()), len(related))
+
+
 def leak_counts(frame: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.DataFrame:
-    """Count items that share a fact with their own edit and with any edit of their batch."""
-    leaking = frame.assign(own=frame["own"] > 0, batch=frame["batch"] > 0)
+    """Count items that share a fact with their own edit and with any edit of their batch.
+
+    Items of edits of which nothing is known are left out.
+    """
+    judged = frame.dropna(subset="own")
+    leaking = judged.assign(own=judged["own"] > 0, batch=judged["batch"] > 0)
     counts = leaking.groupby(list(by), sort=False).agg(
         items=("own", "size"), own=("own", "sum"), batch=("batch", "sum")
     )

@@ -133,8 +133,11 @@ def settings(home: Path, data: str) -> Settings:
         ) from None
 
 
-def ensure(files: SetFiles, chosen: Settings, folder: Path) -> Path:
-    """Return the path of the set below `folder`, built if it is missing or out of date."""
+def ensure(files: SetFiles, chosen: Settings, folder: Path, cache: Path | None = None) -> Path:
+    """Return the path of the set below `folder`, built if it is missing or out of date.
+
+    `cache`: folder of embeddings and trained retrievers, `retrieval` below `folder` if not given.
+    """
     target = Path(folder) / f"{files.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
@@ -142,7 +145,7 @@ def ensure(files: SetFiles, chosen: Settings, folder: Path) -> Path:
         if not _is_current(target, head):
             sources = files.sources()
             used = fitted(chosen, sources)
-            items = build(sources, used, target.parent / "retrieval")
+            items = build(sources, used, cache or target.parent / "retrieval")
             write(head | {"retriever": used.retriever}, items, target)
     return target
 
