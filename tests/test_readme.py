@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from uke.data import FORMATS
 from uke.errors import InputError
 from uke.methods import METHODS
 from uke.project import Paths
@@ -35,7 +34,6 @@ def test_no_other_result_stands_in_its_prose():
 
 def test_the_names_it_promises_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert {name for name in FORMATS if f"`{name}`" in text} == set(FORMATS)
     assert all(name in text for name in METHODS)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(
         re.findall(r"`(\w+)`", text)

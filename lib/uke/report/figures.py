@@ -2,9 +2,9 @@
 
     section.figure(figures.scores, scores, "layers", caption, alt, x="level", by="method")
 
-Frames have one row per observation (or `mean`, `low`, `high`). `by` names what has a colour: methods
-have the same one in every figure. Rows called `no edit` and `floor` are references: a dashed line
-and a shaded range. Every function raises InputError for a missing column or a frame without rows.
+Frames have a row per observation (or `mean`, `low`, `high`). `by` names what has a colour: a method
+has the same one in every figure. Rows called `no edit` and `floor` are references: a dashed line and
+a shaded range. Every function raises InputError for a missing column or a frame without rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,16 +37,16 @@ from uke.report.style import (
     looks,
     styled,
 )
-from uke.report.tables import REFERENCES, absent, number, scored
+from uke.report.tables import REFERENCES, absent, number, printed_score
 from uke.results.compare import label
 from uke.results.stats import Score, ordered, require, summarise
 
 NO_EDIT = REFERENCES[0]
 LEAST_LOSS = 1e-3  # nats per token; smaller losses are drawn as this, so that a log axis ends
 VERDICTS = {
-    "holds": Look("#009e73", "o"),
-    "in part": Look("#e69f00", "D"),
-    "does not hold": Look(RED, "X"),
+    "holds": Look("#009e73", "o", ""),
+    "in part": Look("#e69f00", "D", ""),
+    "does not hold": Look(RED, "X", ""),
 }
 
 
@@ -64,11 +64,11 @@ def scores(
     """Draw mean scores with 95 % intervals, a panel for each kind of probe.
 
         scores(frame)                                a line per method, references behind them
-        scores(frame, by="level", within="method")   a line per level, dodged and coloured by method
-        scores(frame, x="level", by="method", apart=["all"])   levels along an axis, joined by lines
+        scores(frame, by="level", within="method")   lines per level, coloured by method
+        scores(frame, x="level", apart=["all"])      levels along an axis, joined by lines
 
-    `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or
-    mean, low, high. With `x`, levels in `apart` stand beside the line, and `row` makes rows of panels.
+    `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or mean,
+    low, high. With `x`, levels in `apart` stand beside the line, and `row` makes rows of panels.
     """
     if x is None:
         return _forest(frame, by, within or by, panel, width)
@@ -77,42 +77,30 @@ def scores(
     shown = summary[~summary[by].isin(REFERENCES)]
     levels = sorted(ordered(shown[x]), key=lambda level: level in apart)
     places = pd.Series({level: at + 0.6 * (level in apart) for at, level in enumerate(levels)})
-    titles, rows = ordered(shown[panel], KINDS), ordered(shown[row]) if row else [None]
+    joined = [level for level in levels if level not in apart]
+    titles, look = ordered(shown[panel], KINDS), looks(shown[by])
+    rows = ordered(shown[row]) if row else [None]
     fig = Figure(figsize=(width, 0.75 + 1.6 * len(rows)))
     axes = fig.subplots(len(rows), len(titles), sharex=True, sharey="col", squeeze=False)
-    for line, name in enumerate(rows):
-        own = summary[summary[row] == name] if row else summary
-        for ax, title in zip(axes[line], titles, strict=False):
-            _along(ax, own[own[panel] == title], x, by, places, looks(shown[by]), apart)
-            ax.set_title(f"{label(name)}: {label(title)}" if row else label(title), fontsize=7)
-            turned = {"rotation": 45, "ha": "right"} if len(places) > 3 else {}
-            ax.set_xticks(places, [label(level) for level in places.index], **turned)
-            ax.set_xlim(-0.5, places.max() + 0.5)
-            ax.grid(axis="y")
-    _explain(fig, looks(shown[by]), summary[by])
-    fig.supylabel("score, mean and 95 % interval", fontsize=7.5, color=GREY)
+    for (line, column), ax in np.ndenumerate(axes):
+        name, title = rows[line], titles[column]
+        own = summary[(summary[panel] == title) & ((summary[row] == name) if row else True)]
+        for mean in own.loc[own[by] == NO_EDIT, "mean"]:
+            ax.axhline(mean, color=GREY, lw=1, ls=DASHES, zorder=1)
+        for turn, (each, (colour, mark, _)) in enumerate(look.items()):
+            found = own[own[by] == each].set_index(x).reindex(levels)
+            where = places + 0.14 * (turn - (len(look) - 1) / 2)  # names side by side
+            ax.vlines(where, found["low"], found["high"], color=colour, lw=1.2, alpha=0.6)
+            ax.plot(where[joined], found.loc[joined, "mean"], color=colour, lw=1)
+            _mark(ax, where, found["mean"], Look(colour, mark), 4)
+        ax.set_title(f"{label(name)}: {label(title)}" if row else label(title), fontsize=7)
+        turned = {"rotation": 45, "ha": "right"} if len(levels) > 3 else {}
+        ax.set_xticks(places, [label(level) for level in levels], **turned)
+        ax.set_xlim(-0.5, places.max() + 0.5)
+        ax.grid(axis="y")
+    _explain(fig, look, summary[by])
+    _titles(fig, y="score, mean and 95 % interval")
     return fig
-
-
-def _along(
-    ax: Axes,
-    own: pd.DataFrame,
-    x: str,
-    by: str,
-    places: pd.Series,
-    look: Mapping[str, Look],
-    apart: Sequence[str],
-) -> None:
-    """Draw a line for each name over the levels in their places, with the names side by side."""
-    for mean in own.loc[own[by] == NO_EDIT, "mean"]:
-        ax.axhline(mean, color=GREY, lw=1, ls=DASHES, zorder=1)
-    joined = [level for level in places.index if level not in apart]
-    for turn, (name, each) in enumerate(look.items()):
-        found = own[own[by] == name].set_index(x).reindex(places.index)
-        where = places + 0.14 * (turn - (len(look) - 1) / 2)
-        ax.vlines(where, found["low"], found["high"], color=each.colour, lw=1.2, alpha=0.6)
-        _mark(ax, where, found["mean"], each, ms=4)
-        ax.plot(where[joined], found.loc[joined, "mean"], color=each.colour, lw=1)
 
 
 def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float) -> Figure:
@@ -121,19 +109,21 @@ def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float)
     shown = summary[~summary[by].isin(REFERENCES)]
     if shown.empty:
         raise InputError("scores: no rows to show besides the references")
-    titles, look = ordered(summary[panel], KINDS), looks(shown[within])
-    names = ordered(shown[by])
-    pairs = set(zip(shown[by], shown[within], strict=False))
+    titles, look, names = ordered(summary[panel], KINDS), looks(shown[within]), ordered(shown[by])
+    pairs = set(zip(shown[by], shown[within], strict=True))
     lines = [(name, each) for name in names for each in look if (name, each) in pairs]
     gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
     heights = {line: at + gap * names.index(line[0]) for at, line in enumerate(lines)}
     columns = 2 if width < 5 else 3 if len(titles) < 8 else 4
     height = 0.55 + 0.19 * max(1 + max(heights.values()), 2)
-    fig, axes = _panels(titles, columns, width, height, sharex=True, sharey=True)
+    fig, axes = _panels(titles, columns, (width, height), sharex=True, sharey=True)
     for title, ax in axes.items():
-        ax.set_title(label(title))
         own = summary[summary[panel] == title]
-        _references(ax, own.drop_duplicates(by).set_index(by)["mean"])
+        references = own.drop_duplicates(by).set_index(by)["mean"]
+        if "floor" in references:
+            ax.axvspan(-9, references["floor"], color=PALE, alpha=0.75, lw=0, zorder=0)
+        if NO_EDIT in references:
+            ax.axvline(references[NO_EDIT], color=GREY, lw=1, ls=DASHES, zorder=1)
         own = own.set_index([by, within])
         for line, at in heights.items():
             if line not in own.index:
@@ -142,9 +132,9 @@ def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float)
             mean, low, high = own.loc[line, ["mean", "low", "high"]].astype(float)
             ax.hlines(at, low, high, color=look[line[1]].colour, lw=1.5, zorder=3)
             _mark(ax, mean, at, look[line[1]])
-            _say(ax, at, float(mean))
+            _say(ax, at, mean)
         middles = [
-            np.mean([at for line, at in heights.items() if line[0] == name]) for name in names
+            np.mean([at for line, at in heights.items() if line[0] == each]) for each in names
         ]
         ax.set_yticks(middles, [label(name) for name in names])
         ax.set_ylim(max(heights.values()) + 0.6, -0.6)
@@ -152,7 +142,7 @@ def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float)
         ax.grid(axis="x")
     _limit(next(iter(axes.values())), summary)
     _explain(fig, look if within != by else {}, summary[by])
-    fig.supxlabel("score, mean and 95 % interval", fontsize=7.5, color=GREY)
+    _titles(fig, x="score, mean and 95 % interval")
     return fig
 
 
@@ -167,8 +157,8 @@ def curves(
 ) -> Figure:
     """Draw `y` (nats per token) over `x`: the median over edits, and the range of 80 % of them.
 
-        curves(losses)                                       one panel, names at the lines' ends
-        curves(losses, panel="method")                       a panel for each method
+        curves(losses)                    one panel, names at the lines' ends
+        curves(losses, panel="method")    a panel for each method
         curves(windows, x="window", y="log_probability", by="phase", panel="method")
 
     `frame` has x, y, `by` (and `panel`), and edit where there are several. An edit whose training
@@ -176,26 +166,23 @@ def curves(
     """
     columns = list(dict.fromkeys([panel or by, by]))
     require(frame, [*columns, x, y], "curves")
-    edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
     log = frame[y].min() > 0 and frame[y].max() > 20 * frame[y].min()
+    edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
     edits[y] = edits[y].clip(lower=LEAST_LOSS if log else None)
     wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y).ffill()
     present = set(wide.columns.droplevel("edit"))
-    titles = ordered(frame[panel]) if panel else [""]
-    height = 1.15 if panel else 2.35
-    fig, axes = _panels(titles, 5, width, height, least=1.9, sharey=True)
-    look, ends = looks(ordered(frame[by], KINDS)), {}
+    titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by], KINDS))
+    fig, axes = _panels(titles, 5, (width, 1.15 if panel else 2.35), least=1.9, sharey=True)
     for title, ax in axes.items():
+        ends = {}
         for name, each in look.items():
             key = name if len(columns) == 1 else (title, name)
             if key not in present or (panel == by and name != title):
                 continue
-            own = wide[key]  # (steps, edits)
-            low, middle, high = (own.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
-            ax.fill_between(own.index, low, high, color=each.colour, alpha=0.15, lw=0)
-            ax.plot(own.index, middle, color=each.colour, ls=each.dashes)
-            ends[name] = (own.index[-1], middle.iloc[-1], each.colour)
-        ax.set_title(label(title), fontsize=7)
+            low, middle, high = (wide[key].quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
+            ax.fill_between(wide.index, low, high, color=each.colour, alpha=0.15, lw=0)
+            ax.plot(wide.index, middle, color=each.colour, ls=each.dashes)
+            ends[name] = (wide.index[-1], middle.iloc[-1], each.colour)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=4 if panel else 9)
         ax.grid(axis="y")
         if log:
@@ -205,8 +192,7 @@ def curves(
         label_ends(ax, ends)
     elif panel != by:
         _explain(fig, look)
-    fig.supxlabel(f"training {x}" if x == "step" else x, fontsize=7.5, color=GREY)
-    fig.supylabel(f"{y.replace('_', ' ')} (nats per token)", fontsize=7.5, color=GREY)
+    _titles(fig, f"training {x}" if x == "step" else x, f"{y.replace('_', ' ')} (nats per token)")
     return fig
 
 
@@ -215,7 +201,7 @@ def trend(
     frame: pd.DataFrame,
     x: str = "batch_size",
     y: str = "score",
-    by: str = "method",
+    by: str | None = "method",
     panel: str | None = None,
     baseline: float | None = None,
     label_y: str = "",
@@ -223,20 +209,19 @@ def trend(
 ) -> Figure:
     """Draw how something moves with a number `x`: the mean of `y` over the rows at each x.
 
-        trend(averages, x="batch_size")                  lines named at their ends; no edit dashed
-        trend(costs, x="tokens", panel="panel")          a panel for each quantity
+        trend(averages)                            lines named at their ends; no edit is dashed
+        trend(costs, x="tokens", panel="panel")    a panel for each quantity
         trend(leads, y="mean", by=None, baseline=0, label_y="lead (points)")   with intervals
 
     Where `frame` has low and high they are drawn as intervals. `baseline` is a dashed line. Sizes
-    that grow by about the same factor have an axis of powers. `by=None` draws a single line.
+    that grow by about the same factor have a log axis. `by=None` draws a single line.
     """
-    frame = frame if by else frame.assign(**{(by := "line"): "FT-UKE"})
+    alone = by is None
+    frame, by = (frame.assign(line="FT-UKE"), "line") if alone else (frame, by)
     require(frame, [x, y, by, *([panel] if panel else [])], "trend")
     titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by]))
-    alone = len(look) == 1
-    height = 2.0 if panel else 2.2 if alone else 3.4
-    tall = 0.4 + 0.16 * len(look) if panel else 0
-    fig, axes = _panels(titles, 4, width, height, least=tall)
+    size, least = (width, 2.0 if panel else 2.2 if alone else 3.4), 0.4 + 0.16 * len(look)
+    fig, axes = _panels(titles, 4, size, least=least if panel else 0)
     for title, ax in axes.items():
         own = frame[frame[panel] == title] if panel else frame
         means = own.groupby([by, x], sort=False)[y].mean()
@@ -244,29 +229,30 @@ def trend(
             ax.axhline(baseline, color=GREY, lw=1, ls=DASHES)
         if {"low", "high"} <= set(own.columns):
             ax.vlines(own[x], own["low"], own["high"], color=INK, lw=1.4)
+        ends = {}
         for name, each in look.items():
             if name in means.index:
                 line = means[name].sort_index()
                 ax.plot(line.index, line, color=each.colour, ls=each.dashes, zorder=3)
-                _mark(ax, line.index, line, each if name != NO_EDIT else each._replace(mark=""))
-        ax.set_title(label(title), fontsize=7 if len(titles) > 2 else None)
-        _scale(ax, means, baseline)
+                _mark(ax, line.index, line, each)
+                ends[name] = (line.index[-1], line.iloc[-1], each.colour)
+        if means.between(0, 1).all():
+            ax.set(ylim=(0, 1.03), yticks=[0, 0.5, 1])
+        elif means.min() > 0 and means.max() > 20 * means.min():
+            _log(ax, "y", means)
+        elif baseline is None:
+            ax.set_ylim(0, max(means.max() * 1.1, 1e-9))
         _sizes(ax, sorted(frame[x].unique()))
+        ax.grid(axis="y")
     if panel:
         _explain(fig, look, loc="outside right center")
     elif alone:
-        for at, mean in means.loc[next(iter(look))].items():
-            _beside(ax, number(float(mean), 1), (at, mean), (-5, 5))
         ax.margins(x=0.13, y=0.15)  # space for the number beside the first mark
+        for point in line.items():
+            _beside(ax, number(float(point[1]), 1), point, (-5, 5))
     else:
-        last = {name: means[name].sort_index() for name in look}
-        label_ends(
-            ax,
-            {name: (one.index[-1], one.iloc[-1], look[name].colour) for name, one in last.items()},
-        )
-    fig.supxlabel(x.replace("_", " "), fontsize=7.5, color=GREY)
-    if label_y or not panel:
-        fig.supylabel(label_y or f"mean {y.replace('_', ' ')}", fontsize=7.5, color=GREY)
+        label_ends(ax, ends)
+    _titles(fig, x.replace("_", " "), label_y or ("" if panel else f"mean {y.replace('_', ' ')}"))
     return fig
 
 
@@ -281,63 +267,57 @@ def tuning(
 ) -> Figure:
     """Draw the mean score of every trial, or the best one to be expected of k trials.
 
-        tuning(trials)                 a point for each trial, the chosen one ringed and its score said
-        tuning(trials, expected=True)  a rising line for each method: trials drawn without replacement
+        tuning(trials)                   a point per trial, the chosen one ringed and its score said
+        tuning(trials, expected=True)    a rising line: k of the trials, drawn without replacement
 
     `frame` has one row per trial: `by`, `panel`, score, chosen, and `before` for a dashed line at the
     score without any edit. With `colour` all names have that one.
     """
     require(frame, [by, panel, "score", *([] if expected else ["chosen"])], "tuning")
-    names, titles = looks(ordered(frame[by])), ordered(frame[panel])
-    if colour:
-        names = dict.fromkeys(names, Look(colour))
-    height = 2.9 if expected else 0.6 + 0.19 * len(names)
-    fig, axes = _panels(titles, len(titles), width, height, sharey=True, sharex=not expected)
+    look, titles = looks(ordered(frame[by])), ordered(frame[panel])
+    look = dict.fromkeys(look, Look(colour)) if colour else look
+    size = (width, 2.6 if expected else 0.3 + 0.19 * len(look))
+    fig, axes = _panels(titles, len(titles), size, sharey=True, sharex=not expected)
     for title, ax in axes.items():
         own, ends = frame[frame[panel] == title], {}
-        ax.set_title(f"{label(panel)} {title}" if str(title)[:1].isdigit() else label(title))
-        ax.grid(axis="y" if expected else "x")
+        if isinstance(title, (int, np.integer)):
+            ax.set_title(f"{label(panel)} {title}")
         if "before" in frame and not expected:
             ax.axvline(own["before"].iloc[0], color=GREY, lw=1, ls=DASHES, zorder=1)
-        for at, (name, look) in enumerate(names.items()):
+        for at, (name, each) in enumerate(look.items()):
             trials = own[own[by] == name]
             if not expected:
-                _trials(ax, at, trials, look.colour)
+                ax.scatter(trials["score"], [at] * len(trials), s=10, color=each.colour, alpha=0.6)
+                for value in trials.loc[trials["chosen"].astype(bool), "score"]:
+                    ax.plot(value, at, "o", mfc="none", mec=each.colour, mew=1.2, ms=7, zorder=4)
+                    _say(ax, at, value)
             elif len(trials):
                 best = best_of(trials["score"])
-                ax.plot(range(1, len(best) + 1), best, color=look.colour)
-                _mark(ax, range(1, len(best) + 1), best, look, ms=3.6)
-                ends[name] = (len(best), best[-1], look.colour)
+                ax.plot(range(1, len(best) + 1), best, color=each.colour)
+                _mark(ax, range(1, len(best) + 1), best, each, 3.6)
+                ends[name] = (len(best), best[-1], each.colour)
         if expected:
-            ax.set_xlabel("trials made (k)")
             ax.xaxis.get_major_locator().set_params(integer=True)
         else:
-            _names(ax, names)
-    if expected and set(ends) == set(names):
+            _names(ax, look)
+        ax.grid(axis="y" if expected else "x")
+    if not expected:
+        _titles(fig, "mean score on development edits")
+        return fig
+    if set(ends) == set(look):
         label_ends(ax, ends)
-    elif expected:  # a line that the last panel lacks has no end there
-        _explain(fig, names)
-    if expected:
-        fig.supylabel("expected best mean score", fontsize=7.5, color=GREY)
-    else:
-        fig.supxlabel("mean score on development edits", fontsize=7.5, color=GREY)
+    else:  # a line that the last panel lacks has no end there
+        _explain(fig, look)
+    _titles(fig, "trials made (k)", "expected best mean score")
     return fig
-
-
-def _trials(ax: Axes, at: int, trials: pd.DataFrame, colour: str) -> None:
-    ax.scatter(trials["score"], [at] * len(trials), s=10, color=colour, alpha=0.6, lw=0, zorder=3)
-    for value in trials.loc[trials["chosen"].astype(bool), "score"]:
-        ax.plot(value, at, "o", mfc="none", mec=colour, mew=1.2, ms=7, zorder=4)
-        _say(ax, at, float(value))
 
 
 def best_of(trials: Iterable[float]) -> list[float]:
     """Return the expected best of k scores drawn without replacement, for k = 1 .. N (N,)."""
     ranked = sorted(trials)
-    count = len(ranked)
     return [
-        sum(score * comb(place, k - 1) for place, score in enumerate(ranked)) / comb(count, k)
-        for k in range(1, count + 1)
+        sum(score * comb(at, k - 1) for at, score in enumerate(ranked)) / comb(len(ranked), k)
+        for k in range(1, len(ranked) + 1)
     ]
 
 
@@ -354,25 +334,37 @@ def distribution(
 ) -> Figure:
     """Draw how values are distributed, for each `by`.
 
-        distribution(alike, panel="measure")                           every value; the median is said
-        distribution(lengths, "length", by="dataset", form="histogram")  a histogram each, on one axis
-        distribution(ranks, "rank", form="cumulative", floor=100)      the share of values up to each
+        distribution(alike, panel="measure")                              every value; medians said
+        distribution(lengths, "length", by="dataset", form="histogram")   histograms over one axis
+        distribution(ranks, "rank", form="cumulative", floor=100)         the share up to each value
 
-    Histograms whose medians differ more than eightfold share a log axis. Ranks (cumulative) always
-    have one; `floor` is a vertical line.
+    Histograms whose medians differ more than eightfold share a log axis, ranks (cumulative) always
+    have one. `floor` is a vertical line.
     """
     require(frame, [value, by, *([panel] if panel else [])], "distribution")
-    draw = {"points": _points, "histogram": _histograms, "cumulative": _cumulative}
-    if form not in draw:
-        raise InputError(f"distribution: form: expected one of {', '.join(draw)}, found '{form}'")
-    names = ordered(frame[by], KINDS)
+    if form not in ("points", "histogram", "cumulative"):
+        raise InputError(
+            f"distribution: form: expected one of points, histogram, cumulative, found '{form}'"
+        )
+    frame, look = (
+        frame.rename(columns={value: "value", by: "name"}),
+        looks(ordered(frame[by], KINDS)),
+    )
+    height = {"points": 0.5 + 0.26 * len(look), "histogram": 0.5, "cumulative": 2.0}[form]
+    titles = list(look) if form == "histogram" else ordered(frame[panel]) if panel else [""]
+    fig, axes = _panels(titles, 1, (width, height), sharex=form != "points")
     if form == "points":
-        titles, height = ordered(frame[panel]) if panel else [""], 0.5 + 0.26 * len(names)
+        for title, ax in axes.items():
+            _points(ax, frame[frame[panel] == title] if panel else frame, look)
+    elif form == "histogram":
+        _histograms(axes, frame)
     else:
-        titles = names if form == "histogram" else [""]
-        height = 0.5 if form == "histogram" else 2.0
-    fig, axes = _panels(titles, 1, width, height, sharex=form != "points", extra=0.45)
-    draw[form](fig, axes, frame.rename(columns={value: "value", by: "name"}), panel, names)
+        ax, palette = axes[""], {name: each.colour for name, each in look.items()}
+        options = {"hue_order": list(look), "palette": palette, "legend": False}
+        sns.ecdfplot(frame, x="value", hue="name", **options, ax=ax)
+        _log(ax, "x", frame["value"])
+        ax.set(ylabel="share of items", xlim=(1, frame["value"].max()), ylim=(0, 1.02))
+        _explain(fig, {name: each._replace(mark="") for name, each in look.items()})
     ax = list(axes.values())[-1]
     ax.set_xlabel(label_x or ("" if form == "points" else value))
     if floor is not None:
@@ -381,28 +373,20 @@ def distribution(
     return fig
 
 
-def _points(
-    fig: Figure, axes: Mapping[str, Axes], frame: pd.DataFrame, panel: str | None, names: list
-) -> None:
+def _points(ax: Axes, own: pd.DataFrame, look: Mapping[str, Look]) -> None:
     """Draw every value, shifted a little (always in the same way) so that none hides another."""
-    for title, ax in axes.items():
-        own = frame[frame[panel] == title] if panel else frame
-        ax.set_title(label(title))
-        for at, (name, look) in enumerate(looks(names).items()):
-            values = own.loc[own["name"] == name, "value"].to_numpy(float)
-            shifts = np.random.default_rng(at).uniform(-0.28, 0.28, len(values))
-            ax.scatter(values, at + shifts, s=5, color=look.colour, alpha=0.35, lw=0)
-            if len(values):
-                middle = float(np.median(values))
-                ax.vlines(middle, at - 0.36, at + 0.36, color=INK, lw=1.4, zorder=4)
-                _say(ax, at, middle)
-        _names(ax, names)
-        ax.grid(axis="x")
+    for at, (name, each) in enumerate(look.items()):
+        values = own.loc[own["name"] == name, "value"].to_numpy(float)
+        shifts = np.random.default_rng(at).uniform(-0.28, 0.28, len(values))
+        ax.scatter(values, at + shifts, s=5, color=each.colour, alpha=0.35, lw=0)
+        if len(values):
+            ax.vlines(np.median(values), at - 0.36, at + 0.36, color=INK, lw=1.4, zorder=4)
+            _say(ax, at, float(np.median(values)))
+    _names(ax, look)
+    ax.grid(axis="x")
 
 
-def _histograms(
-    fig: Figure, axes: Mapping[str, Axes], frame: pd.DataFrame, panel: str | None, names: list
-) -> None:
+def _histograms(axes: Mapping[str, Axes], frame: pd.DataFrame) -> None:
     medians = frame.groupby("name", sort=False)["value"].median()
     log = medians.max() > 8 * max(medians.min(), 1)
     values = frame["value"].clip(lower=1)
@@ -411,27 +395,12 @@ def _histograms(
         own = values[frame["name"] == name]
         sns.histplot(x=own, bins=edges, element="step", color="#9cc3dd", lw=0.8, ax=ax)
         ax.axvline(medians[name], color=INK, lw=1.1)
-        ax.set_title(label(name), fontsize=7.5, pad=2)
-        counted = f"median {number(float(medians[name]), 0)}, n = {len(own):,}"
-        ax.set_title(counted, loc="right", fontsize=6.5, fontweight="normal", color=GREY, pad=2)
+        count = f"median {number(float(medians[name]), 0)}, n = {len(own):,}"
+        ax.set_title(count, loc="right", fontsize=6.5, fontweight="normal", color=GREY)
         ax.set(yticks=[], ylabel="")
         ax.spines["left"].set_visible(False)
     if log:
         _log(ax, "x", values)
-
-
-def _cumulative(
-    fig: Figure, axes: Mapping[str, Axes], frame: pd.DataFrame, panel: str | None, names: list
-) -> None:
-    ((_, ax),) = axes.items()
-    palette = {name: look.colour for name, look in looks(names).items()}
-    sns.ecdfplot(
-        frame, x="value", hue="name", hue_order=names, palette=palette, legend=False, ax=ax
-    )
-    _log(ax, "x", frame["value"])
-    ax.set(ylabel="share of items", xlim=(1, frame["value"].max()), ylim=(0, 1.02))
-    ax.grid(axis="y")
-    _explain(fig, {name: Look(colour, "") for name, colour in palette.items()})
 
 
 @styled
@@ -444,8 +413,7 @@ def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> F
     summary = summarise(frame, [by], "knowledge").set_index(by)
     summary = summary.loc[ordered(summary.index, KINDS)]
     targets = frame.drop_duplicates(by).set_index(by)["target"] if "target" in frame else {}
-    fig = Figure(figsize=(width, 0.5 + 0.24 * len(summary)))
-    ax = fig.subplots()
+    fig, ((_, ax),) = _single(width, 0.5 + 0.24 * len(summary))
     bars = {"y": list(summary.index), "orient": "h", "color": "#9cc3dd", "saturation": 1}
     sns.barplot(x=summary["mean"].to_numpy(), **bars, width=0.62, errorbar=None, ax=ax)
     for at, (name, found) in enumerate(summary.iterrows()):
@@ -457,10 +425,8 @@ def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> F
     ax.set(xlabel="score, mean and 95 % interval", ylabel="")
     ax.grid(axis="x")
     _limit(ax, summary)
-    ax.set_xlim(left=min(0, ax.get_xlim()[0] + 0.03))
     if len(targets):
-        handle = Line2D([], [], color=RED, lw=1.4, label="asked for")
-        fig.legend(handles=[handle], loc="outside upper right")
+        _explain(fig, {"asked for": Look(RED, "")})
     return fig
 
 
@@ -477,23 +443,17 @@ def plane(
     `frame` has one row for each `by`; the row called `no edit` is a cross.
     """
     require(frame, [by, x, y], "plane")
-    fig = Figure(figsize=(width, 3.2))
-    ax = fig.subplots()
+    fig, ((_, ax),) = _single(width, 3.2)
     for total in np.arange(0.1, 2, 0.1):
         ax.axline((0, total), slope=-1, color=GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
-    look = looks(frame[by]) | {name: LOOKS[NO_EDIT]._replace(colour=INK) for name in REFERENCES}
-    look = {name: look[name] for name in ordered(frame[by])}
+    look = {name: each._replace(dashes="") for name, each in looks(frame[by]).items()}
     for name, each in look.items():
         own = frame[frame[by] == name]
-        _mark(ax, own[x], own[y], each, ms=9 if each.mark == "*" else 6)
-    ax.set(
-        xlabel=f"{label(x)} (mean score)",
-        ylabel=f"{label(y)} (mean score)",
-        xlim=(max(0, frame[x].min() - 0.05), 1.01),
-        ylim=(0, max(0.5, frame[y].max() + 0.05)),
-    )
-    points = {name: each._replace(dashes="") for name, each in look.items()}
-    _explain(fig, points, loc="outside right center")
+        _mark(ax, own[x], own[y], each, 6)
+    ax.set(xlabel=f"{label(x)} (mean score)", ylabel=f"{label(y)} (mean score)")
+    ax.set_xlim(max(0, frame[x].min() - 0.05), 1.01)
+    ax.set_ylim(0, max(0.5, frame[y].max() + 0.05))
+    _explain(fig, look, loc="outside right center")
     return fig
 
 
@@ -508,16 +468,12 @@ def heat(
 ) -> Figure:
     """Draw the mean of `value` for each `by` (a line) and `x` (a column) as a shade and in digits."""
     require(frame, [by, x, value], "heat")
-    means = frame.pivot_table(index=by, columns=x, values=value, sort=False)
-    means = means.reindex(index=ordered(frame[by]), columns=sorted(means.columns))
-    fig = Figure(figsize=(width, 0.7 + 0.2 * len(means)))
-    ax = fig.subplots()
+    means = frame.pivot_table(index=by, columns=x, values=value).loc[ordered(frame[by])]
+    fig, ((_, ax),) = _single(width, 0.7 + 0.2 * len(means))
     digits = means.map(lambda mean: "" if absent(mean) else number(float(mean), 2))
     bar = {"label": title, "pad": 0.02, "aspect": 30}
-    letters = {"fontsize": 5.5}
-    sns.heatmap(
-        means, vmin=0, cmap="Blues", annot=digits, fmt="", annot_kws=letters, cbar_kws=bar, ax=ax
-    )
+    text = {"annot": digits, "fmt": "", "annot_kws": {"fontsize": 5.5}}
+    sns.heatmap(means, vmin=0, cmap="Blues", **text, cbar_kws=bar, ax=ax)
     ax.set(xlabel=x.replace("_", " "), ylabel="")
     ax.tick_params(left=False, bottom=False, rotation=0)
     return fig
@@ -560,19 +516,17 @@ def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
     """
     require(frame, ["claim", "verdict", "value", "low", "high", "said"], "claims")
     names = ordered(frame["claim"])
-    fig = Figure(figsize=(width, 0.7 + 0.13 * len(frame) + 0.12 * len(names)))
-    ax = fig.subplots()
+    fig, ((_, ax),) = _single(width, 0.7 + 0.13 * len(frame) + 0.12 * len(names))
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
     top, ticks = 0.0, []
     for name in names:
         own = frame[frame["claim"] == name]
         largest = own[["value", "low", "high"]].abs().to_numpy(float).max() or 1.0
         heights = top + np.arange(len(own))
-        for at, found in zip(heights, own.itertuples(index=False), strict=False):
-            look = VERDICTS[found.verdict]
-            ends = found.low / largest, found.high / largest
+        for at, found in zip(heights, own.itertuples(index=False), strict=True):
+            look, ends = VERDICTS[found.verdict], (found.low / largest, found.high / largest)
             ax.hlines(at, *ends, color=look.colour, lw=1.6, zorder=2)
-            _mark(ax, found.value / largest, at, look, ms=5.5)
+            _mark(ax, found.value / largest, at, look, 5.5)
             _say(ax, at, found.said)
         ticks.append(heights.mean())
         top += len(own) + 0.9
@@ -580,47 +534,48 @@ def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
     ax.set(ylim=(top - 0.9, -1), xlim=(-1.08, 1.08))
     ax.set_xticks([-0.7, 0, 0.7], ["against the claim", "no difference", "as the claim says"])
     ax.tick_params(left=False, bottom=False)
-    _explain(fig, {word: look._replace(dashes="") for word, look in VERDICTS.items()})
+    _explain(fig, VERDICTS)
     return fig
 
 
 def _panels(
     titles: Sequence[Any],
     columns: int,
-    width: float,
-    height: float,
+    size: tuple[float, float],
     least: float = 0.0,
-    extra: float = 0.3,
     **shared: Any,
 ) -> tuple[Figure, dict[Any, Axes]]:
-    """Make a figure with a panel for each title, `columns` side by side, each `height` inches high."""
+    """Make a figure with a panel for each title; `size`: its width and a panel's height in inches."""
     columns = min(columns, len(titles))
     rows = ceil(len(titles) / columns)
-    fig = Figure(figsize=(width, max(least, extra + rows * height)))
+    fig = Figure(figsize=(size[0], max(least, 0.3 + rows * size[1])))
     axes = list(fig.subplots(rows, columns, squeeze=False, **shared).flat)
+    for title, ax in zip(titles, axes, strict=False):
+        ax.set_title(label(title), fontsize=7 if columns > 2 else 8)
     for spare in axes[len(titles) :]:
         spare.set_axis_off()
-    if shared.get(
-        "sharex"
-    ):  # the panel below may be switched off, so each last one has tick labels
-        for ax in axes[max(0, len(titles) - columns) : len(titles)]:
-            ax.tick_params(labelbottom=True)
+    for ax in axes[max(0, len(titles) - columns) : len(titles)]:
+        ax.tick_params(labelbottom=True)  # the panel below, which would have them, may be off
     return fig, dict(zip(titles, axes, strict=False))
 
 
-def _mark(ax: Axes, x: Any, y: Any, look: Look, ms: float | None = None) -> None:
-    """Set the marks of one look, with a white edge (a cross has none)."""
+def _single(width: float, height: float) -> tuple[Figure, Iterable[tuple[str, Axes]]]:
+    fig, axes = _panels([""], 1, (width, height - 0.3))
+    return fig, axes.items()
+
+
+def _mark(ax: Axes, x: Any, y: Any, look: Look, size: float = 4.4) -> None:
+    """Set the marks of one look; they have a white edge, a star is larger, a cross is thicker."""
     edge = {"mew": 1.4} if look.mark == "x" else {"mec": "white", "mew": 0.45}
     star = look.mark == "*"
-    size = max(look.size, ms or 0) if star else ms or look.size
-    where = {"clip_on": False, "zorder": 5 if star else 4}
-    ax.plot(x, y, look.mark, ls="", color=look.colour, ms=size, **edge, **where)
+    edge |= {"ms": size + 3 * star, "zorder": 4 + star, "clip_on": False}
+    ax.plot(x, y, look.mark, ls="", color=look.colour, **edge)
 
 
-def _say(ax: Axes, at: float, value: Any) -> None:
-    """Write a value right of its line, as the table says it."""
+def _say(ax: Axes, at: float, value: str | float | Score | None) -> None:
+    """Write a value right of its line, as a table says it."""
     if not isinstance(value, str):
-        cell = scored(value if isinstance(value, Score) else Score(value))
+        cell = printed_score(value if isinstance(value, Score) else Score(value))
         value = f"{cell.text} {cell.note}".strip()
     where = {"transform": ax.get_yaxis_transform(), "va": "center"}
     ax.text(1.02, at, value, fontsize=6.5, color=GREY, **where)
@@ -632,19 +587,18 @@ def _beside(ax: Axes, text: str, point: tuple, offset: tuple) -> None:
     ax.annotate(text, point, xytext=offset, **where, fontsize=6.5, color=GREY)
 
 
-def _names(ax: Axes, names: Sequence[str]) -> None:
+def _names(ax: Axes, names: Iterable[str]) -> None:
     """Name the lines of a panel, the first one at the top."""
-    ax.set_yticks(range(len(names)), [label(name) for name in names])
+    names = [label(name) for name in names]
+    ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(left=False)
 
 
-def _references(ax: Axes, means: pd.Series) -> None:
-    """Draw the score without an edit as a dashed line, and shade what is below the floor."""
-    if "floor" in means.index:
-        ax.axvspan(-9, means["floor"], color=PALE, alpha=0.75, lw=0, zorder=0)
-    if NO_EDIT in means.index:
-        ax.axvline(means[NO_EDIT], color=GREY, lw=1, ls=DASHES, zorder=1)
+def _titles(fig: Figure, x: str = "", y: str = "") -> None:
+    """Say below and left of all panels what their axes show."""
+    fig.supxlabel(x, fontsize=7.5, color=GREY)
+    fig.supylabel(y, fontsize=7.5, color=GREY)
 
 
 def _limit(ax: Axes, summary: pd.DataFrame) -> None:
@@ -665,33 +619,22 @@ def _explain(
     loc: str = "outside upper right",
 ) -> None:
     """Explain colours, marks and those references that are among `names`."""
-    handles = [
+    look = dict(look)
+    if NO_EDIT in (names := set(names)):
+        look[NO_EDIT] = LOOKS[NO_EDIT]._replace(mark="")
+    handles: list = [
         Line2D([], [], color=each.colour, marker=each.mark, ls=each.dashes, label=label(name))
         for name, each in look.items()
     ]
-    names = set(names)
-    if NO_EDIT in names and NO_EDIT not in look:
-        handles.append(Line2D([], [], color=GREY, lw=1, ls=DASHES, label=NO_EDIT))
     if "floor" in names:
         handles.append(Patch(color=PALE, alpha=0.75, lw=0, label="below the floor"))
-    columns = 1 if "right center" in loc else 2 if fig.get_figwidth() < 5 else 5
     if handles:
+        columns = 1 if "right center" in loc else 2 if fig.get_figwidth() < 5 else 5
         fig.legend(handles=handles, loc=loc, ncols=columns)
 
 
-def _scale(ax: Axes, values: pd.Series, baseline: float | None) -> None:
-    """Show scores from 0 to 1, what grows by orders of magnitude on a log axis, the rest from zero."""
-    if values.between(0, 1).all():
-        ax.set(ylim=(0, 1.03), yticks=[0, 0.5, 1])
-    elif values.min() > 0 and values.max() > 20 * values.min():
-        _log(ax, "y", values)
-    elif baseline is None:
-        ax.set_ylim(0, max(values.max() * 1.1, 1e-9))
-    ax.grid(axis="y")
-
-
 def _sizes(ax: Axes, values: list[float]) -> None:
-    """Set ticks at these values, on an axis of powers where each is about the same multiple."""
+    """Set ticks at these values, on a log axis where each is about the same multiple."""
     ratios = [
         after / before for before, after in zip(values, values[1:], strict=False) if before > 0
     ]
@@ -702,7 +645,7 @@ def _sizes(ax: Axes, values: list[float]) -> None:
 
 
 def _log(ax: Axes, axis: str, values: pd.Series) -> None:
-    """Set a log axis whose ticks are plain numbers, three a decade where there are few decades."""
+    """Set a log axis whose ticks are plain numbers, also 3, 30 ... where there are few decades."""
     getattr(ax, f"set_{axis}scale")("log")
     ticks = getattr(ax, f"{axis}axis")
     if values.max() < 300 * values.min():

@@ -1,4 +1,4 @@
-"""The style of all figures: fixed colours and marks, names beside their lines, byte-identical files."""
+"""Set the style of all figures: fixed colours and marks, names beside lines, byte-identical files."""
 
 import functools
 import io
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,6 +17,9 @@ COLUMN, FULL = 3.4, 6.8  # widths in inches of a figure in one column and across
 INK, GREY, PALE, BLUE, RED = "#1b1b1b", "#6f6f6f", "#e4e4e4", "#0072b2", "#d55e00"
 DASHES = (0, (3, 2))
 VARIANT = " (at once)"  # after the name of a method that the same figure also shows without it
+RC = matplotlib.rc_params_from_file(
+    Path(__file__).with_name("templates") / "figures.mplstyle", use_default_template=False
+)
 
 
 class Look(NamedTuple):
@@ -27,17 +29,13 @@ class Look(NamedTuple):
     mark: str = "o"
     dashes: str | tuple = "-"
 
-    @property
-    def size(self) -> float:
-        return 7.5 if self.mark == "*" else 4.4
-
 
 # One colour and mark per method for the whole study, after Okabe and Ito (2008) and Tol (2021):
 # safe for colour-blind readers within a family, and the mark tells families apart in print.
 LOOKS = {
-    "FT-UKE": Look("#1b1b1b", "*"),
-    "FT-L": Look("#d55e00"),
-    "FT-M": Look("#0072b2"),
+    "FT-UKE": Look(INK, "*"),
+    "FT-L": Look(RED),
+    "FT-M": Look(BLUE),
     "FT-A": Look("#56b4e9"),
     "LoRA": Look("#009e73", "s"),
     "AdaLoRA": Look("#7a9a01", "s"),
@@ -51,58 +49,19 @@ LOOKS = {
     "AnyEdit++": Look("#5b3fa0", "^"),
     "muKE": Look("#b3a000", "^"),
     "in-context": Look("#7f7f7f", "P"),
-    "last_prompt_token": Look("#d55e00"),
-    "target_tokens": Look("#0072b2"),
     "no edit": Look(GREY, "x", DASHES),
-    "before the edit": Look(GREY, "x", DASHES),
 }
-_OTHERS = tuple(
-    Look(colour, mark)
-    for colour, mark in zip(
-        ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"), "os^DvP", strict=False
+OTHERS = [
+    Look(*look)
+    for look in (
+        (BLUE, "o"),
+        ("#e69f00", "s"),
+        ("#009e73", "^"),
+        ("#cc79a7", "D"),
+        (RED, "v"),
+        ("#56b4e9", "P"),
     )
-)
-RC = {
-    **sns.axes_style("ticks"),
-    **sns.plotting_context("paper"),
-    "font.family": ["DejaVu Sans"],
-    "font.size": 7.5,
-    "axes.titlesize": 8,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 5,
-    "axes.labelsize": 7.5,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9a9a9a",
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": PALE,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7.5,
-    "xtick.color": "#4d4d4d",
-    "ytick.color": INK,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "legend.borderpad": 0,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "savefig.dpi": 220,
-    "svg.hashsalt": "uke",
-    "svg.fonttype": "path",
-}
+]
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -121,17 +80,17 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
     A variant of a method has its colour and is dashed.
     """
-    found, others = {}, iter(_OTHERS * (1 + len(names := list(dict.fromkeys(names))) // 6))
-    for name in names:
-        method = name.removesuffix(VARIANT)
-        found[name] = LOOKS.get(method) or found.get(method) or next(others)
-        if method != name:
-            found[name] = found[name]._replace(dashes="--")
-    return found
+    names = list(dict.fromkeys(names))
+    others = iter(OTHERS * (1 + len(names) // len(OTHERS)))
+    found = {name: LOOKS.get(name.removesuffix(VARIANT)) or next(others) for name in names}
+    return {
+        name: look._replace(dashes="--") if name.endswith(VARIANT) else look
+        for name, look in found.items()
+    }
 
 
 def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
-    """Name lines that end at (x, y) in a colour, right of the axes, apart where names would overlap."""
+    """Name lines that end at (x, y) in a colour, right of the axes and apart from each other."""
     ax.get_xlim(), ax.get_ylim()  # makes the limits follow what was drawn last
     to_axes = ax.transData + ax.transAxes.inverted()
     points = {name: to_axes.transform((x, y)) for name, (x, y, _) in ends.items()}
@@ -141,27 +100,13 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     for name in order:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     for name in reversed(order):
-        heights[name] = above = min(heights[name], above - gap)
-        colour = ends[name][2]
-        ax.annotate(
-            label(name),
-            xy=points[name],
-            xytext=(1.06, heights[name]),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=7,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "lw": 0.5,
-                "alpha": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 1,
-            },
-        )
+        above = min(heights[name], above - gap)
+        text = {"color": ends[name][2], "fontsize": 7, "va": "center", "annotation_clip": False}
+        line = {"arrowstyle": "-", "color": ends[name][2], "lw": 0.5, "alpha": 0.6}
+        line |= {"shrinkA": 1, "shrinkB": 1}
+        where = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
+        point, beside = points[name], (1.06, above)
+        ax.annotate(label(name), point, beside, **where, **text, arrowprops=line)
 
 
 def save(fig: Figure, directory: str | Path, name: str, png: bool = False) -> list[Path]:

@@ -5,7 +5,8 @@ tables.save(table, paths.figures / "tables", "single", "Single edits: mean and 9
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,30 +26,12 @@ MISSING = "–"
 REFERENCES = ("no edit", "floor")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LABELLED = ("kind", "level", "factor", "loss_scope", "layers", "examination")  # cells in words
-_LATEX = str.maketrans(
-    {letter: rf"\{letter}" for letter in "&%$#_{}"}
-    | {letter: rf"{{{letter}}}" for letter in "[]"}
-    | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "−": r"\ensuremath{-}",
-        "×": r"\ensuremath{\times}",
-        "±": r"\ensuremath{\pm}",
-        "≥": r"\ensuremath{\geq}",
-        "≤": r"\ensuremath{\leq}",
-        "≈": r"\ensuremath{\approx}",
-        "→": r"\ensuremath{\rightarrow}",
-        "µ": r"\ensuremath{\mu}",
-        "μ": r"\ensuremath{\mu}",
-        "\n": " ",
-        "⁻": r"\textsuperscript{\ensuremath{-}}",
-    }
-    | {digit: rf"\textsuperscript{{{place}}}" for place, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-)
+_ESCAPED = re.compile(r"([&%$#_{}])")
+_LATEX = {"−": "$-$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+_LATEX |= {"\\\\\n[": "\\\\\n{[}"}  # a bracket behind a line break would be an option of it
+_LATEX |= {"→": r"$\rightarrow$", "μ": r"$\mu$", "µ": r"$\mu$", "⁻": r"\textsuperscript{$-$}"}
+_LATEX |= {power: rf"\textsuperscript{{{at}}}" for at, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 
 
 class Cell(NamedTuple):
@@ -100,7 +83,7 @@ def bracket(low: float, high: float, decimals: int | None = None) -> str:
     return f"[{number(float(low), decimals)}, {number(float(high), decimals)}]"
 
 
-def scored(score: Score) -> Cell:
+def printed_score(score: Score) -> Cell:
     """Print a score and its interval with the same decimals, two at most."""
     decimals = min(2, places(score.mean, score.low, score.high))
     note = "" if absent(score.low) else bracket(score.low, score.high, decimals)
@@ -197,7 +180,7 @@ def cells(column: pd.Series) -> list[Cell]:
         decimals = 0 if whole else places(*sizes)
     words = label if column.name in _LABELLED else str
     return [
-        scored(value) if isinstance(value, Score) else Cell(words(_text(value, decimals)))
+        printed_score(value) if isinstance(value, Score) else Cell(words(_text(value, decimals)))
         for value in column
     ]
 
@@ -216,7 +199,7 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text, `0.93 [0.90, 0.96]` for a score: what a notebook shows."""
     frame = flat(frame).astype(object)
     return pd.DataFrame(
-        {name: [f"{c.text} {c.note}".strip() for c in cells(frame[name])] for name in frame}
+        {name: [" ".join(f"{c.text} {c.note}".split()) for c in cells(frame[name])] for name in frame}
     )
 
 
@@ -242,40 +225,33 @@ def _csv(frame: pd.DataFrame) -> str:
 
 
 def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
-    """Set the table with pandas' Styler, every text escaped."""
-    columns: Mapping[str, list] = {column: cells(frame[column]) for column in frame}
-    shown = pd.DataFrame(
-        {head(each).translate(_LATEX): map(_cell, columns[each]) for each in frame}
-    )
-    widths = [max([len(head(each)), *(len(c.text) for c in columns[each])]) for each in frame]
-    long = [
-        width > 40 and not numeric(frame[each]) for width, each in zip(widths, frame, strict=False)
-    ]
+    """Set the table with pandas' Styler, every text escaped, the best of a column in bold."""
+    heads = [head(column) for column in frame]
+    columns = [cells(frame[column]) for column in frame]
+    shown = printed(frame).set_axis(heads, axis="columns")
+    widths = [max(map(len, shown[each]), default=0) for each in heads]
+    aligned = ["r" if numeric(frame[column]) else "l" for column in frame]
+    long = [width > 40 and side == "l" for width, side in zip(widths, aligned, strict=True)]
     # Long texts share the space that the other columns leave.
-    left = 0.93 - sum(
-        0.012 * width + 0.03 for width, wide in zip(widths, long, strict=False) if not wide
-    )
+    left = 0.93 - sum(0.012 * w + 0.03 for w, wide in zip(widths, long, strict=True) if not wide)
     paragraph = rf"p{{{max(0.25, left) / max(sum(long), 1):.2f}\linewidth}}"
-    aligned = ["r" if numeric(frame[each]) else "l" for each in frame]
-    text = shown.style.hide(axis="index").to_latex(
+    bold = [["font-weight: bold" if cell.best else "" for cell in cells] for cells in columns]
+    styler = (
+        shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    )
+    text = styler.apply(lambda column: bold[heads.index(column.name)]).to_latex(
         hrules=True,
-        caption=caption.replace("`", "").translate(_LATEX),
+        convert_css=True,
+        caption=_ESCAPED.sub(r"\\\1", caption.replace("`", "")),
         label=f"tab:{name}",
         position="t",
         position_float="centering",
         column_format="".join(
-            paragraph if wide else each for wide, each in zip(long, aligned, strict=False)
+            paragraph if wide else side for wide, side in zip(long, aligned, strict=True)
         ),
     )
+    for letter, command in _LATEX.items():
+        text = text.replace(letter, command)
     # Many columns fit the width of a page only when they are set tightly.
     tight = "\\centering\n\\small\n\\setlength{\\tabcolsep}{3pt}"
     return text.replace("\\centering", tight, 1) if len(columns) > 6 else text
-
-
-def _cell(cell: Cell) -> str:
-    text = cell.text.translate(_LATEX)
-    text = rf"\textbf{{{text}}}" if cell.best else text
-    if not cell.note:
-        return text
-    note = rf"{{\scriptsize {cell.note.translate(_LATEX)}}}"
-    return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{text}\\[-2pt]{note}\end{{tabular}}"
