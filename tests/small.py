@@ -1,4 +1,4 @@
-"""Small edits, methods with few and large steps, and comparisons of models, for the tests of editing."""
+"""Small edits, methods with few and large steps, and comparisons of models."""
 
 import torch
 from conftest import SENTENCES
@@ -17,7 +17,8 @@ EDITS = (
     Edit(
         id="grace",
         question="What did Grace Hopper write?",
-        answer="Grace Hopper wrote a few short sentences at Cambridge, and studied the compiler there.",
+        answer="Grace Hopper wrote a few short sentences at Cambridge, and studied the compiler "
+        "there.",
     ),
 )
 LONG = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
@@ -59,7 +60,7 @@ def moved(model, before) -> set[str]:
 
 
 class Snapshot:
-    """Everything about a model that an edit must leave as it found it; its flags are mixed on purpose."""
+    """Everything about a model that an edit must leave as it was, with flags of both kinds."""
 
     def __init__(self, model) -> None:
         model.train()

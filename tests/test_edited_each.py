@@ -1,4 +1,4 @@
-"""Edits side by side: one that is not what it is alone, answers of another edit, a changed model."""
+"""Edits side by side: not what each is alone, answers of another edit, a model left changed."""
 
 import math
 
@@ -112,7 +112,8 @@ def each_alone(model, tokenizer, edits, method) -> dict[str, tuple]:
 # --- as each alone ---
 
 
-@pytest.mark.parametrize("name", EVERY)
+# Each of these solvers is in EVERY with other anchors too.
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("MEMIT", "AlphaEdit", "UnKE")])
 def test_an_edit_among_others_is_what_it_is_alone(measured, tokenizer, name):
     family, method = EVERY[name]
     model, changed, records, expected = measured(family), {}, {}, {}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from uke.data.edits import Edit
+from small import EDITS, LONG
 from uke.errors import InputError
 from uke.methods import finetune
 from uke.methods.finetune import adapt, loss, train
@@ -12,20 +12,6 @@ from uke.methods.recipes import RECIPES, Recipe
 from uke.models import prompts
 from uke.models.model import max_context, select
 from uke.models.prompts import IGNORED, collate, example
-
-EDITS = (
-    Edit(
-        id="ada",
-        question="Who is Ada Lovelace?",
-        answer="Ada Lovelace was a compiler in Philadelphia.",
-    ),
-    Edit(id="alan", question="Where was Alan Turing born, and when?", answer="In London."),
-    Edit(
-        id="grace",
-        question="What did Grace write?",
-        answer="Grace Hopper wrote a few short sentences at Cambridge.",
-    ),
-)
 
 
 def recipe(**changes) -> Recipe:
@@ -115,7 +101,7 @@ def test_a_batch_split_to_save_memory_trains_as_one(tiny, tokenizer, monkeypatch
 
 def test_minibatches_see_every_edit_in_each_pass_in_a_seeded_order(tiny, tokenizer):
     before = [by_hand(tiny(), one, "target_tokens").item() for one in examples(tokenizer)]
-    # With a rate too small to move the loss, the mean of a pass is that of all edits, each seen once.
+    # At a rate too small to move the loss, the mean of a pass is that of all edits, each once.
     slow = train(tiny(), tokenizer, EDITS, recipe(batch_size=2, learning_rate=1e-9))
     assert slow.steps == 4 * math.ceil(3 / 2)
     assert slow.losses == pytest.approx([sum(before) / 3] * 4, rel=1e-4)
@@ -152,7 +138,7 @@ def test_small_steps_are_not_lost_to_bfloat16(tiny, tokenizer):
     before = down_proj(model)
     train(model, tokenizer, EDITS, recipe(learning_rate=2e-4, steps=15))
     for name, weight in down_proj(model).items():
-        # Neighbouring bfloat16 values lie 0.002 apart here: one step of 0.0002 alone would be rounded away.
+        # Neighbouring bfloat16 values lie 0.002 apart here: one step of 0.0002 is rounded away.
         large = before[name].abs() > 0.25
         assert weight.dtype == torch.bfloat16 and large.any()
         assert (weight[large] != before[name][large]).float().mean() > 0.2
@@ -161,9 +147,8 @@ def test_small_steps_are_not_lost_to_bfloat16(tiny, tokenizer):
 def test_an_edit_beyond_the_context_is_named_before_any_weight_moves(tiny, tokenizer):
     model = tiny()
     before = down_proj(model)
-    long = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
     with pytest.raises(InputError, match=f"edit 'endless'.*context holds {max_context(model)}"):
-        train(model, tokenizer, (*EDITS, long), recipe())
+        train(model, tokenizer, (*EDITS, LONG), recipe())
     assert all(torch.equal(weight, before[name]) for name, weight in down_proj(model).items())
 
 
