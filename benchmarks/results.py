@@ -238,3 +238,25 @@ def targets_table(numbers: Mapping[str, Score]) -> pd.DataFrame:
 def met(targets: pd.DataFrame) -> Sequence[bool]:
     """Return whether each target that was measured is met."""
     return [bool(each) for each in targets["met"] if each is not None]
+
+
+def gains_more_in_answering(ratios: pd.DataFrame) -> Sequence[bool]:
+    """Return for each method whether lanes gain more over one by one in answering than editing."""
+    columns = (ratios[f"over {VARIANTS['single']}, {part}"] for part in ("answering", "editing"))
+    return [answer.mean > edit.mean for answer, edit in zip(*columns, strict=True)]
+
+
+def gain_with_edits(growth: pd.DataFrame) -> float:
+    """Return how many times as many edits a minute lanes write with the most edits as with one."""
+    lanes = growth[(growth["variant"] == "lanes") & (growth["panel"] == "edits a minute")]
+    speeds = lanes.set_index("edits")["score"].sort_index()
+    return float(speeds.iloc[-1] / speeds.iloc[0])
+
+
+def rises(growth: pd.DataFrame) -> Sequence[bool]:
+    """Return for each variant and each thing that grows whether seconds rise throughout."""
+    columns = [name for name in growth if name not in ("grows", "value")]
+    found = []
+    for _, own in growth.groupby("grows", sort=False):
+        found += [own.sort_values("value")[name].is_monotonic_increasing for name in columns]
+    return found
