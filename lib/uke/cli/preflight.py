@@ -72,10 +72,9 @@ def _methods(home: Path, parameters: Mapping[str, Any], split: str) -> list[Meth
     found = []
     for size in parameters.get("batch_sizes", [1]):
         known = configured(folder, model, size)
-        methods = [find(name, known, "methods: ") for name in names]
-        if not names or len({method.name for method in methods}) < len(names):
-            given = ", ".join(names) or "none"
-            raise InputError(f"methods: {given}; expected each method once, and at least one")
+        methods = [find(name, known, "methods: ") for name in names or known]
+        if len({method.name for method in methods}) < len(names):
+            raise InputError(f"methods: {', '.join(names)}; expected each method once")
         found += methods
     if "batch_sizes" in parameters and split == "development":
         trials(folder, model, methods)

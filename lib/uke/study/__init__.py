@@ -6,12 +6,4 @@ from uke.study.methods import MethodStudy
 from uke.study.sequential import SequenceStudy
 from uke.study.study import Study
 
-__all__ = [
-    "Dataset",
-    "FactorStudy",
-    "MethodStudy",
-    "SequenceStudy",
-    "Study",
-    "load",
-    "say_means",
-]
+__all__ = ["Dataset", "FactorStudy", "MethodStudy", "SequenceStudy", "Study", "load", "say_means"]

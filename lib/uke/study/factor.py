@@ -8,7 +8,7 @@ import pandas as pd
 
 from uke.errors import InputError, nearest
 from uke.methods.catalog import at_level, best_single, configured, differences, find, key
-from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, Recipe
+from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS, Recipe
 from uke.results import compare
 from uke.results.stats import interval, summarise
 from uke.study.study import Study
@@ -52,11 +52,11 @@ class FactorStudy:
         layers.scores        # a row per method, level, edit and kind of probe
         layers.effects       # all blocks minus the best single one, paired by edit
 
-    `levels` names levels of the factor, in any order; none stands for all. Levels that exist only
-    for adapters are skipped for direct weights. CONTRASTS says what is compared with what; where a
-    selection of levels has none of these pairs, its last level is compared with its first. Raises
-    InputError for an unknown factor, method or level (with the nearest name), and for a method
-    that is left with fewer than two levels.
+    No `methods` stand for FT-M and LoRA. `levels` names levels of the factor, in any order; none
+    stands for all. Levels that exist only for adapters are skipped for direct weights. CONTRASTS
+    says what is compared with what; where a selection of levels has none of these pairs, its last
+    level is compared with its first. Raises InputError for an unknown factor, method or level (with
+    the nearest name), and for a method that is left with fewer than two levels.
     """
 
     def __init__(self, factor: str, methods: Sequence[str], levels: Sequence[str], study: Study):
@@ -65,7 +65,7 @@ class FactorStudy:
         self.factor, self.study, self.said = factor, study, {}
         self._params, self._model = study.paths.home / "params", study.subject.name
         self._tuned = configured(self._params, self._model)
-        self.methods = [find(name, self._tuned).name for name in methods]
+        self.methods = [find(name, self._tuned).name for name in methods or FAMILIES]
         self.levels = {method: self._levels(method, levels) for method in self.methods}
         self.pairs = {method: self._pairs(method) for method in self.methods}
         self.recipes: dict[tuple[str, str], Recipe] = {
@@ -243,7 +243,8 @@ class FactorStudy:
         return f"effect.{self.factor}.{contrast}.{kind}"
 
     def sentences(self, template: str) -> str:
-        """Fill a sentence for each method whose first contrast was run with what `say` said.
+        """Fill a sentence for each method whose first contrast was run with what `say` said, less
+        the number of edits.
 
         Fields: `method`; `level`, `against` and `best` (the best average on these edits); the
         effects `average` and `original`; of each level its scores, as in `against_original`.
@@ -259,5 +260,6 @@ class FactorStudy:
                     scores = {kind: self.said[f"{cell}.{kind}"] for kind in SAID}
                     fields |= {f"{name}_{kind}": text for kind, text in scores.items()}
                     fields[name] = compare.label(one)
-                found.append(template.format(method=method, **fields))
+                texts = {name: text.partition(", n =")[0] for name, text in fields.items()}
+                found.append(template.format(method=method, **texts))
         return " ".join(found) or "No method has both levels, so nothing can be compared."

@@ -406,7 +406,8 @@ class Study:
             raise InputError(f"study {self.name}: nothing was run, or every trial failed")
         if rows.use_committed():
             chosen = self._committed["unit"].isin(self.units)
-            return self._committed[chosen].drop(columns="unit").reset_index(drop=True)
+            found = self._committed[chosen].drop(columns="unit").reset_index(drop=True)
+            return found.astype({"batch": int, "batch_size": int})  # the unedited rows have none
         return rows.read(self.paths, self.name, self.units)
 
     def export(self, frame: pd.DataFrame | None = None) -> Path:
