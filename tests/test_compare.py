@@ -1,4 +1,5 @@
-"""Contrasts, leads, their trend and separation: pairs that do not pair, wrong units, invented data."""
+"""Contrasts, leads, their trend and separation: pairs that do not pair, wrong units, invented
+data."""
 
 import json
 import math
@@ -269,7 +270,8 @@ def test_the_best_is_one_that_was_not_asked_about(here):
     [(1, 1), (2, 1), (3, 4), (4, 4), (5, 4), (9, 16), (8, 4), (7, 4), (200, 16)],
 )
 def test_another_batch_size_decides_than_the_nearest_by_ratio(here, size, nearest):
-    """7 is nearer to 4 than to 16, by ratio; of two equally near ones (2 of 1 and 4, 8 of 4 and 16) the smaller counts."""
+    """7 is nearer to 4 than to 16, by ratio; of two equally near ones (2 of 1 and 4, 8 of 4 and 16)
+    the smaller counts."""
     names = {1: "UnKE", 4: "MEMIT", 16: "muKE"}
     trials = [
         trial(name, "x", own, (0.9 if names[own] == name else 0.2,) * 4)
@@ -322,14 +324,16 @@ def test_a_lead_is_said_in_points_and_in_percent_of_the_baseline():
 
 
 def test_a_lead_is_drawn_over_edits_that_share_their_weights():
-    """Two batches: whatever is drawn, the ends are those of the batches, however many edits each has."""
+    """Two batches: whatever is drawn, the ends are those of the batches, however many edits each
+    has."""
     frame = averages(own=[[0.6] * 50, [0.8] * 50], baseline=[[0.5] * 50, [0.5] * 50])
     points, relative = compare.lead(frame, "own", "baseline")
     assert points == pytest.approx((20, 10, 30, 2)) and relative == pytest.approx((40, 20, 60, 2))
 
 
 def test_a_constant_ratio_has_a_wide_interval():
-    """Pairs are drawn together: where every edit gains a tenth, the percent is sure and the points are not."""
+    """Pairs are drawn together: where every edit gains a tenth, the percent is sure and the points
+    are not."""
     points, relative = compare.lead(
         averages(own=[[0.11], [0.55], [0.99]], baseline=[[0.1], [0.5], [0.9]]), "own", "baseline"
     )
@@ -370,7 +374,8 @@ def test_a_lead_over_other_edits(frame):
 
 @pytest.mark.parametrize("slope", [3.0, -1.5, 0.0])
 def test_a_lead_that_is_linear_in_doublings_has_another_slope(slope):
-    """Sizes that are no even steps, and as many batches as come out: 24 edits are one batch of 24."""
+    """Sizes that are no even steps, and as many batches as come out: 24 edits are one batch of
+    24."""
     leading = {
         size: ([4 + slope * np.log2(size)] * 24, np.repeat(range(24 // size), size))
         for size in (1, 8, 24)
@@ -411,7 +416,8 @@ def test_one_size_has_a_trend():
 
 
 def probes(score, methods=range(3), edits=range(8), **counts):
-    """Three probes of locality and three of a general skill for each edit under each method; `score(kind, method, edit)`."""
+    """Three probes of locality and three of a general skill for each edit under each method;
+    `score(kind, method, edit)`."""
     kinds = {"rel_doc": 1, "rand_doc": 1, "struct_trip": 1, "general": 3} | counts
     rows = [
         (f"M{method}", f"e{edit}", kind, score(kind, method, edit))
@@ -424,7 +430,8 @@ def probes(score, methods=range(3), edits=range(8), **counts):
 
 
 def test_methods_alone_explain_less_than_all():
-    """Locality differs by method (and edits have levels of their own), the general skill by edit alone."""
+    """Locality differs by method (and edits have levels of their own), the general skill by edit
+    alone."""
     found = compare.separation(
         probes(
             lambda kind, method, edit: edit / 20 if kind == "general" else method / 5 + edit / 20
@@ -448,7 +455,8 @@ def test_no_difference_between_methods_is_a_separation():
 
 
 def test_a_share_is_that_of_a_table_done_by_hand():
-    """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits' own levels."""
+    """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits' own
+    levels."""
     apart = {0: 1.0, 1: 3.0}
     found = compare.separation(
         probes(
@@ -512,7 +520,8 @@ def test_pairs_are_told_apart_by_noise_or_not_by_a_difference():
 
 
 def test_many_pairs_are_told_apart_by_chance():
-    """Six edits, all in one direction: p is 1/32 for a pair alone, and not below 5 % among three."""
+    """Six edits, all in one direction: p is 1/32 for a pair alone, and not below 5 % among
+    three."""
     score = lambda kind, method, edit: method + edit / 9 if method < 2 else -1.0 * (-1) ** edit
     assert compare.pairs_separated(
         probes(score, methods=range(2), edits=range(6)), compare.LOCALITY

@@ -1,4 +1,5 @@
-"""Memory: a peak that is missed or counted though it was before, free memory misread, gradients changed."""
+"""Memory: a peak that is missed or counted though it was before, free memory misread, gradients
+changed."""
 
 import sys
 from types import SimpleNamespace
@@ -39,7 +40,8 @@ def test_a_system_that_does_not_say_gives_no_number(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("limited", ["job", "job/step", None])
 def test_a_job_takes_what_its_cluster_leaves_it(monkeypatch, tmp_path, limited):
-    """The limit may stand on any group above the process; pages of files that can be dropped are free."""
+    """The limit may stand on any group above the process; pages of files that can be dropped are
+    free."""
     for group in ("job", "job/step"):
         folder = tmp_path / group
         folder.mkdir()
@@ -117,7 +119,8 @@ def test_what_reads_with_a_cache_reads_once(tiny):
 
 
 def test_all_fallbacks_together_offload_the_inputs_of_blocks_and_no_weight(example, monkeypatch):
-    """A linear layer stores its weight beside its input: the whole model would travel at every step."""
+    """A linear layer stores its weight beside its input: the whole model would travel at every
+    step."""
     model, sent, host = example[0], {}, memory.save_on_cpu
 
     class Watched(host):

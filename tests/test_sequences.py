@@ -1,4 +1,5 @@
-"""Edits that pile up: the right ones are queried with the weights of their count, and all is undone."""
+"""Edits that pile up: the right ones are queried with the weights of their count, and all is
+undone."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""A study: complete rows, resumption, rows of other work, memory, committed rows, and weights as before."""
+"""A study: complete rows, resumption, rows of other work, memory, committed rows, and weights as
+before."""
 
 import dataclasses
 import json
@@ -17,7 +18,7 @@ from uke.models.model import load
 from uke.project import Paths
 from uke.results import rows
 from uke.study import dataset as datasets
-from uke.study import memory, score
+from uke.study import score
 from uke.study import study as studies
 from uke.study.dataset import Dataset, batched
 from uke.study.study import Study
@@ -102,7 +103,7 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
     for seed in (None, 2):
         study.dataset = dataclasses.replace(edits, world_seed=seed)
         assert study.smoke_run()
-    # What tells the model apart is remembered by its files, so that nothing is loaded for rows that are there.
+    # Fingerprints are remembered by the files of the model, so nothing is loaded for known rows.
     named = Study("trial", edits, "embedded", False, max_new_tokens=130)
     assert named.fingerprints == study.fingerprints and "loaded" in vars(named.subject)
     again = Study("trial", edits, "embedded", False, max_new_tokens=130)

@@ -1,10 +1,10 @@
-"""Compare methods and factor levels: scores with no edit beside them, paired contrasts, leads and their trend."""
+"""Compare methods and factor levels: scores with no edit beside them, paired contrasts, leads and
+their trend."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from math import log2
 from typing import Any
 
 import numpy as np
@@ -15,19 +15,21 @@ from uke.project import Paths
 from uke.results import rows
 from uke.results.metrics import METRICS
 from uke.results.stats import (
-    RESAMPLES,
-    SEED,
     Interval,
     Score,
     holm,
     interval,
     ordered,
     paired,
+    percentiles,
     require,
+    resampled,
+    units,
 )
 
 BEFORE = "no edit"
 SIDES = {side: in_group(side) for side in ("efficacy", "locality")}
+LOCALITY, SKILL = in_group("locality"), in_group("skill")
 LABELS = {name: kind.label for name, kind in KINDS.items()} | {
     "average": "Average",
     "efficacy": "Efficacy",
@@ -43,35 +45,35 @@ _PLAIN = re.compile(
 
 
 def label(name: Any) -> str:
-    """Return a kind of probe, a factor or a level as readers see it; other names stay as they are."""
+    """Return a kind of probe, a factor or a level as readers see it; other names stay as they
+    are."""
     name = str(name)
     return LABELS.get(name) or (name.replace("_", " ") if _PLAIN.fullmatch(name) else name)
 
 
 def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Scores of every cell (a method at a level) by kind of probe, and its average metric as the kind `average`.
+    """Score every cell (a method at a level) and the unedited model by kind of probe.
 
-    Columns: method, level, cell (both in words), edit, kind, score. The unedited model's cell, method and level are called
-    `no edit`; cells keep the order of `after`. The average is over those of its kinds that the data has (`lacking` says which it has not). Raises
+    The average metric, over those of its kinds that the data has (`lacking` names the others), is
+    the kind `average`. Columns: method, level, cell (both in words), edit, kind, score. The
+    unedited model's method, level and cell are `no edit`; cells keep the order of `after`. Raises
     InputError where cells differ in their edits.
     """
     kinds = [kind for kind in AVERAGE if kind in set(after["kind"])]
     after, parts = after.assign(level=after["level"].fillna("")), []
     for frame, phase in ((after, "after"), (before, "before")):
-        of_kinds = rows.primary(frame, phase)
-        found = pd.concat([of_kinds, rows.average(of_kinds, kinds).assign(kind="average")])
-        parts.append(found if phase == "after" else found.assign(method=BEFORE, level=BEFORE))
-    both = pd.concat(parts)[["method", "level", "edit", "kind", "score"]]
-    places = {
-        cell: place
-        for place, cell in enumerate(dict.fromkeys(zip(after["method"], after["level"])))
-    }
-    order = pd.Series(
-        [places.get(cell, len(places)) for cell in zip(both["method"], both["level"])],
-        index=both.index,
-    )
-    both = both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
+        primary = rows.primary(frame, phase)
+        parts.append(pd.concat([primary, rows.average(primary, kinds).assign(kind="average")]))
+    parts[1] = parts[1].assign(method=BEFORE, level=BEFORE)
+    both = pd.concat(parts, ignore_index=True)[["method", "level", "edit", "kind", "score"]]
+    order = {cell: index for index, cell in enumerate(dict.fromkeys(_pairs(after)))}
+    places = pd.Series([order.get(cell, len(order)) for cell in _pairs(both)])
+    both = both.iloc[places.argsort(kind="stable")].reset_index(drop=True)
     return both.assign(cell=cells(both))
+
+
+def _pairs(frame: pd.DataFrame) -> Iterable[tuple[str, str]]:
+    return zip(frame["method"], frame["level"])
 
 
 def cells(frame: pd.DataFrame) -> list[str]:
@@ -81,90 +83,75 @@ def cells(frame: pd.DataFrame) -> list[str]:
 
 
 def lacking(after: pd.DataFrame) -> list[str]:
-    """The kinds of the average metric that the data has no probe of."""
+    """Return the kinds of the average metric that the data has no probe of."""
     return [kind for kind in AVERAGE if kind not in set(after["kind"])]
 
 
 def sides(scores: pd.DataFrame) -> pd.DataFrame:
-    """The average metric and its two halves, `efficacy` and `locality`, as kinds; a half is left out where the data lacks a kind of it."""
-    parts = [scores[scores["kind"] == "average"]]
+    """Return the average metric and its halves `efficacy` and `locality`, as kinds.
+
+    A half is left out where the data lacks a kind of it.
+    """
+    parts, cell = [scores[scores["kind"] == "average"]], ["method", "level", "cell", "edit"]
     for side, kinds in SIDES.items():
         if set(kinds) <= set(scores["kind"]):
-            means = (
-                scores[scores["kind"].isin(kinds)]
-                .groupby(["method", "level", "cell", "edit"], sort=False)["score"]
-                .mean()
-            )
-            parts.append(means.reset_index().assign(kind=side))
+            own = scores[scores["kind"].isin(kinds)].groupby(cell, sort=False)["score"]
+            parts.append(own.mean().reset_index().assign(kind=side))
     return pd.concat(parts)[list(scores.columns)].reset_index(drop=True)
 
 
 def contrasts(
     scores: pd.DataFrame, wanted: Mapping[str, Mapping[tuple[str, str], float]]
 ) -> pd.DataFrame:
-    """Weighted sums of cells by kind, paired by edit, in points (hundredths) of the score.
+    """Return weighted sums of cells by kind, paired by edit, in points (hundredths) of the score.
 
-    `wanted` gives for each effect by name the weight of each cell (method, level): 1 and -1 for a difference. An effect of
-    which a cell has no rows is left out. Columns: effect, kind, difference, low, high, p (Holm-corrected over all that stand
-    here), n. Raises InputError for weights that do not sum to 0, and where the cells of an effect differ in their edits.
+        contrasts(scores, {"gain": {("FT-M", "all"): 1, ("FT-M", "eighth_3"): -1}})
+
+    `wanted` gives the weight of each cell (method, level) by the effect's name. An effect of which
+    a cell has no rows is left out. Columns: effect, kind, difference, low, high, p (Holm-corrected
+    over all effects given together), n. Raises InputError for weights that do not sum to 0, and
+    where the cells of an effect differ in their edits.
     """
-    present = set(zip(scores["method"], scores["level"]))
-    found = []
+    present, found = set(_pairs(scores)), []
     for name, weights in wanted.items():
-        if abs(sum(weights.values())) > 1e-9:
-            raise InputError(
-                f"effect {name}: its weights sum to {sum(weights.values()):g}; expected 0"
-            )
+        if abs(total := sum(weights.values())) > 1e-9:
+            raise InputError(f"effect {name}: its weights sum to {total:g}; expected 0")
         for kind in ordered(scores["kind"], KINDS) if set(weights) <= present else ():
-            gained, lost = (
-                _summed(
-                    scores[scores["kind"] == kind],
-                    {cell: sign * weight for cell, weight in weights.items() if sign * weight > 0},
-                )
-                for sign in (1, -1)
-            )
-            found.append((name, kind, *paired(gained, lost)))
+            own = scores[scores["kind"] == kind]
+            gained = {cell: weight for cell, weight in weights.items() if weight > 0}
+            lost = {cell: -weight for cell, weight in weights.items() if weight < 0}
+            found.append((name, kind, *paired(_weighted(own, gained), _weighted(own, lost))))
     table = pd.DataFrame(found, columns=["effect", "kind", "difference", "low", "high", "p", "n"])
     return table.assign(p=holm(table["p"]))
 
 
-def _summed(scores: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> pd.Series:
-    """The weighted sum of cells for each edit, in points; NaN, which `paired` refuses, for an edit that a cell lacks."""
-    by_cell = [
-        weight
-        * 100
-        * scores[(scores["method"] == method) & (scores["level"] == level)].set_index("edit")[
-            "score"
-        ]
-        for (method, level), weight in weights.items()
+def _weighted(scores: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> pd.Series:
+    """Sum cells for each edit, in points; NaN, which `paired` refuses, for an edit that a cell
+    lacks."""
+    cells = dict(list(scores.groupby(["method", "level"])))
+    parts = [
+        100 * weight * cells[cell].set_index("edit")["score"] for cell, weight in weights.items()
     ]
-    return pd.concat(by_cell, axis=1).sum(axis=1, skipna=False)
+    return pd.concat(parts, axis=1).sum(axis=1, skipna=False)
 
 
 def shown(effects: pd.DataFrame) -> pd.DataFrame:
-    """The effects as a table: each with its interval in points, and p."""
-    cells = [
-        Score(*each) for each in effects[["difference", "low", "high"]].itertuples(index=False)
-    ]
-    return pd.DataFrame(
-        {
-            "effect": effects["effect"],
-            "kind": effects["kind"],
-            "difference (points)": cells,
-            "p (Holm)": effects["p"],
-            "edits": effects["n"],
-        }
-    )
+    """Return the effects as a table: each with its interval in points, and p."""
+    intervals = effects[["difference", "low", "high"]].itertuples(index=False)
+    columns = {name: effects[name] for name in ("effect", "kind")}
+    columns["difference (points)"] = [Score(*values) for values in intervals]
+    return pd.DataFrame(columns | {"p (Holm)": effects["p"], "edits": effects["n"]})
 
 
 def effect(effects: pd.DataFrame, effect: str, kind: str) -> tuple[float, float, float, int] | None:
-    """Difference, both ends of its interval and the number of edits of one effect; None where a cell of it has no rows."""
+    """Return difference, low, high and number of edits of one effect; None where it is left out."""
     row = effects[(effects["effect"] == effect) & (effects["kind"] == kind)]
     return None if row.empty else tuple(row.iloc[0][["difference", "low", "high", "n"]])
 
 
 def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> pd.DataFrame:
-    """Every metric against the reference, by method, level and kind: mean over the questions of an edit, then over edits."""
+    """Every metric against the reference, by method, level and kind: mean over the questions of an
+    edit, then over edits."""
     texts = after[after["kind"].isin(kinds)]
     if texts.empty:
         raise InputError(
@@ -183,11 +170,11 @@ def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> 
 
 
 def curves(after: pd.DataFrame) -> pd.DataFrame:
-    """The loss curve of every training: method, level, edit, step (from 0), loss (nats per token)."""
-    kept = after.dropna(subset="curve")
+    """Return the loss curve of every training: method, level, edit, step (from 0), loss (nats per
+    token)."""
     steps = [
         (row.method, row.level, row.edit, step, loss)
-        for row in kept.itertuples()
+        for row in after.dropna(subset="curve").itertuples()
         for step, loss in enumerate(json.loads(row.curve)["losses"])
     ]
     return pd.DataFrame(steps, columns=["method", "level", "edit", "step", "loss"])
@@ -208,19 +195,17 @@ def costs(after: pd.DataFrame, by: Sequence[str] = ("method", "level")) -> pd.Da
     return units.groupby(by, sort=False)[measured].mean().reset_index()
 
 
-LOCALITY, SKILL = SIDES["locality"], ("general",)
-
-
 def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str]) -> pd.Series:
-    """Average metric of the best trial of each of these methods on development edits, the best first.
+    """Return the average metric of each method's best trial on development edits, the best first.
 
-    Of the batch sizes that were tuned, the one nearest to `batch_size` (by ratio; the smaller of two). Read from the
-    committed rows of `tuning` of the first of the places that has them; empty where none has any of these methods.
+    Of the batch sizes that were tuned, the one nearest to `batch_size` (by ratio; the smaller of
+    two). Read from the committed rows of `tuning` of the first of the places that has any of these
+    methods; empty where none has.
     """
     for paths in places:
         if paths.exported("tuning").is_file():
-            frame = pd.read_parquet(paths.exported("tuning"))
-            frame = frame[frame["method"].isin(among)]
+            frame = rows.committed(paths, "tuning")
+            frame = frame[frame["method"].isin(among) & (frame["phase"] == "after")]
             if len(frame):
                 size = nearest_first(frame["batch_size"].unique(), batch_size)[0]
                 scores = rows.average(rows.primary(frame[frame["batch_size"] == size]))
@@ -229,128 +214,97 @@ def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str
     return pd.Series(dtype=float)
 
 
-def lead(averages: pd.DataFrame, method: str, peer: str) -> tuple[Interval, Interval]:
-    """How far a method is ahead of a peer in points (hundredths) of the average metric, and in percent of the peer's.
+def lead(averages: pd.DataFrame, method: str, baseline: str) -> tuple[Interval, Interval]:
+    """Return how far a method is ahead in points of the average metric, and in percent of the
+    baseline's.
 
-    `averages` is what `rows.average` gives at one batch size. Paired by edit; the units drawn are edits, or batches where
-    edits share weights.
+    `averages` is what `rows.average` gives at one batch size. Paired by edit; the units drawn are
+    edits, or batches where edits share weights.
     """
-    own, other = _side_by_side(averages, method, peer)
+    own, other = _same_edits(averages, method, baseline)
     batches = own.index.get_level_values("batch")
     points = interval(100 * (own - other).to_numpy(), batches)
-    relative = _ratio(own.to_numpy(), other.to_numpy(), batches)
-    return points, relative
+    own, other = (units(scores, batches)[0] for scores in (own, other))  # (batches,)
+    drawn = resampled(len(own))
+    percent = 100 * (own[drawn].sum(-1) / other[drawn].sum(-1) - 1)
+    return points, percentiles(100 * (own.sum() / other.sum() - 1), percent, len(own))
 
 
-def differences(averages: pd.DataFrame, method: str, peer: str) -> tuple[pd.Series, pd.Index]:
-    """The lead of each edit in points, and the edit's batch, as `trend` reads them; InputError as `lead` has."""
-    own, other = _side_by_side(averages, method, peer)
+def differences(averages: pd.DataFrame, method: str, baseline: str) -> tuple[pd.Series, pd.Index]:
+    """Return the lead of each edit in points, and the edit's batch, as `trend` reads them."""
+    own, other = _same_edits(averages, method, baseline)
     return 100 * (own - other), own.index.get_level_values("batch")
 
 
-def _side_by_side(averages: pd.DataFrame, method: str, peer: str) -> list[pd.Series]:
-    """The scores of both by batch and edit, in one order."""
+def _same_edits(averages: pd.DataFrame, method: str, baseline: str) -> list[pd.Series]:
+    """Return the scores of both by batch and edit, in one order; InputError where edits differ."""
     require(averages, ["method", "batch", "edit", "score"], "lead")
     own, other = (
         averages[averages["method"] == name].set_index(["batch", "edit"])["score"].sort_index()
-        for name in (method, peer)
+        for name in (method, baseline)
     )
     if own.empty or list(own.index) != list(other.index):
         raise InputError(
-            f"lead: {method} and {peer}: expected the same edits under both, found {len(own)} and {len(other)}"
+            f"lead: {method} and {baseline}: expected the same edits under both, "
+            f"found {len(own)} and {len(other)}"
         )
     return [own, other]
 
 
-def _ratio(own: np.ndarray, other: np.ndarray, groups: Sequence) -> Interval:
-    """100 (sum own / sum other - 1) with its bootstrap interval over whole groups."""
-    codes, names = pd.factorize(np.asarray(groups))
-    sums = np.stack([np.bincount(codes, one, len(names)) for one in (own, other)])  # (2, groups)
-    drawn = _draws(len(names))
-    values = sums[:, drawn].sum(-1)  # (2, resamples)
-    ends = (
-        np.quantile(100 * (values[0] / values[1] - 1), (0.025, 0.975))
-        if len(names) > 1
-        else (np.nan, np.nan)
-    )
-    return Interval(float(100 * (sums[0].sum() / sums[1].sum() - 1)), *map(float, ends), len(names))
+def trend(leads: Mapping[int, tuple[Sequence[float], Sequence]]) -> Interval:
+    """Return the points by which a lead grows with every doubling of the batch size.
 
-
-def trend(found: Mapping[int, tuple[Sequence[float], Sequence]]) -> Interval:
-    """Points by which a lead grows with every doubling of the batch size: the slope of least squares on log2 of the size.
-
-    `found` has for each batch size the differences of its edits in points, and the batch of each (`differences`). Batches are drawn
-    anew within each size; `n` counts them all. InputError for a single size.
+    It is the slope of least squares on log2 of the size. `leads` has by batch size the differences
+    of its edits in points, and the batch of each (`differences`). Batches are drawn anew within
+    each size; `n` counts them all. InputError for a single size.
     """
-    if len(found) < 2:
+    if len(leads) < 2:
         raise InputError("trend: one batch size; expected two or more")
-    sizes = np.array([log2(size) for size in found])
-    centred = (sizes - sizes.mean()) / ((sizes - sizes.mean()) ** 2).sum()
-    means, resampled, count = [], [], 0
-    for number, (values, batches) in enumerate(found.values()):
-        codes, names = pd.factorize(np.asarray(batches))
-        sums, counts = (
-            np.bincount(codes, np.asarray(values, float), len(names)),
-            np.bincount(codes, minlength=len(names)),
-        )
-        drawn = _draws(len(names), number)
-        means.append(sums.sum() / counts.sum())
-        resampled.append(sums[drawn].sum(-1) / counts[drawn].sum(-1))
-        count += len(names)
-    slopes = centred @ np.array(resampled)
-    return Interval(
-        float(centred @ np.array(means)), *map(float, np.quantile(slopes, (0.025, 0.975))), count
-    )
-
-
-def _draws(count: int, stream: int = 0) -> np.ndarray:
-    return np.random.default_rng([SEED, stream]).integers(
-        0, count, (RESAMPLES, count)
-    )  # (resamples, count)
+    sizes = np.log2(list(leads))
+    slope = (sizes - sizes.mean()) / ((sizes - sizes.mean()) ** 2).sum()
+    means, draws, count = [], [], 0
+    for stream, (values, batches) in enumerate(leads.values()):
+        sums, edits = units(values, batches)
+        drawn = resampled(len(sums), stream)
+        means.append(sums.sum() / edits.sum())
+        draws.append(sums[drawn].sum(-1) / edits[drawn].sum(-1))
+        count += len(sums)
+    return percentiles(slope @ np.array(means), slope @ np.array(draws), count)
 
 
 def separation(frame: pd.DataFrame) -> dict[str, Interval]:
-    """How well a set of probes tells methods apart: of the variance of scores, edits aside, the share that lies between methods.
+    """Return how well locality and a general skill tell methods apart.
 
-    `frame` has the columns method, edit, kind, score: as many probes of locality (`LOCALITY`) as of a general skill for
-    each edit under every method, else InputError. Gives `locality`, `general` and their `difference`, bootstrapped over edits.
+    That is, of the variance of scores, edits aside, the share that lies between methods. `frame`
+    has the columns method, edit, kind, score: as many probes of locality as of a general skill for
+    each edit under every method, else InputError. Gives `locality`, `general` and their
+    `difference`, bootstrapped over edits.
     """
-    tables = {}
+    tables, sizes = {}, set()
     for name, kinds in (("locality", LOCALITY), ("general", SKILL)):
-        own = frame[frame["kind"].isin(kinds)]
-        counts = own.groupby(["method", "edit"])["score"].agg(["size", "mean"])
-        tables[name] = counts["mean"].unstack("edit")  # (methods, edits)
-        tables[f"{name} size"] = counts["size"]
-    sizes = {size for name in ("locality", "general") for size in tables[f"{name} size"]}
-    shapes = {tables[name].shape for name in ("locality", "general")}
-    if (
-        len(sizes) != 1
-        or len(shapes) != 1
-        or next(iter(shapes))[0] < 2
-        or any(tables[name].isna().any(axis=None) for name in ("locality", "general"))
-    ):
+        own = frame[frame["kind"].isin(kinds)].groupby(["method", "edit"])["score"]
+        tables[name] = own.mean().unstack("edit")  # (methods, edits)
+        sizes |= set(own.size())
+    one, other = tables.values()
+    whole = one.shape == other.shape and not (one.isna() | other.isna()).any(axis=None)
+    if len(sizes) != 1 or len(one) < 2 or not whole:
         raise InputError(
-            f"separation: probes of an edit: {sorted(sizes)}; expected as many of locality as of a general skill, under two methods or more"
+            f"separation: probes of an edit: {sorted(sizes)}; expected as many of locality as of a "
+            "general skill, under two methods or more"
         )
-    edits = tables["locality"].shape[1]
+    edits = one.shape[1]
     shares = {
-        name: (
-            _share(tables[name].to_numpy()[:, None]),
-            _share(tables[name].to_numpy()[:, _draws(edits)]),
-        )
-        for name in ("locality", "general")
+        name: (_share(own.to_numpy()[:, None])[0], _share(own.to_numpy()[:, resampled(edits)]))
+        for name, own in tables.items()
     }
-    shares["difference"] = tuple(
-        shares["locality"][place] - shares["general"][place] for place in (0, 1)
-    )
-    return {
-        name: Interval(float(value[0]), *map(float, np.quantile(drawn, (0.025, 0.975))), edits)
-        for name, (value, drawn) in shares.items()
-    }
+    (mean, drawn), (other_mean, other_drawn) = shares.values()
+    shares["difference"] = (mean - other_mean, drawn - other_drawn)
+    return {name: percentiles(*share, edits) for name, share in shares.items()}
 
 
 def _share(scores: np.ndarray) -> np.ndarray:
-    """Of scores (methods, resamples, edits): the sum of squares between methods over that and what neither edit nor method explains."""
+    """Divide squares between methods by those that edits do not explain; scores (methods,
+    resamples, edits)."""
     centred = scores - scores.mean(axis=0, keepdims=True)  # each edit's own level is taken off
     between = centred.mean(axis=-1, keepdims=True)  # (methods, resamples, 1)
     explained = (between**2).sum(axis=(0, 2)) * scores.shape[-1]
@@ -360,27 +314,20 @@ def _share(scores: np.ndarray) -> np.ndarray:
 
 
 def pairs_separated(frame: pd.DataFrame, kinds: Sequence[str]) -> tuple[int, int]:
-    """Pairs of methods that probes of these kinds tell apart (sign-flip test by edit, Holm-corrected, 5 %), and all pairs."""
-    means = (
-        frame[frame["kind"].isin(kinds)].groupby(["method", "edit"])["score"].mean().unstack("edit")
-    )
-    found = [
-        paired(means.loc[one], means.loc[other]).p for one, other in combinations(means.index, 2)
-    ]
-    return sum(p < 0.05 for p in holm(found)), len(found)
+    """Count the pairs of methods that probes of these kinds tell apart, and all pairs.
 
-
-def compared(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Headline scores of every method with those of the unedited model under the name `no edit`.
-
-    Locality before the edit is 1 by definition. Columns: method, edit, kind, score.
+    By sign-flip tests paired by edit, Holm-corrected, at 5 %.
     """
-    start = rows.primary(before, phase="before").assign(method="no edit")
-    return pd.concat([rows.primary(after), start])[["method", "edit", "kind", "score"]]
+    own = frame[frame["kind"].isin(kinds)].groupby(["method", "edit"])["score"]
+    means = own.mean().unstack("edit")
+    pairs = combinations(means.index, 2)
+    ps = holm([paired(means.loc[one], means.loc[other]).p for one, other in pairs])
+    return sum(p < 0.05 for p in ps), len(ps)
 
 
 def leading(averages: pd.DataFrame, batch_size: int, count: int) -> set[tuple[str, str]]:
-    """Method and level of the `count` levels of each method with the best mean score at a batch size."""
+    """Return method and level of the `count` levels of each method that score best at a batch
+    size."""
     means = (
         averages[averages["batch_size"] == batch_size].groupby(["method", "level"])["score"].mean()
     )
@@ -388,7 +335,8 @@ def leading(averages: pd.DataFrame, batch_size: int, count: int) -> set[tuple[st
 
 
 def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
-    """Batch sizes by their ratio to one, the nearest first; of two as far from it the smaller."""
+    """Sort batch sizes by their ratio to one, the nearest first; of two as far from it the
+    smaller."""
     return sorted(sizes, key=lambda size: (max(size / batch_size, batch_size / size), size))
 
 
@@ -477,7 +425,8 @@ def answers(after: pd.DataFrame, edit: str, kinds: Sequence[str]) -> pd.DataFram
 
 
 def same_answers(after: pd.DataFrame, level: str, other: str) -> tuple[float, int]:
-    """The share of answers that are the same to the letter at two levels, and how many there are."""
+    """The share of answers that are the same to the letter at two levels, and how many there
+    are."""
     place = ["method", "edit", "kind", "number"]
     one, two = (after[after["level"] == each].set_index(place)["answer"] for each in (level, other))
     both = pd.concat([one, two], axis=1, join="inner").dropna()

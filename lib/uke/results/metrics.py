@@ -26,9 +26,9 @@ Encoder = Callable[[Sequence[str]], np.ndarray]
 class Metric(NamedTuple):
     """One score of a prediction against a reference.
 
-    `function(prediction, reference)` gives a float, but for `similarity`, whose texts are scored together through an
-    encoder. `direction` is "higher", "lower" or "near one" (which is better). With `best_alias` the score is the best
-    one over the reference and its aliases.
+    `function(prediction, reference)` gives a float, but for `similarity`, whose texts are scored
+    together through an encoder. `direction` is "higher", "lower" or "near one" (which is better).
+    With `best_alias` the score is the best one over the reference and its aliases.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _bleu_char(prediction: str, reference: str) -> float:
 
 
 def _rouge_texts(prediction: str, reference: str) -> tuple[str, str]:
-    # The package refuses a text without a character other than periods; an answer before the edit may be one.
+    # The package refuses a text of periods alone, which an answer before the edit may be.
     return pad(prediction), reference if reference.strip(".") else " "
 
 
@@ -87,7 +87,8 @@ def _rouge2_recall(prediction: str, reference: str) -> float:
 
 
 def _lcs_rows(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """Tabulate longest common subsequences, one integer per row (bit-parallel: Crochemore et al. 2001; Hyyrö 2004).
+    """Tabulate longest common subsequences, one integer per row (bit-parallel: Crochemore et al.
+    2001; Hyyrö 2004).
 
     Bit j of row i is 0 where cell (i, j + 1) exceeds cell (i, j) by one.
     """
@@ -107,7 +108,8 @@ def _lcs_length(row: int, columns: int) -> int:
 
 
 def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Return the words of the subsequence that package `rouge` reconstructs: on a tie it leaves the second text's word first."""
+    """Return the words of the subsequence that package `rouge` reconstructs: on a tie it leaves the
+    second text's word first."""
     rows, words = _lcs_rows(first, second), set()
     i, j = len(first), len(second)
     while i and j:
@@ -122,8 +124,8 @@ def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
 
 
 def _rougel_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's distinct words in longest common subsequences of its sentences; equals package rouge,
-    with bit-parallel tables."""
+    """Share of the reference's distinct words in longest common subsequences of its sentences;
+    equals package rouge, with bit-parallel tables."""
     predicted, wanted = (
         [" ".join(part.split()).split(" ") for part in text.split(".") if part]
         for text in _rouge_texts(prediction, reference)
@@ -133,8 +135,8 @@ def _rougel_recall(prediction: str, reference: str) -> float:
 
 
 def _rougel_f1(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9 only, no
-    stemmer), with bit-parallel tables; equal texts without a token score 1."""
+    """F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9
+    only, no stemmer), with bit-parallel tables; equal texts without a token score 1."""
     from rouge_score.tokenize import tokenize
 
     predicted, wanted = tokenize(prediction, None), tokenize(reference, None)
@@ -157,13 +159,14 @@ def _bleu_token(prediction: str, reference: str) -> float:
 
 
 def _exact(prediction: str, reference: str) -> float:
-    """1 if prediction and reference (or an alias) are equal with case folded, white space collapsed and one final
-    period dropped."""
+    """1 if prediction and reference (or an alias) are equal with case folded, white space collapsed
+    and one final period dropped."""
     return float(normalise(prediction) == normalise(reference))
 
 
 def _mention(prediction: str, reference: str) -> float:
-    """1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole words."""
+    """1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole
+    words."""
     wanted = normalise(reference)
     if not wanted:
         return _exact(prediction, reference)
@@ -183,7 +186,8 @@ _SOMEWHERE = re.compile(
 
 
 def _letter(text: str, anywhere: bool = False) -> str | None:
-    """Return the letter that a text states as its choice, in one of the plain ways or `anywhere`; None for no letter."""
+    """Return the letter that a text states as its choice, in one of the plain ways or `anywhere`;
+    None for no letter."""
     found = _ALONE.fullmatch(text) or _FIRST.match(text) or _NAMED.search(text)
     if found:
         return found[1].upper()
@@ -192,8 +196,9 @@ def _letter(text: str, anywhere: bool = False) -> str | None:
 
 
 def _choice(prediction: str, reference: str) -> float:
-    """1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer is B) is the
-    reference's; only for questions with lettered choices. The same as exact where the reference states no letter."""
+    """1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer
+    is B) is the reference's; only for questions with lettered choices. The same as exact where the
+    reference states no letter."""
     wanted = _letter(reference)
     if wanted is None:
         return _exact(prediction, reference)
@@ -217,7 +222,8 @@ def _repetition(prediction: str, reference: str = "") -> float:
 
 
 def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
-    """Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT score."""
+    """Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT
+    score."""
     first, second = encoder(predictions), encoder(references)  # (N, width), unit length
     return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)  # (N,)
 
@@ -260,16 +266,19 @@ def score(
     aliases: Sequence[Sequence[str]] | None = None,
     encoder: Encoder | None = None,
 ) -> pd.DataFrame:
-    """Score each prediction against its reference: one row per pair, in order, one column per metric of METRICS.
+    """Score each prediction against its reference: one row per pair, in order, one column per
+    metric of METRICS.
 
-    `aliases` holds other right answers for each pair (exact and mention accept them). The column `similarity` is there
-    only with an `encoder`. Raises InputError where the lengths differ or a text is not a string.
+    `aliases` holds other right answers for each pair (exact and mention accept them). The column
+    `similarity` is there only with an `encoder`. Raises InputError where the lengths differ or a
+    text is not a string.
     """
     aliases = [()] * len(predictions) if aliases is None else aliases
     if not len(predictions) == len(references) == len(aliases):
-        counts = f"{len(predictions)} predictions, {len(references)} references and {len(aliases)} alias lists"
+        counts = f"{len(predictions)}, {len(references)} and {len(aliases)}"
         raise InputError(
-            f"score: expected one reference (and alias list) for each prediction, found {counts}"
+            "score: expected as many predictions as references (and alias lists), "
+            f"found {counts}"
         )
     pairs = [(one, (other, *names)) for one, other, names in zip(predictions, references, aliases)]
     for index, (prediction, wanted) in enumerate(pairs):
@@ -323,7 +332,8 @@ def open_encoder(folder: Path) -> "SentenceTransformer":
 def encoder_folder(source: str | Path | None = None) -> Path:
     """Find the directory of the MiniLM sentence encoder, `source` or its package's.
 
-    Raises InputError where it is missing or its weights are not the known ones. Never uses the network.
+    Raises InputError where it is missing or its weights are not the known ones. Never uses the
+    network.
     """
     package = importlib.util.find_spec(ENCODER_PACKAGE)
     if not importlib.util.find_spec("sentence_transformers") or not (source or package):

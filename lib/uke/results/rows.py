@@ -1,4 +1,5 @@
-"""The rows of a run: their schema, atomic units of work, the committed form, primary metric and average."""
+"""The rows of a run: their schema, atomic units of work, the committed form, primary metric and
+average."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,8 @@ _COMPARED = ("study", "factor", "split", "batch_size", "data")  # runs alike in 
 
 
 def use_committed() -> bool:
-    """Whether rows are taken from the committed files (UKE_ROWS=committed) instead of being made."""
+    """Whether rows are taken from the committed files (UKE_ROWS=committed) instead of being
+    made."""
     chosen = os.environ.get("UKE_ROWS", "")
     if chosen not in ("", "committed"):
         raise InputError(f"UKE_ROWS: unknown '{chosen}'{nearest(chosen, ['committed'])}")
@@ -54,10 +56,12 @@ def use_committed() -> bool:
 
 
 def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
-    """Write the rows of one unit as a small parquet file, atomically; rows of the same unit are replaced.
+    """Write the rows of one unit as a small parquet file, atomically; rows of the same unit are
+    replaced.
 
-    Absent columns become null, `study` and `code` are filled in. Raises InputError, writing nothing, for an unknown
-    column, kind or phase, a required value that is absent, a wrong type, a repeated probe, or unequal fingerprints.
+    Absent columns become null, `study` and `code` are filled in. Raises InputError, writing
+    nothing, for an unknown column, kind or phase, a required value that is absent, a wrong type, a
+    repeated probe, or unequal fingerprints.
     """
     place = f"rows of study '{study}', unit '{check_name('unit', unit)}'"
     given = {
@@ -132,7 +136,8 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | None]) -> bool:
-    """Whether the unit has rows written with these fingerprints and by this code; any difference makes it stale."""
+    """Whether the unit has rows written with these fingerprints and by this code; any difference
+    makes it stale."""
     for name in fingerprints:
         if name not in FINGERPRINTS:
             raise InputError(f"fingerprints: unknown '{name}'{nearest(name, FINGERPRINTS)}")
@@ -146,16 +151,18 @@ def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | N
 
 
 def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
-    """Return study and unit of every file of rows in this run's results, by the digest that its name ends in."""
+    """Return study and unit of every file of rows in this run's results, by the digest that its
+    name ends in."""
     files = sorted((paths.results / "rows").glob("*/*.parquet"))
     return {path.stem.rpartition("-")[2]: (path.parent.name, path.stem) for path in files}
 
 
 def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
-    """Read the rows of these units from the results, in a fixed order, with every column of COLUMNS.
+    """Read the rows of these units from the results, in a fixed order, with every column of
+    COLUMNS.
 
-    Raises InputError where a unit has no rows or other code wrote them, and where the units do not belong together:
-    several models, data or codes, or several recipes under one method and level.
+    Raises InputError where a unit has no rows or other code wrote them, and where the units do not
+    belong together: several models, data or codes, or several recipes under one method and level.
     """
     folder = paths.rows(study)
     files = sorted(folder / f"{check_name('unit', unit)}.parquet" for unit in set(units))
@@ -177,7 +184,8 @@ def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
 
 
 def committed(paths: Paths, study: str) -> pd.DataFrame:
-    """Read the study's committed rows, whatever code wrote them; InputError where there are none."""
+    """Read the study's committed rows, whatever code wrote them; InputError where there are
+    none."""
     path = paths.exported(study)
     if not path.is_file():
         raise InputError(f"{path}: no committed rows of study '{study}': run its notebook first")
@@ -201,7 +209,8 @@ def _read_file(path: Path) -> pa.Table:
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
-    """Write the committed form of the rows: all scores, and generated texts for five edits of each method.
+    """Write the committed form of the rows: all scores, and generated texts for five edits of each
+    method.
 
     Where rows are taken from the committed files (`use_committed`), they stay as they are.
     """
@@ -222,10 +231,11 @@ def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
 
 
 def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
-    """Return the primary metric of each kind (KINDS), one row per run, batch, edit and kind: `score`, and `probes` averaged.
+    """Return the primary metric of each kind (KINDS), one row per run, batch, edit and kind:
+    `score`, and `probes` averaged.
 
-    Before the edit, a comparison with the answer before the edit is 1 by definition. Raises InputError where a score
-    is missing or a probe occurs twice.
+    Before the edit, a comparison with the answer before the edit is 1 by definition. Raises
+    InputError where a score is missing or a probe occurs twice.
     """
     if phase not in PHASES:
         raise InputError(f"primary: unknown phase '{phase}'{nearest(phase, PHASES)}")
@@ -252,10 +262,12 @@ def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
 def average(
     frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE, partial: bool = False
 ) -> pd.DataFrame:
-    """The average metric, one row per run, batch and edit: `score`, the plain mean over `kinds`, and `kinds` found.
+    """The average metric, one row per run, batch and edit: `score`, the plain mean over `kinds`,
+    and `kinds` found.
 
-    `frame` is what `primary` gives. Raises InputError naming what is missing where an edit lacks a kind, or runs that
-    stand side by side differ in their edits, unless `partial` (then the column `kinds` counts what each mean holds).
+    `frame` is what `primary` gives. Raises InputError naming what is missing where an edit lacks a
+    kind, or runs that stand side by side differ in their edits, unless `partial` (then the column
+    `kinds` counts what each mean holds).
     """
     scores = frame[frame["kind"].isin(kinds)]
     groups = scores.groupby(list(_EDIT), dropna=False, as_index=False)
@@ -282,12 +294,14 @@ def _refuse_gaps(scores: pd.DataFrame, means: pd.DataFrame, kinds: Sequence[str]
             absent = sorted(f"'{edit}'" for _, edit in every - set(zip(run["batch"], run["edit"])))
             if absent:
                 name = " ".join(str(part) for part in run.iloc[0][["method", "level"]].dropna())
-                lacks = f"{name} lacks {len(absent)} of the {len(every)} edits beside it ({', '.join(absent[:5])})"
+                lacks = f"{name} lacks {len(absent)} of the {len(every)} edits beside it"
+                lacks += f" ({', '.join(absent[:5])})"
                 raise InputError(f"average: {lacks}; choose common ones or ask for partial=True")
 
 
 def shortened(value: Any, digits: int) -> Any:
-    """Return the value with its floats rounded to so many significant digits, however deep they lie."""
+    """Return the value with its floats rounded to so many significant digits, however deep they
+    lie."""
     if isinstance(value, Mapping):
         return {name: shortened(each, digits) for name, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -13,7 +13,8 @@ SEED = 2024
 
 
 class Interval(NamedTuple):
-    """A mean with the ends of its bootstrap interval (NaN for a single unit) and the number of units resampled."""
+    """A mean with the ends of its bootstrap interval (NaN for a single unit) and the number of
+    units resampled."""
 
     mean: float
     low: float
@@ -32,7 +33,8 @@ class Score:
 
 
 class Paired(NamedTuple):
-    """A mean difference with its interval, the two-sided p of the sign-flip test and the number of units."""
+    """A mean difference with its interval, the two-sided p of the sign-flip test and the number of
+    units."""
 
     difference: float
     low: float
@@ -47,12 +49,14 @@ def interval(
     level: float = 0.95,
     seed: int = SEED,
 ) -> Interval:
-    """Mean of `values` (N,) with a percentile bootstrap interval (Efron 1979; scipy.stats.bootstrap).
+    """Mean of `values` (N,) with a percentile bootstrap interval (Efron 1979;
+    scipy.stats.bootstrap).
 
-    The units drawn with replacement are the values (edits), or whole `groups` of them (batches), so that the mean stays
-    that of all values. Raises InputError where there is no value, or one that is missing or infinite.
+    The units drawn with replacement are the values (edits), or whole `groups` of them (batches), so
+    that the mean stays that of all values. Raises InputError where there is no value, or one that
+    is missing or infinite.
     """
-    sums, counts = _units(values, groups)
+    sums, counts = units(values, groups)
     return Interval(float(_mean(sums, counts)), *_bootstrap(sums, counts, level, seed), len(sums))
 
 
@@ -63,14 +67,15 @@ def paired(
     level: float = 0.95,
     seed: int = SEED,
 ) -> Paired:
-    """Mean of a - b (N,) with its bootstrap interval and a sign-flip test of no difference, exact up to 13 units.
+    """Mean of a - b (N,) with its bootstrap interval and a sign-flip test of no difference, exact
+    up to 13 units.
 
-    Two Series are matched by their index, anything else by position; `groups` (in the order of `a`) are flipped and
-    drawn as wholes. Raises InputError where the two do not pair.
+    Two Series are matched by their index, anything else by position; `groups` (in the order of `a`)
+    are flipped and drawn as wholes. Raises InputError where the two do not pair.
     """
     from scipy.stats import permutation_test
 
-    sums, counts = _units(_differences(a, b), groups)
+    sums, counts = units(_differences(a, b), groups)
     low, high = _bootstrap(sums, counts, level, seed)
     p = 1.0
     if len(sums) > 1:
@@ -112,8 +117,9 @@ def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     return np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
 
 
-def _units(values: Sequence[float], groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and count of the values of each unit, both of shape (units,)."""
+def units(values: Sequence[float], groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return sum and count of the values of each unit (a value, or a group of them), both
+    (units,)."""
     values = np.asarray(values, dtype=float)
     absent = int((~np.isfinite(values)).sum())
     if values.ndim != 1 or not len(values) or absent:
@@ -158,8 +164,22 @@ def _bootstrap(
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
+def resampled(count: int, stream: int = 0) -> np.ndarray:
+    """Draw indices of units with replacement, (RESAMPLES, count): the same for the same stream."""
+    generator = np.random.default_rng([SEED, stream])
+    return generator.integers(0, count, (RESAMPLES, count))
+
+
+def percentiles(value: float, draws: np.ndarray, n: int) -> Interval:
+    """Return a statistic of `n` units with the 95 % percentile interval of its draws; NaN for one
+    unit."""
+    low, high = np.quantile(draws, (0.025, 0.975)) if n > 1 else (np.nan, np.nan)
+    return Interval(float(value), float(low), float(high), n)
+
+
 def share(hits: int, count: int, level: float = 0.95) -> Interval:
-    """A share of `count` with its exact interval (Clopper and Pearson 1934), which a bootstrap of all or none cannot give."""
+    """A share of `count` with its exact interval (Clopper and Pearson 1934), which a bootstrap of
+    all or none cannot give."""
     from scipy.stats import binomtest
 
     found = binomtest(int(hits), int(count)).proportion_ci(level)

@@ -1,4 +1,5 @@
-"""Run studies: ask, edit, ask again, score, and keep the rows; compare levels, methods, sequences."""
+"""Run studies: ask, edit, ask again, score, and keep the rows; compare levels, methods,
+sequences."""
 
 from uke.study.dataset import Dataset, load
 from uke.study.factor import FactorStudy, say_means

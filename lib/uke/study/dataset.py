@@ -1,4 +1,5 @@
-"""The dataset of a study: the first edits of a split, of the world or of a benchmark's file, with all their probes."""
+"""The dataset of a study: the first edits of a split, of the world or of a benchmark's file, with
+all their probes."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from uke.world import files as world_files
 class Dataset:
     """The edits of a run, in order, and the probes of each by the edit's id.
 
-    `fingerprint` is that of all edits and probes of the split, so that a run of more edits adds rows to those of
-    fewer. `paths`: where the run reads and writes. `world_seed` is None where the edits are of the real world.
+    `fingerprint` is that of all edits and probes of the split, so that a run of more edits adds
+    rows to those of fewer. `paths`: where the run reads and writes. `world_seed` is None where the
+    edits are of the real world.
     """
 
     edits: tuple[Edit, ...]
@@ -38,7 +40,8 @@ class Dataset:
         return replace(self, edits=self.edits[:limit])
 
     def only(self, kinds: Sequence[str]) -> "Dataset":
-        """Return the same edits with probes of these kinds alone, a dataset of its own; InputError for an unknown kind."""
+        """Return the same edits with probes of these kinds alone, a dataset of its own; InputError
+        for an unknown kind."""
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], KINDS)}")
         probes = {
@@ -75,16 +78,18 @@ def load(
     *,
     form: str = "unkebench",
 ) -> Dataset:
-    """Load the first `limit` edits (None: all) of a split of the world or of a benchmark's file, with their probes.
+    """Load the first `limit` edits (None: all) of a split of the world or of a benchmark's file,
+    with their probes.
 
-        edits = dataset.load("quick", limit=4)                            # four test edits of world 1
-        edits = dataset.load("quick", "unkebench", "test", 4, "UnKE.json")  # of a benchmark
+        edits = dataset.load("quick", limit=4)  # four test edits of world 1
+        edits = dataset.load("quick", "unkebench", "test", 4, "UnKE.json")
 
-    The world's edits come in the format of one benchmark or of the other (`form`: `unkebench`, `akew-counterfact`)
-    and with their locality set, which is built where it is missing. A benchmark's file comes with the locality set
-    that `make locality` has built for this run, if any, beside the probes of its own records. Every fourth edit of
-    a benchmark, chosen by a hash of its id, is a development edit. Raises InputError for an unknown split or
-    benchmark, a limit below 1, or a file with bad records.
+    The world's edits come in the format of one benchmark or of the other (`form`: `unkebench`,
+    `akew-counterfact`) and with their locality set, which is built where it is missing. A
+    benchmark's file comes with the locality set that `make locality` has built for this run, if
+    any, beside the probes of its own records. Every fourth edit of a benchmark, chosen by a hash of
+    its id, is a development edit. Raises InputError for an unknown split or benchmark, a limit
+    below 1, or a file with bad records.
     """
     paths = Paths(profile, data)
     if limit is not None and limit < 1:
@@ -117,7 +122,8 @@ def load(
 def of_world(
     paths: Paths, split: str, seed: int, form: str = "unkebench"
 ) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
-    """Load all edits of a split of a world, and its locality set with (UnKEBench) exercises of a general skill."""
+    """Load all edits of a split of a world, and its locality set with (UnKEBench) exercises of a
+    general skill."""
     folder = world_files.ensure(paths.home / "results", seed)
     order = card.of_world(folder, split, form)
     edits = formats.load(order.dataset, order.edit_file)
@@ -129,5 +135,6 @@ def of_world(
 
 
 def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
-    """Yield consecutive batches of `size` edits; a rest that fills no batch is left out, so that all batches compare."""
+    """Yield consecutive batches of `size` edits; a rest that fills no batch is left out, so that
+    all batches compare."""
     return (edits[start : start + size] for start in range(0, len(edits) - size + 1, size))

@@ -30,8 +30,9 @@ class Peak:
         train()
         print(peak.mib())
 
-    On CUDA what torch's allocator handed out, on Linux the resident memory of the process, whose highest mark the
-    kernel is asked to forget first: exact, where reading the memory now and then would miss short peaks.
+    On CUDA what torch's allocator handed out, on Linux the resident memory of the process, whose
+    highest mark the kernel is asked to forget first: exact, where reading the memory now and then
+    would miss short peaks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,7 +45,8 @@ class Peak:
             self.start = psutil.Process().memory_info().rss / MIB
 
     def mib(self) -> float | None:
-        """Return the mebibytes at the highest point so far beyond the start; None where the system does not say."""
+        """Return the mebibytes at the highest point so far beyond the start; None where the system
+        does not say."""
         if self.start is None:
             return None
         if self.device.type == "cuda":
@@ -55,7 +57,8 @@ class Peak:
 
 
 def _forget_highest() -> bool:
-    """Give freed memory back, so that it counts when it is taken again, and reset the highest mark; False where that cannot be."""
+    """Give freed memory back, so that it counts when it is taken again, and reset the highest mark;
+    False where that cannot be."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text("5")
@@ -65,16 +68,18 @@ def _forget_highest() -> bool:
 
 
 def free_mib(device: torch.device) -> float:
-    """Return the mebibytes that can still be taken on the device: on the CPU within the limits of a cluster's job."""
+    """Return the mebibytes that can still be taken on the device: on the CPU within the limits of a
+    cluster's job."""
     if device.type == "cuda":
-        # What torch's allocator holds in reserve counts as used for the driver, but is free for us.
+        # What torch's allocator holds in reserve is used for the driver, but free for us.
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + reserve) / MIB
     return min([psutil.virtual_memory().available, *_left_in_groups()]) / MIB
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield the bytes that each control group (version 2) above this process has left; psutil does not read them."""
+    """Yield the bytes that each control group (version 2) above this process has left; psutil does
+    not read them."""
     try:
         lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
@@ -89,23 +94,25 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
-    """Store only the input of each block in trainings, and compute the rest again in the backward pass.
+    """Store only the input of each block in trainings, and compute the rest again in the backward
+    pass.
 
-    Not by transformers' `gradient_checkpointing_enable`, which works in training mode alone, where dropout is on, and
-    drops the cache that trainings of target vectors read.
+    Not by transformers' `gradient_checkpointing_enable`, which works in training mode alone, where
+    dropout is on, and drops the cache that trainings of target vectors read.
     """
     return replaced({block: _checkpoint for _, block in blocks(model)})
 
 
 def _checkpoint(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A block adds what it reads to a cache, so reading twice would change it; without a gradient nothing is stored.
+    # Reading twice would change a cache; without a gradient nothing is stored anyway.
     if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
         return block.forward(*args, **kwargs)
     return checkpoint(block.forward, *args, use_reentrant=False, **kwargs)
 
 
 def offloaded(model: nn.Module) -> AbstractContextManager[None]:
-    """Hold what trainings store for the backward pass in the host's memory, except for the weights."""
+    """Hold what trainings store for the backward pass in the host's memory, except for the
+    weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     host = save_on_cpu(pin_memory=model.device.type == "cuda")
 
@@ -119,7 +126,7 @@ def offloaded(model: nn.Module) -> AbstractContextManager[None]:
     return saved_tensors_hooks(pack, unpack)
 
 
-# In the order in which they are added, by what a record says of them. The numbers stay the same, at less speed.
+# In the order in which they are enabled, by what a record says of them. Scores stay the same.
 FALLBACKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     "activations are computed again where no cache is read": checkpointed,
     "activations are held in the host's memory": offloaded,
@@ -128,7 +135,8 @@ FALLBACKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
 
 @dataclass
 class MemoryFallbacks:
-    """The fallbacks of a model's trainings: none at first, one more each time that memory runs out."""
+    """The fallbacks of a model's trainings: none at first, one more each time that memory runs
+    out."""
 
     model: nn.Module
     enabled: list[str] = field(default_factory=list)

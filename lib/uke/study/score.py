@@ -1,4 +1,5 @@
-"""Answer every probe and score the answers: against the reference, and against the answers before an edit."""
+"""Answer every probe and score the answers: against the reference, and against the answers before
+an edit."""
 
 from collections.abc import Sequence
 
@@ -24,9 +25,9 @@ def answer_and_score(
 ) -> pd.DataFrame:
     """Answer the probes and score them against the reference: one row per probe, in order.
 
-    Columns: edit, kind, number, question, reference, answer, every metric (`similarity` only with an encoder, and for
-    the kinds it was published for), and `log_probability`, the mean nats of a reference's token, of the edit's own
-    questions.
+    Columns: edit, kind, number, question, reference, answer, every metric (`similarity` only with
+    an encoder, and for the kinds it was published for), and `log_probability`, the mean nats of a
+    reference's token, of the edit's own questions.
     """
     answers = answer(model, tokenizer, probes, **vars(options))
     names = ("edit", "kind", "number", "question", "reference")
@@ -47,7 +48,8 @@ def answer_and_score(
 
 
 def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Add the answer before the edit to each row (`before`), and every score against it (`<metric>_before`)."""
+    """Add the answer before the edit to each row (`before`), and every score against it
+    (`<metric>_before`)."""
     probe = ["edit", "kind", "number"]
     frame = frame.merge(before[[*probe, "before"]], how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
@@ -57,7 +59,8 @@ def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
 def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, short: bool) -> int:
     """Return the tokens an answer may have: `most`, or half as many again as its reference has.
 
-    Where answers to short questions are short (`short`: in the world), a reference of few words gets SHORT_TOKENS.
+    Where answers to short questions are short (`short`: in the world), a reference of few words
+    gets SHORT_TOKENS.
     """
     if short and len(probe.reference.split()) <= SHORT_WORDS:
         return min(SHORT_TOKENS, most)
@@ -67,10 +70,12 @@ def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, sho
 
 
 def floor(before: pd.DataFrame) -> pd.DataFrame:
-    """Return the chance level of texts: the primary metric of answers paired with the wrong question.
+    """Return the chance level of texts: the primary metric of answers paired with the wrong
+    question.
 
-    An edit's own text is replaced by another edit's text, a document by what the unedited model answers about another
-    document. Columns: method (`floor`), edit, kind, score; a kind with a single question has no row.
+    An edit's own text is replaced by another edit's text, a document by what the unedited model
+    answers about another document. Columns: method (`floor`), edit, kind, score; a kind with a
+    single question has no row.
     """
     parts = [pd.DataFrame(columns=["method", "edit", "kind", "score"])]
     for kind in TEXTS:

@@ -1,4 +1,5 @@
-"""Write edits one after another into the same weights, or the first of them at once, and query them on the way."""
+"""Write edits one after another into the same weights, or the first of them at once, and query them
+on the way."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -34,12 +35,14 @@ def first_and_last(written: Sequence[Edit], number: int) -> list[Edit]:
 def run(
     study: Study, method: Method, counts: Sequence[int], queried: int, together: bool = False
 ) -> None:
-    """Store rows of the first and the last `queried` edits after each of `counts` edits, one unit for the whole sequence.
+    """Store rows of the first and the last `queried` edits after each of `counts` edits, one unit
+    for the whole sequence.
 
-    Depth first, every edit is trained to its end before the next, on top of it. With `together`, breadth first, the
-    first n edits are trained at once from the unedited weights, for each n anew. Seconds are those since the count
-    before. Where a method breaks down on the way, the rows end with the last count it reached, and their notes say
-    why; it raises where it reached none. InputError for counts or `queried` below 1, or more edits than there are.
+    Depth first, every edit is trained to its end before the next, on top of it. With `together`,
+    breadth first, the first n edits are trained at once from the unedited weights, for each n anew.
+    Seconds are those since the count before. Where a method breaks down on the way, the rows end
+    with the last count it reached, and their notes say why; it raises where it reached none.
+    InputError for counts or `queried` below 1, or more edits than there are.
     """
     edits, counts = study.dataset.edits, sorted(set(counts))
     if not counts or counts[0] < 1 or counts[-1] > len(edits) or queried < 1:
@@ -93,7 +96,8 @@ def _within_memory(study: Study, method: Method, *options) -> pd.DataFrame:
 
 
 def _until_broken(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of all checkpoints, or of those before a method broke down, as the last one's notes then say."""
+    """Return the rows of all checkpoints, or of those before a method broke down, as the last one's
+    notes then say."""
     frames: list[pd.DataFrame] = []
     try:
         for frame in checkpoints:
@@ -127,7 +131,8 @@ def _checkpoints(
 def _checkpoint(
     study: Study, writer: Writer, batches: Sequence[Sequence[Edit]], count: int, queried: int
 ) -> pd.DataFrame:
-    """Write the batches one after another, then score probes of some edits; the loss curve is that of the last batch."""
+    """Write the batches one after another, then score probes of some edits; the loss curve is that
+    of the last batch."""
     probes = [
         probe
         for edit in first_and_last(study.dataset.edits[:count], queried)
@@ -159,10 +164,12 @@ def _checkpoint(
 
 
 def views(scores: pd.DataFrame, edits: Sequence[Edit], queried: int) -> pd.DataFrame:
-    """Show what happens to the first edits and to the last, to locality and to a general skill, as edits pile up.
+    """Show what happens to the first edits and to the last, to locality and to a general skill, as
+    edits pile up.
 
-    `scores` is what `rows.primary` gives of this module's rows. Columns: method, count, edit, view, score; of `first
-    edits` and `last edits` (the same where all are few) it is that of the original question.
+    `scores` is what `rows.primary` gives of this module's rows. Columns: method, count, edit, view,
+    score; of `first edits` and `last edits` (the same where all are few) it is that of the original
+    question.
     """
     index = scores["edit"].map({edit.id: index for index, edit in enumerate(edits)})
     original = scores["kind"] == "original"
@@ -189,10 +196,10 @@ class SequenceStudy:
         study.run(section)
         study.views()  # the first edits, the last, locality and a general skill
 
-    `methods` write edit after edit, with settings tuned for one; those in `together` write all edits
-    of a count at once, from the unedited weights and with settings tuned for as many. One that does
-    both is called `<name> (at once)` there. The first and the last `queried` edits are queried
-    after each count; counts that exceed the dataset are cut to its size.
+    `methods` write edit after edit, with settings tuned for one; those in `together` write all
+    edits of a count at once, from the unedited weights and with settings tuned for as many. One
+    that does both is called `<name> (at once)` there. The first and the last `queried` edits are
+    queried after each count; counts that exceed the dataset are cut to its size.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Run a study unit by unit: answer, edit, answer again, score, store rows; a unit that has rows is not run again."""
+"""Run a study unit by unit: answer, edit, answer again, score, store rows; a unit that has rows is
+not run again."""
 
 import hashlib
 import json
@@ -44,10 +45,11 @@ UNEDITED = "unedited"  # the method of the rows that hold the answers before any
 
 
 class Subject:
-    """The model under study, by name or as a loaded pair; by name it is loaded when it is first needed.
+    """The model under study, by name or as a loaded pair; by name it is loaded when it is first
+    needed.
 
-    What tells rows of different models apart is remembered by the stats of the model's files, so that a study whose
-    units all have rows loads no model.
+    What tells rows of different models apart is remembered by the stats of the model's files, so
+    that a study whose units all have rows loads no model.
     """
 
     def __init__(self, model: str | tuple[nn.Module, PreTrainedTokenizerBase]) -> None:
@@ -75,7 +77,8 @@ class Subject:
         return MemoryFallbacks(self.loaded[0])
 
     def fingerprints(self, folder: Path) -> dict[str, str]:
-        """Return 16 hex digits each of the `weights`, and of all that decides an answer: tokenizer, template, dtype too."""
+        """Return 16 hex digits each of the `weights`, and of all that decides an answer: tokenizer,
+        template, dtype too."""
         if self._found:
             return self._found
         kept = self.from_files and self.directory.is_dir()  # a name on the hub may mean other files
@@ -106,7 +109,8 @@ def _dtype() -> torch.dtype:
 
 
 class Unit(NamedTuple):
-    """A batch of edits under a method: the name of its rows' file, the edits, what stands in every row."""
+    """A batch of edits under a method: the name of its rows' file, the edits, what stands in every
+    row."""
 
     key: str
     edits: tuple[Edit, ...]
@@ -121,12 +125,13 @@ class Study:
         study.run(METHODS["FT-M"])
         scores = rows.average(rows.primary(study.read()))
 
-    `subject`: a model's name, or model and tokenizer. `windows`: the target's log-probability is read before and after
-    every edit, by windows of so many tokens. `chat` False asks every probe through a raw prompt, before and after.
-    `lanes`: at most so many single edits are written side by side; they are halved where memory runs out.
+    `subject`: a model's name, or model and tokenizer. `windows`: the target's log-probability is
+    read before and after every edit, by windows of so many tokens. `chat` False asks every probe
+    through a raw prompt, before and after. `lanes`: at most so many single edits are written side
+    by side; they are halved where memory runs out.
 
-    With UKE_ROWS=committed in the environment `run` and `before` take their rows from the committed file of the study,
-    whatever code wrote them, and no model is loaded.
+    With UKE_ROWS=committed in the environment `run` and `before` take their rows from the committed
+    file of the study, whatever code wrote them, and no model is loaded.
     """
 
     name: str
@@ -182,11 +187,13 @@ class Study:
         return made | {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def smoke_run(self) -> bool:
-        """Whether model and data do not belong together, so that scores show that the code works and no more."""
+        """Whether model and data do not belong together, so that scores show that the code works
+        and no more."""
         return world_of(self.subject.directory) != self.dataset.world_seed
 
     def unchanged(self) -> bool:
-        """Whether every weight of the model is as it was when it was loaded, or no model was loaded."""
+        """Whether every weight of the model is as it was when it was loaded, or no model was
+        loaded."""
         if rows.use_committed() or "loaded" not in vars(self.subject):
             return True
         folder = self.paths.home / "results" / "fingerprints"
@@ -195,10 +202,12 @@ class Study:
     def run(
         self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any
     ) -> None:
-        """Store rows for every batch of the first `limit` edits, each written into the unedited weights.
+        """Store rows for every batch of the first `limit` edits, each written into the unedited
+        weights.
 
-        `labels`: factor and level. Rows that this run has of the same work under other labels are copied. Single edits
-        that diverge have no rows; Diverged names them when all others are done.
+        `labels`: factor and level. Rows that this run has of the same work under other labels are
+        copied. Single edits that diverge have no rows; Diverged names them when all others are
+        done.
         """
         batches = list(batched(self.dataset.edits[:limit], batch_size))
         if rows.use_committed():
@@ -266,7 +275,8 @@ class Study:
         return units
 
     def depends_on(self, method: Method) -> str | None:
-        """Return what else decides a method's results: the texts that the model's key covariance was measured on."""
+        """Return what else decides a method's results: the texts that the model's key covariance
+        was measured on."""
         if type(method).depends_on is Method.depends_on:
             return None
         if "loaded" not in vars(self.subject):
@@ -277,7 +287,8 @@ class Study:
         return method.depends_on(self.model)
 
     def _without_rows(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units that must be run; rows of the same work under other labels are copied."""
+        """Return the units that must be run; rows of the same work under other labels are
+        copied."""
         stored, todo = rows.by_work(self.paths), []
         for unit in units:
             fingerprints = {name: unit.columns[name] for name in ("model", "data", "recipe")}
@@ -293,12 +304,14 @@ class Study:
         return todo
 
     def lanes_at_once(self, method: Method) -> int:
-        """Return how many single edits are written at once: `lanes`, or as many as half of the free memory holds."""
+        """Return how many single edits are written at once: `lanes`, or as many as half of the free
+        memory holds."""
         fitting = free_mib(self.model.device) / 2 / lane_mib(self.model, method)
         return max(1, int(min(self.lanes, fitting)))
 
     def take_less_memory(self, method: Method, at_once: int) -> bool:
-        """Halve the edits written at once, or enable the next fallback; False where none is left."""
+        """Halve the edits written at once, or enable the next fallback; False where none is
+        left."""
         if at_once > 1:
             self.lanes = at_once // 2
             change = f"{at_once} edits side by side; going on with {self.lanes}"
@@ -312,9 +325,11 @@ class Study:
     def write(
         self, method: Method, group: Sequence[Unit]
     ) -> tuple[list[tuple[Unit, pd.DataFrame]], dict[str, str]]:
-        """Write one batch of edits, or several single edits side by side, and score all their probes.
+        """Write one batch of edits, or several single edits side by side, and score all their
+        probes.
 
-        Returns the rows of each unit, and why others failed, by the edit's id. Seconds and memory are equal shares.
+        Returns the rows of each unit, and why others failed, by the edit's id. Seconds and memory
+        are equal shares.
         """
         edits = [edit for unit in group for edit in unit.edits]
         alone = len(group[0].edits) == 1
@@ -345,7 +360,8 @@ class Study:
         return frames, failed
 
     def _window_likelihoods(self, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        """Return by the edit's id the mean log-probability (nats) of a token of each window of its answer."""
+        """Return by the edit's id the mean log-probability (nats) of a token of each window of its
+        answer."""
         if not self.windows:
             return {}
         rule = BASELINES["anyedit_memit"].model_copy(update={"window": self.windows})
@@ -354,7 +370,8 @@ class Study:
 
     @cached_property
     def before(self) -> pd.DataFrame:
-        """The answers of the unedited model to every probe, with their scores; shared by all studies of a run."""
+        """The answers of the unedited model to every probe, with their scores; shared by all
+        studies of a run."""
         if rows.use_committed():
             return self._committed_before()
         fingerprints = self.fingerprints | {"recipe": None}
@@ -387,7 +404,8 @@ class Study:
         return token_limit(probe, self.tokenizer, self.max_new_tokens, short)
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
-        """Store one unit's rows; InputError naming the first edit of which a score is not finite."""
+        """Store one unit's rows; InputError naming the first edit of which a score is not
+        finite."""
         needed = [name for name in METRICS if name != "similarity"]
         finite = np.isfinite(frame[needed]).all(axis=1)
         finite &= np.isfinite(frame["log_probability"].fillna(0))
@@ -401,7 +419,8 @@ class Study:
         rows.append(self.paths, self.name, unit, frame)
 
     def read(self) -> pd.DataFrame:
-        """Return the rows of every unit that `run` was asked for, and of no other; InputError where there is none."""
+        """Return the rows of every unit that `run` was asked for, and of no other; InputError where
+        there is none."""
         if not self.units:
             raise InputError(f"study {self.name}: nothing was run, or every trial failed")
         if rows.use_committed():
@@ -411,7 +430,8 @@ class Study:
         return rows.read(self.paths, self.name, self.units)
 
     def export(self, frame: pd.DataFrame | None = None) -> Path:
-        """Write the committed rows of the study: `frame` (what `read` gives), if any, and the unedited model's."""
+        """Write the committed rows of the study: `frame` (what `read` gives), if any, and the
+        unedited model's."""
         if rows.use_committed():
             return self.paths.exported(self.name)
         return rows.export(self.paths, self.name, pd.concat([frame, self.before]))
@@ -436,7 +456,8 @@ class Study:
         factor: str | None = None,
         level: str | None = None,
     ) -> None:
-        """Let `read` give the committed rows of this unit; InputError where they are missing or of other edits."""
+        """Let `read` give the committed rows of this unit; InputError where they are missing or of
+        other edits."""
         unit = _unit_name(method, factor, level, batch_size, self.dataset.split, batch)
         if self._committed_edits.get(unit) != {*map(_id, edits)}:
             raise InputError(self._missing(unit))
@@ -484,13 +505,15 @@ encoder = cache(load_encoder)  # loaded once for all studies
 
 
 def world_of(directory: Path) -> int | None:
-    """Return the seed of the world that a model was trained on, as its directory says; None for any other model."""
+    """Return the seed of the world that a model was trained on, as its directory says; None for any
+    other model."""
     directory = Path(directory)
     return card(directory)["settings"]["world_seed"] if (directory / CARD).is_file() else None
 
 
 def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Measure the key covariance of a world's own model on that world, where it is not yet measured."""
+    """Measure the key covariance of a world's own model on that world, where it is not yet
+    measured."""
     if (seed := world_of(model.config.name_or_path)) is not None:
         texts = covariance.world_texts(seed)
         covariance.measure(model, tokenizer, texts, range(len(blocks(model))))
@@ -499,7 +522,8 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 def with_record(
     frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple] = ()
 ) -> pd.DataFrame:
-    """Add what an edit's record holds to the rows of one unit, its loss curve to the first of them."""
+    """Add what an edit's record holds to the rows of one unit, its loss curve to the first of
+    them."""
     norms = record.change_norm.values()
     frame = frame.assign(
         steps=record.steps,
