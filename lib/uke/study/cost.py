@@ -30,7 +30,7 @@ def by_unit(paths: Iterable[Path]) -> pd.DataFrame:
     """
     frames = [pd.read_parquet(path) for path in paths if path.is_file()]
     rows = pd.concat(frames or [pd.DataFrame(columns=list(COLUMNS))])
-    rows = rows.drop_duplicates(["method", "batch_size", "batch"])
+    rows = rows[rows["phase"] == "after"].drop_duplicates(["method", "batch_size", "batch"])
     return rows.assign(
         train_each=rows["train_seconds"] / rows["batch_size"],
         answer_each=rows["answer_seconds"] / rows["batch_size"],
