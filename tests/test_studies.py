@@ -256,7 +256,7 @@ def test_the_floor_never_compares_a_question_with_itself():
 
 
 def test_a_trial_that_fails_says_why_and_leaves_nothing_to_read(toy):
-    study = toy(lanes=1)
+    study = toy()
     assert study.attempt(QUICK, limit=1) is None
     units, wild = list(study.units), QUICK.model_copy(update={"learning_rate": 1e38, "steps": 3})
     message = study.attempt(wild, limit=2)

@@ -205,7 +205,7 @@ def on_development(places: Sequence[Paths], batch_size: int, among: Sequence[str
     for paths in places:
         if paths.exported("tuning").is_file():
             frame = rows.committed(paths, "tuning")
-            frame = frame[frame["method"].isin(among) & (frame["phase"] == "after")]
+            frame = frame[frame["method"].isin(among)]
             if len(frame):
                 size = nearest_first(frame["batch_size"].unique(), batch_size)[0]
                 scores = rows.average(rows.primary(frame[frame["batch_size"] == size]))

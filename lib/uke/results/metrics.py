@@ -277,8 +277,7 @@ def score(
     if not len(predictions) == len(references) == len(aliases):
         counts = f"{len(predictions)}, {len(references)} and {len(aliases)}"
         raise InputError(
-            "score: expected as many predictions as references (and alias lists), "
-            f"found {counts}"
+            f"score: expected as many predictions as references (and alias lists), found {counts}"
         )
     pairs = [(one, (other, *names)) for one, other, names in zip(predictions, references, aliases)]
     for index, (prediction, wanted) in enumerate(pairs):

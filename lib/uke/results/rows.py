@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from uke.data.edits import AVERAGE, KINDS
 from uke.errors import InputError, nearest
@@ -183,13 +184,13 @@ def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
     return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
 
 
-def committed(paths: Paths, study: str) -> pd.DataFrame:
+def committed(paths: Paths, study: str, phase: str = "after") -> pd.DataFrame:
     """Read the study's committed rows, whatever code wrote them; InputError where there are
     none."""
     path = paths.exported(study)
     if not path.is_file():
         raise InputError(f"{path}: no committed rows of study '{study}': run its notebook first")
-    return _read_file(path).to_pandas()
+    return _read_file(path).filter(pc.field("phase") == phase).to_pandas()
 
 
 def _read_file(path: Path) -> pa.Table:

@@ -177,7 +177,11 @@ class Study:
     def environment(self) -> dict[str, str]:
         """What a report must say of a run: model, data, code, device, versions."""
         if rows.use_committed():
-            first = self._committed.iloc[0]
+            first = next(
+                frame.iloc[0]
+                for frame in (self._committed, rows.committed(self.paths, self.name, "before"))
+                if len(frame)
+            )
             made = {name: first[name] for name in ("model", "data", "code")}
             made["device"] = "none: drawn from committed rows"
         else:
@@ -464,7 +468,7 @@ class Study:
         self.units.append(unit)
 
     def _committed_before(self) -> pd.DataFrame:
-        frame = self._committed[self._committed["phase"] == "before"].drop(columns="unit")
+        frame = rows.committed(self.paths, self.name, "before")
         probes = {(probe.edit, probe.kind, probe.number) for probe in self.dataset.every_probe}
         asked = [probe in probes for probe in zip(frame["edit"], frame["kind"], frame["number"])]
         if sum(asked) != len(probes):
