@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from uke.data.edits import AVERAGE, KINDS, in_group
 from uke.errors import InputError, nearest
 from uke.project import Paths

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+
 from uke.errors import InputError
 from uke.files import sha256
 from uke.results.stats import holm, interval, paired  # noqa: F401 (notebooks)

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
 from uke.data.edits import AVERAGE, KINDS
 from uke.errors import InputError, nearest
 from uke.files import replacing

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+
 from uke.errors import InputError, nearest
 
 RESAMPLES = 9999
