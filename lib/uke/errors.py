@@ -1,4 +1,4 @@
-"""The one error a user's input can cause, the one of an edit that diverges, and the nearest valid name to a misspelt one."""
+"""The error of bad input, the error of an edit that diverges, and the nearest valid name."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class Diverged(FloatingPointError):
-    """Writing these edits (their ids) came to a number that is not finite; one line that says what to change."""
+    """Writing these edits (ids) gave a number that is not finite; one line says what to change."""
 
     def __init__(self, message: str, edits: Iterable[str]) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Where a run of the study reads and writes, the names of its units of work, and the mark of the code behind them."""
+"""Name where a run reads and writes, its units of work, and the code behind them."""
 
 import ast
 import functools
@@ -20,7 +20,7 @@ DECIDING = ("models", "methods", "results.metrics", "study.score")
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a run of the study on `profile` and `data` reads and writes, below UKE_HOME or the checkout."""
+    """Name where a run on `profile` and `data` reads and writes, below UKE_HOME or the checkout."""
 
     profile: str
     data: str = "world"
@@ -31,6 +31,7 @@ class Paths:
 
     @property
     def home(self) -> Path:
+        """The project's folder."""
         folder = Path(os.environ.get("UKE_HOME") or Path(__file__).parents[2]).resolve()
         if not folder.is_dir():
             raise InputError(f"UKE_HOME: expected the project's folder, found none at '{folder}'")
@@ -38,107 +39,81 @@ class Paths:
 
     @property
     def figures(self) -> Path:
-        return (
-            self.home
-            / "figures"
-            / (self.profile if self.data == "world" else f"{self.data}-{self.profile}")
-        )
+        """The folder of what may be committed: figures, tables, rows, numbers and report."""
+        world = self.data == "world"
+        return self.home / "figures" / (self.profile if world else f"{self.data}-{self.profile}")
 
     @property
     def results(self) -> Path:
-        return (
-            self.home
-            / "results"
-            / (self.profile if self.data == "world" else f"{self.profile}-{self.data}")
-        )
+        """The folder of everything else that the run writes."""
+        world = self.data == "world"
+        return self.home / "results" / (self.profile if world else f"{self.profile}-{self.data}")
 
     @property
     def sections(self) -> Path:
-        """Folder of what the notebooks contribute to the report."""
+        """The folder of what the notebooks contribute to the report."""
         return self.results / "sections"
 
-    def answers(self, mark: str) -> Path:
-        """Folder of the answers of an unedited model, shared by all runs; `mark` says which model."""
-        return (
-            self.home
-            / "results"
-            / "answers"
-            / f"{check_name('mark', mark)}-{code_fingerprint(('models',))}"
-        )
+    def answers(self, fingerprint: str) -> Path:
+        """The folder of an unedited model's answers, shared by all runs."""
+        name = f"{check_name('fingerprint', fingerprint)}-{code_fingerprint(('models',))}"
+        return self.home / "results" / "answers" / name
 
     def rows(self, study: str) -> Path:
-        """Folder of the study's unit files."""
+        """The folder of a study's unit files."""
         return self.results / "rows" / check_name("study", study)
 
     def exported(self, study: str) -> Path:
-        """The study's committed rows, one file."""
+        """The file of a study's committed rows."""
         return self.figures / "rows" / f"{check_name('study', study)}.parquet"
 
 
 def check_name(field: str, name: str) -> str:
-    """The name, if it can be that of a file; InputError otherwise."""
+    """Return the name if a file can have it; InputError otherwise."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(
-            f"{field}: expected a name of letters, digits, '.', '_' and '-', found {name!r}"
-        )
+        expected = "a name of letters, digits, '.', '_' and '-'"
+        raise InputError(f"{field}: expected {expected}, found {name!r}")
     return name
 
 
-def unit_key(method: str, **choices: Any) -> str:
-    """File name of one unit of work (a method on one batch): readable, equal for equal choices and only for them."""
-    words = [
-        method,
-        *(f"{name}-{value}" for name, value in sorted(choices.items()) if value is not None),
-    ]
-    readable = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")[:80]
-    return f"{readable or 'unit'}-{digest(method, **choices)}"
-
-
 def number_key(name: str) -> str:
-    """Return a method's name as part of a number's key: `AnyEdit (MEMIT)` becomes `anyedit_memit`."""
+    """Return a method's name as part of a key: `AnyEdit (MEMIT)` becomes `anyedit_memit`."""
     return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("++", " pp")).strip("_")
 
 
+def unit_key(method: str, **choices: Any) -> str:
+    """Name the file of one unit of work: readable, and equal for equal choices only."""
+    given = [f"{name}-{value}" for name, value in sorted(choices.items()) if value is not None]
+    words = re.sub(r"[^a-z0-9]+", "-", " ".join([method, *given]).lower())
+    return f"{words.strip('-')[:80] or 'unit'}-{digest(method, **choices)}"
+
+
 def digest(method: str, **choices: Any) -> str:
-    """10 hex digits, equal for equal choices and only for them."""
-    plain = {
-        name: value.item() if hasattr(value, "item") else value for name, value in choices.items()
-    }
-    return hashlib.sha256(
-        json.dumps([method, dict(sorted(plain.items()))], default=str).encode()
-    ).hexdigest()[:10]
+    """Return 10 hex digits that are equal for equal choices only."""
+    plain = {name: getattr(value, "item", lambda v=value: v)() for name, value in choices.items()}
+    text = json.dumps([method, dict(sorted(plain.items()))], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 @functools.cache
 def code_fingerprint(parts: tuple[str, ...] = DECIDING) -> str:
-    """16 hex digits of the source of these packages or modules, named as below `uke` ("models", "results.metrics").
+    """Return 16 hex digits of the source of packages or modules ("models", "results.metrics").
 
     Comments, docstrings and layout do not count. By default: those that decide a score.
     """
-    root = Path(__file__).parent
-    sources = []
+    root, sources = Path(__file__).parent, []
     for part in parts:
         path = root.joinpath(*part.split("."))
         sources += sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    trees = {
-        path.relative_to(root).as_posix(): _shape(ast.parse(path.read_text("utf-8")))
-        for path in sources
-    }
-    return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
+    code = {path.relative_to(root).as_posix(): _code(path) for path in sources}
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
-def _shape(node: Any) -> Any:
-    """A syntax tree as tuples, without what differs between versions of Python (empty fields) or means nothing."""
-    if isinstance(node, list):
-        return tuple(_shape(one) for one in node)
-    if not isinstance(node, ast.AST):
-        return node
-    fields = dict(ast.iter_fields(node))
-    if isinstance(
-        node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    ) and ast.get_docstring(node):
-        fields["body"] = fields["body"][1:]
-    return (
-        type(node).__name__,
-        *((name, _shape(value)) for name, value in fields.items() if value not in (None, [])),
-    )
+def _code(path: Path) -> str:
+    """Return a module's code without comments, docstrings and layout."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
