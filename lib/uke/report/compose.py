@@ -1,4 +1,4 @@
-"""Make the report: numbers.json, and one Markdown text of all sections that pandoc turns into HTML and PDF.
+"""Make the report: numbers.json, and one Markdown text that pandoc turns into HTML and PDF.
 
 compose(Paths("quick"))     # figures/quick/numbers.json, report.html, report.pdf
 """
@@ -27,7 +27,7 @@ SUBTITLE = (
     "Reassessing Knowledge Editing for Unstructured Data”"
 )
 FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
-SMOKE_RUN = "This run shows that loading, generating and scoring work on these data. It supports no verdict."
+SMOKE_RUN = "This run shows that loading, generating and scoring work. It supports no verdict."
 NOTE = (
     "Brackets are 95 % bootstrap intervals; n counts what was drawn: edits, or batches where edits "
     f"share a training. This study is a reconstruction ({FOURTH_FACTOR})."
@@ -45,10 +45,10 @@ _NEEDED = {"notebook", "title", "numbers", "body"}
 def compose(
     paths: Paths, expected: Iterable[str] = (), runs: Sequence[Mapping[str, Any]] = ()
 ) -> list[Path]:
-    """Write numbers.json, report.html and report.pdf from the sections of a run; return their paths.
+    """Write numbers.json, report.html and report.pdf from a run's sections; return their paths.
 
-    Notebooks in `expected` without a section, failed `runs` (each with notebook, status and where it
-    ran) and missing figures become warnings. Raises InputError where there is no section or one is
+    Notebooks in `expected` without a section, failed `runs` (each with notebook, status, machine)
+    and missing figures become warnings. Raises InputError where there is no section or one is
     unreadable, or where two say the same number or have a figure or table of the same name.
     """
     sections = read_sections(paths)
@@ -83,7 +83,7 @@ def read_sections(paths: Paths) -> list[dict]:
 
 
 def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
-    """Return the numbers of all sections, sorted by key; InputError for what two sections name alike."""
+    """Return all numbers, sorted by key; InputError for what two sections name alike."""
     owners: dict[tuple[str, str], str] = {}
     for section in sections:
         named = [(block["type"], block["name"]) for block in section["body"] if "name" in block]
@@ -103,7 +103,7 @@ def markdown(
     expected: Iterable[str] = (),
     runs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return the whole report as Markdown: answers first, then sections, methods, limits, appendix."""
+    """Return the report as Markdown: answers, sections, methods, limits, appendix."""
     present = {section["notebook"] for section in sections}
     missing = [
         f"Notebook `{name}` has no section: it has not been run on this profile."
@@ -159,7 +159,7 @@ def _section(paths: Paths, section: Mapping) -> str:
 
 
 def _box(kind: str, label: str, text: str) -> str:
-    """Return a text in a box, whose colours in the PDF are attributes (pandoc's Typst properties)."""
+    """Return a text in a box; its look in the PDF is attributes (pandoc's Typst properties)."""
     colours = {"answer": ("e8f1f7", "0b4a75"), "warning": ("fdf1de", "a35a00")}[kind]
     look = f'typst:fill="rgb(\\"#{colours[0]}\\")"'
     look += f' typst:stroke="(left: 2.5pt + rgb(\\"#{colours[1]}\\"))"'
@@ -206,26 +206,29 @@ def _methods(sections: Iterable[Mapping]) -> list[str]:
 
 def _environment(sections: Iterable[Mapping], runs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a table of model, data and code fingerprints, device and versions."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for section in sections:
         for key, value in section["environment"].items():
-            found.setdefault((key, _value(value)), []).append(section["notebook"])
-    known = {key for key, _ in found}
+            found.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
     for run in runs:
-        for key, value in run.items():
-            if key not in known | {"notebook", "status", "seconds"}:
-                found.setdefault((key, _value(value)), [])
+        for key, value in _machine(run).items():
+            found.setdefault(key, {_value(value): []})
     if not found:
         return []
-    several = {key for key, _ in found if sum(key == other for other, _ in found) > 1}
     rows = [
-        (key.replace("_", " "), value, ", ".join(used) if key in several else "")
-        for (key, value), used in found.items()
+        (key.replace("_", " "), value, ", ".join(notebooks) if len(values) > 1 else "")
+        for key, values in found.items()
+        for value, notebooks in values.items()
     ]
     frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
     caption = "Model, data and code (fingerprints), device and versions."
-    heading = "# Environment {#environment}"
-    return [heading, table_markdown(frame, "environment", caption, files=False)]
+    table = table_markdown(frame, "environment", caption, files=False)
+    return ["# Environment {#environment}", table]
+
+
+def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a run was made."""
+    return {key: run[key] for key in run if key not in ("notebook", "status", "seconds")}
 
 
 def _value(value: Any) -> str:
@@ -270,12 +273,7 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
     # Kept with the section, since a report that is composed again elsewhere knows no runs.
-    section.environment = {
-        key: value
-        for run in reversed(runs)
-        for key, value in run.items()
-        if key not in ("notebook", "status", "seconds")
-    }
+    section.environment = {key: run[key] for run in reversed(runs) for key in _machine(run)}
     frame = pd.DataFrame([{key: run[key] for key in ("notebook", "seconds")} for run in runs])
     section.table(
         frame,

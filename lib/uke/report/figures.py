@@ -3,8 +3,8 @@
     section.figure(figures.scores, scores, "layers", caption, alt, x="level", by="method")
 
 Frames have a row per observation (or `mean`, `low`, `high`). `by` names what has a colour: a method
-has the same one in every figure. Rows called `no edit` and `floor` are references: a dashed line and
-a shaded range. Every function raises InputError for a missing column or a frame without rows.
+has the same one in every figure. Rows called `no edit` and `floor` are references: a dashed line
+and a shaded range. Every function raises InputError for a missing column or a frame without rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +59,6 @@ def scores(
     panel: str = "kind",
     row: str | None = None,
     apart: Sequence[str] = (),
-    width: float = FULL,
 ) -> Figure:
     """Draw mean scores with 95 % intervals, a panel for each kind of probe.
 
@@ -67,11 +66,11 @@ def scores(
         scores(frame, by="level", within="method")   lines per level, coloured by method
         scores(frame, x="level", apart=["all"])      levels along an axis, joined by lines
 
-    `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or mean,
-    low, high. With `x`, levels in `apart` stand beside the line, and `row` makes rows of panels.
+    `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or
+    mean, low, high. With `x`, levels in `apart` stand beside the line; `row` makes rows of panels.
     """
     if x is None:
-        return _forest(frame, by, within or by, panel, width)
+        return _forest(frame, by, within or by, panel)
     columns = list(dict.fromkeys([x, by, panel, *([row] if row else [])]))
     summary = summarise(frame, columns, "scores")
     shown = summary[~summary[by].isin(REFERENCES)]
@@ -80,7 +79,7 @@ def scores(
     joined = [level for level in levels if level not in apart]
     titles, look = ordered(shown[panel], KINDS), looks(shown[by])
     rows = ordered(shown[row]) if row else [None]
-    fig = Figure(figsize=(width, 0.75 + 1.6 * len(rows)))
+    fig = Figure(figsize=(FULL, 0.75 + 1.6 * len(rows)))
     axes = fig.subplots(len(rows), len(titles), sharex=True, sharey="col", squeeze=False)
     for (line, column), ax in np.ndenumerate(axes):
         name, title = rows[line], titles[column]
@@ -103,7 +102,7 @@ def scores(
     return fig
 
 
-def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float) -> Figure:
+def _forest(frame: pd.DataFrame, by: str, within: str, panel: str) -> Figure:
     """Draw a point with its interval on a line of its own for each `by` and `within`."""
     summary = summarise(frame, list(dict.fromkeys([by, within, panel])), "scores")
     shown = summary[~summary[by].isin(REFERENCES)]
@@ -114,9 +113,9 @@ def _forest(frame: pd.DataFrame, by: str, within: str, panel: str, width: float)
     lines = [(name, each) for name in names for each in look if (name, each) in pairs]
     gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
     heights = {line: at + gap * names.index(line[0]) for at, line in enumerate(lines)}
-    columns = 2 if width < 5 else 3 if len(titles) < 8 else 4
+    columns = 3 if len(titles) < 8 else 4
     height = 0.55 + 0.19 * max(1 + max(heights.values()), 2)
-    fig, axes = _panels(titles, columns, (width, height), sharex=True, sharey=True)
+    fig, axes = _panels(titles, columns, (FULL, height), sharex=True, sharey=True)
     for title, ax in axes.items():
         own = summary[summary[panel] == title]
         references = own.drop_duplicates(by).set_index(by)["mean"]
@@ -153,7 +152,6 @@ def curves(
     y: str = "loss",
     by: str = "method",
     panel: str | None = None,
-    width: float = FULL,
 ) -> Figure:
     """Draw `y` (nats per token) over `x`: the median over edits, and the range of 80 % of them.
 
@@ -166,13 +164,14 @@ def curves(
     """
     columns = list(dict.fromkeys([panel or by, by]))
     require(frame, [*columns, x, y], "curves")
-    log = frame[y].min() > 0 and frame[y].max() > 20 * frame[y].min()
     edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
-    edits[y] = edits[y].clip(lower=LEAST_LOSS if log else None)
+    if y == "loss":
+        edits[y] = edits[y].clip(lower=LEAST_LOSS)
+    log = edits[y].min() > 0 and edits[y].max() > 20 * edits[y].min()
     wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y).ffill()
     present = set(wide.columns.droplevel("edit"))
     titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by], KINDS))
-    fig, axes = _panels(titles, 5, (width, 1.15 if panel else 2.35), least=1.9, sharey=True)
+    fig, axes = _panels(titles, 5, (FULL, 1.15 if panel else 2.35), least=1.9, sharey=True)
     for title, ax in axes.items():
         ends = {}
         for name, each in look.items():
@@ -205,7 +204,6 @@ def trend(
     panel: str | None = None,
     baseline: float | None = None,
     label_y: str = "",
-    width: float = FULL,
 ) -> Figure:
     """Draw how something moves with a number `x`: the mean of `y` over the rows at each x.
 
@@ -220,7 +218,10 @@ def trend(
     frame, by = (frame.assign(line="FT-UKE"), "line") if alone else (frame, by)
     require(frame, [x, y, by, *([panel] if panel else [])], "trend")
     titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by]))
-    size, least = (width, 2.0 if panel else 2.2 if alone else 3.4), 0.4 + 0.16 * len(look)
+    size, least = (
+        (COLUMN if alone else FULL, 2.0 if panel else 2.2 if alone else 3.4),
+        0.4 + 0.16 * len(look),
+    )
     fig, axes = _panels(titles, 4, size, least=least if panel else 0)
     for title, ax in axes.items():
         own = frame[frame[panel] == title] if panel else frame
@@ -237,7 +238,7 @@ def trend(
                 _mark(ax, line.index, line, each)
                 ends[name] = (line.index[-1], line.iloc[-1], each.colour)
         if means.between(0, 1).all():
-            ax.set(ylim=(0, 1.03), yticks=[0, 0.5, 1])
+            ax.set(**{"ylim": (0, 1.03), "yticks": [0, 0.5, 1]} if panel else {})
         elif means.min() > 0 and means.max() > 20 * means.min():
             _log(ax, "y", means)
         elif baseline is None:
@@ -263,20 +264,19 @@ def tuning(
     panel: str = "batch_size",
     expected: bool = False,
     colour: str = "",
-    width: float = FULL,
 ) -> Figure:
     """Draw the mean score of every trial, or the best one to be expected of k trials.
 
         tuning(trials)                   a point per trial, the chosen one ringed and its score said
         tuning(trials, expected=True)    a rising line: k of the trials, drawn without replacement
 
-    `frame` has one row per trial: `by`, `panel`, score, chosen, and `before` for a dashed line at the
-    score without any edit. With `colour` all names have that one.
+    `frame` has one row per trial: `by`, `panel`, score, chosen, and `before` for a dashed line at
+    the score without any edit. With `colour` all names have that one.
     """
     require(frame, [by, panel, "score", *([] if expected else ["chosen"])], "tuning")
     look, titles = looks(ordered(frame[by])), ordered(frame[panel])
     look = dict.fromkeys(look, Look(colour)) if colour else look
-    size = (width, 2.6 if expected else 0.3 + 0.19 * len(look))
+    size = (FULL, 2.6 if expected else 0.3 + 0.19 * len(look))
     fig, axes = _panels(titles, len(titles), size, sharey=True, sharex=not expected)
     for title, ax in axes.items():
         own, ends = frame[frame[panel] == title], {}
@@ -330,7 +330,6 @@ def distribution(
     form: str = "points",
     floor: float | None = None,
     label_x: str = "",
-    width: float = COLUMN,
 ) -> Figure:
     """Draw how values are distributed, for each `by`.
 
@@ -352,7 +351,7 @@ def distribution(
     )
     height = {"points": 0.5 + 0.26 * len(look), "histogram": 0.5, "cumulative": 2.0}[form]
     titles = list(look) if form == "histogram" else ordered(frame[panel]) if panel else [""]
-    fig, axes = _panels(titles, 1, (width, height), sharex=form != "points")
+    fig, axes = _panels(titles, 1, (COLUMN, height), sharex=form != "points")
     if form == "points":
         for title, ax in axes.items():
             _points(ax, frame[frame[panel] == title] if panel else frame, look)
@@ -404,16 +403,16 @@ def _histograms(axes: Mapping[str, Axes], frame: pd.DataFrame) -> None:
 
 
 @styled
-def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> Figure:
+def knowledge(frame: pd.DataFrame, by: str = "kind") -> Figure:
     """Draw bars of what a model knows with 95 % intervals, one for each `by`.
 
-    `frame` has by, edit, score or by, mean, low, high; `target`, where used, is the least value that
-    was asked for and becomes a mark.
+    `frame` has by, edit, score or by, mean, low, high; `target`, where used, is the least value
+    that was asked for and becomes a mark.
     """
     summary = summarise(frame, [by], "knowledge").set_index(by)
     summary = summary.loc[ordered(summary.index, KINDS)]
     targets = frame.drop_duplicates(by).set_index(by)["target"] if "target" in frame else {}
-    fig, ((_, ax),) = _single(width, 0.5 + 0.24 * len(summary))
+    fig, ((_, ax),) = _single(COLUMN, 0.5 + 0.24 * len(summary))
     bars = {"y": list(summary.index), "orient": "h", "color": "#9cc3dd", "saturation": 1}
     sns.barplot(x=summary["mean"].to_numpy(), **bars, width=0.62, errorbar=None, ax=ax)
     for at, (name, found) in enumerate(summary.iterrows()):
@@ -432,18 +431,14 @@ def knowledge(frame: pd.DataFrame, by: str = "kind", width: float = COLUMN) -> F
 
 @styled
 def plane(
-    frame: pd.DataFrame,
-    by: str = "method",
-    x: str = "locality",
-    y: str = "efficacy",
-    width: float = FULL,
+    frame: pd.DataFrame, by: str = "method", x: str = "locality", y: str = "efficacy"
 ) -> Figure:
-    """Draw one score against another, a point for each `by`; along a dashed line their mean is equal.
+    """Draw one score against another, a point for each `by`; dashed lines are of equal mean.
 
     `frame` has one row for each `by`; the row called `no edit` is a cross.
     """
     require(frame, [by, x, y], "plane")
-    fig, ((_, ax),) = _single(width, 3.2)
+    fig, ((_, ax),) = _single(FULL, 3.2)
     for total in np.arange(0.1, 2, 0.1):
         ax.axline((0, total), slope=-1, color=GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
     look = {name: each._replace(dashes="") for name, each in looks(frame[by]).items()}
@@ -464,12 +459,11 @@ def heat(
     by: str = "method",
     value: str = "norm",
     title: str = "relative norm of the change",
-    width: float = COLUMN,
 ) -> Figure:
-    """Draw the mean of `value` for each `by` (a line) and `x` (a column) as a shade and in digits."""
+    """Draw the mean of `value` for each `by` (a line) and `x` (a column) as shade and number."""
     require(frame, [by, x, value], "heat")
     means = frame.pivot_table(index=by, columns=x, values=value).loc[ordered(frame[by])]
-    fig, ((_, ax),) = _single(width, 0.7 + 0.2 * len(means))
+    fig, ((_, ax),) = _single(COLUMN, 0.7 + 0.2 * len(means))
     digits = means.map(lambda mean: "" if absent(mean) else number(float(mean), 2))
     bar = {"label": title, "pad": 0.02, "aspect": 30}
     text = {"annot": digits, "fmt": "", "annot_kws": {"fontsize": 5.5}}
@@ -483,7 +477,7 @@ def heat(
 def specification(frame: pd.DataFrame, factors: Sequence[str]) -> Figure:
     """Draw every combination of levels by its score, the best first, and below it its levels.
 
-    `frame` has one row for each combination: the factors, mean, low, high, and `chosen` (is ringed).
+    `frame` has one row for each combination: the factors, mean, low, high, chosen (is ringed).
     """
     require(frame, [*factors, "mean", "low", "high", "chosen"], "specification")
     frame = frame.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
@@ -508,7 +502,7 @@ def specification(frame: pd.DataFrame, factors: Sequence[str]) -> Figure:
 
 
 @styled
-def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
+def claims(frame: pd.DataFrame) -> Figure:
     """Draw the numbers that decide claims around one zero, each claim on a scale of its own.
 
     `frame` has a row for each number: claim, verdict, value, low, high (distances in the direction
@@ -516,7 +510,7 @@ def claims(frame: pd.DataFrame, width: float = FULL) -> Figure:
     """
     require(frame, ["claim", "verdict", "value", "low", "high", "said"], "claims")
     names = ordered(frame["claim"])
-    fig, ((_, ax),) = _single(width, 0.7 + 0.13 * len(frame) + 0.12 * len(names))
+    fig, ((_, ax),) = _single(FULL, 0.7 + 0.13 * len(frame) + 0.12 * len(names))
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
     top, ticks = 0.0, []
     for name in names:
@@ -545,7 +539,7 @@ def _panels(
     least: float = 0.0,
     **shared: Any,
 ) -> tuple[Figure, dict[Any, Axes]]:
-    """Make a figure with a panel for each title; `size`: its width and a panel's height in inches."""
+    """Make a figure with a panel for each title; `size`: its width and a panel's height."""
     columns = min(columns, len(titles))
     rows = ceil(len(titles) / columns)
     fig = Figure(figsize=(size[0], max(least, 0.3 + rows * size[1])))
@@ -559,8 +553,8 @@ def _panels(
     return fig, dict(zip(titles, axes, strict=False))
 
 
-def _single(width: float, height: float) -> tuple[Figure, Iterable[tuple[str, Axes]]]:
-    fig, axes = _panels([""], 1, (width, height - 0.3))
+def _single(FULL: float, height: float) -> tuple[Figure, Iterable[tuple[str, Axes]]]:
+    fig, axes = _panels([""], 1, (FULL, height - 0.3))
     return fig, axes.items()
 
 

@@ -1,7 +1,7 @@
-"""Collect what one notebook contributes to the report: numbers, figures, tables, its answer and limits.
+"""Collect what one notebook contributes to the report: numbers, figures, tables, answer, limits.
 
     section = Section("04_factor_layers", paths, "Layers", "Which blocks should be trained?")
-    section.figure(figures.scores, scores, "layers", "Efficacy along the depth.", "Lines that rise.")
+    section.figure(figures.scores, scores, "layers", "Scores by depth.", "Lines that rise.")
     section.observe("A middle block writes best.", expected=True)
     section.answer(f"All blocks gain {section.say('effect.layers.ft_m', *gain)}.")
     section.save()
@@ -39,10 +39,10 @@ _LINE = 100  # letters; a wider table scrolls on a narrow screen
 class Section:
     """What one notebook contributes to the report.
 
-    Texts are plain, words between backticks are code. A notebook shows figures, tables, observations
-    and warnings where they are placed. `environment` (a mapping) and `smoke_run` (True where model
-    and data do not belong together, so that no verdict follows) may be set. Raises InputError for a
-    bad key or name, a repeated one, or a number that is none.
+    Texts are plain, words between backticks are code. A notebook shows figures, tables,
+    observations and warnings where they are placed. `environment` (a mapping) and `smoke_run`
+    (model and data do not belong together, so no verdict follows) may be set. Raises InputError for
+    a bad key or name, a repeated one, or a number that is none.
     """
 
     def __init__(self, notebook: str, paths: Paths, title: str, question: str):
@@ -97,7 +97,7 @@ class Section:
         self._check_name("figure", name, caption)
         if not alt.strip():
             raise InputError(
-                f"{self.notebook}: figure {name}: expected a text for readers who cannot see it (alt)"
+                f"{self.notebook}: figure {name}: expected a text for who cannot see it (alt)"
             )
         saved = style.save(draw(frame, **options), self.paths.figures, name, png)
         alt_text = re.sub(r'([\\"])', r"\\\1", " ".join(alt.split()))
@@ -130,7 +130,7 @@ class Section:
         return text
 
     def check(self, ok: bool, text: str) -> str:
-        """Record that a condition holds; raise InputError where not, since the conclusion is void."""
+        """Record that a condition holds; raise InputError where not: the conclusion is void."""
         self._lists["checks"].append({"ok": bool(ok), "text": text})
         if not ok:
             raise InputError(f"{self.notebook}: check failed, so the conclusion is void: {text}")
@@ -187,7 +187,7 @@ def _shell() -> Any:
 
 
 def _show(what: pd.DataFrame | Path | str) -> None:
-    """Show a table, an SVG file or a text in the notebook that runs this; nothing outside of one."""
+    """Show a table, an SVG file or a text in the running notebook, if any."""
     if not _shell():
         return
     shown = sys.modules["IPython"].display

@@ -1,4 +1,4 @@
-"""Set the style of all figures: fixed colours and marks, names beside lines, byte-identical files."""
+"""Set the style of figures: fixed colours and marks, names beside lines, the same bytes."""
 
 import functools
 import io

@@ -35,7 +35,7 @@ _LATEX |= {power: rf"\textsuperscript{{{at}}}" for at, power in enumerate("⁰¹
 
 
 class Cell(NamedTuple):
-    """A cell in print: its text, the interval beside it, and whether it is the best of its column."""
+    """A cell in print: its text, the interval beside it, whether it is its column's best."""
 
     text: str
     note: str = ""
@@ -58,7 +58,7 @@ def places(*values: float | None) -> int:
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
-    """Print a number: proper minus, thousands separated, tiny ones as powers of ten, a dash for none.
+    """Print a number: proper minus, separated thousands, powers of ten for tiny ones, a dash.
 
     >>> number(-0.25), number(12000), number(5e-4), number(None)
     ('−0.25', '12,000', '5 × 10⁻⁴', '–')
@@ -119,9 +119,9 @@ def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()
 def grid_gaps(
     frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None
 ) -> list[str]:
-    """Return a sentence for each cell of `expected` (its values of `by`) that lacks some of its edits.
+    """Return a sentence for each cell of `expected` (values of `by`) that lacks some of its edits.
 
-    `frame` has the columns by and edit. A cell should have `edits` edits, or as many as the fullest.
+    `frame` has by and edit. A cell should have `edits` edits, or as many as the fullest.
     """
     by = [by] if isinstance(by, str) else list(by)
     if not frame.empty:
@@ -198,8 +198,9 @@ def _text(value: Any, decimals: int | None) -> str:
 def printed(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text, `0.93 [0.90, 0.96]` for a score: what a notebook shows."""
     frame = flat(frame).astype(object)
+    columns = {name: cells(frame[name]) for name in frame}
     return pd.DataFrame(
-        {name: [" ".join(f"{c.text} {c.note}".split()) for c in cells(frame[name])] for name in frame}
+        {name: [" ".join(f"{c.text} {c.note}".split()) for c in columns[name]] for name in frame}
     )
 
 

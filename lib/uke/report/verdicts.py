@@ -1,4 +1,4 @@
-"""Judge each claim of the paper by the numbers that decide it, and set published figures beside ours.
+"""Judge each claim of the paper by the numbers that decide it; set published values beside ours.
 
 claims = verdicts.claims("params/claims.yaml")
 judged = [verdicts.judge(claim, verdicts.gather(paths)) for claim in claims]
@@ -101,22 +101,14 @@ class Published(_Entry):
     cells: dict[str, dict[Annotated[str, _among(*KINDS, "average")], FiniteFloat]]
 
 
-class Correspondence(_Entry):
-    """What the paper shows where, and the notebook of ours that answers it."""
-
-    paper: str
-    shows: str
-    notebook: str
-
-
 class Paper(_Entry):
     """What others have published: `params/paper.yaml`."""
 
     published: list[Published] = []
-    correspondence: list[Correspondence] = []
+    correspondence: list[dict[str, str]] = []  # where the paper shows what, and our notebook
 
 
-_FIELDS = {name for model in _Entry.__subclasses__() for name in model.model_fields}
+_FIELDS = {name for each in _Entry.__subclasses__() for name in each.model_fields}
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -127,26 +119,25 @@ def _valid(model: type[Model], place: str, content: Any) -> Model:
     except ValidationError as failure:
         # A misspelt key is the reason why another one is missing.
         error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    where = [f"entry {part + 1}" if isinstance(part, int) else str(part) for part in error["loc"]]
-    where = [part for part in where if part not in ("float", "str", "constrained-str", "[key]")]
+    names = [f"entry {part + 1}" if isinstance(part, int) else part for part in error["loc"]]
+    where = [name for name in names if name not in ("float", "str", "constrained-str")]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        key = where.pop()
-        message = f"unknown key '{key}'{nearest(key, _FIELDS)}"
+        message = f"unknown key '{where[-1]}'{nearest(where.pop(), _FIELDS)}"
     elif error["type"] == "missing":
         message = "missing"
-    elif error["loc"][-1:] == ("[key]",):
-        where.pop()
+    elif where[-1:] == ["[key]"]:
+        where = where[:-2]
     elif error["type"] != "value_error":
-        kinds = {"dict_type": "a mapping", "model_type": "a mapping", "string_type": "a text"}
-        kinds |= {"list_type": "a list"}
-        several = "a text or a number" if where[-1:] == ["than"] else "a number"
-        message = f"expected {kinds.get(error['type'], several)}, found {error['input']!r}"
+        kinds = {"dict": "a mapping", "model": "a mapping", "string": "a text", "list": "a list"}
+        number = "a text or a number" if where[-1:] == ["than"] else "a number"
+        kind = kinds.get(error["type"].removesuffix("_type"), number)
+        message = f"expected {kind}, found {error['input']!r}"
     raise InputError(": ".join([place, *where, message])) from None
 
 
 def claims(path: str | Path) -> list[Claim]:
-    """Return the claims of a file, in its order; InputError naming claim and key where one is wrong."""
+    """Return the claims of a file, in its order; InputError naming claim and key."""
     found = []
     for name, given in read_yaml(Path(path)).items():
         if not isinstance(given, Mapping):
@@ -161,7 +152,7 @@ def paper(path: str | Path) -> Paper:
 
 
 class Evidence(NamedTuple):
-    """A number that counts for a claim. `state` is 1 or -1 where its interval is clear of `against`."""
+    """A number that counts for a claim; `state` is 1 or -1 if its interval excludes `against`."""
 
     world: str
     key: str
@@ -174,7 +165,7 @@ class Evidence(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim: a word of WORDS, the reason where it is not testable, the evidence."""
+    """What became of a claim: a word of WORDS, why it is not testable, the evidence."""
 
     claim: Claim
     word: str
@@ -191,9 +182,9 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 
     *holds*: the paper's sign, with an interval that excludes zero, in every world. *in part*: its
     sign, but an interval includes or touches zero or is missing, or not in every world. *does not
-    hold*: the other sign, or zero, in every world. A bound is met when it is reached. "either" has no
-    sign of its own: it holds if every interval excludes zero on the same side, in part if some does,
-    else not. Two numbers differ if their intervals do not overlap.
+    hold*: the other sign, or zero, in every world. A bound is met when it is reached. "either" has
+    no sign of its own: it holds if every interval excludes zero on the same side, in part if some
+    does, else not. Two numbers differ if their intervals do not overlap.
     """
     if claim.untestable:
         return Verdict(claim, UNTESTABLE, claim.untestable, ())
@@ -211,7 +202,7 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 
 
 def _evidence(claim: Claim, world: str, numbers: Numbers) -> Iterator[Evidence]:
-    """Yield the numbers of one world that decide a claim; none where one is missing or not finite."""
+    """Yield the numbers of one world that decide a claim; none where one is not finite."""
     named = isinstance(claim.than, str)
     other = numbers.get(claim.than, {}) if named else dict.fromkeys(_ZERO, claim.than)
     if not _finite(other.get("value")):
@@ -247,7 +238,7 @@ def _matching(numbers: Numbers, pattern: str) -> list[str]:
 
 
 def _state(own: Mapping, other: Mapping, bound: bool = False) -> float:
-    """Return the direction of own minus other: 1 or -1 if intervals tell them apart, else half of it.
+    """Return the direction of own minus other: 1 or -1 if intervals tell them apart, else half.
 
     A `bound` is passed when it is reached.
     """
@@ -267,20 +258,17 @@ def _finite(value: Any) -> bool:
 def gather(paths: Paths) -> dict[str, dict]:
     """Return the numbers of this run and of the same study on other worlds, by the run's name.
 
-    This run's are read from its sections, without verdicts and smoke runs (from its numbers.json
-    where it has no sections); those of `figures/<run>-world-*` from their numbers.json.
+    This run's are read from its sections (else from numbers.json), without verdicts and
+    smoke runs, those of `figures/<run>-world-*` from their numbers.json.
     """
-    own = paths.figures
+    own, numbers = paths.figures, {}
     sections = [_json(path) for path in sorted(paths.sections.glob("*.json"))]
-    numbers = {
-        key: found
-        for each in sections
-        if each.get("notebook") != NOTEBOOK and not each.get("smoke_run")
-        for key, found in each.get("numbers", {}).items()
-    }
-    files = {folder.name: folder for folder in sorted(own.parent.glob(f"{own.name}-world-*"))}
-    files |= {} if sections else {own.name: own}
-    worlds = {name: _json(folder / "numbers.json") for name, folder in files.items()}
+    for section in sections:
+        if section.get("notebook") != NOTEBOOK and not section.get("smoke_run"):
+            numbers |= section.get("numbers", {})
+    others = sorted(own.parent.glob(f"{own.name}-world-*"))
+    worlds = {folder.name: _json(folder / "numbers.json") for folder in others}
+    numbers = numbers if sections else _json(own / "numbers.json")
     return {own.name: numbers} | {name: found for name, found in worlds.items() if found}
 
 
@@ -317,7 +305,7 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 
 
 def _distinction(verdict: Verdict, each: Evidence) -> str:
-    """Return what tells a number from the others of its verdict: world, and differing parts of keys."""
+    """Return what tells a number from the others of its verdict: world and parts of keys."""
     keys = [one.key.split(".") for one in verdict.evidence]
     parts = [
         part
@@ -331,8 +319,8 @@ def _distinction(verdict: Verdict, each: Evidence) -> str:
 def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """Return a row for each number that decides a claim, for `figures.claims`.
 
-    Columns: claim (its label), verdict, value, low, high (the distance from what it is compared with,
-    in the direction of the claim) and said. Claims without a number have no row.
+    Columns: claim (its label), verdict, value, low, high (the distance from what it is compared
+    with, in the direction of the claim) and said. Claims without a number have no row.
     """
     rows = []
     for verdict in verdicts:
@@ -350,10 +338,10 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 
 
 def beside(published: Iterable[Published], numbers: Numbers) -> pd.DataFrame:
-    """Return published values beside ours of the same kind, in percent; None where this run has none.
+    """Return published values beside ours of the same kind, in percent; None where we have none.
 
-    A published ROUGE-L recall stands beside our ROUGE-L F1, and a lead beside ours at the smallest or
-    the largest batch.
+    A published ROUGE-L recall stands beside our ROUGE-L F1, and a lead beside ours at the smallest
+    or the largest batch.
     """
     rows = [
         {
@@ -386,9 +374,3 @@ def _ours(entry: Published, method: str, kind: str, numbers: Numbers) -> str | N
         return None
     ends = "" if absent(own.get("low")) else f" {bracket(100 * own['low'], 100 * own['high'], 1)}"
     return number(100.0 * own["value"], 1) + ends
-
-
-def correspondence(entries: Iterable[Correspondence]) -> pd.DataFrame:
-    """Return what the paper shows where, and which notebook of ours answers it."""
-    rows = [(each.paper, each.shows, each.notebook) for each in entries]
-    return pd.DataFrame(rows, columns=["the paper", "shows", "ours"])
