@@ -53,20 +53,11 @@ SURE, HINT, AGAINST = (3.0, 1.0, 5.0), (3.0, -1.0, 5.0), (-3.0, -5.0, -1.0)
 
 
 def test_a_claim_holds_only_if_it_holds_in_every_world():
-    assert word("+", SURE, SURE) == HOLDS
-    assert (
-        word("+", SURE, HINT)
-        == word("+", HINT, SURE)
-        == word("+", SURE, AGAINST)
-        == word("+", AGAINST, HINT)
-        == IN_PART
-    )
-    assert word("+", AGAINST, AGAINST) == word("+", AGAINST, (0.0, -1.0, 1.0)) == FAILS
-
-
-def test_a_difference_in_either_direction_must_have_the_same_one_in_every_world():
-    assert word("either", AGAINST, AGAINST) == HOLDS
+    assert word("+", SURE, SURE) == word("either", AGAINST, AGAINST) == HOLDS
+    for worlds in ((SURE, HINT), (HINT, SURE), (SURE, AGAINST), (AGAINST, HINT)):
+        assert word("+", *worlds) == IN_PART
     assert word("either", SURE, AGAINST) == word("either", SURE, HINT) == IN_PART
+    assert word("+", AGAINST, AGAINST) == word("+", AGAINST, (0.0, -1.0, 1.0)) == FAILS
     assert word("either", HINT, HINT) == FAILS
 
 
@@ -78,95 +69,56 @@ def test_a_world_without_the_number_does_not_count():
     assert judge(claim, {}).word == UNTESTABLE and "`a.b`" in judge(claim, {}).reason
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [
-        ((0.995, 0.99, 1.0), HOLDS),
-        ((1.0, 1.0, 1.0), HOLDS),
-        ((0.995, 0.98, 1.0), IN_PART),
-        ((0.99, 0.98, 1.0), IN_PART),
-        ((0.98, 0.95, 1.0), FAILS),
-        ((1.0, None, None), IN_PART),
-    ],
-)
-def test_a_bound_is_met_when_it_is_reached(number, expected):
-    assert word("+", number, than=0.99) == expected
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("own", "other", "expected"),
+    ("sign", "than", "own", "other", "expected"),
     [
-        ((0.2, 0.17, 0.23), (0.3, 0.29, 0.32), HOLDS),
-        (
-            (0.2, 0.17, 0.29),
-            (0.3, 0.29, 0.32),
-            IN_PART,
-        ),  # intervals that touch do not tell them apart
-        ((0.4, 0.39, 0.43), (0.3, 0.29, 0.32), FAILS),
-        ((0.2, 0.17, 0.23), None, UNTESTABLE),
-        ((0.2, 0.17, 0.23), (float("nan"), None, None), UNTESTABLE),
+        # A bound is met when it is reached.
+        ("+", 0.99, (0.995, 0.99, 1.0), None, HOLDS),
+        ("+", 0.99, (1.0, 1.0, 1.0), None, HOLDS),
+        ("+", 0.99, (0.995, 0.98, 1.0), None, IN_PART),
+        ("+", 0.99, (0.98, 0.95, 1.0), None, FAILS),
+        ("+", 0.99, (1.0, None, None), None, IN_PART),
+        # Intervals that touch do not tell two numbers apart.
+        ("-", "a.c", (0.2, 0.17, 0.23), (0.3, 0.29, 0.32), HOLDS),
+        ("-", "a.c", (0.2, 0.17, 0.29), (0.3, 0.29, 0.32), IN_PART),
+        ("-", "a.c", (0.4, 0.39, 0.43), (0.3, 0.29, 0.32), FAILS),
+        ("-", "a.c", (0.2, 0.17, 0.23), None, UNTESTABLE),
+        ("-", "a.c", (0.2, 0.17, 0.23), (NAN, None, None), UNTESTABLE),
+        ("opposite", "a.c", SURE, AGAINST, HOLDS),
+        ("opposite", "a.c", AGAINST, SURE, HOLDS),
+        ("opposite", "a.c", HINT, AGAINST, IN_PART),
+        ("opposite", "a.c", SURE, SURE, FAILS),
+        ("opposite", "a.c", SURE, (0.0, -1.0, 1.0), FAILS),
     ],
 )
-def test_a_number_below_another_one(own, other, expected):
+def test_a_number_against_a_bound_or_another_number(sign, than, own, other, expected):
     numbers = {"a.b": said(*own)} | ({} if other is None else {"a.c": said(*other)})
-    assert (
-        judge(Claim(key="c", claim="c", number="a.b", sign="-", than="a.c"), {"w": numbers}).word
-        == expected
-    )
-
-
-@pytest.mark.parametrize(
-    ("own", "other", "expected"),
-    [
-        (SURE, AGAINST, HOLDS),
-        (AGAINST, SURE, HOLDS),
-        (HINT, AGAINST, IN_PART),
-        (SURE, SURE, FAILS),
-        (AGAINST, AGAINST, FAILS),
-        (SURE, (0.0, -1.0, 1.0), FAILS),
-    ],
-)
-def test_two_numbers_of_opposite_signs(own, other, expected):
-    verdict = judge(
-        Claim(key="c", claim="c", number="a.b", sign="opposite", than="a.c"),
-        {"w": {"a.b": said(*own), "a.c": said(*other)}},
-    )
-    assert (
-        verdict.word == expected
-        and [each.key for each in verdict.evidence] == ["a.b", "a.c"]
-        and verdict.worlds == 1
-    )
+    verdict = judge(Claim(key="c", claim="c", number="a.b", sign=sign, than=than), {"w": numbers})
+    assert verdict.word == expected
+    if sign == "opposite":
+        assert [each.key for each in verdict.evidence] == ["a.b", "a.c"] and verdict.worlds == 1
 
 
 def test_every_number_that_a_pattern_matches_must_agree_and_deeper_keys_do_not_match():
     claim = Claim(key="c", claim="c", number="batch.*.lead", sign="+")
-    numbers = {
-        "batch.24.lead": said(*SURE),
-        "batch.8.lead": said(*SURE),
-        "batch.8.ft_m.lead": said(*AGAINST),
-        "akew.batch.8.lead": said(*AGAINST),
-    }
+    numbers = {f"batch.{size}.lead": said(*SURE) for size in (24, 8)}
+    numbers |= {key: said(*AGAINST) for key in ("batch.8.ft_m.lead", "akew.batch.8.lead")}
     verdict = judge(claim, {"w": numbers})
-    assert verdict.word == HOLDS and [each.key for each in verdict.evidence] == [
-        "batch.8.lead",
-        "batch.24.lead",
-    ]
+    assert verdict.word == HOLDS
+    assert [each.key for each in verdict.evidence] == ["batch.8.lead", "batch.24.lead"]
     assert verdicts.table([verdict])["ours"].item() == "8: 3.0; 24: 3.0"
     assert judge(claim, {"w": numbers | {"batch.40.lead": said(*AGAINST)}}).word == IN_PART
 
 
 def test_the_reason_of_an_untestable_claim_is_shown_whatever_the_numbers_say():
-    verdict = judge(
-        Claim(key="c", claim="c", untestable="models of another size"), {"w": {"a.b": said(*SURE)}}
-    )
+    claim = Claim(key="c", claim="c", untestable="another size")
+    verdict = judge(claim, {"w": {"a.b": said(*SURE)}})
     assert (verdict.word, verdict.worlds, verdict.evidence) == (UNTESTABLE, 0, ())
-    assert verdicts.table([verdict]).iloc[0].tolist() == [
-        "c",
-        "",
-        "",
-        f"{UNTESTABLE}: models of another size",
-        0,
-    ]
+    shown = ["c", "", "", f"{UNTESTABLE}: another size", 0]
+    assert verdicts.table([verdict]).iloc[0].tolist() == shown
 
 
 def run(folder, sections=None, numbers=None):

@@ -160,9 +160,11 @@ def _section(paths: Paths, section: Mapping) -> str:
 
 def _box(kind: str, label: str, text: str) -> str:
     """Return a text in a box; its look in the PDF is attributes (pandoc's Typst properties)."""
-    colours = {"answer": ("e8f1f7", "0b4a75"), "warning": ("fdf1de", "a35a00")}[kind]
-    look = f'typst:fill="rgb(\\"#{colours[0]}\\")"'
-    look += f' typst:stroke="(left: 2.5pt + rgb(\\"#{colours[1]}\\"))"'
+    fill, edge = {
+        "answer": ((232, 241, 247), (11, 74, 117)),
+        "warning": ((253, 241, 222), (163, 90, 0)),
+    }[kind]
+    look = f'typst:fill="rgb{fill}" typst:stroke="(left: 2.5pt + rgb{edge})"'
     look += ' typst:inset="9pt" typst:width="100%" typst:breakable="false"'
     return f"::: {{.box .{kind} {look}}}\n**{label}** {prose(text)}\n:::"
 
@@ -243,7 +245,7 @@ def _value(value: Any) -> str:
 
 def _html(paths: Paths, text: str) -> str:
     """Return one self-contained page, figures embedded."""
-    text = _TYPST_ATTRIBUTE.sub("", text.replace('\\"#', "'#").replace('\\")', "')"))
+    text = _TYPST_ATTRIBUTE.sub("", text)
     arguments = ["--standalone", "--embed-resources", "--toc", "--toc-depth=1"]
     arguments += [f"--template={_TEMPLATES / 'report.html'}", f"--metadata=subtitle:{SUBTITLE}"]
     return _pandoc(paths, text, "html5", arguments)
