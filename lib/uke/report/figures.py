@@ -168,7 +168,7 @@ def curves(
     if y == "loss":
         edits[y] = edits[y].clip(lower=LEAST_LOSS)
     log = edits[y].min() > 0 and edits[y].max() > 20 * edits[y].min()
-    wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y).ffill()
+    wide = edits.pivot_table(index=x, columns=[*columns, "edit"], values=y)
     present = set(wide.columns.droplevel("edit"))
     titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by], KINDS))
     fig, axes = _panels(titles, 5, (FULL, 1.15 if panel else 2.35), least=1.9, sharey=True)
@@ -178,10 +178,11 @@ def curves(
             key = name if len(columns) == 1 else (title, name)
             if key not in present or (panel == by and name != title):
                 continue
-            low, middle, high = (wide[key].quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
-            ax.fill_between(wide.index, low, high, color=each.colour, alpha=0.15, lw=0)
-            ax.plot(wide.index, middle, color=each.colour, ls=each.dashes)
-            ends[name] = (wide.index[-1], middle.iloc[-1], each.colour)
+            own = wide[key].dropna(how="all").ffill()  # (steps, edits)
+            low, middle, high = (own.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
+            ax.fill_between(own.index, low, high, color=each.colour, alpha=0.15, lw=0)
+            ax.plot(own.index, middle, color=each.colour, ls=each.dashes)
+            ends[name] = (own.index[-1], middle.iloc[-1], each.colour)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=4 if panel else 9)
         ax.grid(axis="y")
         if log:
