@@ -130,7 +130,7 @@ LEVELS = pd.DataFrame(
 
 
 def test_levels_stand_along_an_axis_and_those_apart_are_not_on_the_line():
-    (ax,) = figures.scores(LEVELS, x="level", apart=["all"]).axes
+    (ax,) = figures.scores(LEVELS, x="level", separate=["all"]).axes
     assert [each.get_text() for each in ax.get_xticklabels()] == ["eighth 1", "eighth 2", "all"]
     joined = [list(line.get_ydata()) for line in lines(ax)]
     assert joined == [pytest.approx([0.35, 0.45]), pytest.approx([0.15, 0.25])]
@@ -331,13 +331,13 @@ def test_a_specification_is_sorted_and_shows_the_levels_of_each_combination():
         (figures.plane, "efficacy"),
         (figures.heat, "norm"),
         (lambda frame: figures.specification(frame, ["layers"]), "mean"),
-        (figures.claims, "said"),
+        (figures.claims, "text"),
     ],
 )
 def test_a_missing_column_is_named_with_the_nearest_one(draw, column):
     columns = "method kind edit score step loss batch_size chosen locality efficacy layer norm"
     frame = pd.DataFrame({name: [1.0] for name in columns.split()})
-    frame = frame.assign(layers=1, mean=1, claim="c", verdict="v", value=1, low=0, high=1, said="")
+    frame = frame.assign(layers=1, mean=1, claim="c", verdict="v", value=1, low=0, high=1, text="")
     if column != "mean":
         frame = frame.drop(columns=["mean"])
     with pytest.raises(InputError, match=f"no column '{column}'; did you mean '{column}x'"):

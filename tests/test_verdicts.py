@@ -280,7 +280,7 @@ def test_the_figure_turns_every_number_into_the_direction_of_its_claim():
     assert ends.loc["bound"].tolist() == pytest.approx([-0.01, -0.02, 0.005])
     assert frame.loc["opposite", "value"].tolist() == [2, -1]
     words = ["b: −2.00 [−4.00, −1.00]", "d: 1.00 [−1.00, 2.00]"]
-    assert frame.loc["opposite", "said"].tolist() == words and "none" not in frame.index
+    assert frame.loc["opposite", "text"].tolist() == words and "none" not in frame.index
     (axes,) = figures.claims(frame.reset_index()).axes
     drawn = [(float(line.get_xdata()[0]), to_hex(line.get_color())) for line in axes.lines[1:]]
     colours = {word: look.colour for word, look in figures.VERDICTS.items()}

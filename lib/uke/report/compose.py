@@ -71,13 +71,13 @@ def read_sections(paths: Paths) -> list[dict]:
     sections = []
     for path in files:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            section = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
-        if not isinstance(found, dict) or not _NEEDED <= set(found):
+        if not isinstance(section, dict) or not _NEEDED <= set(section):
             names = ", ".join(sorted(_NEEDED))
             raise InputError(f"{path}: not a section: expected {names}; run its notebook again")
-        sections.append(found)
+        sections.append(section)
     order = [FIRST, *(each["notebook"] for each in sections)]
     return sorted(sections, key=lambda each: order.index(each["notebook"]))
 
@@ -93,7 +93,7 @@ def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
                 raise InputError(
                     f"{what} {name} is in two sections: {owner} and {section['notebook']}"
                 )
-    numbers = {key: found for each in sections for key, found in each["numbers"].items()}
+    numbers = {key: entry for each in sections for key, entry in each["numbers"].items()}
     return dict(sorted(numbers.items()))
 
 
@@ -179,17 +179,17 @@ def _limits(sections: Iterable[Mapping]) -> list[str]:
 
 def _methods(sections: Iterable[Mapping]) -> list[str]:
     """Return a table of every recipe: the first one of a method in full, others as differences."""
-    found: dict[str, dict[str, dict]] = {}
+    methods: dict[str, dict[str, dict]] = {}
     for section in sections:
         for recipe in section["recipes"]:
             own = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
-            variants = found.setdefault(str(recipe.get("name", "unnamed")), {})
+            variants = methods.setdefault(str(recipe.get("name", "unnamed")), {})
             settings = json.dumps(own, sort_keys=True)
             variant = variants.setdefault(settings, {"own": own, "batches": {}, "used": {}})
             variant["batches"] |= {recipe["batch"]: None} if "batch" in recipe else {}
             variant["used"][section["notebook"]] = None
     rows = []
-    for name, variants in found.items():
+    for name, variants in methods.items():
         base: Mapping[str, Any] = {}
         for each in variants.values():
             changed = {key: value for key, value in each["own"].items() if value != base.get(key)}
@@ -208,18 +208,18 @@ def _methods(sections: Iterable[Mapping]) -> list[str]:
 
 def _environment(sections: Iterable[Mapping], runs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a table of model, data and code fingerprints, device and versions."""
-    found: dict[str, dict[str, list[str]]] = {}
+    facts: dict[str, dict[str, list[str]]] = {}
     for section in sections:
         for key, value in section["environment"].items():
-            found.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
+            facts.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
     for run in runs:
         for key, value in _machine(run).items():
-            found.setdefault(key, {_value(value): []})
-    if not found:
+            facts.setdefault(key, {_value(value): []})
+    if not facts:
         return []
     rows = [
         (key.replace("_", " "), value, ", ".join(notebooks) if len(values) > 1 else "")
-        for key, values in found.items()
+        for key, values in facts.items()
         for value, notebooks in values.items()
     ]
     frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
@@ -302,9 +302,9 @@ def quote(page: Path, paths: Paths) -> None:
         raise InputError(
             f"{page}: number {unknown[0]}: not in {paths.figures / 'numbers.json'}{hint}"
         )
-    write_atomic(page, _QUOTED.sub(lambda found: _quoted(found, numbers), text))
+    write_atomic(page, _QUOTED.sub(lambda match: _quoted(match, numbers), text))
 
 
-def _quoted(found: re.Match, numbers: Mapping[str, Mapping]) -> str:
-    what, key, _ = found.groups()
+def _quoted(match: re.Match, numbers: Mapping[str, Mapping]) -> str:
+    what, key, _ = match.groups()
     return f"<!-- {what}: {key} -->{numbers[key][_SHOWN[what]]}<!-- -->"

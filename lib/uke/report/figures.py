@@ -58,25 +58,25 @@ def scores(
     within: str | None = None,
     panel: str = "kind",
     row: str | None = None,
-    apart: Sequence[str] = (),
+    separate: Sequence[str] = (),
 ) -> Figure:
     """Draw mean scores with 95 % intervals, a panel for each kind of probe.
 
         scores(frame)                                a line per method, references behind them
         scores(frame, by="level", within="method")   lines per level, coloured by method
-        scores(frame, x="level", apart=["all"])      levels along an axis, joined by lines
+        scores(frame, x="level", separate=["all"])   levels along an axis, joined by lines
 
     `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or
-    mean, low, high. With `x`, levels in `apart` stand beside the line; `row` makes rows of panels.
+    mean, low, high. With `x`, levels in `separate` stand beside the line; `row` has rows of panels.
     """
     if x is None:
         return _forest(frame, by, within or by, panel)
     columns = list(dict.fromkeys([x, by, panel, *([row] if row else [])]))
     summary = summarise(frame, columns, "scores")
     shown = summary[~summary[by].isin(REFERENCES)]
-    levels = sorted(ordered(shown[x]), key=lambda level: level in apart)
-    places = pd.Series({level: at + 0.6 * (level in apart) for at, level in enumerate(levels)})
-    joined = [level for level in levels if level not in apart]
+    levels = sorted(ordered(shown[x]), key=lambda level: level in separate)
+    places = pd.Series({level: at + 0.6 * (level in separate) for at, level in enumerate(levels)})
+    joined = [level for level in levels if level not in separate]
     titles, look = ordered(shown[panel], KINDS), looks(shown[by])
     rows = ordered(shown[row]) if row else [None]
     fig = Figure(figsize=(FULL, 0.75 + 1.6 * len(rows)))
@@ -86,12 +86,12 @@ def scores(
         own = summary[(summary[panel] == title) & ((summary[row] == name) if row else True)]
         for mean in own.loc[own[by] == NO_EDIT, "mean"]:
             ax.axhline(mean, color=GREY, lw=1, ls=DASHES, zorder=1)
-        for turn, (each, (colour, mark, _)) in enumerate(look.items()):
-            found = own[own[by] == each].set_index(x).reindex(levels)
+        for turn, (each, (colour, marker, _)) in enumerate(look.items()):
+            cells = own[own[by] == each].set_index(x).reindex(levels)
             where = places + 0.14 * (turn - (len(look) - 1) / 2)  # names side by side
-            ax.vlines(where, found["low"], found["high"], color=colour, lw=1.2, alpha=0.6)
-            ax.plot(where[joined], found.loc[joined, "mean"], color=colour, lw=1)
-            _mark(ax, where, found["mean"], Look(colour, mark), 4)
+            ax.vlines(where, cells["low"], cells["high"], color=colour, lw=1.2, alpha=0.6)
+            ax.plot(where[joined], cells.loc[joined, "mean"], color=colour, lw=1)
+            _mark(ax, where, cells["mean"], Look(colour, marker), 4)
         ax.set_title(f"{label(name)}: {label(title)}" if row else label(title), fontsize=7)
         turned = {"rotation": 45, "ha": "right"} if len(levels) > 3 else {}
         ax.set_xticks(places, [label(level) for level in levels], **turned)
@@ -364,7 +364,7 @@ def distribution(
         sns.ecdfplot(frame, x="value", hue="name", **options, ax=ax)
         _log(ax, "x", frame["value"])
         ax.set(ylabel="share of items", xlim=(1, frame["value"].max()), ylim=(0, 1.02))
-        _explain(fig, {name: each._replace(mark="") for name, each in look.items()})
+        _explain(fig, {name: each._replace(marker="") for name, each in look.items()})
     ax = list(axes.values())[-1]
     ax.set_xlabel(label_x or ("" if form == "points" else value))
     if floor is not None:
@@ -416,9 +416,9 @@ def knowledge(frame: pd.DataFrame, by: str = "kind") -> Figure:
     fig, ((_, ax),) = _single(COLUMN, 0.5 + 0.24 * len(summary))
     bars = {"y": list(summary.index), "orient": "h", "color": "#9cc3dd", "saturation": 1}
     sns.barplot(x=summary["mean"].to_numpy(), **bars, width=0.62, errorbar=None, ax=ax)
-    for at, (name, found) in enumerate(summary.iterrows()):
-        ax.hlines(at, found["low"], found["high"], color="#0b3a5c", lw=1.6, zorder=4)
-        _say(ax, at, Score(found["mean"], found["low"], found["high"]))
+    for at, (name, cells) in enumerate(summary.iterrows()):
+        ax.hlines(at, cells["low"], cells["high"], color="#0b3a5c", lw=1.6, zorder=4)
+        _say(ax, at, Score(cells["mean"], cells["low"], cells["high"]))
         if not absent(targets.get(name)):
             ax.vlines(targets[name], at - 0.46, at + 0.46, color=RED, lw=1, zorder=3)
     _names(ax, summary.index)
@@ -507,9 +507,9 @@ def claims(frame: pd.DataFrame) -> Figure:
     """Draw the numbers that decide claims around one zero, each claim on a scale of its own.
 
     `frame` has a row for each number: claim, verdict, value, low, high (distances in the direction
-    of the claim) and said.
+    of the claim) and text.
     """
-    require(frame, ["claim", "verdict", "value", "low", "high", "said"], "claims")
+    require(frame, ["claim", "verdict", "value", "low", "high", "text"], "claims")
     names = ordered(frame["claim"])
     fig, ((_, ax),) = _single(FULL, 0.7 + 0.13 * len(frame) + 0.12 * len(names))
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
@@ -518,11 +518,11 @@ def claims(frame: pd.DataFrame) -> Figure:
         own = frame[frame["claim"] == name]
         largest = own[["value", "low", "high"]].abs().to_numpy(float).max() or 1.0
         heights = top + np.arange(len(own))
-        for at, found in zip(heights, own.itertuples(index=False), strict=True):
-            look, ends = VERDICTS[found.verdict], (found.low / largest, found.high / largest)
+        for at, cells in zip(heights, own.itertuples(index=False), strict=True):
+            look, ends = VERDICTS[cells.verdict], (cells.low / largest, cells.high / largest)
             ax.hlines(at, *ends, color=look.colour, lw=1.6, zorder=2)
-            _mark(ax, found.value / largest, at, look, 5.5)
-            _say(ax, at, found.said)
+            _mark(ax, cells.value / largest, at, look, 5.5)
+            _say(ax, at, cells.text)
         ticks.append(heights.mean())
         top += len(own) + 0.9
     ax.set_yticks(ticks, names)
@@ -561,10 +561,10 @@ def _single(FULL: float, height: float) -> tuple[Figure, Iterable[tuple[str, Axe
 
 def _mark(ax: Axes, x: Any, y: Any, look: Look, size: float = 4.4) -> None:
     """Set the marks of one look; they have a white edge, a star is larger, a cross is thicker."""
-    edge = {"mew": 1.4} if look.mark == "x" else {"mec": "white", "mew": 0.45}
-    star = look.mark == "*"
+    edge = {"mew": 1.4} if look.marker == "x" else {"mec": "white", "mew": 0.45}
+    star = look.marker == "*"
     edge |= {"ms": size + 3 * star, "zorder": 4 + star, "clip_on": False}
-    ax.plot(x, y, look.mark, ls="", color=look.colour, **edge)
+    ax.plot(x, y, look.marker, ls="", color=look.colour, **edge)
 
 
 def _say(ax: Axes, at: float, value: str | float | Score | None) -> None:
@@ -616,9 +616,9 @@ def _explain(
     """Explain colours, marks and those references that are among `names`."""
     look = dict(look)
     if NO_EDIT in (names := set(names)):
-        look[NO_EDIT] = LOOKS[NO_EDIT]._replace(mark="")
+        look[NO_EDIT] = LOOKS[NO_EDIT]._replace(marker="")
     handles: list = [
-        Line2D([], [], color=each.colour, marker=each.mark, ls=each.dashes, label=label(name))
+        Line2D([], [], color=each.colour, marker=each.marker, ls=each.dashes, label=label(name))
         for name, each in look.items()
     ]
     if "floor" in names:

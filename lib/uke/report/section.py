@@ -76,8 +76,8 @@ class Section:
         text = number(value, decimals) + ("" if low is None else f" {bracket(low, high, decimals)}")
         text += unit if unit == "%" else f" {unit}" if unit else ""
         text += "" if n is None else f", n = {number(int(n))}"
-        found = {"value": value, "low": low, "high": high, "n": n if n is None else int(n)}
-        self._numbers[key] = found | {"unit": unit, "said": text, "source": self._source()}
+        entry = {"value": value, "low": low, "high": high, "n": n if n is None else int(n)}
+        self._numbers[key] = entry | {"unit": unit, "said": text, "source": self._source()}
         return text
 
     def figure(
@@ -199,7 +199,7 @@ def _show(what: pd.DataFrame | Path | str) -> None:
 
 def prose(text: str) -> str:
     """Return plain text as Markdown in which only words between backticks are markup."""
-    text = _TOGETHER.sub(lambda found: found[0].replace(" ", "\u00a0"), " ".join(text.split()))
+    text = _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), " ".join(text.split()))
     parts = text.split("`")
     if len(parts) % 2 == 0:  # a lone backtick is one
         return _escape(text).replace("`", r"\`")

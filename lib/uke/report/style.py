@@ -26,7 +26,7 @@ class Look(NamedTuple):
     """How one name is drawn in every figure."""
 
     colour: str
-    mark: str = "o"
+    marker: str = "o"
     dashes: str | tuple = "-"
 
 
@@ -82,15 +82,15 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """
     names = list(dict.fromkeys(names))
     others = iter(OTHERS * (1 + len(names) // len(OTHERS)))
-    found = {name: LOOKS.get(name.removesuffix(VARIANT)) or next(others) for name in names}
+    plain = {name: LOOKS.get(name.removesuffix(VARIANT)) or next(others) for name in names}
     return {
         name: look._replace(dashes="--") if name.endswith(VARIANT) else look
-        for name, look in found.items()
+        for name, look in plain.items()
     }
 
 
 def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
-    """Name lines that end at (x, y) in a colour, right of the axes and apart from each other."""
+    """Name lines that end at (x, y) in a colour, right of the axes, without overlap."""
     ax.get_xlim(), ax.get_ylim()  # makes the limits follow what was drawn last
     to_axes = ax.transData + ax.transAxes.inverted()
     points = {name: to_axes.transform((x, y)) for name, (x, y, _) in ends.items()}

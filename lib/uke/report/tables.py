@@ -103,12 +103,12 @@ def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()
     ]
     table = pd.DataFrame({by: names})
     for kind in ordered(summary.index.get_level_values("kind"), KINDS):
-        found = summary.xs(kind, level="kind")
-        means = found["mean"].drop(list(REFERENCES), errors="ignore").round(2)
+        of_kind = summary.xs(kind, level="kind")
+        means = of_kind["mean"].drop(list(REFERENCES), errors="ignore").round(2)
         best = means.max() if len(means) > 1 else None
         cells = [
-            Score(*found.loc[name, ["mean", "low", "high"]], best=means.get(name) == best)
-            if name in found.index
+            Score(*of_kind.loc[name, ["mean", "low", "high"]], best=means.get(name) == best)
+            if name in of_kind.index
             else None
             for name in names
         ]
@@ -127,12 +127,12 @@ def grid_gaps(
     if not frame.empty:
         require(frame, [*by, "edit"], "grid_gaps")
     counts = frame.groupby(by, sort=False, observed=True, dropna=False)["edit"].nunique()
-    found = {
+    counted = {
         tuple(None if absent(each) else each for each in np.atleast_1d(np.array(key, object))): n
         for key, n in counts.items()
     }
     cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for cell in expected]
-    full = max((found.get(cell, 0) for cell in cells), default=0) if edits is None else edits
+    full = max((counted.get(cell, 0) for cell in cells), default=0) if edits is None else edits
     sentences = []
     for cell in cells:
         rest = [
@@ -140,11 +140,11 @@ def grid_gaps(
             for column, each in zip(by, cell, strict=False)
         ]
         name = ", ".join([str(cell[0]), *rest[1:]])
-        if not found.get(cell):
+        if not counted.get(cell):
             sentences.append(f"{name}: no rows, so its cell is a dash.")
-        elif found[cell] < full:
+        elif counted[cell] < full:
             fewer = "so its mean is over fewer edits than those beside it"
-            sentences.append(f"{name}: {found[cell]} of {full} edits, {fewer}.")
+            sentences.append(f"{name}: {counted[cell]} of {full} edits, {fewer}.")
     return sentences
 
 

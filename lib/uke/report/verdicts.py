@@ -138,12 +138,12 @@ def _valid(model: type[Model], place: str, content: Any) -> Model:
 
 def claims(path: str | Path) -> list[Claim]:
     """Return the claims of a file, in its order; InputError naming claim and key."""
-    found = []
+    read = []
     for name, given in read_yaml(Path(path)).items():
         if not isinstance(given, Mapping):
             raise InputError(f"{path}: {name}: expected a mapping, found {given!r}")
-        found.append(_valid(Claim, f"{path}: {name}", {"key": name} | dict(given)))
-    return found
+        read.append(_valid(Claim, f"{path}: {name}", {"key": name} | dict(given)))
+    return read
 
 
 def paper(path: str | Path) -> Paper:
@@ -159,7 +159,7 @@ class Evidence(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    said: str
+    text: str
     against: float
     state: float
 
@@ -216,29 +216,29 @@ def _evidence(claim: Claim, world: str, numbers: Numbers) -> Iterator[Evidence]:
                 yield Evidence(world, name, *ends, each["said"], 0, state)
             continue
         state = _state(own, other, bound=not named and claim.than != 0)
-        said = own["said"] + (f" (against {other['said']})" if named else "")
+        text = own["said"] + (f" (against {other['said']})" if named else "")
         ends = own["value"], own.get("low"), own.get("high")
         turn = -1 if claim.sign == "-" else 1
-        yield Evidence(world, key, *ends, said, other["value"], turn * state)
+        yield Evidence(world, key, *ends, text, other["value"], turn * state)
 
 
 def _matching(numbers: Numbers, pattern: str) -> list[str]:
     """Return the keys of finite numbers that a pattern matches: batch.8 comes before batch.24."""
-    found = [
+    keys = [
         key
         for key, own in numbers.items()
         if fnmatchcase(key, pattern)
         and key.count(".") == pattern.count(".")
         and _finite(own.get("value"))
     ]
-    parts = {key: key.split(".") for key in found}
+    parts = {key: key.split(".") for key in keys}
     return sorted(
-        found, key=lambda key: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts[key]]
+        keys, key=lambda key: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts[key]]
     )
 
 
 def _state(own: Mapping, other: Mapping, bound: bool = False) -> float:
-    """Return the direction of own minus other: 1 or -1 if intervals tell them apart, else half.
+    """Return the direction of own minus other: 1 or -1 if intervals are disjoint, else half.
 
     A `bound` is passed when it is reached.
     """
@@ -269,7 +269,7 @@ def gather(paths: Paths) -> dict[str, dict]:
     others = sorted(own.parent.glob(f"{own.name}-world-*"))
     worlds = {folder.name: _json(folder / "numbers.json") for folder in others}
     numbers = numbers if sections else _json(own / "numbers.json")
-    return {own.name: numbers} | {name: found for name, found in worlds.items() if found}
+    return {own.name: numbers} | {name: each for name, each in worlds.items() if each}
 
 
 def _json(path: Path) -> dict:
@@ -295,7 +295,7 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
         (
             each.claim.claim,
             each.claim.paper,
-            "; ".join(f"{_distinction(each, seen)}{seen.said}" for seen in each.evidence),
+            "; ".join(f"{_distinction(each, seen)}{seen.text}" for seen in each.evidence),
             f"{each.word}: {each.reason}" if each.reason else each.word,
             each.worlds,
         )
@@ -320,7 +320,7 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """Return a row for each number that decides a claim, for `figures.claims`.
 
     Columns: claim (its label), verdict, value, low, high (the distance from what it is compared
-    with, in the direction of the claim) and said. Claims without a number have no row.
+    with, in the direction of the claim) and text. Claims without a number have no row.
     """
     rows = []
     for verdict in verdicts:
@@ -331,10 +331,10 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
             low, high = (each.value if absent(end) else end for end in (each.low, each.high))
             value, *ends = (turn * (end - each.against) for end in (each.value, low, high))
             decimals = places(each.value, each.low, each.high)
-            said = _distinction(verdict, each) + number(float(each.value), decimals)
-            said += "" if absent(each.low) else f" {bracket(each.low, each.high, decimals)}"
-            rows.append((claim.label or claim.key, verdict.word, value, *sorted(ends), said))
-    return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "said"])
+            text = _distinction(verdict, each) + number(float(each.value), decimals)
+            text += "" if absent(each.low) else f" {bracket(each.low, each.high, decimals)}"
+            rows.append((claim.label or claim.key, verdict.word, value, *sorted(ends), text))
+    return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
 
 
 def beside(published: Iterable[Published], numbers: Numbers) -> pd.DataFrame:
@@ -364,9 +364,9 @@ def beside(published: Iterable[Published], numbers: Numbers) -> pd.DataFrame:
 def _ours(entry: Published, method: str, kind: str, numbers: Numbers) -> str | None:
     prefix = "akew." if entry.set.upper().startswith("AKEW") else ""
     if entry.metric == "lead":
-        found = _matching(numbers, f"{prefix}batch.*.lead_relative")
-        found = found or _matching(numbers, f"{prefix}batch.*.lead")
-        return numbers[found[-1 if entry.batch == "largest" else 0]]["said"] if found else None
+        keys = _matching(numbers, f"{prefix}batch.*.lead_relative")
+        keys = keys or _matching(numbers, f"{prefix}batch.*.lead")
+        return numbers[keys[-1 if entry.batch == "largest" else 0]]["said"] if keys else None
     key = f"{prefix}single.{number_key(method)}.{kind}"
     same = numbers.get(key, {}) if entry.metric == "rougel_recall" else {}
     own = numbers.get(f"{key}.{entry.metric}", same)
