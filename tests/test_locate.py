@@ -66,7 +66,8 @@ def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch
 
 def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tiny, tokenizer):
     model = tiny()
-    for name, choices in BASELINES.items():
+    for name in ("memit", "anyedit_memit", "anyedit_pp", "muke"):
+        choices = BASELINES[name]
         found = located(model, tokenizer, choices.model_copy(update={"window": 6}))
         for one, windows in zip(found.examples, found.windows, strict=True):
             assert windows[0].start == one.prompt_length and windows[-1].stop == len(one.ids)

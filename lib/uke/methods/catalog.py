@@ -303,6 +303,12 @@ def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, lis
     return found
 
 
+def tunable(folder: Path, model: str) -> list[str]:
+    """Return the names of the methods that have trials for the model."""
+    own = settings_name(model)
+    return [name for name, one in catalog(folder).items() if own in one.trials]
+
+
 def _is_family(one: Settings) -> bool:
     return bool(one.method.factors and one.candidate_trials)
 

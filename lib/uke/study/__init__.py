@@ -6,5 +6,17 @@ from uke.study.factor import FactorStudy, say_means
 from uke.study.methods import MethodStudy
 from uke.study.sequential import SequenceStudy
 from uke.study.study import Study
+from uke.study.tuning import GridTrials, LevelTrials, Trials
 
-__all__ = ["Dataset", "FactorStudy", "MethodStudy", "SequenceStudy", "Study", "load", "say_means"]
+__all__ = [
+    "Dataset",
+    "FactorStudy",
+    "GridTrials",
+    "LevelTrials",
+    "MethodStudy",
+    "SequenceStudy",
+    "Study",
+    "Trials",
+    "load",
+    "say_means",
+]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from uke.errors import InputError
 from uke.methods import recipes
 from uke.methods.catalog import changes, differences, key
 from uke.methods.method import Method
@@ -47,6 +48,11 @@ class Trials:
         finalists: int = 2,
         factor: str = "trial",
     ):
+        if study.dataset.split != "development" or study.dataset.world_seed is None:
+            raise InputError(
+                f"{study.name}: settings are chosen on development edits of the world alone, "
+                f"found split '{study.dataset.split}' of '{study.paths.data}'"
+            )
         self.study, self.base, self.sizes, self.limit = study, base, list(sizes), limit
         self.finalists, self.factor = finalists, factor
         self.settings = {
@@ -57,6 +63,11 @@ class Trials:
         self.planned: list[tuple[int, str, str]] = []
         self.failed: list[tuple[int, str, str]] = []
 
+    @property
+    def decides(self) -> bool:
+        """Whether the choice is written to `params/methods`: not from few edits or old rows."""
+        return self.study.paths.profile not in ("smoke", "quick") and not rows.use_committed()
+
     def edits(self, size: int) -> int:
         """Return on how many edits a trial is made at a batch size."""
         return max(self.limit // size, 1) * size
@@ -66,6 +77,7 @@ class Trials:
 
         Warn in a section of those that fail because a loss or a system is not finite: they are out.
         """
+        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
         for size in sizes or self.sizes:
             last = len(self.sizes) > 2 and size == self.sizes[-1]
             entered = leading(self.averages(), self.sizes[-2], self.finalists) if last else None
@@ -118,6 +130,19 @@ class Trials:
         shown = self.best().sort_values("batch_size", kind="stable")
         shown = shown.rename(columns={"level": "best trial", "score": "average"})
         return shown[["method", "batch_size", "best trial", "average"]]
+
+    def last_gains(self) -> pd.Series:
+        """Return what the last of N trials was expected to add, by method and batch size.
+
+        Drawn without replacement, the best of N minus the best of N - 1 is the gap between the two
+        best trials over N.
+        """
+        gains = {}
+        for (name, size), own in self.means().groupby(["method", "batch_size"], sort=False):
+            ranked = own["score"].sort_values().to_list()
+            gap = ranked[-1] - ranked[-2] if len(ranked) > 1 else float("nan")
+            gains[f"{name}, batch size {size}"] = gap / len(ranked)
+        return pd.Series(gains).dropna()
 
     def at_edges(self) -> list[str]:
         """Name the best trials whose learning rate is the lowest or the highest of those tried."""
