@@ -15,6 +15,7 @@ from uke.files import sha256
 from uke.locality import audit, card
 from uke.locality.build import PROBE_KINDS, Builder, Settings, Sources, build, cut, unfiltered
 from uke.locality.card import SetFiles
+from uke.results import rows
 from uke.world import files as world_files
 
 STARTS = ("Abel", "Bor", "Cor", "Dan", "Ebb", "Fal")
@@ -346,11 +347,11 @@ def test_rows_are_made_once_and_read_again_where_they_are_committed(tmp_path, mo
     import pandas as pd
 
     frame, path = pd.DataFrame({"kind": ["rel_doc"]}), tmp_path / "rows" / "a.parquet"
-    assert audit.stored(path, lambda: frame).equals(frame)
+    assert rows.stored(path, lambda: frame).equals(frame)
     monkeypatch.setenv("UKE_ROWS", "committed")
-    assert audit.stored(path, lambda: pytest.fail("made again")).equals(frame)
+    assert rows.stored(path, lambda: pytest.fail("made again")).equals(frame)
     with pytest.raises(InputError, match="b.parquet: no committed rows"):
-        audit.stored(tmp_path / "b.parquet", lambda: frame)
+        rows.stored(tmp_path / "b.parquet", lambda: frame)
 
 
 def test_verdicts_hold_for_the_texts_that_were_read_and_no_others(sources, tmp_path):

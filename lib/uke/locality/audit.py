@@ -21,14 +21,14 @@ import pandas as pd
 from uke.data.edits import Edit, Item
 from uke.data.formats import load_locality
 from uke.errors import InputError
-from uke.files import read_yaml, sha256, write_atomic
+from uke.files import read_yaml, sha256
 from uke.locality.build import Settings, Sources, text_of, unfiltered
 from uke.locality.card import SetFiles, built, ensure, of_files, of_world
 from uke.locality.facts import Extractor, facts, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
 from uke.results.metrics import Encoder, cosines, load_encoder
-from uke.results.rows import use_committed
+from uke.results.rows import stored
 from uke.results.stats import Interval, Paired, interval, paired, share
 from uke.world import files as world_files
 from uke.world import generate as world
@@ -255,15 +255,6 @@ def assess_run(
         known_of = partial(known_of_world, world_seed, split)
         rows = partial(assess_sets, sets, settings, world / split / "locality", known_of)
     return stored(paths.exported(name), lambda: rows(encoder=load_encoder()))
-
-
-def stored(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Make rows and write them to `path`, or read them there where committed rows are asked for."""
-    if not use_committed():
-        write_atomic(path, make().to_parquet(index=False))
-    elif not path.is_file():
-        raise InputError(f"{path}: no committed rows; run the notebook without UKE_ROWS=committed")
-    return pd.read_parquet(path)
 
 
 def shape(frame: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.DataFrame:

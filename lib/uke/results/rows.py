@@ -2,7 +2,7 @@
 average."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from uke.data.edits import AVERAGE, KINDS
 from uke.errors import InputError, nearest
-from uke.files import replacing
+from uke.files import replacing, write_atomic
 from uke.project import Paths, check_name, code_fingerprint
 from uke.results.metrics import METRICS
 
@@ -309,3 +309,12 @@ def shortened(value: Any, digits: int) -> Any:
     if isinstance(value, (list, tuple)):
         return [shortened(each, digits) for each in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def stored(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Make rows and write them to `path`, or read them there where committed rows are asked for."""
+    if not use_committed():
+        write_atomic(path, make().to_parquet(index=False))
+    elif not path.is_file():
+        raise InputError(f"{path}: no committed rows; run the notebook without UKE_ROWS=committed")
+    return pd.read_parquet(path)
