@@ -180,7 +180,8 @@ def test_ratios_compare_seconds_of_an_edit_within_a_repeat():
     rows += [(1, "lanes", 8, 6.0), (2, "lanes", 8, 1.0)]
     frame = pd.DataFrame(rows, columns=["repeat", "variant", "edits", "train_seconds"])
     frame = frame.assign(method="A", tokens=5, answer_seconds=4.0, peak_mib=1.0)
-    assert stored.ratio(frame, "A", "single")[:3] == (6.0, 4.0, 8.0)
+    found = stored.ratio(frame, "A", "single")
+    assert (found.mean, found.low, found.high) == (6.0, 4.0, 8.0)
     with pytest.raises(InputError, match="no timings of variant 'loop'"):
         stored.ratio(frame, "A", "loop")
 
