@@ -1,4 +1,4 @@
-"""The world: what a seed decides, what pools keep apart, and whether its questions have the answers they claim."""
+"""The world: what a seed decides, what pools keep apart, and whether its questions are answered."""
 
 import random
 import re

@@ -16,7 +16,7 @@ from uke.errors import InputError, nearest
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Read `5e-4` as a float, which YAML 1.1 takes for text, and refuse a key that is written twice."""
+    """Read `5e-4` as a float, which YAML 1.1 takes for text, and refuse a repeated key."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -35,7 +35,7 @@ StrictLoader.add_implicit_resolver(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file or folder that takes the place of `path` once the block succeeds.
+    """Yield the path of a new file or folder that replaces `path` once the block succeeds.
 
         with replacing(folder / "weights.safetensors") as part:
             save_file(tensors, part)
@@ -64,9 +64,10 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping of names to values; an empty file is an empty mapping.
+    """Read a YAML file that holds one mapping of names to values, or nothing.
 
-    Raises InputError, one line with the file and the place, if it is missing, broken or holds something else.
+    Raises InputError, one line with the file and the place, if it is missing, broken or holds
+    something else.
     """
     path = Path(path)
     try:
