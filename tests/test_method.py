@@ -107,7 +107,7 @@ def test_the_explorer_offers_and_writes_it(tmp_path, monkeypatch):
     monkeypatch.setenv("UKE_HOME", str(to_explore(tmp_path)))
     bench = Bench("embedded", Library(Paths("quick")))
     before = state(bench.model)
-    task = Task(bench.library.edits[0], bench.methods["Shifted"], questions=("Who?",))
+    task = Task(bench.library.edits[0], bench.methods["Shifted"])
     trial = bench.write(task)
     assert moved(bench.model, before) == set(trial.record.change_norm) != set()
     assert trial.record.steps == 1 and len(trial.rows)

@@ -8,7 +8,6 @@
 Every edit is written alone into the untouched weights: an earlier one is undone first.
 """
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -150,8 +149,8 @@ class Library:
         """Return the edits whose id, question or answer holds every one of these words."""
         wanted = words.casefold().split()
         texts = [f"{edit.id} {edit.question} {edit.answer}".casefold() for edit in self.edits]
-        found = (all(word in text for word in wanted) for text in texts)
-        return list(itertools.compress(self.edits, found))
+        pairs = zip(self.edits, texts, strict=True)
+        return [edit for edit, text in pairs if all(word in text for word in wanted)]
 
     def probes(self, edit: Edit, paraphrases: Sequence[str] = ()) -> tuple[Probe, ...]:
         """Return every question about an edit; further paraphrases are asked like the first."""
@@ -294,9 +293,8 @@ class Bench:
         return f'from uke import methods, models\nmodel = methods.load({base}, "{folder}")'
 
     def free_name(self) -> str:
-        """Return a name that no edit is kept under yet."""
-        names = (f"edit-{number}" for number in itertools.count(1))
-        return next(name for name in names if not (self.folder / name).exists())
+        """Propose a name to keep the edit under."""
+        return f"edit-{1 + len(list(self.folder.glob('edit-*')))}"
 
     def ask(self, question: str, chat: bool | None = None) -> tuple[str, str | None]:
         """Answer a free question without the edit in the weights, and with it (None if none is)."""

@@ -307,12 +307,12 @@ class Panel(w.VBox):
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
-    def _run(self, act: Callable[[], str]) -> None:
+    def _run(self, act: Callable[[], str | None]) -> None:
         """Do it and say last how it ended; whatever happens, the widgets go on."""
         time.sleep(SETTLE)
         field, role = "action", "status"
         try:
-            text = act()
+            text = act() or ""
         except benches.Stopped:
             text = STOPPED
         except Exception as error:
@@ -411,25 +411,22 @@ class Panel(w.VBox):
         self.shown.value = html.undone(task.edit.question, now)
         return "The edit is out of the weights: the model is as it was, bit for bit."
 
-    def _keep(self) -> str:
+    def _keep(self) -> None:
         lines = self.bench.keep(self.name.value)
         self.kept.value = html.show.code("Kept. These two lines load it elsewhere:", lines)
         self.name.value = self.bench.free_name()
-        return ""
 
-    def _ask(self) -> str:
+    def _ask(self) -> None:
         question = self.free.value.strip()
         answers = self.bench.ask(question, self.form.chat.value)
         self.reply.value = html.reply(question, *answers)
-        return ""
 
-    def _export(self) -> str:
+    def _export(self) -> None:
         number = 1 + len(list(self.bench.folder.glob("session-*.yaml")))
         path = benches.export(self.bench, self.bench.folder / f"session-{number}.yaml")
         command = f"papermill -f {path} notebooks/explore.ipynb {path.with_suffix('.ipynb')}"
         introduction = f"Written to {path}. In the project's folder this repeats it:"
         self.exported.value = html.show.code(introduction, command)
-        return ""
 
 
 def detail_lines(text: str) -> list[dict[str, str]]:
