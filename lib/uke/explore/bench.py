@@ -185,7 +185,7 @@ def own_edit(**fields: Any) -> Edit:
         if not str(fields.get(name, "")).strip():
             raise Refused(name, f"The {name} is empty; expected a text.")
     try:
-        return Edit(id=OWN_ID, **fields)
+        return Edit(**{**fields, "id": OWN_ID})
     except ValidationError as error:
         fault = error.errors()[0]
         place = ", ".join(map(str, fault["loc"]))

@@ -394,7 +394,7 @@ class Panel(w.VBox):
         self._losses += [loss] if steps else []
         if phase == "writing" and time.perf_counter() - self._drawn < DRAW_EVERY:
             return
-        self._drawn, most = time.perf_counter(), getattr(method, "steps", steps)
+        self._drawn, most = time.perf_counter(), getattr(method, "steps", 0)
         asking = {
             "asking before": "asking the untouched model",
             "asking after": f"{len(self._losses)} steps; asking the edited model",
