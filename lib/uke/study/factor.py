@@ -82,7 +82,9 @@ class FactorStudy:
 
     def _levels(self, method: str, names: Sequence[str]) -> list[str]:
         """The levels compared on a method, in the order of the factor."""
-        factor = FACTORS[self.factor]
+        factor = self._tuned[method].factors.get(self.factor)
+        if not factor:
+            raise InputError(f"{method}: it has no levels of factors; expected a way to fine-tune")
         for name in names:
             if name not in factor.levels:
                 known = nearest(name, factor.levels)

@@ -1,0 +1,342 @@
+"""Studies of factors, methods and sequences on invented rows: compared, said and refused."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from uke.data.edits import AVERAGE
+from uke.errors import InputError
+from uke.project import Paths
+from uke.results import compare
+from uke.results.metrics import METRICS
+from uke.study import FactorStudy, MethodStudy, SequenceStudy, sequential
+
+KINDS = (*AVERAGE, "general")
+BLANK = ("split", "seed", "model", "data", "code", "peak_mib", "curve", "notes")
+
+
+def rows(edits, score, phase="after", **columns):
+    """Rows of the schema for these edits: every score is 0.5 but that of the original question."""
+    metrics = {name: 0.5 for metric in METRICS for name in (metric, f"{metric}_before")}
+    found = []
+    for batch, edit in enumerate(edits):
+        for kind in KINDS:
+            own = dict.fromkeys(metrics, score + batch / 100) if kind == "original" else metrics
+            found.append({"batch": batch, "edit": edit, "kind": kind, **own} | columns)
+    frame = pd.DataFrame(found).assign(number=0, phase=phase, log_probability=-1.0, steps=5)
+    frame = frame.assign(train_seconds=1.0, answer_seconds=1.0, change_norm=0.1, study="s")
+    return frame.assign(**{name: None for name in BLANK if name not in columns})
+
+
+class Invented(SimpleNamespace):
+    """A study whose rows are invented: `originals` has the score of a method, level or both."""
+
+    def __init__(self, originals=None, edits=4, chat=None, fails=()):
+        every = [SimpleNamespace(id=f"edit-{at}") for at in range(edits)]
+        dataset = SimpleNamespace(edits=every, split="test", world_seed=None)
+        more = {"subject": SimpleNamespace(name="embedded"), "chat": chat, "environment": {}}
+        super().__init__(dataset=dataset, paths=Paths("smoke"), **more)
+        self.originals, self.fails, self.frames = originals or {}, fails, []
+        names = [edit.id for edit in every]
+        empty = {"method": "unedited", "factor": None, "level": None, "batch_size": None}
+        self.before = rows(names, 0.1, "before", recipe=None, learning_rate=None, **empty)
+
+    def smoke_run(self):
+        return False
+
+    def unchanged(self):
+        return True
+
+    def run(self, method, batch_size=1, limit=None, factor=None, level=None):
+        score = self.originals.get((method.name, level), self.originals.get(level, 0.5))
+        names = [edit.id for edit in self.dataset.edits[:limit]]
+        labels = {"method": method.name, "factor": factor, "level": level, "split": "test"}
+        labels |= {"recipe": method.fingerprint, "learning_rate": method.learning_rate}
+        frame = rows(names, score, batch_size=batch_size, **labels)
+        self.frames.append(frame.assign(batch=frame["batch"] // batch_size))
+
+    def attempt(self, method, **labels):
+        if labels["level"] in self.fails:
+            return "loss is not finite"
+        return self.run(method, **labels)
+
+    def read(self):
+        return pd.concat(self.frames, ignore_index=True)
+
+
+class Recorder:
+    """A section that keeps what it is told."""
+
+    def __init__(self):
+        self.numbers, self.checks, self.warnings, self.recipes = {}, {}, [], []
+        self.warn, self.method = self.warnings.append, self.recipes.append
+
+    def say(self, key, value, low=None, high=None, n=None, unit=""):
+        assert key not in self.numbers
+        self.numbers[key] = value
+        return f"{value:.2f} {unit}, n = {n}".replace(" ,", ",")
+
+    def check(self, ok, text):
+        self.checks[text] = bool(ok)
+
+
+def ran(factor, levels=(), methods=("FT-M", "LoRA"), **invented):
+    """A study of a factor that was run and said, and the section."""
+    study, section = FactorStudy(factor, methods, levels, Invented(**invented)), Recorder()
+    study.run(section)
+    study.say(section)
+    return study, section
+
+
+@pytest.mark.parametrize(
+    ("factor", "levels", "expected"),
+    [
+        ("layers", ["all", "eighth_3"], {"FT-M": ["eighth_3", "all"], "LoRA": ["eighth_3", "all"]}),
+        (
+            "components",
+            ["query_value", "both", "mlp"],
+            {"FT-M": ["mlp", "both"], "LoRA": ["mlp", "both", "query_value"]},
+        ),
+        ("end_of_turn", [], {"FT-M": ["with", "without"], "LoRA": ["with", "without"]}),
+    ],
+)
+def test_levels_come_in_the_order_of_the_factor(factor, levels, expected):
+    study = FactorStudy(factor, ["FT-M", "lora"], levels, Invented())
+    assert study.levels == expected
+    assert list(study.recipes) == [(name, one) for name, own in expected.items() for one in own]
+
+
+@pytest.mark.parametrize(
+    ("factor", "methods", "levels", "message"),
+    [
+        ("layer", ["FT-M"], [], "unknown factor 'layer'; did you mean 'layers'?"),
+        ("layers", ["FTM"], [], "unknown method 'FTM'; did you mean 'FT-M'?"),
+        ("layers", ["FT-M"], ["eigth_3"], "layers: unknown level 'eigth_3'; did you mean"),
+        ("layers", ["FT-M"], ["all"], "layers, FT-M: all: expected two or more levels"),
+        ("components", ["FT-M"], ["mlp", "query_value"], "components, FT-M: mlp: expected two"),
+        ("layers", ["MEMIT"], [], "MEMIT: it has no levels"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(factor, methods, levels, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        FactorStudy(factor, methods, levels, Invented())
+
+
+@pytest.mark.parametrize(
+    ("factor", "levels", "pairs"),
+    [
+        ("loss_scope", [], {"": ("target_tokens", "last_prompt_token")}),
+        ("layers", [], {"": ("all", "eighth_7")}),  # the best one in params/methods/ft-m.yaml
+        ("layers", ["eighth_3", "all"], {"": ("all", "eighth_3")}),
+        (
+            "layers",
+            ["first_half", "second_half"],
+            {"second_half_minus_first_half": ("second_half", "first_half")},
+        ),
+        ("components", ["mlp", "both"], {"both": ("both", "mlp")}),
+        ("components", ["down_proj", "mlp"], {"mlp_minus_down_proj": ("mlp", "down_proj")}),
+    ],
+)
+def test_a_selection_of_levels_has_the_contrasts_it_allows(factor, levels, pairs):
+    assert FactorStudy(factor, ["FT-M"], levels, Invented()).pairs == {"FT-M": pairs}
+
+
+def test_effects_are_said_with_the_interaction_and_quoted_in_sentences():
+    scores = {("FT-M", "all"): 0.8, ("FT-M", "eighth_3"): 0.2, ("LoRA", "all"): 0.5}
+    study, section = ran("layers", ["eighth_3", "all"], originals=scores)
+    said = section.numbers
+    assert said["factor.layers.ft_m.all.original"] == pytest.approx(0.815)
+    assert said["effect.layers.ft_m.original"] == pytest.approx(60)
+    assert said["effect.layers.ft_m.average"] == pytest.approx(10)
+    assert said["effect.layers.interaction.average"] == pytest.approx(10)
+    assert not section.warnings and len(section.recipes) == 4
+    template = "{method}: {level} over {against} {average}, from {against_original}."
+    assert study.sentences(template).startswith("FT-M: all over eighth 3 10.00 points, from 0.21")
+    assert study.gained("FT-M") and not study.gained() and not study.lost("FT-M")
+    assert not study.gained("AdaLoRA")
+    assert study.best() == {"FT-M": "all", "LoRA": "eighth_3"}
+    assert study.mean("no edit", "original") == pytest.approx(0.115)
+
+
+def test_raw_prompts_have_keys_of_their_own():
+    study, section = ran("chat_template", methods=["FT-M"], chat=False)
+    assert "factor.chat_template_asked_without.ft_m.with.average" in section.numbers
+    effects = {key for key in section.numbers if key.startswith("effect")}
+    ends = ("asked_without", "asked_without_original")
+    assert effects == {f"effect.chat_template.ft_m.{end}" for end in ends}
+    assert "raw prompts" in study.effects["effect"].iloc[0]
+
+
+def test_a_level_that_fails_is_warned_of_and_has_no_effect():
+    study, section = ran("loss_scope", methods=["FT-M"], fails=["last_prompt_token"])
+    assert section.warnings == [
+        "FT-M, last prompt token: failed (loss is not finite)",
+        "FT-M, last prompt token: 0 of 4 edits have rows.",
+    ]
+    assert study.effects.empty and not study.gained()
+    assert study.sentences("{method}") == "No method has both levels, so nothing can be compared."
+
+
+def test_checks_see_missing_edits_and_levels_that_are_one_recipe():
+    study, section = ran("end_of_turn", methods=["FT-M"])
+    study.check(section)
+    assert len(section.checks) == 3 and all(section.checks.values())
+    study.rows = study.rows[study.rows["edit"] != "edit-0"].assign(recipe="same")
+    study.check(again := Recorder())
+    assert list(again.checks.values()) == [False, True, False]
+
+
+# --- methods at several batch sizes ---------------------------------------------------------------
+
+METHODS = ["FT-UKE", "LocFT-BF", "MEMIT", "UnKE"]
+
+
+@pytest.mark.parametrize(
+    ("best", "plan"),
+    [
+        (
+            {2: "UnKE", 8: "MEMIT"},  # run alone of its kind at a size that is not full
+            {(2, "FT-UKE"): 6, (2, "LocFT-BF"): 4, (2, "UnKE"): 6}
+            | {(8, "FT-UKE"): 24, (8, "LocFT-BF"): 8, (8, "MEMIT"): 24, (8, "UnKE"): 8},
+        ),
+        (
+            {},  # any baseline may turn out to be the best
+            {(2, "FT-UKE"): 6, (2, "LocFT-BF"): 4, (2, "MEMIT"): 6, (2, "UnKE"): 6}
+            | {(8, "FT-UKE"): 24, (8, "LocFT-BF"): 8, (8, "MEMIT"): 24, (8, "UnKE"): 24},
+        ),
+    ],
+)
+def test_a_plan_has_the_best_baseline_everywhere_and_all_at_full_sizes(monkeypatch, best, plan):
+    monkeypatch.setattr(compare, "best_baselines", lambda *_: best)
+    study = MethodStudy(Invented(), METHODS, [2, 8], [8], limit=5, batches=3)
+    assert study.plan == plan
+    assert MethodStudy.edits_needed([2, 8], 5, 3) == 24
+
+
+def test_single_edits_are_of_every_method_that_writes_one(monkeypatch):
+    monkeypatch.setattr(compare, "best_baselines", lambda *_: {})
+    study = MethodStudy(Invented(), [])
+    assert "LocFT-BF" not in study.names and "in-context" not in study.names
+    assert study.leader == "FT-UKE" and {"MEMIT", "AnyEdit++"} <= set(study.baselines)
+    assert MethodStudy(Invented(), ["LocFT-BF", "FT-M"]).plan == {(1, "FT-M"): 4}
+
+
+def test_without_development_rows_the_best_baseline_is_said_to_be_flattered(monkeypatch):
+    monkeypatch.setattr(compare, "best_baselines", lambda *_: {})
+    originals = {("FT-UKE", None): 0.9, ("MEMIT", None): 0.5, ("UnKE", None): 0.6}
+    study, section = MethodStudy(Invented(originals), ["FT-UKE", "MEMIT", "UnKE"]), Recorder()
+    study.run(section)
+    assert study.best == {1: "UnKE"} and "flatters" in section.warnings[0]
+    study.say(section, "single", ["method", "kind"], ["average"])
+    assert study.say_lead(section, "single").mean == pytest.approx(5)
+    assert {"single.memit.average", "single.lead", "single.lead_relative"} < set(section.numbers)
+    study.check(section)
+    assert all(section.checks.values())
+    leads = compare.leads(study.averages, study.leader, study.best)
+    assert study.say_leads(section, "batch", leads) == {1: "5.00 points, n = 4"}
+
+
+@pytest.mark.parametrize(("names", "what"), [(["FT-M"], "no base"), (["MEMIT"], "only base")])
+def test_a_lead_needs_fine_tuning_and_a_baseline(names, what):
+    with pytest.raises(InputError, match=f"methods: {names[0]}: {what}"):
+        MethodStudy(Invented(), names).require_lead()
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+def test_a_sequence_warns_of_a_breakdown_and_names_what_is_written_at_once(monkeypatch):
+    study = Invented(edits=4)
+
+    def run(_, method, counts, queried, together):
+        for count in counts if method.name != "MEMIT" else counts[:1]:
+            labels = {"factor": "count", "level": f"after {count}", "recipe": method.fingerprint}
+            names = [edit.id for edit in sequential.first_and_last(study.dataset.edits[:count], 1)]
+            frame = rows(names, 0.5, method=method.name, batch_size=count, **labels)
+            study.frames.append(frame.assign(batch=count, learning_rate=0.1, notes="broke down"))
+
+    monkeypatch.setattr(sequential, "run", run)
+    section, methods = Recorder(), ["FT-M", "MEMIT"]
+    sequences = SequenceStudy(study, methods, ["FT-M"], [1, 9], 1)
+    sequences.run(section)
+    assert sequences.counts == [1, 4] and sequences.names == [*methods, "FT-M (at once)"]
+    assert section.warnings == ["MEMIT did not reach 4 edits: after 1, broke down."]
+    sequences.say(section)
+    assert {"sequential.ft_m.4.last", "sequential.ft_m_at_once.4.first"} < set(section.numbers)
+    sequences.check(section)
+    assert all(section.checks.values())
+    assert set(sequences.final()["method"]) == {"FT-M", "FT-M (at once)", "no edit"}
+    assert sequences.costs().set_index("method").loc["FT-M", "edits"] == 4
+
+
+# --- what notebooks read off the rows -------------------------------------------------------------
+
+
+def of(method, score, size=1, **columns):
+    labels = {"factor": None, "level": None, "recipe": "r", "learning_rate": 0.1} | columns
+    return rows(["a", "b"], score, method=method, batch_size=size, **labels)
+
+
+def test_gains_are_over_no_edit_and_over_the_baseline():
+    after = pd.concat([of("FT-M", 0.9), of("UnKE", 0.6)])
+    before = of("unedited", 0.3).assign(phase="before")
+    scores = compare.scored(after, before)
+    table = compare.gains(scores, "UnKE").set_index("method")
+    assert table.loc["FT-M", "minus UnKE"].mean == pytest.approx(5)
+    assert table.loc["UnKE", "minus UnKE"] is None
+    # Without an edit locality is 1 by definition, with these edits it is 0.5.
+    assert table.loc["UnKE", "minus no edit"].mean == pytest.approx(100 * (0.3 - 3 * 0.5) / 6)
+    assert compare.ranking(scores) == ["no edit", "FT-M", "UnKE"]
+    assert compare.gap(scores, "FT-M", "UnKE").mean == pytest.approx(5)
+    assert compare.gap(scores, "FT-M", "LoRA") is None
+    assert list(compare.plane(scores)["method"]) == ["FT-M", "UnKE", "no edit"]
+    assert compare.plane(scores)["locality"].tolist() == pytest.approx([0.5, 0.5, 1])
+
+
+def test_the_lead_is_over_the_best_baseline_of_each_size():
+    after = pd.concat([of("A", 0.9), of("B", 0.6), of("C", 0.5)])
+    large = pd.concat([of("A", 0.8, 4), of("B", 0.1, 4), of("C", 0.5, 4)]).assign(batch=0)
+    scores = compare.by_batch(pd.concat([after, large]))
+    averages = scores[scores["kind"] == "average"]
+    best = compare.best_here(averages, ["B", "C"])
+    leads = compare.leads(averages, "A", best)
+    assert leads["baseline"].tolist() == ["B", "C"] and leads["batches"].tolist() == [2, 1]
+    assert leads["mean"].tolist() == pytest.approx([5, 5])
+    assert compare.lead_trend(averages, "A", best).mean == pytest.approx(0)
+    assert list(compare.shown_leads(leads)["lead (points)"])[0].mean == pytest.approx(5)
+
+
+def test_windows_and_losses_are_read_from_the_curves():
+    first = '{"losses": [2.0, 0.5], "windows": [[[-3.0, -2.0], [-1.0, -0.5]]]}'
+    curves = pd.DataFrame({"method": ["FT-M"], "level": ["with"], "edit": ["a"], "curve": [first]})
+    windows = compare.windows(curves)
+    found = windows.set_index(["phase", "window"])["log_probability"].to_dict()
+    assert found == {("no edit", 1): -3, ("no edit", 2): -2, ("edited", 1): -1, ("edited", 2): -0.5}
+    assert compare.last_windows(windows).to_dict() == {"FT-M": -0.5}
+    assert compare.likelier(windows) == ["FT-M"]
+    assert compare.final_losses(compare.curves(curves)).to_dict() == {"with": 0.5}
+
+
+def test_answers_stand_beside_the_reference_and_those_without_an_edit():
+    texts = {"question": "Who?", "reference": "Ada.", "before": "Bo."}
+    after = pd.concat(
+        [of("FT-M", 0.9, level=level, answer=level, **texts) for level in ("with", "without")]
+    )
+    shown = compare.answers(after, "a", ["original"])
+    assert list(zip(shown["source"], shown["answer"], strict=True)) == [
+        ("reference", "Ada."),
+        ("no edit", "Bo."),
+        ("FT-M, with", "with"),
+        ("FT-M, without", "without"),
+    ]
+    assert compare.same_answers(after, "with", "without") == (0, 2 * len(KINDS))
+    assert compare.of_level(compare.published(after), "exact").to_dict().keys() == {
+        "with",
+        "without",
+    }
+
+
+def test_separation_needs_probes_of_both_sorts_and_two_methods():
+    assert compare.separation_table(of("FT-M", 0.9))[0] == {}
+    both = pd.concat([of("FT-M", 0.9), of("UnKE", 0.6)])
+    assert compare.separation_table(both[both["kind"] != "general"])[1].empty
