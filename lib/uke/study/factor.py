@@ -70,8 +70,8 @@ class FactorStudy:
         self.pairs = {method: self._pairs(method) for method in self.methods}
         self.recipes: dict[tuple[str, str], Recipe] = {
             (method, level): at_level(self._params, self._model, method, factor, level)
-            for method, own in self.levels.items()
-            for level in own
+            for method, chosen in self.levels.items()
+            for level in chosen
         }
 
     @property
@@ -90,22 +90,22 @@ class FactorStudy:
                 known = nearest(name, factor.levels)
                 raise InputError(f"factor {self.factor}: unknown level '{name}'{known}")
         skipped = () if self._tuned[method].adapter else factor.of_adapters
-        own = [name for name in factor.levels if name not in skipped]
-        own = [name for name in own if not names or name in names]
-        if len(own) < 2:
-            where = f"factor {self.factor}, {method}: {', '.join(own) or 'none'}"
+        chosen = [name for name in factor.levels if name not in skipped]
+        chosen = [name for name in chosen if not names or name in names]
+        if len(chosen) < 2:
+            where = f"factor {self.factor}, {method}: {', '.join(chosen) or 'none'}"
             raise InputError(f"{where}: expected two or more levels to compare")
-        return own
+        return chosen
 
     def _pairs(self, method: str) -> dict[str, tuple[str, str]]:
         """What is contrasted on a method, by the end of its key."""
-        levels, found = self.levels[method], {}
+        levels, pairs = self.levels[method], {}
         for end, (level, against) in CONTRASTS[self.factor].items():
             if against == BEST_SINGLE and set(SINGLE_BLOCKS) & set(levels):
                 against = best_single(self._params, self._model, method, levels)
             if {level, against} <= set(levels):
-                found[end] = (level, against)
-        return found or {f"{levels[-1]}_minus_{levels[0]}": (levels[-1], levels[0])}
+                pairs[end] = (level, against)
+        return pairs or {f"{levels[-1]}_minus_{levels[0]}": (levels[-1], levels[0])}
 
     def run(self, section: Any) -> None:
         """Write the rows of every cell that has none, and warn in a section of what failed or is
@@ -163,18 +163,21 @@ class FactorStudy:
     def contrasts(self) -> dict[str, tuple[str, dict[tuple[str, str], float]]]:
         """By key, the words and the weights of each contrast; of the layers of two methods also
         the interaction, the first method's contrast minus the second's."""
-        found = {}
+        contrasts = {}
         for method, pairs in self.pairs.items():
             for end, (level, against) in pairs.items():
                 levels = f"{compare.label(level)} minus {compare.label(against)}"
                 words = f"{method}, {self.title}: {levels}"
                 weights = {(method, level): 1.0, (method, against): -1.0}
-                found[".".join(filter(None, (key(method), end)))] = (words, weights)
-        if self.factor == "layers" and len(self.methods) == len(found) == 2:
-            (_, first), (_, second) = found.values()
+                contrasts[".".join(filter(None, (key(method), end)))] = (words, weights)
+        if self.factor == "layers" and len(self.methods) == len(contrasts) == 2:
+            (_, first), (_, second) = contrasts.values()
             minus = {cell: -weight for cell, weight in second.items()}
-            found["interaction"] = (f"{' minus '.join(self.methods)}, {self.title}", first | minus)
-        return found
+            contrasts["interaction"] = (
+                f"{' minus '.join(self.methods)}, {self.title}",
+                first | minus,
+            )
+        return contrasts
 
     @cached_property
     def effects(self) -> pd.DataFrame:
@@ -251,17 +254,21 @@ class FactorStudy:
         Fields: `method`; `level`, `against` and `best` (the best average on these edits); the
         effects `average` and `original`; of each level its scores, as in `against_original`.
         """
-        found, best = [], self.best()
+        sentences, best = [], self.best()
         for method, pairs in self.pairs.items():
             end, (level, against) = next(iter(pairs.items()))
             contrast = ".".join(filter(None, (key(method), end)))
             fields = {kind: self.said.get(self._effect_key(contrast, kind)) for kind in SAID}
             if fields["average"]:
-                for name, one in (("level", level), ("against", against), ("best", best[method])):
-                    cell = f"{self._prefix}.{key(method)}.{one}"
+                for name, chosen in (
+                    ("level", level),
+                    ("against", against),
+                    ("best", best[method]),
+                ):
+                    cell = f"{self._prefix}.{key(method)}.{chosen}"
                     scores = {kind: self.said[f"{cell}.{kind}"] for kind in SAID}
                     fields |= {f"{name}_{kind}": text for kind, text in scores.items()}
-                    fields[name] = compare.label(one)
+                    fields[name] = compare.label(chosen)
                 texts = {name: text.partition(", n =")[0] for name, text in fields.items()}
-                found.append(template.format(method=method, **texts))
-        return " ".join(found) or "No method has both levels, so nothing can be compared."
+                sentences.append(template.format(method=method, **texts))
+        return " ".join(sentences) or "No method has both levels, so nothing can be compared."
