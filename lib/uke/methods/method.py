@@ -43,16 +43,11 @@ class Training:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class EditRecord:
-    """What an edit did: the fields of `Training`, and the relative norm of each weight's change."""
+@dataclass
+class EditRecord(Training):
+    """What an edit did: its training, and the relative Frobenius norm of each weight's change."""
 
-    losses: list[float]
-    steps: int
-    seconds: float
-    stopped: str
-    change_norm: dict[str, float]
-    notes: list[str] = field(default_factory=list)
+    change_norm: dict[str, float] = field(default_factory=dict)
 
 
 class Applied(NamedTuple):
