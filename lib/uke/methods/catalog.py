@@ -175,9 +175,13 @@ def _at_level(method: Method, factor: str, level: str, own: Changes, where: str)
 
 
 def changes(method: Method, base: Method) -> Changes:
-    """Return the fields in which the method differs from its base, as YAML holds them."""
+    """Return the fields in which the method differs from its base, as YAML holds them.
+
+    In the order in which the method's own class declares them, which names the rows of trials.
+    """
     own, other = method.model_dump(mode="json", exclude={"name"}), base.model_dump(mode="json")
-    return {field: value for field, value in own.items() if value != other[field]}
+    order = dict.fromkeys([*type(method).__annotations__, *own])
+    return {field: own[field] for field in order if field in own and own[field] != other[field]}
 
 
 def differences(method: Method, base: Method) -> str:

@@ -97,7 +97,7 @@ class Trials:
         """Return the average metric of every trial and edit."""
         found = rows.average(rows.primary(self.study.read()))
         own = pd.MultiIndex.from_frame(found[["method", "level"]]).isin(list(self.settings))
-        return found[own & (found["factor"] == self.factor)]
+        return found[own & (found["factor"] == self.factor)].astype({"batch_size": int})
 
     def means(self) -> pd.DataFrame:
         """Return the mean of every trial, in the order of the trials.
