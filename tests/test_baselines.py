@@ -6,8 +6,8 @@ from conftest import FAMILIES, SENTENCES
 from pydantic import ValidationError
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
-from uke.methods.edited import METHODS, edited, load, save
-from uke.methods.locate_edit import covariance, solvers
+from uke.methods.edited import edited
+from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import by_window, locate, look, sites, states
 from uke.methods.locate_edit.solvers import System, ridge
 from uke.methods.locate_edit.targets import find_targets
@@ -135,27 +135,6 @@ def distances(model, tokenizer, edits, recipe) -> tuple[torch.Tensor, torch.Tens
 # --- the choices ----------------------------------------------------------------------------------
 
 
-def test_the_named_baselines_are_solvers_times_anchor_rules():
-    assert {
-        "memit",
-        "alphaedit",
-        "unke",
-        "anyedit_memit",
-        "anyedit_alphaedit",
-        "anyedit_unke",
-        "anyedit_pp",
-        "muke",
-    } == set(WRITING)
-    assert {recipe.name for recipe in BASELINES.values()} <= set(METHODS)
-    for name in ("memit", "alphaedit", "unke"):
-        base, split = BASELINES[name].model_dump(), BASELINES[f"anyedit_{name}"].model_dump()
-        assert {field for field in base if base[field] != split[field]} <= {
-            "name",
-            "anchors",
-            "keep_keys",
-        }
-
-
 def test_published_blocks_become_fractions_of_the_depth(tiny):
     names = {32: [4, 5, 6, 7, 8], 8: [1, 2]}
     for depth, wanted in names.items():
@@ -167,44 +146,27 @@ def test_published_blocks_become_fractions_of_the_depth(tiny):
         ] == [{32: 7, 8: 1}[depth]]
 
 
-def test_a_baseline_is_frozen_strict_and_told_by_every_choice():
-    base, other = (
-        BASELINES["memit"],
-        BASELINES["anyedit_unke"].model_dump()
-        | {"window": 7, "weighting": "gradient", "chat_template": False},
-    )
-    other |= {
-        "end_of_turn": False,
-        "learning_rate": 0.1,
-        "steps": 3,
-        "stop_loss": 0.0,
-        "clamp": 1.0,
-        "decay": 0.0,
-        "memit_lambda": 1.0,
+def test_the_fingerprint_sees_every_choice_of_a_baseline_and_bad_ones_are_refused():
+    base = BASELINES["memit"]
+    other = {
+        "solver": "unke",
+        "anchors": "windows",
+        "window": 7,
+        "weighting": "gradient",
+        "layers": (3,),
+        **dict.fromkeys(("chat_template", "end_of_turn"), False),
+        **dict.fromkeys(("keep_keys", "as_published"), True),
+        **dict.fromkeys(("steps", "unke_steps", "seed", "preservation"), 1),
+        **dict.fromkeys(("learning_rate", "stop_loss", "clamp", "decay", "memit_lambda"), 0.1),
+        **dict.fromkeys(("alphaedit_l2", "null_threshold", "unke_rate", "unke_decay"), 0.1),
     }
-    other |= {
-        "keep_keys": True,
-        "alphaedit_l2": 1.0,
-        "null_threshold": 1.0,
-        "unke_steps": 1,
-        "unke_rate": 1.0,
-        "unke_decay": 0.0,
-    }
-    other |= {"preservation": 0, "as_published": True, "seed": 1}
-    marks = {
-        LocateRecipe(**base.model_dump() | {field: value}).fingerprint
-        for field, value in other.items()
-    }
-    assert len(marks) == len(LocateRecipe.model_fields)  # the name alone changes nothing
-    for changes in (
-        {"sovler": "memit"},
-        {"solver": "rome"},
-        {"steps": 0},
-        {"clamp": True},
-        {"layers": ()},
-    ):
+    assert set(other) == set(LocateRecipe.model_fields) - {"name"}
+    changed = [base.model_dump() | {field: value} for field, value in other.items()]
+    fingerprints = {LocateRecipe(**one).fingerprint for one in changed}
+    assert len({base.fingerprint, *fingerprints}) == len(other) + 1
+    for bad in ({"sovler": "memit"}, {"solver": "rome"}, {"steps": 0}, {"clamp": True}):
         with pytest.raises(ValidationError):
-            LocateRecipe(**base.model_dump() | changes)
+            LocateRecipe(**base.model_dump() | bad)
 
 
 # --- covariance -----------------------------------------------------------------------------------
@@ -538,52 +500,6 @@ def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace
     )
 
 
-@pytest.mark.parametrize("name", ["memit", "unke"])
-def test_half_precision_weights_are_edited_and_come_back(ready, tiny, tokenizer, name):
-    model = tiny().bfloat16()
-    covariance.measure(model, tokenizer, TEXTS, (1, 2))
-    before, old = state(model), log_probabilities(model, tokenizer)
-    with edited(model, tokenizer, EDITS, quick(name)) as m:
-        assert sum(log_probabilities(m, tokenizer)) > sum(old)
-    assert not moved(model, before)
-
-
-@pytest.mark.parametrize("name", ["memit", "anyedit_unke"])
-def test_an_edit_beyond_the_context_is_refused_before_anything_changes(
-    ready, tokenizer, name, monkeypatch
-):
-    model = ready()
-    before = state(model)
-    monkeypatch.setattr(
-        solvers, "find_targets", lambda *_: pytest.fail("the long edit was not seen")
-    )
-    long = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
-    with (
-        pytest.raises(InputError, match="edit 'endless': .*context holds 256"),
-        edited(model, tokenizer, (*EDITS, long), quick(name)),
-    ):
-        pass
-    assert not moved(model, before)
-
-
-@pytest.mark.parametrize("name", ["memit", "unke"])
-def test_a_baseline_stopped_half_way_by_its_progress_leaves_no_trace(ready, tokenizer, name):
-    model = ready()
-    before, seen = state(model), []
-
-    def stop(steps, loss):
-        seen.append((steps, loss))
-        if steps == 2:
-            raise KeyboardInterrupt
-
-    with (
-        pytest.raises(KeyboardInterrupt),
-        edited(model, tokenizer, EDITS, quick(name, steps=4), stop),
-    ):
-        pytest.fail("a stopped edit was handed out")
-    assert [steps for steps, _ in seen] == [1, 2] and not moved(model, before) and not hooks(model)
-
-
 def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     model = ready()
     before = state(model)
@@ -596,52 +512,26 @@ def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     assert not moved(model, before)
 
 
-def test_an_edit_is_saved_and_loaded(ready, tokenizer, tmp_path):
-    model = ready()
-    with edited(model, tokenizer, EDITS, quick("anyedit_memit")) as m:
-        expected, record = log_probabilities(m, tokenizer), m.edit_record
-        save(m, tmp_path / "edit")
-    loaded = load(model, tmp_path / "edit")
-    assert log_probabilities(loaded, tokenizer) == expected and loaded.edit_record == record
-
-
 # --- in context -----------------------------------------------------------------------------------
 
 
-def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(
-    tiny, tokenizer, tmp_path
-):
+def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(tiny, tokenizer):
     model = tiny()
     before = state(model)
     probes = [
         Probe(edit=edit.id, kind="detail", question="Who was that?", reference="Ada.")
         for edit in EDITS
     ]
-    spelt = [
+    written_out = [
         probe.model_copy(update={"question": f"Read this text: {edit.answer}\n{probe.question}"})
         for probe, edit in zip(probes, EDITS, strict=True)
     ]
-    asked = (
-        answer(model, tokenizer, spelt, max_new_tokens=9),
-        target_log_probability(model, tokenizer, spelt),
-    )
-    plain = (
-        answer(model, tokenizer, probes, max_new_tokens=9),
-        target_log_probability(model, tokenizer, probes),
-    )
+
+    def read(m, probes):
+        answers = answer(m, tokenizer, probes, max_new_tokens=9)
+        return answers, target_log_probability(m, tokenizer, probes)
+
+    expected, plain = read(model, written_out), read(model, probes)
     with edited(model, tokenizer, EDITS, "in_context") as m:
-        assert (
-            answer(m, tokenizer, probes, max_new_tokens=9),
-            target_log_probability(m, tokenizer, probes),
-        ) == asked
-        other = Probe(edit="nobody", kind="detail", question="Who was that?", reference="Ada.")
-        assert target_log_probability(m, tokenizer, [other])[0] == pytest.approx(
-            plain[1][0], rel=1e-5
-        )
-        assert not moved(m, before) and m.edit_record.change_norm == {}
-        with pytest.raises(InputError, match="nothing to save"):
-            save(m, tmp_path / "edit")
-    assert (
-        answer(model, tokenizer, probes, max_new_tokens=9),
-        target_log_probability(model, tokenizer, probes),
-    ) == plain
+        assert read(m, probes) == expected != plain and not moved(m, before)
+    assert read(model, probes) == plain

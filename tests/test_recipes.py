@@ -28,11 +28,6 @@ def differing(one: Recipe, other: Recipe) -> set[str]:
     return {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
 
 
-def test_ft_l_and_ft_m_differ_in_the_loss_scope_alone():
-    assert differing(RECIPES["FT-L"], RECIPES["FT-M"]) == {"name", "loss"}
-    assert differing(RECIPES["FT-M"], RECIPES["FT-A"]) == {"name", "layers"}
-
-
 @pytest.mark.parametrize("name", FACTORS)
 def test_a_level_changes_the_field_of_its_factor_alone(name):
     factor, base = FACTORS[name], RECIPES["FT-M"]
@@ -75,12 +70,6 @@ def test_a_cell_with_the_bases_own_level_is_the_base_and_so_trained_once(name):
         else {"layers": "all", "components": "query_value"}
     )
     assert len({cell.recipe.fingerprint for cell in found}) == len(found) - len(FACTORS) + 1
-
-
-def test_query_and_value_alone_are_a_level_of_adapters_only():
-    assert "query_value" in recipes.levels(
-        RECIPES["LoRA"], "components"
-    ) and "query_value" not in recipes.levels(RECIPES["FT-M"], "components")
 
 
 @pytest.mark.parametrize(
@@ -298,10 +287,3 @@ def test_ft_uke_is_the_candidate_of_the_best_trial_not_of_the_best_mean_and_ties
     )
     with pytest.raises(InputError, match=r"adapter: level 'y' lacks 1 of 2 edits \('b'\)"):
         recipes.best_trial(tried(("direct", "x", 0.4, 0.6), ("adapter", "y", 0.5)))
-
-
-def test_ft_uke_untuned_is_ft_ms_loss_on_every_down_projection_with_template_and_end_of_turn():
-    assert (
-        differing(RECIPES["FT-UKE"], RECIPES["FT-M"]) == {"name", "layers"}
-        and RECIPES["FT-UKE"].layers == "all"
-    )
