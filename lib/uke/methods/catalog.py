@@ -43,6 +43,7 @@ from uke.methods.recipes import (
     vary,
 )
 from uke.project import number_key as key
+from uke.results.compare import nearest_first
 
 Named = TypeVar("Named")
 Changes = dict[str, Any]  # fields of a method with the values that they get
@@ -232,13 +233,6 @@ def configured(
         sizes = nearest_first(by_size, batch_size)
         found[name] = by_size[sizes[0]] if sizes else one.method
     return found
-
-
-def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
-    """Sort batch sizes by their ratio to one, the nearest first, and of two equally near the
-    smaller.
-    """
-    return sorted(sizes, key=lambda size: (max(size / batch_size, batch_size / size), size))
 
 
 def at_level(folder: Path, model: str, method_name: str, factor: str, level: str) -> Recipe:
