@@ -1,1 +1,1 @@
-"""Locate-then-edit methods: find anchors and target vectors, then solve for weights that meet them."""
+"""Locate-then-edit methods: find anchors and target vectors, solve for weights that meet them."""
