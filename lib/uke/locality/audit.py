@@ -19,12 +19,13 @@ from pathlib import Path
 import pandas as pd
 
 from uke.data.edits import Edit, Item
-from uke.data.formats import load_locality
+from uke.data.formats import find_data, load, load_locality
 from uke.errors import InputError
-from uke.files import read_yaml, sha256
+from uke.files import read_yaml, sha256, write_atomic
 from uke.locality.build import Settings, Sources, text_of, unfiltered
 from uke.locality.card import SetFiles, built, ensure, of_files, of_world
-from uke.locality.facts import Extractor, facts, normal
+from uke.locality.card import settings as read_settings
+from uke.locality.facts import Extractor, facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
 from uke.results.metrics import Encoder, cosines, load_encoder
@@ -36,6 +37,7 @@ from uke.world import generate as world
 SHORT = 5  # words: a longer object is a clause, which no other text repeats word for word
 VERDICT = {"set": str, "edit": str, "source": str, "texts": str, "shares": bool, "why": str}
 USED, ALONE, UNFILTERED = "texts and what records state", "texts alone", "no filter"  # filters
+BENCHMARKS = ("unkebench", "akew-mquake")  # whose published locality sets are built anew
 LIKENESS = {"overlap": "share of longer words in common", "similarity": "cosine of embeddings"}
 Names = Mapping[str, Sequence[str]]
 
@@ -255,6 +257,49 @@ def assess_run(
         known_of = partial(known_of_world, world_seed, split)
         rows = partial(assess_sets, sets, settings, world / split / "locality", known_of)
     return stored(paths.exported(name), lambda: rows(encoder=load_encoder()))
+
+
+def assess_benchmarks(paths: Paths, documents: Sequence[str] = ()) -> pd.DataFrame:
+    """Assess UnKEBench-Loc and AKEW-Loc-MQuAKE, built from the files in the folder UKE_DATA.
+
+    Leaks are counted by what the records at odd places of the file state: the others were looked at
+    when the extractor was written.
+    """
+    frames = []
+    for data in BENCHMARKS:
+        files = of_files(data, "", documents)
+        names = stated_names(load(data, files.edit_file)[1::2])
+        folder, encoder = paths.results / "locality", load_encoder()
+        chosen = read_settings(paths.home, data)
+        frames.append(assess_sets([files], chosen, folder, lambda _: (names, None), encoder))  # noqa: B023
+    return pd.concat(frames, ignore_index=True)
+
+
+def names_of_benchmark(data: str = "akew-mquake") -> pd.DataFrame:
+    """Look for stated names by `names_found`, in the records looked at before and in the others."""
+    edits = load(data, find_data(data))
+    halves = {"looked at": edits[::2], "held out": edits[1::2]}
+    frames = [names_found(part, names).assign(half=half) for half, part in halves.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def read_benchmarks(paths: Paths, count: int, documents: Sequence[str] = ()) -> pd.DataFrame:
+    """Read the verdicts on `count` RelDocs of UnKEBench and half as many of MQuAKE-CF.
+
+    The sheets that a reader fills in are left beside the sets. Columns of `verdicts`, set, and
+    drawn, the number of RelDocs that a verdict was wanted on.
+    """
+    frames = []
+    for data, wanted in zip(BENCHMARKS, (count, count // 2), strict=True):
+        files, folder = of_files(data, "", documents), paths.results / "locality"
+        sources = files.sources()
+        path = ensure(files, read_settings(paths.home, data), folder)
+        drawn = sample(load_locality(path, sources.edits), wanted)
+        write_atomic(folder / f"reading-{data}.md", sheet(drawn, sources, files.name))
+        file = paths.home / "params" / "audit" / "reading.yaml"
+        given = verdicts(file, files.name, drawn, sources)
+        frames.append(given.assign(set=files.name, drawn=len(drawn)))
+    return pd.concat(frames, ignore_index=True)
 
 
 def shape(frame: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.DataFrame:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from uke.data.documents import Document
+from uke.data.documents import Document, find_collections, gather
 from uke.errors import InputError, nearest
 from uke.files import replacing, sha256
 from uke.project import code_fingerprint
@@ -337,6 +337,11 @@ def compare(
         frame[name] = build(name, texts, folder, model).ranks(questions, indices)
         frame[f"{name}_seconds"] = time.perf_counter() - started
     return frame
+
+
+def compare_collections(given: Sequence[str], folder: Path) -> pd.DataFrame:
+    """Compare the retrievers on collections of documents: those given, else those of UKE_DATA."""
+    return compare(gather(find_collections("documents", given)), folder)
 
 
 def summarise(ranks: pd.DataFrame) -> pd.DataFrame:
