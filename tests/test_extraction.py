@@ -1,4 +1,4 @@
-"""Whether two texts share a fact: every such pair is found, and nothing else than a fact counts as one."""
+"""Two texts share a fact: every such pair is found, and nothing but a fact counts as one."""
 
 import itertools
 import json
@@ -151,8 +151,9 @@ def test_of_a_clause_only_the_names_count():
 
 def test_every_name_of_a_text_is_a_name_of_its_facts():
     text = (
-        'Ovid, born in Sulmona, wrote "Metamorphoses" and moved to Tomis in 8 AD. Horace of Venosa? Pliny the Elder and Livia Drusilla '
-        "knew him. Bank of Rome: 12,345 coins. With Simon & Garfunkel, Jay-Z, and Boeing 737 MAX he has no ties; nor with E.T. or eBay."
+        'Ovid, born in Sulmona, wrote "Metamorphoses" and moved to Tomis in 8 AD. Horace of Venosa? '
+        "Pliny the Elder and Livia Drusilla knew him. Bank of Rome: 12,345 coins. With Simon & "
+        "Garfunkel, Jay-Z, and Boeing 737 MAX he has no ties; nor with E.T. or eBay."
     )
     expected = {
         "Ovid",

@@ -1,4 +1,4 @@
-"""Retrieval ranks exactly and the same every time, training learns, and numbers are those worked out by hand."""
+"""Retrieval ranks exactly and always the same, training learns, numbers are those by hand."""
 
 import json
 import math
@@ -70,10 +70,7 @@ def test_import_without_heavy_packages():
 
 def test_ties_go_to_the_earlier_passage_and_ranks_agree_with_the_order():
     queries = [str(number) for number in range(10)]
-    by_hand = [
-        sorted(range(40), key=lambda index: (-row[index], index))
-        for row in Tied.table
-    ]
+    by_hand = [sorted(range(40), key=lambda index: (-row[index], index)) for row in Tied.table]
     indices, scores = Tied().top(queries, 11)
     assert (indices == np.array(by_hand)[:, :11]).all()
     assert (scores == np.take_along_axis(Tied.table, indices, axis=1)).all()
