@@ -151,8 +151,8 @@ def test_of_a_clause_only_the_names_count():
 
 def test_every_name_of_a_text_is_a_name_of_its_facts():
     text = (
-        'Ovid, born in Sulmona, wrote "Metamorphoses" and moved to Tomis in 8 AD. Horace of Venosa? '
-        "Pliny the Elder and Livia Drusilla knew him. Bank of Rome: 12,345 coins. With Simon & "
+        'Ovid, born in Sulmona, wrote "Metamorphoses" and moved to Tomis in 8 AD. Horace of Venosa?'
+        " Pliny the Elder and Livia Drusilla knew him. Bank of Rome: 12,345 coins. With Simon & "
         "Garfunkel, Jay-Z, and Boeing 737 MAX he has no ties; nor with E.T. or eBay."
     )
     expected = {
