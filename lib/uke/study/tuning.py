@@ -135,14 +135,15 @@ class Trials:
         """Return what the last of N trials was expected to add, by method and batch size.
 
         Drawn without replacement, the best of N minus the best of N - 1 is the gap between the two
-        best trials over N.
+        best trials over N. A single trial is compared with the unedited model.
         """
         gains = {}
         for (name, size), own in self.means().groupby(["method", "batch_size"], sort=False):
             ranked = own["score"].sort_values().to_list()
-            gap = ranked[-1] - ranked[-2] if len(ranked) > 1 else float("nan")
+            second = ranked[-2] if len(ranked) > 1 else own["before"].iloc[0]
+            gap = ranked[-1] - second
             gains[f"{name}, batch size {size}"] = gap / len(ranked)
-        return pd.Series(gains).dropna()
+        return pd.Series(gains)
 
     def at_edges(self) -> list[str]:
         """Name the best trials whose learning rate is the lowest or the highest of those tried."""
