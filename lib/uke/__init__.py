@@ -3,8 +3,8 @@
 A reconstruction of "Is Fine-Tuning an Effective Solution? Reassessing Knowledge Editing for
 Unstructured Data" (arXiv 2506.09672). The data flow:
 
-params -> notebook -> Edits + locality Probes -> answer (no edit) -> edited(model) -> answer (edited)
-    -> score -> rows -> tables, figures -> report
+params -> notebook -> Edits + locality Probes -> answer (no edit) -> edited(model)
+    -> answer (edited) -> score -> rows -> tables, figures -> report
 
 The packages, from the bottom; a package imports only from those above it in this list:
 

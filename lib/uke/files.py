@@ -78,8 +78,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         hint = nearest(path.stem, valid) if valid else ""
         raise InputError(f"{path}: no such file{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
+        start = getattr(error, "problem_mark", None)
+        place = f", line {start.line + 1}" if start else ""
         problem = getattr(error, "problem", None) or error
         raise InputError(f"{path}{place}: not valid YAML: {problem}") from None
     if content is None:
