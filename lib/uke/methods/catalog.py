@@ -199,7 +199,7 @@ def _plain(value: Any) -> str:
 
 def catalog(folder: Path) -> dict[str, Settings]:
     """Return the settings of every method of `folder`/methods, by name."""
-    every = map(settings, sorted(folder.glob("methods/*.yaml")))
+    every = map(settings, sorted(Path(folder).glob("methods/*.yaml")))
     return {one.method.name: one for one in every}
 
 
@@ -217,7 +217,7 @@ def _of_a_world(model: str) -> bool:
 
 
 def configured(
-    folder: Path, model: str, batch_size: int = 1, tuned: bool = True
+    folder: str | Path, model: str, batch_size: int = 1, tuned: bool = True
 ) -> dict[str, Method]:
     """Return every method by name, as tuned for the model and a batch size.
 
