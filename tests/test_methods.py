@@ -99,7 +99,7 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
     rates = catalog.rates_by_level(PARAMS, "embedded", families)
     assert budgets == {5} and all(sorted(own) == own for own in rates.values())
     for recipe in families:
-        own = catalog.catalog(PARAMS)[recipe.name].levels["embedded"]
+        own = catalog.catalog(PARAMS)[recipe.name].file.levels["embedded"]
         assert {factor: set(own[factor]) for factor in own} == {
             factor: set(levels(recipe, factor)) for factor in FACTORS
         }

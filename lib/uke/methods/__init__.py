@@ -1,4 +1,4 @@
-"""How a text is written into a model: methods, their settings, and the seam that uses and undoes them."""
+"""How a text is written into a model: methods, their settings, and the seam that undoes them."""
 
 from uke.methods.catalog import METHODS, configured, find
 from uke.methods.edited import EditRecord, edited, edited_each, load, save, sequence

@@ -1,5 +1,6 @@
-"""Read methods with their settings from `params/methods`, one YAML file a method, and write back
-what tuning chose.
+"""Read methods with their settings from `params/methods`, and write back what tuning chose.
+
+One YAML file a method:
 
     base: FT-M            # the published method; fields that differ from it stand beside this key
     tuned: {embedded: {8: {learning_rate: 2e-3}}}  # by model and batch size, chosen by tuning
@@ -17,12 +18,10 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -49,9 +48,7 @@ Named = TypeVar("Named")
 Changes = dict[str, Any]  # fields of a method with the values that they get
 
 # Published settings, by published name.
-PUBLISHED: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (*RECIPES.values(), *BASELINES.values())}
-)
+PUBLISHED: Mapping[str, Method] = RECIPES | {one.name: one for one in BASELINES.values()}
 
 # Every method by name: a method of your own is one line here.
 METHODS: dict[str, Method] = dict(PUBLISHED)
@@ -80,15 +77,13 @@ class MethodFile(BaseModel):
 
 @dataclass(frozen=True)
 class Settings:
-    """One method and everything its file says, checked; all but `method` by model."""
+    """One method and everything that its `file` says of it, by model, as methods."""
 
     path: Path
+    file: MethodFile
     method: Method
     tuned: Mapping[str, Mapping[int, Method]]
     trials: Mapping[str, Sequence[Method]]
-    levels: Mapping[str, Mapping[str, Mapping[str, Changes]]]
-    level_rates: Mapping[str, Sequence[float]]
-    candidate_trials: Mapping[str, Sequence[Changes]]
 
 
 def settings(path: str | Path) -> Settings:
@@ -109,9 +104,8 @@ def _settings(path: Path, stamp: tuple | None) -> Settings:
         file = MethodFile(**written)
     except ValidationError as error:
         raise InputError(f"{path}: {_fault(error)}") from None
-    if file.base is None:
-        base = Recipe(name=path.stem)
-    else:
+    base = Recipe(name=path.stem)
+    if file.base is not None:
         base = find(file.base, where=f"{path}: field base: ")
     method = changed(base, file.model_extra, f"{path}", MethodFile.model_fields)
     tuned = {
@@ -122,19 +116,18 @@ def _settings(path: Path, stamp: tuple | None) -> Settings:
         for model, by_size in file.tuned.items()
     }
     trials = {
-        model: [
-            changed(method, own, f"{path}: trials, {model}, {number}")
-            for number, own in enumerate(every, 1)
-        ]
+        model: _numbered(method, every, f"{path}: trials, {model}")
         for model, every in file.trials.items()
     }
     for model, factors in file.levels.items():
         for factor, levels in factors.items():
             for level, own in levels.items():
                 _at_level(method, factor, level, own, f"{path}: levels, {model}, ")
-    return Settings(
-        path, method, tuned, trials, file.levels, file.level_rates, file.candidate_trials
-    )
+    return Settings(path, file, method, tuned, trials)
+
+
+def _numbered(method: Method, every: Sequence[Changes], where: str) -> list[Method]:
+    return [changed(method, own, f"{where}, {number}") for number, own in enumerate(every, 1)]
 
 
 def _fault(error: ValidationError, depth: int | None = None) -> str:
@@ -149,9 +142,8 @@ def changed(method: Method, changes: Any, where: str, besides: Iterable[str] = (
     fields = type(method).model_fields
     for name in changes:
         if name not in fields:
-            raise InputError(
-                f"{where}: unknown field '{name}'{nearest(str(name), {*fields, *besides})}"
-            )
+            known = nearest(str(name), {*fields, *besides})
+            raise InputError(f"{where}: unknown field '{name}'{known}")
     try:
         return type(method)(**{**method.model_dump(), **changes})
     except ValidationError as error:
@@ -159,9 +151,7 @@ def changed(method: Method, changes: Any, where: str, besides: Iterable[str] = (
 
 
 def _at_level(method: Method, factor: str, level: str, own: Changes, where: str) -> Recipe:
-    """Return the method at a level of a factor with the changes chosen there, all but their
-    `average`.
-    """
+    """Return the method at a level with the changes chosen there, all but their `average`."""
     if not method.factors:
         raise InputError(f"{where}{method.name}: it has no levels; expected a way to fine-tune")
     average = own.get("average", 0.0)
@@ -203,12 +193,8 @@ def catalog(folder: Path) -> dict[str, Settings]:
     return {one.method.name: one for one in every}
 
 
-def settings_name(model: str) -> str:
-    """Return the name that a model has in the files.
-
-    The model of another world has the settings of the embedded one: what is chosen must not depend
-    on the world.
-    """
+def _own_name(model: str) -> str:
+    """Return a model's name in the files; what is chosen must not depend on the model's world."""
     return "embedded" if _of_a_world(model) else model
 
 
@@ -229,7 +215,7 @@ def configured(
     """
     found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
     for name, one in catalog(folder).items():
-        by_size = one.tuned.get(settings_name(model), {}) if tuned else {}
+        by_size = one.tuned.get(_own_name(model), {}) if tuned else {}
         sizes = nearest_first(by_size, batch_size)
         found[name] = by_size[sizes[0]] if sizes else one.method
     return found
@@ -243,34 +229,31 @@ def at_level(folder: Path, model: str, method_name: str, factor: str, level: str
     file.
     """
     one = find(method_name, catalog(folder))
-    own = one.levels.get(settings_name(model), {}).get(factor, {}).get(level)
+    own = one.file.levels.get(_own_name(model), {}).get(factor, {}).get(level)
     if own is not None:
         return _at_level(one.method, factor, level, own, f"{one.path}: ")
     return _at_level(configured(folder, model)[one.method.name], factor, level, {}, "")
 
 
 def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
-    """Return, of these levels of `layers`, the single block with the best average on development
-    edits.
+    """Return, of these levels of `layers`, the single block with the best average.
 
-    Where the method's file has no averages: the published block, or else the last single one.
-    InputError where none of the levels trains a single block.
+    Averages are those of development edits in the method's file; without any it is the published
+    block, or else the last single one. InputError where no level trains a single block.
     """
     singles = [level for level in SINGLE_BLOCKS if level in among]
     if not singles:
+        expected = ", ".join(SINGLE_BLOCKS)
         raise InputError(
-            f"layers: {', '.join(among)}: none trains a single block; "
-            f"expected one of {', '.join(SINGLE_BLOCKS)}"
+            f"layers: {', '.join(among)}: none trains a single block; expected one of {expected}"
         )
-    own = find(method_name, catalog(folder)).levels.get(settings_name(model), {}).get("layers", {})
-    averages = {
-        level: own[level]["average"] for level in singles if "average" in own.get(level, {})
-    }
-    if averages:
-        return max(averages, key=averages.__getitem__)
-    layers = FACTORS["layers"].levels
+    own = find(method_name, catalog(folder)).file.levels.get(_own_name(model), {})
+    averages = {level: one.get("average") for level, one in own.get("layers", {}).items()}
+    known = [level for level in singles if averages.get(level) is not None]
+    if known:
+        return max(known, key=averages.__getitem__)
     published = RECIPES["FT-M"].layers[0]
-    return next((one for one in singles if layers[one]["layers"] == published), singles[-1])
+    return next((one for one in singles if FACTORS["layers"].values[one] == published), singles[-1])
 
 
 def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
@@ -279,19 +262,21 @@ def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, lis
     Candidates for FT-UKE have those of their family's `candidate_trials`. InputError where there
     are none, or where one method has more than another: budgets are equal.
     """
-    every = catalog(folder)
-    families = {candidate(one.method, {}).name: one for one in every.values() if _is_family(one)}
-    found: dict[str, list[Method]] = {}
+    every, found = catalog(folder), {}
+    families = {
+        candidate(one.method, {}).name: one
+        for one in every.values()
+        if one.method.factors and one.file.candidate_trials
+    }
     for method in methods:
         one = families.get(method.name) or find(method.name, every)
-        place = f"{one.path}: {'candidate_trials' if method.name in families else 'trials'}"
-        by_model = one.candidate_trials if method.name in families else one.trials
-        own = by_model.get(settings_name(model))
-        if not own:
-            raise InputError(f"{place}: none for model '{model}'{_models(by_model)}")
-        if method.name in families:
-            own = [changed(method, one, f"{place}, {number}") for number, one in enumerate(own, 1)]
-        found[method.name] = list(own)
+        block = "candidate_trials" if method.name in families else "trials"
+        place, by_model = f"{one.path}: {block}", getattr(one.file, block)
+        if not by_model.get(_own_name(model)):
+            known = f"; expected a list of trials, as for {', '.join(by_model)}" if by_model else ""
+            raise InputError(f"{place}: none for model '{model}'{known}")
+        base = method if method.name in families else one.method
+        own = found[method.name] = _numbered(base, by_model[_own_name(model)], place)
         first, budget = next((name, len(own)) for name, own in found.items())
         if not len({trial.fingerprint for trial in own}) == len(own) == budget:
             raise InputError(
@@ -303,21 +288,11 @@ def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, lis
 
 def tunable(folder: Path, model: str) -> list[str]:
     """Return the names of the methods that have trials for the model."""
-    own = settings_name(model)
-    return [name for name, one in catalog(folder).items() if own in one.trials]
-
-
-def _is_family(one: Settings) -> bool:
-    return bool(one.method.factors and one.candidate_trials)
-
-
-def _models(by_model: Mapping[str, Any]) -> str:
-    return f"; expected a list of trials, as for {', '.join(by_model)}" if by_model else ""
+    return [name for name, one in catalog(folder).items() if _own_name(model) in one.trials]
 
 
 def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict[str, list[float]]:
-    """Return, for each family by name, the learning rates that every level of a factor is tried
-    with.
+    """Return, by family, the learning rates that every level of a factor is tried with.
 
     InputError where there are none, where one family has more than another, and, like `trials`,
     where the candidate for FT-UKE that the family may become has none.
@@ -325,7 +300,7 @@ def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict
     families, found = list(families), {}
     for recipe in families:
         one = find(recipe.name, catalog(folder))
-        rates = one.level_rates.get(settings_name(model), [])
+        rates = one.file.level_rates.get(_own_name(model), [])
         if not rates or len(rates) != len(next(iter(found.values()), rates)):
             raise InputError(
                 f"{one.path}: level_rates: {len(rates)} for model '{model}'; "
@@ -347,23 +322,23 @@ def tune(
 
 
 def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> list[Path]:
-    """Write what was chosen at each level, by method and factor, in place of what the files hold of
-    these factors.
-    """
+    """Write what was chosen at each level, by method and factor; other factors stay."""
     return [_write(folder, model, name, "levels", own) for name, own in chosen.items()]
 
 
 def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> Path:
-    """Update the model's part of one block of a method's file, and keep the rest of the file as it
-    is written.
-    """
+    """Update the model's part of one block of a method's file, and leave the rest as written."""
     if _of_a_world(model):
         raise InputError(
             f"{model}: the model of another world has the settings of the embedded one; "
             "expected model embedded"
         )
     path = find(name, catalog(folder)).path
-    with _locked(path):
+    # On this machine two notebooks may tune one model at once.
+    locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
+    locks.mkdir(exist_ok=True)
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(locks / f"{digest}.lock"):
         held = read_yaml(path).get(block, {})
         held[model] = dict(sorted({**held.get(model, {}), **new}.items()))
         text = path.read_text(encoding="utf-8").rstrip() + "\n"
@@ -372,12 +347,3 @@ def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> Pat
         pattern = re.compile(rf"^{block}:.*\n(?:[ \t].*\n|\n(?=[ \t]))*", re.MULTILINE)
         replaced, count = pattern.subn(lambda _: dumped, text, count=1)
         return write_atomic(path, replaced if count else f"{text}\n{dumped}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lock the file on this machine: two notebooks may tune one model at once."""
-    locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
-    locks.mkdir(exist_ok=True)
-    with FileLock(locks / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.lock"):
-        yield

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
@@ -34,6 +33,9 @@ from uke.methods.method import (
     attached,
 )
 from uke.models.model import module_names, select
+from uke.project import number_key
+
+Named = TypeVar("Named")
 
 
 def _several(value: Any) -> Any:
@@ -55,11 +57,9 @@ Layers = Annotated[
 class Recipe(Method):
     """Every choice of one way to fine-tune (protocol of arXiv 2506.09672 and its relatives).
 
-    `layers` are numbers, fractions of the depth, halves or "all"; `components` are "mlp",
-    "attention", "all" or a projection's own name. `chat_template` trains through the tokenizer's
-    template, `end_of_turn` puts that token into the target. `steps` counts passes over all edits:
-    one optimiser step each, or one per shuffled minibatch of `batch_size` edits. A loss (nats per
-    token) below `stop_loss` ends the training. Rates are Adam's.
+    `layers` and `components`: see `module_names`. `steps` counts passes over all edits: one step
+    of Adam each, or one per shuffled minibatch of `batch_size` edits. A loss (nats per token) below
+    `stop_loss` ends the training.
     """
 
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
@@ -82,7 +82,6 @@ class Recipe(Method):
 
     @property
     def factors(self) -> Mapping[str, "Factor"]:
-        """The choices under study, all of which a way to fine-tune has."""
         return FACTORS
 
     def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -91,7 +90,7 @@ class Recipe(Method):
             return select(model, self.layers, self.components)
         parameters = dict(model.named_parameters())
         names = module_names(model, self.layers, self.components)
-        return {f"{name}.weight": parameters[f"{name}.weight"] for name in names}
+        return {name: parameters[name] for name in (f"{one}.weight" for one in names)}
 
     def write(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
@@ -106,13 +105,13 @@ class Recipe(Method):
     def applied(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> AbstractContextManager[Applied]:
-        """As every method; the model with an adapter is peft's wrapper around it."""
+        """Write and undo as every method does; an adapter is left in peft's wrapper."""
         if self.adapter is None:
             return super().applied(model, tokenizer, edits, progress)
         return finetune.adapted(model, tokenizer, edits, self, progress)
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
-        """Train all edits side by side; AdaLoRA, whose ranks are pruned by step, one by one."""
+        """Train all edits side by side, AdaLoRA's one by one."""
         return finetune.train_each(model, tokenizer, edits, self)
 
     def lane_size(self, model: nn.Module) -> int:
@@ -198,7 +197,6 @@ class InContext(Method):
     moves_weights: ClassVar[bool] = False
 
     def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """None at all."""
         return {}
 
     def write(
@@ -216,53 +214,50 @@ class InContext(Method):
             yield Applied(model, Training(), {})
 
 
+def _by_name(*entries: Named) -> Mapping[str, Named]:
+    return {entry.name: entry for entry in entries}
+
+
 # The published block of Llama-7/8B, 21 of 32, as a fraction of the depth: it fits any model.
 _SINGLE = 0.66
 _ADAPTER = {"components": ("q_proj", "v_proj"), "learning_rate": 5e-3, "steps": 70}
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        recipe.name: recipe
-        for recipe in (
-            Recipe(name="FT-L", loss="last_prompt_token", layers=_SINGLE),
-            Recipe(name="FT-M", layers=_SINGLE),
-            Recipe(name="FT-A"),
-            Recipe(name="LoRA", adapter="lora", **_ADAPTER),
-            Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
-            # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of 32).
-            Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
-            # Until the rule has chosen for a model: FT-M's loss on every `down_proj`.
-            Recipe(name="FT-UKE"),
-        )
-    }
+RECIPES: Mapping[str, Recipe] = _by_name(
+    Recipe(name="FT-L", loss="last_prompt_token", layers=_SINGLE),
+    Recipe(name="FT-M", layers=_SINGLE),
+    Recipe(name="FT-A"),
+    Recipe(name="LoRA", adapter="lora", **_ADAPTER),
+    Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
+    # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of 32).
+    Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
+    # Until the rule has chosen for a model: FT-M's loss on every `down_proj`.
+    Recipe(name="FT-UKE"),
 )
 
-_FIVE = {"layers": covariance.LAYERS}
-_ONE = {"layers": (7 / 32,)}
-_MEMIT = {"solver": "memit", "keep_keys": True, **_FIVE}
+_MEMIT = {"solver": "memit", "layers": covariance.LAYERS}
+_ALPHAEDIT = {"solver": "alphaedit", "layers": covariance.LAYERS}
+_UNKE = {"solver": "unke", "layers": (7 / 32,)}
 
-BASELINES: Mapping[str, Method] = MappingProxyType(
-    {
-        "memit": LocateRecipe(name="MEMIT", solver="memit", **_FIVE),
-        "alphaedit": LocateRecipe(name="AlphaEdit", solver="alphaedit", **_FIVE),
-        "unke": LocateRecipe(name="UnKE", solver="unke", **_ONE),
-        "anyedit_memit": LocateRecipe(name="AnyEdit (MEMIT)", anchors="windows", **_MEMIT),
-        "anyedit_alphaedit": LocateRecipe(
-            name="AnyEdit (AlphaEdit)", anchors="windows", solver="alphaedit", **_FIVE
-        ),
-        "anyedit_unke": LocateRecipe(
-            name="AnyEdit (UnKE)", anchors="windows", solver="unke", **_ONE
-        ),
-        "anyedit_pp": LocateRecipe(name="AnyEdit++", anchors="surprisal", **_MEMIT),
-        "muke": LocateRecipe(name="muKE", anchors="nested", window=30, **_MEMIT),
-        "in_context": InContext(name="in-context"),
-    }
-)
+# By key.
+BASELINES: Mapping[str, Method] = {
+    number_key(method.name): method
+    for method in (
+        LocateRecipe(name="MEMIT", **_MEMIT),
+        LocateRecipe(name="AlphaEdit", **_ALPHAEDIT),
+        LocateRecipe(name="UnKE", **_UNKE),
+        LocateRecipe(name="AnyEdit (MEMIT)", anchors="windows", keep_keys=True, **_MEMIT),
+        LocateRecipe(name="AnyEdit (AlphaEdit)", anchors="windows", **_ALPHAEDIT),
+        LocateRecipe(name="AnyEdit (UnKE)", anchors="windows", **_UNKE),
+        LocateRecipe(name="AnyEdit++", anchors="surprisal", keep_keys=True, **_MEMIT),
+        LocateRecipe(name="muKE", anchors="nested", window=30, keep_keys=True, **_MEMIT),
+        InContext(name="in-context"),
+    )
+}
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One choice under study: a field of the recipe, and for each level the changes that set it.
+    """One choice under study: a field of the recipe, with its value at each level.
 
     Each level is crossed with the ways to generate in `chat`, as the option of `answer` (None: as
     each probe says; False: raw prompts). Levels in `of_adapters` are studied on adapters alone.
@@ -271,61 +266,61 @@ class Factor:
     name: str
     field: str
     question: str
-    levels: Mapping[str, Mapping[str, Any]]
+    values: Mapping[str, Any]
     chat: Mapping[str, bool | None] = field(default_factory=lambda: {"with": None})
     of_adapters: tuple[str, ...] = ()
+
+    @property
+    def levels(self) -> dict[str, dict[str, Any]]:
+        """The changes to a recipe that each level makes."""
+        return {level: {self.field: value} for level, value in self.values.items()}
 
 
 # One block in each eighth of the depth, the middle one; where the published block is, that one.
 _EIGHTHS = {f"eighth_{number}": (number - 0.5) / 8 for number in range(1, 9)}
 _EIGHTHS[f"eighth_{int(_SINGLE * 8) + 1}"] = _SINGLE
 SINGLE_BLOCKS = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
+_YES_NO = {"with": True, "without": False}
 
-FACTORS: Mapping[str, Factor] = MappingProxyType(
-    {
-        factor.name: factor
-        for factor in (
-            Factor(
-                "loss_scope",
-                "loss",
-                "Is the loss read from the last prompt token only, or from every target token?",
-                {level: {"loss": level} for level in ("last_prompt_token", "target_tokens")},
-            ),
-            Factor(
-                "layers",
-                "layers",
-                "Which blocks are trained?",
-                {level: {"layers": layers} for level, layers in _EIGHTHS.items()}
-                | {level: {"layers": level} for level in ("first_half", "second_half", "all")},
-            ),
-            Factor(
-                "components",
-                "components",
-                "Which weights inside a block are trained?",
-                {
-                    "down_proj": {"components": ("down_proj",)},
-                    "mlp": {"components": ("mlp",)},
-                    "attention": {"components": ("attention",)},
-                    "both": {"components": ("mlp", "attention")},
-                    "query_value": {"components": _ADAPTER["components"]},
-                },
-                of_adapters=("query_value",),
-            ),
-            Factor(
-                "chat_template",
-                "chat_template",
-                "Is the text trained through the chat template, and queried through it?",
-                {"with": {"chat_template": True}, "without": {"chat_template": False}},
-                {"with": None, "without": False},
-            ),
-            Factor(
-                "end_of_turn",
-                "end_of_turn",
-                "Does the target include the token that ends the assistant's turn?",
-                {"with": {"end_of_turn": True}, "without": {"end_of_turn": False}},
-            ),
-        )
-    }
+FACTORS: Mapping[str, Factor] = _by_name(
+    Factor(
+        "loss_scope",
+        "loss",
+        "Is the loss read from the last prompt token only, or from every target token?",
+        {level: level for level in ("last_prompt_token", "target_tokens")},
+    ),
+    Factor(
+        "layers",
+        "layers",
+        "Which blocks are trained?",
+        _EIGHTHS | {level: level for level in ("first_half", "second_half", "all")},
+    ),
+    Factor(
+        "components",
+        "components",
+        "Which weights inside a block are trained?",
+        {
+            "down_proj": ("down_proj",),
+            "mlp": ("mlp",),
+            "attention": ("attention",),
+            "both": ("mlp", "attention"),
+            "query_value": _ADAPTER["components"],
+        },
+        of_adapters=("query_value",),
+    ),
+    Factor(
+        "chat_template",
+        "chat_template",
+        "Is the text trained through the chat template, and queried through it?",
+        _YES_NO,
+        {"with": None, "without": False},
+    ),
+    Factor(
+        "end_of_turn",
+        "end_of_turn",
+        "Does the target include the token that ends the assistant's turn?",
+        _YES_NO,
+    ),
 )
 # The families on which the factors are studied; each becomes a candidate for FT-UKE.
 FAMILIES = ("FT-M", "LoRA")
@@ -341,10 +336,10 @@ class Cell(NamedTuple):
 
 def vary(recipe: Recipe, factor: str, level: str) -> Recipe:
     """Set one factor of the recipe to a level; InputError for an unknown factor or level."""
-    levels = _factor(factor).levels
-    if level not in levels:
-        raise InputError(f"factor {factor}: unknown level '{level}'{nearest(level, levels)}")
-    return Recipe(**{**recipe.model_dump(), **levels[level]})
+    known = _factor(factor).levels
+    if level not in known:
+        raise InputError(f"factor {factor}: unknown level '{level}'{nearest(level, known)}")
+    return Recipe(**{**recipe.model_dump(), **known[level]})
 
 
 def _factor(name: str) -> Factor:
@@ -353,24 +348,10 @@ def _factor(name: str) -> Factor:
     return FACTORS[name]
 
 
-def levels(recipe: Recipe, factor: str, names: Sequence[str] = ()) -> list[str]:
-    """Return the levels of a factor that are studied on the recipe: all, or those of these names.
-
-    InputError for an unknown factor or level, and where the recipe has none of those named.
-    """
+def levels(recipe: Recipe, factor: str) -> list[str]:
+    """Return the levels of a factor that are studied on the recipe."""
     known = _factor(factor)
-    for name in names:
-        if name not in known.levels:
-            valid = nearest(name, known.levels)
-            raise InputError(f"levels: {factor}: unknown level '{name}'{valid}")
-    studied = [level for level in known.levels if recipe.adapter or level not in known.of_adapters]
-    chosen = [level for level in studied if level in names] if names else studied
-    if not chosen:
-        raise InputError(
-            f"levels: {', '.join(names)}: {recipe.name} has none of them; "
-            f"expected some of {', '.join(studied)}"
-        )
-    return chosen
+    return [level for level in known.values if recipe.adapter or level not in known.of_adapters]
 
 
 def studied_levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -378,14 +359,13 @@ def studied_levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[
 
     A factor without any of the names is not studied. InputError for a name that no factor has.
     """
-    known = {level for factor in FACTORS.values() for level in factor.levels}
+    known = {level for factor in FACTORS.values() for level in factor.values}
     for name in names:
         if name not in known:
             raise InputError(f"levels: unknown level '{name}'{nearest(name, known)}")
+    wanted = set(names) or known
     every = {factor: levels(recipe, factor) for factor in FACTORS}
-    if not names:
-        return every
-    named = {factor: [one for one in own if one in names] for factor, own in every.items()}
+    named = {factor: [one for one in own if one in wanted] for factor, own in every.items()}
     return {factor: own for factor, own in named.items() if own}
 
 
@@ -438,8 +418,8 @@ def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str
     chosen: dict[str, dict[str, str]] = {}
     for method, rows in frame.groupby("method", sort=False):
         if method not in RECIPES:
-            valid = nearest(str(method), RECIPES)
-            raise InputError(f"recipe rule: unknown method '{method}'{valid}")
+            known = nearest(str(method), RECIPES)
+            raise InputError(f"recipe rule: unknown method '{method}'{known}")
         for factor, studied in studied_levels(RECIPES[method], names).items():
             cell = rows[rows["factor"] == factor]
             means = _means(cell, studied, set(rows["edit"]), f"{method}, {factor}")
@@ -466,17 +446,12 @@ def _means(rows: pd.DataFrame, levels: Sequence[str], edits: set, place: str) ->
     """Return the mean score of each level, to nine decimals: a rounding error breaks no tie."""
     means = {}
     for level in levels:
-        own = rows[rows["level"] == level]
+        own, where = rows[rows["level"] == level], f"recipe rule: {place}: level '{level}'"
         if absent := sorted(f"'{edit}'" for edit in edits - set(own["edit"])):
-            raise InputError(
-                f"recipe rule: {place}: level '{level}' lacks {len(absent)} of {len(edits)} edits "
-                f"({', '.join(absent[:5])})"
-            )
+            some = ", ".join(absent[:5])
+            raise InputError(f"{where} lacks {len(absent)} of {len(edits)} edits ({some})")
         if own["edit"].duplicated().any() or own["score"].isna().any():
-            raise InputError(
-                f"recipe rule: {place}: level '{level}': expected one score for each edit, "
-                "that of the tuned rate"
-            )
+            raise InputError(f"{where}: expected one score for each edit, that of the tuned rate")
         means[level] = round(float(own["score"].mean()), 9)
     return means
 
