@@ -71,11 +71,11 @@ def test_a_record_without_a_text_is_left_out_with_a_warning(tmp_path):
     [
         (b'{"title": "a"}', "line 2, field 'text': is missing"),
         (b'{"title": " ", "text": "b"}', "line 2, field 'title': is empty"),
-        (b'{"title": "a", "text": ["b"]}', "line 2, field 'text': expected text, found a list"),
+        (b'{"title": "a", "text": ["b"]}', "line 2, field 'text': expected text, found ['b']"),
         (b'{"title": "a", "text": "b", "id": ""}', "line 2, field 'id': is empty"),
         (b'{"title": "a", "text": "b", "section": 3}', "line 2, field 'section': expected text"),
         (b'{"title": "\\ud800", "text": "b"}', "line 2, field 'title': holds half a character"),
-        (b'["a"]', "line 2: expected an object, found a list"),
+        (b'["a"]', "line 2: expected an object, found ['a']"),
         (b"nonsense", "line 2 column 1 is not valid JSON"),
         (b'{"title": "a", "te', "line 2 column 16 is not valid JSON: Unterminated string"),
         (b'{"a":' * 100_000, "line 2 is not usable JSON"),

@@ -214,16 +214,16 @@ def test_no_record_is_dropped_and_limit_counts_from_the_front(written):
     assert [e.id for e in formats.load("unkebench", path)] == ["30", "10", "20"]
     assert [e.id for e in formats.load("unkebench", path, limit=2)] == ["30", "10"]
     assert len(formats.load("unkebench", path, limit=9)) == 3
-    for limit in (0, -1, 2.0, True):
-        with pytest.raises(InputError, match="limit is .* expected a whole number of at least 1"):
+    for limit in (0, -1):
+        with pytest.raises(InputError, match="limit is .*; expected at least 1"):
             formats.load("unkebench", path, limit=limit)
 
 
 BAD_FIELDS = [
     ("unkebench", {"answer": "  "}, "field 'answer': is empty; expected text"),
     ("unkebench", {"question": ""}, "field 'question': is empty; expected text"),
-    ("unkebench", {"answer": 3}, r"field 'answer': expected text, found a whole number \(3\)"),
-    ("unkebench", {"answer": None}, "field 'answer': expected text, found null"),
+    ("unkebench", {"answer": 3}, "field 'answer': expected text, found 3"),
+    ("unkebench", {"answer": None}, "field 'answer': expected text, found None"),
     ("unkebench", {"answer": ...}, "field 'answer': is missing; the fields are 'id', 'question'"),
     ("unkebench", {"answer": "half \ud83d"}, "field 'answer': holds half a character"),
     (
@@ -231,10 +231,10 @@ BAD_FIELDS = [
         {"sub_answer": ["x"]},
         "'sub_answer': has 1 items; expected 2, as many as 'sub_question'",
     ),
-    ("unkebench", {"sub_answer": "x"}, "field 'sub_answer': expected a list, found text"),
+    ("unkebench", {"sub_answer": "x"}, "field 'sub_answer': expected a list, found 'x'"),
     ("unkebench", {"sub_answer": ["x", ""]}, r"field 'sub_answer\[1\]': is empty"),
     ("unkebench", {"mmlu_questions": ["q"]}, "field 'mmlu_choices': has 0 items; expected 1"),
-    ("akew-counterfact", {"requested_rewrite": 4}, "'requested_rewrite': expected a list, found"),
+    ("akew-counterfact", {"requested_rewrite": 4}, "'requested_rewrite': expected a list, found 4"),
     ("akew-counterfact", {"paraphrase_prompts": []}, "'paraphrase_prompts': is empty"),
     (
         "akew-mquake",
@@ -253,7 +253,7 @@ BAD_FIELDS = [
         r"'requested_rewrite\[0\].subject': is missing; the fields are no field",
     ),
     ("editeverything", {"category": ...}, "'category': is missing"),
-    ("akew-wikiupdate", {"loc_ans": 7}, r"'loc_ans': expected text, found a whole number \(7\)"),
+    ("akew-wikiupdate", {"loc_ans": 7}, r"'loc_ans': expected text, found 7"),
 ]
 
 
@@ -291,9 +291,9 @@ BAD_FILES = [
     (b'[{"id": 0 "question": "x"}]', "at line 1 column 11: Expecting ',' delimiter"),
     (b"\x89PNG\r\n\x1a\n\x00", "byte 0 is not UTF-8"),
     (b"\x00\x01\x02", "not valid JSON at line 1 column 1"),
-    (b'{"id": 0}', "expected a list of records, found an object"),
+    (b'{"id": 0}', r"expected a list of records, found \{'id': 0\}"),
     (b"[]", "the list is empty; expected at least one record"),
-    (b"[[]]", "record 0: expected an object, found a list"),
+    (b"[[]]", r"record 0: expected an object, found \[\]"),
     (b'[{"id": 0, "id": 1}]', "an object has the key 'id' more than once"),
     (b"[" * 200_000, "not usable JSON"),
     (b'[{"id": ' + b"9" * 5000 + b"}]", "not usable JSON"),
@@ -360,7 +360,7 @@ def test_locality_returns_the_probes_of_these_edits_only(one, written):
         ([probe(number=-1)], "record 0, field 'number'"),
         ([probe(chat="yes")], "record 0, field 'chat'"),
         ([{"edit": "7"}], "record 0, field 'kind': is missing"),
-        (["x"], "record 0: expected an object, found text"),
+        (["x"], "record 0: expected an object, found 'x'"),
     ],
 )
 def test_a_bad_locality_file_is_one_line(one, written, records, message):

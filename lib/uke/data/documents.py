@@ -15,20 +15,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import IO, Any
 from urllib.parse import unquote
 
-from uke.data.formats import (
-    Name,
-    Source,
-    Text,
-    Trimmed,
-    describe,
-    explain,
-    located,
-    read_json,
-    read_list,
-)
+from uke.data.formats import Name, Source, Text, Trimmed, explain, located, read_json, read_list
 from uke.errors import InputError
 
 # Parameters that name collections of files, and where UKE_DATA has them.
@@ -153,7 +144,7 @@ def _placed(path: Path, reader: Reader) -> Iterator[tuple[str, Document]]:
     for number, (place, values) in enumerate(reader(path)):
         place = f"{path}: {place}"
         if type(values) is not dict:
-            raise InputError(f"{place}: expected an object, found {describe(values)}")
+            raise InputError(f"{place}: expected an object, found {short(values)}")
         with located(place):
             document = Passage.model_validate(values).document(f"{stem}-{number}")
         if document.text:

@@ -8,12 +8,14 @@ Mappings: arXiv 2506.09672 and the published code of UnKE, AnyEdit and EasyEdit.
 
 import json
 import os
+import re
 import string
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -23,7 +25,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictStr,
+    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -42,22 +44,15 @@ DATA_FILES = {
     "akew-wikiupdate": "akew/WikiUpdate*.json",
     "editeverything": "editeverything/editevery*.json",
 }
-WORDS = {str: "text", list: "a list", dict: "an object", int: "a whole number", float: "a number"}
-WORDS |= {bool: "true or false", type(None): "null"}
 EXPECTED = {
     "string_type": "text",
     "list_type": "a list",
+    "tuple_type": "a list",
     "model_type": "an object",
     "int_type": "a whole number",
     "bool_type": "true or false",
 }
 Made = TypeVar("Made", bound=BaseModel)
-
-
-def describe(value: Any) -> str:
-    """Say in the words of error messages what a JSON value is."""
-    shown = f" ({json.dumps(value)})" if type(value) in (bool, int, float) else ""
-    return WORDS.get(type(value), type(value).__name__) + shown
 
 
 def read_json(path: Path) -> Any:
@@ -82,7 +77,7 @@ def read_list(path: str | Path) -> list:
     """Read a JSON list of at least one record; InputError otherwise."""
     items = read_json(path)
     if type(items) is not list:
-        raise InputError(f"{path}: expected a list of records, found {describe(items)}")
+        raise InputError(f"{path}: expected a list of records, found {short(items)}")
     if not items:
         raise InputError(f"{path}: the list is empty; expected at least one record")
     return items
@@ -121,32 +116,19 @@ def _problem(error: Mapping[str, Any], fields: Iterable[str]) -> str:
     match error["type"]:
         case "missing":
             return f"is missing; the fields are {', '.join(map(repr, value)) or 'no field'}"
-        case "string_pattern_mismatch":
+        case "string_pattern_mismatch" | "string_too_short":
             return "is empty; expected text"
+        case "string_unicode":
+            return "holds half a character (a lone surrogate); expected valid Unicode text"
         case "too_short":
             return "is empty; expected at least one item"
         case "extra_forbidden":
             return message + nearest(str(error["loc"][-1]), fields)
         case "literal_error":
-            return message + nearest(str(value), KINDS)
+            return f"is {value!r}" + nearest(str(value), re.findall("'(.+?)'", message))
         case kind if kind in EXPECTED:
-            return f"expected {EXPECTED[kind]}, found {describe(value)}"
+            return f"expected {EXPECTED[kind]}, found {short(value)}"
     return message
-
-
-def _trim(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problem = "holds half a character (a lone surrogate)"
-        raise ValueError(f"{problem}; expected valid Unicode text") from None
-    return text.strip()
-
-
-def _require(text: str) -> str:
-    if not text:
-        raise ValueError("is empty; expected text")
-    return text
 
 
 def as_text(value: Any) -> Any:
@@ -156,16 +138,11 @@ def as_text(value: Any) -> Any:
 
 def _flatten(value: Any) -> tuple[str, ...]:
     """Collect acceptable answers, each once: a text, a list of texts or lists of aliases."""
-    nested, answers = [value], []
-    while nested:
-        value = nested.pop()
-        if isinstance(value, (list, tuple)):
-            nested += reversed(value)
-        elif type(value) is str:
-            answers.append(value.strip())
-        elif value is not None:
-            raise ValueError(f"expected text, found {describe(value)}")
-    return tuple(dict.fromkeys(filter(None, answers)))
+    if isinstance(value, (list, tuple)):
+        return tuple(dict.fromkeys(answer for one in value for answer in _flatten(one)))
+    if value is not None and type(value) is not str:
+        raise ValueError(f"expected text, found {short(value)}")
+    return (value.strip(),) if value and value.strip() else ()
 
 
 def as_many_as(other: str) -> AfterValidator:
@@ -184,8 +161,8 @@ def as_many_as(other: str) -> AfterValidator:
 OrEmpty = BeforeValidator(lambda value: [] if value is None else value)
 OrSingle = BeforeValidator(lambda value: [value] if type(value) is dict else value)
 Named = BeforeValidator(lambda value: value.get("str") if type(value) is dict else value)
-Trimmed = Annotated[StrictStr, AfterValidator(_trim)]
-Text = Annotated[Trimmed, AfterValidator(_require)]
+Trimmed = Annotated[str, StringConstraints(strict=True, strip_whitespace=True)]
+Text = Annotated[Trimmed, StringConstraints(min_length=1)]
 Name = Annotated[Text, BeforeValidator(as_text)]
 Texts = Annotated[list[Text], OrEmpty]
 Answers = Annotated[tuple[Text, ...], BeforeValidator(_flatten)]
@@ -225,16 +202,13 @@ class MultiHop(Source):
             raise ValueError("is missing; expected the answer to 'questions'")
         return answer
 
-    def probes(self, *others: dict[str, Any]) -> tuple[Probe, ...]:
-        """Make the multi-hop probes and others, numbered within their kind."""
+    def hops(self) -> tuple[Probe, ...]:
         aliases = tuple(alias for alias in self.new_answer_alias if alias != self.new_answer)
-        hop = {"kind": "multi_hop", "reference": self.new_answer, "aliases": aliases}
-        counts: Counter = Counter()
-        probes = []
-        for fields in (*(hop | {"question": question} for question in self.questions), *others):
-            probes.append(Probe(edit=self.id, number=counts[fields["kind"]], **fields))
-            counts[fields["kind"]] += 1
-        return tuple(probes)
+        answer = {"reference": self.new_answer, "aliases": aliases}
+        return tuple(
+            Probe(edit=self.id, kind="multi_hop", number=number, question=question, **answer)
+            for number, question in enumerate(self.questions)
+        )
 
 
 class UnKEBench(MultiHop):
@@ -265,17 +239,19 @@ class UnKEBench(MultiHop):
             letters.append(letter)
         return letters
 
-    def exercises(self) -> Iterator[dict[str, Any]]:
+    def exercises(self) -> Iterator[Probe]:
         """Yield the multiple-choice questions; the reference is the letter of the right choice."""
         lists = (self.mmlu_questions, self.mmlu_choices, self.mmlu_answer)
-        for question, choices, letter in zip(*lists, strict=True):
+        for number, (question, choices, letter) in enumerate(zip(*lists, strict=True)):
             lines = [f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False)]
-            yield {
-                "kind": "general",
-                "question": "\n".join((question, *lines)),
-                "reference": letter,
-                "aliases": (lines[LETTERS.index(letter)],),
-            }
+            yield Probe(
+                edit=self.id,
+                kind="general",
+                number=number,
+                question="\n".join((question, *lines)),
+                reference=letter,
+                aliases=(lines[LETTERS.index(letter)],),
+            )
 
     def edit(self) -> Edit:
         pairs = zip(self.sub_question, self.sub_answer, strict=True)
@@ -285,7 +261,7 @@ class UnKEBench(MultiHop):
             answer=self.answer,
             paraphrase=self.para_question,
             details=tuple(Detail(question=asked, answer=answer) for asked, answer in pairs),
-            extra=self.probes(*self.exercises()),
+            extra=(*self.hops(), *self.exercises()),
         )
 
 
@@ -307,27 +283,19 @@ class Rewrite(Source):
     target: Annotated[Text, Named] = Field(
         validation_alias=AliasChoices("target_new", "answer_new")
     )
-    prompt_full: Text | None = None
-
-    @property
-    def asked(self) -> str:
-        return self.prompt_full or self.prompt.replace("{}", self.subject)
+    asked: Text | None = Field(None, validation_alias="prompt_full")
 
 
 class ClozeRewrite(Rewrite):
     """The rewrite of CounterFact."""
 
-    prompt_full: Text
+    asked: Text = Field(validation_alias="prompt_full")
 
 
 class QuestionRewrite(Rewrite):
     """The rewrite of WikiUpdate."""
 
-    question: Text
-
-    @property
-    def asked(self) -> str:
-        return self.question
+    asked: Text = Field(validation_alias="question")
 
 
 class Akew(MultiHop):
@@ -341,39 +309,39 @@ class Akew(MultiHop):
     loc: Text | None = None
     loc_ans: Answers = ()
 
-    def locality(self) -> Iterator[dict[str, Any]]:
+    def locality(self) -> Iterator[Probe]:
         if self.loc and self.loc_ans:
-            yield {
-                "kind": "struct_trip",
-                "question": self.loc,
-                "reference": self.loc_ans[0],
-                "aliases": self.loc_ans[1:],
-                "chat": is_question(self.loc),
-            }
+            yield Probe(
+                edit=self.id,
+                kind="struct_trip",
+                question=self.loc,
+                reference=self.loc_ans[0],
+                aliases=self.loc_ans[1:],
+                chat=is_question(self.loc),
+            )
         elif self.loc:
             place = f"record with id '{self.id}', field 'loc_ans'"
             warnings.warn(f"{place}: the question has no answer and makes no probe", stacklevel=5)
 
     def edit(self) -> Edit:
         first = self.requested_rewrite[0]
-        stated = [(one.subject, one.prompt, one.target) for one in first.unsfact_triplets_GPT]
-        details = [(prompt.replace("{}", name), target) for name, prompt, target in stated]
+        triplets = first.unsfact_triplets_GPT
+        # A relation without exactly one place for its subject states no fact.
+        stated = [one for one in (first, *triplets) if one.prompt.count("{}") == 1]
         return Edit(
             id=self.id,
-            question=first.asked,
+            question=first.asked or first.prompt.replace("{}", first.subject),
             answer=first.fact_new_uns,
             paraphrase=next(iter(self.paraphrase_prompts), None),
             subject=first.subject,
             details=tuple(
-                Detail(question=asked, answer=known) for asked, known in details[:DETAILS]
+                Detail(question=one.prompt.replace("{}", one.subject), answer=one.target)
+                for one in triplets[:DETAILS]
             ),
-            # A relation without exactly one place for its subject states no fact.
             facts=tuple(
-                Fact(subject=name, relation=prompt, object=target)
-                for name, prompt, target in [(first.subject, first.prompt, first.target), *stated]
-                if prompt.count("{}") == 1
+                Fact(subject=one.subject, relation=one.prompt, object=one.target) for one in stated
             ),
-            extra=self.probes(*self.locality()),
+            extra=(*self.hops(), *self.locality()),
         )
 
 
@@ -428,13 +396,19 @@ def is_question(prompt: str) -> bool:
     return prompt.endswith("?") or prompt.startswith("nq question:")
 
 
-def _records(path: str | Path, model: type[Made], limit: int | None = None) -> Iterator[Made]:
-    """Yield the checked records of a file, whose ids must differ."""
-    seen: dict[str, int] = {}
+def _placed(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield the records of a file, which must be objects, each with its place in words."""
     for position, values in enumerate(read_list(path)[:limit]):
         place = f"{path}: record {position}"
         if type(values) is not dict:
-            raise InputError(f"{place}: expected an object, found {describe(values)}")
+            raise InputError(f"{place}: expected an object, found {short(values)}")
+        yield place, values
+
+
+def _records(path: str | Path, model: type[Made], limit: int | None = None) -> Iterator[Made]:
+    """Yield the checked records of a file, whose ids must differ."""
+    seen: dict[str, int] = {}
+    for position, (place, values) in enumerate(_placed(path, limit)):
         id = values.get("id", values.get("case_id", position))
         place += f" (id '{id}')" if type(id) in (int, str) and id != "" else ""
         with located(place):
@@ -457,9 +431,8 @@ def load(dataset: str, path: str | Path, limit: int | None = None) -> tuple[Edit
     """
     if dataset not in FORMATS:
         raise InputError(f"unknown dataset {dataset!r}{nearest(str(dataset), FORMATS)}")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        expected = "a whole number of at least 1, or None for all"
-        raise InputError(f"limit is {limit!r}; expected {expected}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; expected at least 1, or None for all")
     return tuple(record.edit() for record in _records(path, FORMATS[dataset], limit))
 
 
@@ -492,13 +465,9 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
     asks itself, for an edit without a probe, and for two probes of one edit, kind and number.
     """
     edits = tuple(edits)
-    wanted = {edit.id for edit in edits}
     taken = {(probe.edit, probe.kind, probe.number) for edit in edits for probe in edit.extra}
     items: list[Item] = []
-    for position, values in enumerate(read_list(path)):
-        place = f"{path}: record {position}"
-        if type(values) is not dict:
-            raise InputError(f"{place}: expected an object, found {describe(values)}")
+    for place, values in _placed(path):
         if "edit" in values:
             values = values | {"edit": as_text(values["edit"])}
         with located(place, Item.model_fields):
@@ -514,6 +483,7 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
             raise InputError(f"{place}, field 'number': {problem}")
         taken.add(key)
         items.append(item)
+    wanted = {edit.id for edit in edits}
     if without := sorted(wanted - {item.edit for item in items}):
         names = ", ".join(map(repr, without[:3])) + (" ..." if len(without) > 3 else "")
         lacking = f"no probe for {len(without)} of {len(wanted)} edits ({names})"
@@ -527,14 +497,13 @@ def find_data(data: str, data_file: str = "") -> str:
     It is `data_file` if given, else the one file of its name in the folder named by the environment
     variable UKE_DATA.
     """
-    if data == "world" and not data_file:
-        return ""
+    if data == "world" and data_file:
+        raise InputError(f"data_file: {data_file}: name the benchmark that it is of with DATA=")
     if data == "world":
-        expected = "name the benchmark that this file is of with DATA="
-        raise InputError(f"data_file: {data_file}: the world is generated; {expected}")
+        return ""
+    if data_file and not Path(data_file).is_file():
+        raise InputError(f"data_file: {data_file}: no such file")
     if data_file:
-        if not Path(data_file).is_file():
-            raise InputError(f"data_file: {data_file}: no such file")
         return str(Path(data_file).resolve())
     folder = os.environ.get("UKE_DATA", "")
     if not folder or not Path(folder).is_dir():

@@ -3,39 +3,37 @@
 That is ground-truth facts of the world, facts that records state, and a reading of both texts.
 
     >>> frame = assess(items, sources, settings.batch, *known_of_world(1, "test", sources))
-    >>> leak_counts(frame)   # by kind: items, those that share a fact with an edit
+    >>> leak_counts(frame, ["kind"])   # items, and those that share a fact with an edit
 
-`assess` gives one row per item, without any of its text; every table and figure is made from such
-rows.
+Every table and figure is made from the rows of `assess`, which hold none of the texts.
 """
 
 import hashlib
-import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from uke.data.documents import Document
 from uke.data.edits import Edit, Item
-from uke.data.formats import find_data, load, load_locality
+from uke.data.formats import load, load_locality
 from uke.errors import InputError
-from uke.files import read_yaml, sha256, write_atomic
+from uke.files import read_yaml, sha256
 from uke.locality.build import Settings, Sources, text_of, unfiltered
 from uke.locality.card import SetFiles, built, ensure, of_files, of_world
 from uke.locality.card import settings as read_settings
-from uke.locality.facts import Extractor, facts, names, normal
+from uke.locality.facts import facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
 from uke.results.metrics import Encoder, cosines, load_encoder
-from uke.results.rows import stored
-from uke.results.stats import Interval, Paired, interval, paired, share
+from uke.results.stats import Interval, interval, share
 from uke.world import files as world_files
 from uke.world import generate as world
 
 SHORT = 5  # words: a longer object is a clause, which no other text repeats word for word
-VERDICT = {"set": str, "edit": str, "source": str, "texts": str, "shares": bool, "why": str}
 USED, ALONE, UNFILTERED = "texts and what records state", "texts alone", "no filter"  # filters
 BENCHMARKS = ("unkebench", "akew-mquake")  # whose published locality sets are built anew
 LIKENESS = {"overlap": "share of longer words in common", "similarity": "cosine of embeddings"}
@@ -74,24 +72,19 @@ def stated_names(edits: Iterable[Edit]) -> Names:
     return found
 
 
-def known_of_records(sources: Sources) -> tuple[Names, None]:
-    """Look up what the records of a benchmark state; nothing is known of documents."""
-    return stated_names(sources.edits), None
+def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
+    """Look for every stated name among the names that the extractor finds in the edit's answer.
 
-
-def names_found(edits: Iterable[Edit], extract: Extractor) -> pd.DataFrame:
-    """Look for every stated name among the names that an extractor finds in the edit's answer.
-
-    One row per stated name: `edit`, and whether it is `found`, in the sense in which two texts
-    share it.
+    One row per stated name: `edit`, whether it is `found`, in the sense in which two texts share
+    it, and `half`: the records at even places were looked at when the extractor was written.
     """
-    edits, rows = list(edits), []
-    stated = stated_names(edits)
-    for edit in edits:
-        own = facts(edit.answer, extract(edit.answer))
-        for name in stated.get(edit.id, ()):
-            rows.append((edit.id, bool(own.names & facts(name, [name]).names)))
-    return pd.DataFrame(rows, columns=["edit", "found"])
+    rows = []
+    for place, edit in enumerate(edits):
+        own = facts(edit.answer, names(edit.answer)).names
+        half = "held out" if place % 2 else "looked at"
+        for name in stated_names([edit]).get(edit.id, ()):
+            rows.append((edit.id, bool(own & facts(name, [name]).names), half))
+    return pd.DataFrame(rows, columns=["edit", "found", "half"])
 
 
 def leaks(
@@ -109,31 +102,29 @@ def leaks(
     the documents' facts are known, those of every edit must be, else InputError: what is not looked
     for is not found.
     """
-    missing = [edit.id for edit in sources.edits if edit.id not in known]
+    missing = sorted(edit.id for edit in sources.edits if edit.id not in known)
     if known_documents and missing:
-        named = ", ".join(map(repr, sorted(missing)[:3]))
         raise InputError(
-            f"audit: nothing is known of {len(missing)} edits ({named}); "
+            f"audit: nothing is known of {len(missing)} edits ({', '.join(missing[:3])}); "
             "expected the facts of every edit"
         )
-    whole = {document.id: passage(document) for document in sources.documents}
-    patterns = {
-        name: _pattern(names) for name, names in (*known.items(), *(known_documents or {}).items())
-    }
+    patterns = defaultdict(lambda: re.compile("(?!)"))  # nothing is known: nothing is found
+    for name, phrases in (*known.items(), *(known_documents or {}).items()):
+        longest_first = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
+        patterns[name] = re.compile(rf"(?<!\w)(?:{longest_first or '(?!)'})(?!\w)", re.I)
     block = {edit.id: edits for edits in sources.blocks(batch) for edit in edits}
+    whole = {document.id: passage(document) for document in sources.documents}
     texts = {edit.id: text_of(edit) for edit in sources.edits}
-    spans = {name: _spans(patterns.get(name), text) for name, text in texts.items()}
+    spans = {name: _spans(patterns[name], text) for name, text in texts.items()}
     rows = []
     for item in items:
         short = " ".join((item.question, item.reference, *item.aliases))
         text = whole[item.source] if item.kind.endswith("doc") else short
-        own = patterns.get(item.source)
+        own = patterns[item.source]
         covered = _spans(own, text)
         shared = {
-            edit.id: {
-                *_named(patterns.get(edit.id), text, covered),
-                *_named(own, texts[edit.id], spans[edit.id]),
-            }
+            edit.id: _named(patterns[edit.id], text, covered)
+            | _named(own, texts[edit.id], spans[edit.id])
             for edit in block[item.edit]
         }
         every = sorted(set().union(*shared.values()))
@@ -141,18 +132,11 @@ def leaks(
     return pd.DataFrame(rows, columns=["edit", "kind", "source", "own", "batch"])
 
 
-def _pattern(names: Iterable[str]) -> re.Pattern:
-    """Match any of these names as whole words, the longest first; nothing where there is none."""
-    longest_first = map(re.escape, sorted(names, key=len, reverse=True))
-    return re.compile(rf"(?<!\w)(?:{'|'.join(longest_first) or '(?!)'})(?!\w)", re.I)
+def _spans(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
+    return [found.span() for found in pattern.finditer(text)]
 
 
-def _spans(pattern: re.Pattern | None, text: str) -> list[tuple[int, int]]:
-    """Find where a text has its own known names."""
-    return [found.span() for found in pattern.finditer(text)] if pattern else []
-
-
-def _named(pattern: re.Pattern | None, text: str, own: Sequence[tuple[int, int]]) -> set[str]:
+def _named(pattern: re.Pattern, text: str, own: Sequence[tuple[int, int]]) -> set[str]:
     """List the names of a pattern that a text has, except inside a longer name of its own."""
     return {
         text[start:end].casefold()
@@ -172,9 +156,10 @@ def assess(
     """Assess every item: one row each, without its text.
 
     Columns: edit, kind, source, rank, words (of the reference), own and batch (how many names it
-    shares with its edit and with any edit of its batch), and for documents how like their edit they
-    are: overlap (the share of the reference's longer words that the answer has) and similarity (the
-    cosine of their embeddings; missing without an encoder).
+    shares with its edit and with any edit of its batch, missing where nothing is known of its
+    edit), and for documents how like their edit they are: overlap (the share of the reference's
+    words of four letters or more that the answer has) and similarity (the cosine of their
+    embeddings; only with an encoder).
     """
     answers = {edit.id: edit.answer for edit in sources.edits}
     frame = leaks(items, sources, batch, known, known_documents)
@@ -185,16 +170,13 @@ def assess(
     frame["words"] = [len(item.reference.split()) for item in items]
     documents = frame["kind"].str.endswith("doc")
     pairs = [(item.reference, answers[item.edit]) for item in items if item.kind.endswith("doc")]
-    frame.loc[documents, "overlap"] = [_overlap(*pair) for pair in pairs]
+    long = [[set(re.findall(r"\w{4,}", text.casefold())) for text in pair] for pair in pairs]
+    frame.loc[documents, "overlap"] = [
+        len(words & answer) / max(1, len(words)) for words, answer in long
+    ]
     if encoder and pairs:
         frame.loc[documents, "similarity"] = cosines(*zip(*pairs, strict=True), encoder)
     return frame
-
-
-def _overlap(text: str, other: str) -> float:
-    """Compute the share of the words of `text` with four letters or more that `other` has."""
-    words, known = (set(re.findall(r"\w{4,}", each.casefold())) for each in (text, other))
-    return len(words & known) / len(words) if words else 0.0
 
 
 def assess_sets(
@@ -202,7 +184,6 @@ def assess_sets(
     settings: Settings,
     folder: Path,
     known_of: Callable[[Sources], tuple[Names, Names | None]],
-    encoder: Encoder | None = None,
 ) -> pd.DataFrame:
     """Build sets and assess their items as they are used, by texts alone, and without any filter.
 
@@ -211,7 +192,7 @@ def assess_sets(
     sources; where it knows nothing, only the set as used is assessed. Columns of `assess`, and set,
     filter, and of the set edits, documents, triples and sha256.
     """
-    frames = []
+    frames, encoder = [], load_encoder()
     for files in sets:
         path, sources = ensure(files, settings, folder), files.sources()
         known = known_of(sources)
@@ -235,7 +216,6 @@ def assess_sets(
 
 
 def assess_run(
-    name: str,
     paths: Paths,
     settings: Settings,
     split: str = "test",
@@ -244,19 +224,15 @@ def assess_run(
     documents: Sequence[str] = (),
     structured: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Assess the sets of a run, and keep the rows under `name`; or read the committed ones.
-
-    Of the world these are the sets of one split, in the form of both benchmarks.
-    """
+    """Assess the set of a benchmark's file, or those of one split of the world in both forms."""
     if paths.data != "world":
-        sets = [of_files(paths.data, data_file, documents, structured)]
-        rows = partial(assess_sets, sets, settings, built(paths).parent, known_of_records)
-    else:
-        world = world_files.ensure(paths.home / "results", world_seed)
-        sets = [of_world(world, split, form) for form in ("unkebench", "akew-counterfact")]
-        known_of = partial(known_of_world, world_seed, split)
-        rows = partial(assess_sets, sets, settings, world / split / "locality", known_of)
-    return stored(paths.exported(name), lambda: rows(encoder=load_encoder()))
+        files = of_files(paths.data, data_file, documents, structured)
+        folder = built(paths).parent
+        return assess_sets([files], settings, folder, lambda of: (stated_names(of.edits), None))
+    world = world_files.ensure(paths.home / "results", world_seed)
+    sets = [of_world(world, split, form) for form in ("unkebench", "akew-counterfact")]
+    known_of = partial(known_of_world, world_seed, split)
+    return assess_sets(sets, settings, world / split / "locality", known_of)
 
 
 def assess_benchmarks(paths: Paths, documents: Sequence[str] = ()) -> pd.DataFrame:
@@ -268,61 +244,55 @@ def assess_benchmarks(paths: Paths, documents: Sequence[str] = ()) -> pd.DataFra
     frames = []
     for data in BENCHMARKS:
         files = of_files(data, "", documents)
-        names = stated_names(load(data, files.edit_file)[1::2])
-        folder, encoder = paths.results / "locality", load_encoder()
-        chosen = read_settings(paths.home, data)
-        frames.append(assess_sets([files], chosen, folder, lambda _: (names, None), encoder))  # noqa: B023
+        known = stated_names(load(data, files.edit_file)[1::2]), None
+        chosen, folder = read_settings(paths.home, data), paths.results / "locality"
+        frames.append(assess_sets([files], chosen, folder, lambda _, known=known: known))
     return pd.concat(frames, ignore_index=True)
 
 
-def names_of_benchmark(data: str = "akew-mquake") -> pd.DataFrame:
-    """Look for stated names by `names_found`, in the records looked at before and in the others."""
-    edits = load(data, find_data(data))
-    halves = {"looked at": edits[::2], "held out": edits[1::2]}
-    frames = [names_found(part, names).assign(half=half) for half, part in halves.items()]
-    return pd.concat(frames, ignore_index=True)
+def fingerprint(edit: Edit, document: Document) -> str:
+    """Compute 8 hex digits of the texts of a RelDoc: a verdict holds for these and no others."""
+    texts = "\n".join((text_of(edit), document.heading, document.text))
+    return hashlib.sha256(texts.encode()).hexdigest()[:8]
 
 
-def read_benchmarks(paths: Paths, count: int, documents: Sequence[str] = ()) -> pd.DataFrame:
-    """Read the verdicts on `count` RelDocs of UnKEBench and half as many of MQuAKE-CF.
+def read_verdicts(paths: Paths, documents: Sequence[str] = ()) -> pd.DataFrame:
+    """Read what a reader said of RelDocs of both benchmarks, from `params/audit/reading.yaml`.
 
-    The sheets that a reader fills in are left beside the sets. Columns of `verdicts`, set, and
-    drawn, the number of RelDocs that a verdict was wanted on.
+    Columns set, edit, source, texts, shares, why, and holds: whether the set has this RelDoc with
+    just the texts that were read.
     """
-    frames = []
-    for data, wanted in zip(BENCHMARKS, (count, count // 2), strict=True):
-        files, folder = of_files(data, "", documents), paths.results / "locality"
+    verdicts = pd.DataFrame(read_yaml(paths.home / "params/audit/reading.yaml")["verdicts"])
+    held = set()
+    for data in BENCHMARKS:
+        files = of_files(data, "", documents)
+        path = ensure(files, read_settings(paths.home, data), paths.results / "locality")
         sources = files.sources()
-        path = ensure(files, read_settings(paths.home, data), folder)
-        drawn = sample(load_locality(path, sources.edits), wanted)
-        write_atomic(folder / f"reading-{data}.md", sheet(drawn, sources, files.name))
-        file = paths.home / "params" / "audit" / "reading.yaml"
-        given = verdicts(file, files.name, drawn, sources)
-        frames.append(given.assign(set=files.name, drawn=len(drawn)))
-    return pd.concat(frames, ignore_index=True)
+        known = {each.id: each for each in sources.documents}
+        edits = {edit.id: edit for edit in sources.edits}
+        for item in load_locality(path, sources.edits):
+            if item.kind == "rel_doc":
+                texts = fingerprint(edits[item.edit], known[item.source])
+                held.add((files.name, item.edit, item.source, texts))
+    keys = verdicts[["set", "edit", "source", "texts"]].itertuples(index=False, name=None)
+    return verdicts.assign(holds=[key in held for key in keys])
 
 
-def shape(frame: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.DataFrame:
-    """Describe sets of assessed items: sources, edits of the most used one, words, ranks."""
-    rows = []
-    for key, part in frame.groupby(list(by), sort=False):
-        ranks = part["rank"].dropna()
-        rows.append(
-            dict(zip(by, key, strict=True))
-            | {
-                "items": len(part),
-                "sources": part["source"].nunique(),
-                "edits of the most used": part["source"].value_counts().iloc[0],
-                "words": int(part["words"].median()),
-                "fewest words": part["words"].min(),
-                "most words": part["words"].max(),
-                "lowest rank": ranks.min(),
-                "median rank": int(ranks.median()) if len(ranks) else pd.NA,
-                "highest rank": ranks.max(),
-            }
-        )
-    ranked = ("lowest rank", "median rank", "highest rank")
-    return pd.DataFrame(rows).astype(dict.fromkeys(ranked, "Int64"))
+def shape(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Describe assessed items: sources, edits of the most used one, words, ranks."""
+    columns = {
+        "items": ("source", "size"),
+        "sources": ("source", "nunique"),
+        "edits of the most used": ("source", lambda sources: sources.value_counts().iloc[0]),
+        "words": ("words", lambda words: int(words.median())),
+        "fewest words": ("words", "min"),
+        "most words": ("words", "max"),
+        "lowest rank": ("rank", "min"),
+        "median rank": ("rank", "median"),
+        "highest rank": ("rank", "max"),
+    }
+    table = frame.groupby(list(by), sort=False).agg(**columns).reset_index()
+    return table.assign(**{"median rank": table["median rank"].round().astype("Int64")})
 
 
 def describe(frame: pd.DataFrame) -> pd.DataFrame:
@@ -350,12 +320,6 @@ def mean_likeness(frame: pd.DataFrame, by: str = "edit") -> dict[tuple[str, str]
     }
 
 
-def overlap_gain(frame: pd.DataFrame) -> Paired:
-    """Compare the overlap of RelDoc and RandDoc, paired by edit."""
-    overlap = frame.pivot(index="edit", columns="kind", values="overlap")
-    return paired(overlap["rel_doc"], overlap["rand_doc"])
-
-
 def first_set(frame: pd.DataFrame) -> pd.DataFrame:
     """Select the items of the first set."""
     return frame[frame["set"] == frame["set"].iloc[0]]
@@ -367,71 +331,13 @@ def disjoint(frame: pd.DataFrame, filter: str) -> Interval:
     return share(int((related["batch"] == 0).sum()), len(related))
 
 
-def leak_counts(frame: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.DataFrame:
+def leak_counts(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Count items that share a fact with their own edit and with any edit of their batch.
 
     Items of edits of which nothing is known are left out.
     """
-    judged = frame.dropna(subset="own")
-    leaking = judged.assign(own=judged["own"] > 0, batch=judged["batch"] > 0)
-    counts = leaking.groupby(list(by), sort=False).agg(
-        items=("own", "size"), own=("own", "sum"), batch=("batch", "sum")
-    )
     names = {"own": "share a fact with their edit", "batch": "with any edit of the batch"}
+    judged = frame.dropna(subset="own")
+    leaking = judged.assign(items=1, own=judged["own"] > 0, batch=judged["batch"] > 0)
+    counts = leaking.groupby(list(by), sort=False)[["items", *names]].sum()
     return counts.rename(columns=names).reset_index()
-
-
-def sample(items: Sequence[Item], count: int, seed: int = 1) -> list[Item]:
-    """Draw RelDocs to be read, without looking at them; in the order of the file."""
-    related = [item for item in items if item.kind == "rel_doc"]
-    generator = random.Random(f"reading-{seed}")
-    drawn = generator.sample(range(len(related)), min(count, len(related)))
-    return [related[index] for index in sorted(drawn)]
-
-
-def sheet(chosen: Sequence[Item], sources: Sources, name: str) -> str:
-    """Write what a reader is given: both texts of every chosen RelDoc, and a verdict to fill in."""
-    parts = [f"# Do edit and document share a fact? ({name})\n"]
-    for number, item in enumerate(chosen, start=1):
-        edit, heading, text = _texts(item, sources)
-        parts.append(
-            f"## {number}. edit {item.edit}, document {item.source}\n\n{edit}\n\n"
-            f"### {heading}\n\n{text}\n\n"
-            f"- {{set: {name}, edit: '{item.edit}', source: '{item.source}', "
-            f"texts: '{fingerprint(item, sources)}', shares: , why: ''}}\n"
-        )
-    return "\n".join(parts)
-
-
-def fingerprint(item: Item, sources: Sources) -> str:
-    """Compute 8 hex digits of a RelDoc's texts: a verdict holds for these and no others."""
-    return hashlib.sha256("\n".join(_texts(item, sources)).encode()).hexdigest()[:8]
-
-
-def _texts(item: Item, sources: Sources) -> tuple[str, str, str]:
-    """Find the text of a RelDoc's edit, and heading and text of its document."""
-    edit = next(edit for edit in sources.edits if edit.id == item.edit)
-    document = next(each for each in sources.documents if each.id == item.source)
-    return text_of(edit), document.heading, document.text
-
-
-def verdicts(path: Path, name: str, chosen: Sequence[Item], sources: Sources) -> pd.DataFrame:
-    """Read the verdicts on the chosen RelDocs of a set: columns edit, source, shares, why.
-
-    The file holds `verdicts`, a list with the fields of a line of the sheet. Raises InputError for
-    a field that is wrong. A RelDoc without a verdict on just these texts has none in the table.
-    """
-    found = read_yaml(path).get("verdicts")
-    if not isinstance(found, list):
-        raise InputError(f"{path}: verdicts: expected a list")
-    for number, verdict in enumerate(found):
-        fields = verdict if isinstance(verdict, dict) else {}
-        right = all(isinstance(fields.get(key), kind) for key, kind in VERDICT.items())
-        if not right or set(fields) != set(VERDICT):
-            expected = ", ".join(f"{key} ({kind.__name__})" for key, kind in VERDICT.items())
-            raise InputError(f"{path}: verdict {number}: expected {expected}")
-    wanted = {(name, item.edit, item.source, fingerprint(item, sources)) for item in chosen}
-    frame = pd.DataFrame(found, columns=list(VERDICT))
-    keys = frame[["set", "edit", "source", "texts"]].itertuples(index=False, name=None)
-    kept = [key in wanted for key in keys]
-    return frame.loc[kept, ["edit", "source", "shares", "why"]].reset_index(drop=True)
