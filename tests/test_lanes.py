@@ -5,7 +5,7 @@ import torch
 from small import moved, state
 from torch import nn
 from uke.methods.finetune import adapt, adapter
-from uke.methods.lanes import Lanes, LowRank, constant_below, grouping
+from uke.methods.lanes import Lanes, LowRank, lower_blocks_once, grouping
 from uke.methods.recipes import RECIPES
 from uke.models.model import select
 
@@ -208,7 +208,7 @@ def test_blocks_computed_once_give_the_logits_of_the_whole_model(tiny, family):
     weight.data.sub_(sum(moves))
     below.clear(), there.clear()
     names = ["model.layers.2.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"]
-    with constant_below(model, names):
+    with lower_blocks_once(model, names):
         for move, wanted in zip(moves, expected, strict=True):
             weight.data.add_(move)
             assert torch.allclose(read(model, ids), wanted, atol=1e-3, rtol=1e-4)
@@ -217,12 +217,12 @@ def test_blocks_computed_once_give_the_logits_of_the_whole_model(tiny, family):
 
 def test_rows_that_have_left_and_columns_that_were_cut_are_not_read_below(tiny):
     model, ids = tiny("mistral"), tokens(5, 24)
-    with constant_below(model, ["model.layers.3.mlp.down_proj"]) as below:
-        below.keep([0, 1, 2, 3, 4])  # before anything was read there is nothing to keep
+    with lower_blocks_once(model, ["model.layers.3.mlp.down_proj"]) as lower:
+        lower.keep([0, 1, 2, 3, 4])  # before anything was read there is nothing to keep
         read(model, ids)
-        below.keep([0, 2, 4])
+        lower.keep([0, 2, 4])
         kept = [read(model, ids[[0, 2, 4]])]
-        below.keep(torch.tensor([2, 1]))
+        lower.keep(torch.tensor([2, 1]))
         kept.append(read(model, ids[[4, 2], :15]))
     for found, rows in zip(kept, (ids[[0, 2, 4]], ids[[4, 2], :15]), strict=True):
         assert torch.allclose(found, read(model, rows), atol=1e-4)
@@ -231,10 +231,10 @@ def test_rows_that_have_left_and_columns_that_were_cut_are_not_read_below(tiny):
 def test_block_1_is_not_block_10_and_the_first_has_none_below(tiny):
     model = tiny(num_hidden_layers=11)
     calls = {block: counted(model, block) for block in (0, 9, 10)}
-    with constant_below(model, ["model.layers.10.mlp.down_proj.weight"]):
+    with lower_blocks_once(model, ["model.layers.10.mlp.down_proj.weight"]):
         read(model, tokens(2)), read(model, tokens(2))
     assert {block: len(found) for block, found in calls.items()} == {0: 1, 9: 1, 10: 2}
-    with constant_below(model, ["model.layers.3.mlp.down_proj", "model.layers.0.mlp.down_proj"]):
+    with lower_blocks_once(model, ["model.layers.3.mlp.down_proj", "model.layers.0.mlp.down_proj"]):
         assert not replaced(model)
 
 
@@ -242,7 +242,7 @@ def test_block_1_is_not_block_10_and_the_first_has_none_below(tiny):
 def test_blocks_are_computed_again_afterwards(tiny, error):
     model, other = tiny(), tokens(7)
     before, plain = state(model), read(model, other)
-    with pytest.raises(error), constant_below(model, ["model.layers.2.mlp.down_proj"]):
+    with pytest.raises(error), lower_blocks_once(model, ["model.layers.2.mlp.down_proj"]):
         read(model, tokens(3))
         raise error
     assert untouched(model, before) and torch.equal(read(model, other), plain)

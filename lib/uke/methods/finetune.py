@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uke.errors import Diverged, InputError
-from uke.methods.lanes import Below, Lanes, LowRank, constant_below, relative_norm
+from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
 from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written
 from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
@@ -87,10 +87,9 @@ def train(
 ) -> Training:
     """Write the edits together into the model in place; one with an adapter is what `adapt` made.
 
-    One pass is one optimiser step on all edits, or on each shuffled minibatch. A batch whose mean
-    loss is below `stop_loss` is skipped, and a pass whose mean is below it ends the training.
-    `progress(passes, loss)` follows each. InputError as `Method.examples`, before any weight moves;
-    Diverged names the edits whose loss is not finite.
+    A batch whose mean loss is below `stop_loss` is skipped, and a pass whose mean is below it ends
+    the training. `progress(passes, loss)` follows each pass. InputError as `Method.examples`,
+    before any weight moves; Diverged names the edits whose loss is not finite.
     """
     started, lane = time.perf_counter(), _Lane(recipe)
     examples = recipe.examples(model, tokenizer, edits)
@@ -98,15 +97,14 @@ def train(
     weights = trained(model, recipe)
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
-    constant = constant_below(model, list(weights)) if same else nullcontext(Below())
-    with kept(model, {}), constant as below:
+    once = lower_blocks_once(model, list(weights)) if same else nullcontext(LowerBlocks())
+    with kept(model, {}), once as lower:
         # Gradients flow to these weights alone, so that autograd keeps nothing of lower blocks.
         model.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
+        parameters = [weight.requires_grad_(True) for weight in weights.values()]
         adalora = model.base_model if recipe.adapter == "adalora" else None
-        optimiser = _Optimiser(list(weights.values()), recipe, adalora)
-        _descend(model, [lane], passes, optimiser, below, progress=progress)
+        optimiser = _Optimiser(parameters, recipe, adalora)
+        _descend(model, [lane], passes, optimiser, lower, progress=progress)
     if lane.error:
         raise lane.error
     lane.training.seconds = time.perf_counter() - started
@@ -117,8 +115,7 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
     """Train each edit as if alone, side by side with those of similar length.
 
     An edit whose loss is not finite gets no lane; Diverged where that is every edit. AdaLoRA, whose
-    ranks are pruned by step, is trained one by one. Seconds are an equal share; `requires_grad` is
-    the caller's to restore.
+    ranks are pruned by step, is trained one by one. `requires_grad` is the caller's to restore.
     """
     if recipe.adapter == "adalora":
         return _train_one_by_one(model, tokenizer, edits, recipe)
@@ -129,10 +126,10 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
         passes = itertools.repeat([batch], recipe.steps)
         group = [lanes[edit] for edit in batch.ids]
         model.requires_grad_(False)
-        constant = constant_below(model, (*stacks.weights, *stacks.low_rank))
-        with constant as below, stacks.laid():
+        once = lower_blocks_once(model, (*stacks.weights, *stacks.low_rank))
+        with once as lower, stacks.laid():
             optimiser = _Optimiser(stacks.stacks, recipe)
-            _descend(model, group, passes, optimiser, below, stacks)
+            _descend(model, group, passes, optimiser, lower, stacks)
     failed = {edit: str(lane.error) for edit, lane in lanes.items() if lane.error}
     written = {edit: lane for edit, lane in lanes.items() if not lane.error}
     if not written:
@@ -159,7 +156,6 @@ class _Lane:
 
     @property
     def active(self) -> bool:
-        """Whether the training goes on."""
         return self.error is None and self.training.stopped == "steps"
 
     def learns(self, losses: Sequence[float]) -> bool:
@@ -200,7 +196,7 @@ def _descend(
     lanes: Sequence[_Lane],
     passes: Iterable[Sequence[_Batch]],
     optimiser: _Optimiser,
-    below: Below,
+    lower: LowerBlocks,
     stacks: Lanes | None = None,
     progress: Progress = None,
 ) -> None:
@@ -211,7 +207,7 @@ def _descend(
     """
     for batches in passes:
         for batch in batches:
-            losses = _backward(model, lanes, batch, below)
+            losses = _backward(model, lanes, batch, lower)
             ids = _split(batch.ids, len(lanes))
             steps = [lane.note(*own) for lane, *own in zip(lanes, ids, losses, strict=True)]
             for row, lane in enumerate(lanes):
@@ -229,7 +225,7 @@ def _descend(
         if stacks and len(lanes) - len(going) >= max(1, DROP_SHARE * len(lanes)):
             lanes = [lanes[row] for row in going]
             batch.keep(going)
-            below.keep(going)
+            lower.keep(going)
             stacks.hold(batch.ids, optimiser.keep(going))
     for row, lane in enumerate(lanes):
         if stacks and lane.active:
@@ -237,11 +233,11 @@ def _descend(
 
 
 def _backward(
-    model: nn.Module, lanes: Sequence[_Lane], batch: _Batch, below: Below
+    model: nn.Module, lanes: Sequence[_Lane], batch: _Batch, lower: LowerBlocks
 ) -> list[list[float]]:
     """Add up the gradients of a batch, part by part; return the losses of each lane's edits."""
     losses: list[float] = []
-    for below.part, part in enumerate(batch.parts):
+    for lower.part, part in enumerate(batch.parts):
         each = loss(model, part, lanes[0].recipe.loss)  # (B,)
         losses += each.tolist()
         whole = len(losses) == len(batch.ids)
@@ -252,7 +248,6 @@ def _backward(
 
 
 def _split(values: Sequence, count: int) -> list[Sequence]:
-    """Split into so many parts of equal length."""
     size = len(values) // count
     return [values[start : start + size] for start in range(0, len(values), size)]
 
@@ -276,12 +271,11 @@ def _batches(
     ids: Sequence[str], examples: Mapping[str, Example], tokenizer: Tokenizer, device: torch.device
 ) -> list[_Batch]:
     """Return batches of edits of similar length, each as many as fit into one forward pass."""
-    lengths, found = [len(examples[edit].ids) for edit in ids], []
-    for rows in group_by_length(lengths, training_tokens(device)):
+    found = []
+    for rows in group_by_length([len(examples[edit].ids) for edit in ids], training_tokens(device)):
         group = [ids[row] for row in rows]
-        tensors = collate([examples[edit] for edit in group], tokenizer.pad_token_id or 0)
-        part = {name: tensor.to(device) for name, tensor in tensors.items()}
-        found.append(_Batch(group, [part]))
+        part = collate([examples[edit] for edit in group], tokenizer.pad_token_id or 0)
+        found.append(_Batch(group, [{name: one.to(device) for name, one in part.items()}]))
     return found
 
 
@@ -332,7 +326,6 @@ class _Optimiser:
             self.adalora.update_and_allocate(self.steps)
 
     def clear(self) -> None:
-        """Drop the gradients."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
 
@@ -477,6 +470,6 @@ def _orthogonality(adalora: nn.Module) -> Tensor:
         if ".lora_A." in name or ".lora_B." in name:
             vectors = weight if ".lora_A." in name else weight.T  # (r, features)
             identity = torch.eye(len(vectors), device=weight.device)
-            distances.append(torch.linalg.norm(vectors @ vectors.T - identity))
+            distances.append((vectors @ vectors.T - identity).norm())
     weight = adalora.peft_config[adalora.active_adapter[0]].orth_reg_weight
     return weight * torch.stack(distances).mean()

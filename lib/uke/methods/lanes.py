@@ -131,11 +131,8 @@ class Lanes:
     @contextmanager
     def laid(self) -> Iterator[nn.Module]:
         """Put the lanes in place of the model's weights; undone on exit, also by an exception."""
-        inner: dict[str, set[str]] = {name: set() for name in self.low_rank}
-        for name in self.weights:
-            module, _, own = name.rpartition(".")
-            inner.setdefault(module, set()).add(own)
-        modules = {name: self.model.get_submodule(name) for name in inner}
+        names = [*self.low_rank, *(name.rpartition(".")[0] for name in self.weights)]
+        modules = {name: self.model.get_submodule(name) for name in dict.fromkeys(names)}
         taken = [name for name, module in modules.items() if "forward" in vars(module)]
         if taken or "lanes" in vars(self.model):
             raise RuntimeError(
@@ -205,66 +202,57 @@ def relative_norm(difference: Tensor, weight: Tensor) -> float:
     return float(difference.float().norm() / weight.float().norm().clamp(min=tiny))
 
 
-class Below:
-    """The output of the blocks below the trained ones: computed once, then handed out.
+class LowerBlocks:
+    """The states that leave the blocks below the trained ones: computed once, then handed out.
 
     `part`: which of several batches, each with states of its own, the next forward pass is on.
     """
 
     def __init__(self) -> None:
-        self.held: dict[int, Tensor] = {}
+        self.states: dict[int, Tensor] = {}
         self.part = 0
-
-    @property
-    def states(self) -> Tensor | None:
-        return self.held.get(self.part)
 
     def keep(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch."""
-        if self.states is not None:
-            self.held[self.part] = self.states[rows]
+        if self.part in self.states:
+            self.states[self.part] = self.states[self.part][rows]
 
-    def highest(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the highest of the blocks; a batch cut on its right gets what it needs."""
-        if self.states is not None:
-            return self.states[:, : states.shape[1]]
+    def forward(self, is_highest: bool, block: nn.Module, states: Tensor, *args, **kwargs) -> Any:
+        """Stand in for a block; a batch that was cut on its right gets what it needs."""
+        if self.part in self.states:
+            return self.states[self.part][:, : states.shape[1]] if is_highest else states
         output = block(states, *args, **kwargs)
-        if isinstance(output, Tensor):
-            self.held[self.part] = output.detach()
+        if is_highest and isinstance(output, Tensor):
+            self.states[self.part] = output.detach()
         return output
-
-    def lower(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the others."""
-        return block(states, *args, **kwargs) if self.states is None else states
 
 
 @contextmanager
-def constant_below(model: nn.Module, names: Sequence[str]) -> Iterator[Below]:
+def lower_blocks_once(model: nn.Module, names: Sequence[str]) -> Iterator[LowerBlocks]:
     """Compute the blocks below the lowest one with any of these modules or parameters only once.
 
     Every forward pass inside is on the same tokens of its part, or their beginnings, in the rows
     that `keep` leaves, and nothing in these blocks changes.
     """
-    below, every = Below(), blocks(model)
+    lower, every = LowerBlocks(), blocks(model)
     lowest = min(
         number
         for number, (prefix, _) in enumerate(every)
         if any(name.startswith(f"{prefix}.") for name in names)
     )
     forwards = {
-        block: below.highest if number == lowest - 1 else below.lower
+        block: partial(lower.forward, number == lowest - 1)
         for number, (_, block) in enumerate(every[:lowest])
     }
     with replaced(forwards):
-        yield below
+        yield lower
 
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the `forward` of some modules; undone on exit, also after an exception.
+    """Replace the `forward` of some modules; on exit, also by an exception, all is as before.
 
-    Each function is given the module as it was, then the arguments of the call. One replacement
-    inside another leaves the outer one in place.
+    Each function is given the module as it was, then the arguments of the call.
     """
     before = {module: vars(module).get("forward") for module in forwards}
     try:

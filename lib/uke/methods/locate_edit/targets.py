@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from uke.errors import Diverged
-from uke.methods.lanes import Below, constant_below
+from uke.methods.lanes import LowerBlocks, lower_blocks_once
 from uke.methods.locate_edit.anchors import Located, Site, padded, states
 from uke.models.model import kept, wide
 from uke.models.prompts import group_by_length
@@ -107,7 +107,7 @@ def find_targets(
                 chunks.append(chunk := _Chunk(model, located, site, rows, turn))
                 chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
                 anchors = [first[row] + turn for row in rows]
-                with constant_below(model, [site.name]) as chunk.below:
+                with lower_blocks_once(model, [site.name]) as chunk.lower:
                     deltas[anchors] = _optimise(chunk, state[anchors].norm(dim=-1), recipe, targets)
             targets.record(
                 {edit: curve for chunk in chunks for edit, curve in chunk.curves.items()},
@@ -205,7 +205,7 @@ class _Chunk:
         self.lengths = torch.tensor([start for start, _ in ends], device=device)  # (B,)
         self.shares = self._shares()
         self.cache = DynamicCache()
-        self.below = Below()
+        self.lower = LowerBlocks()
         self.curves: dict[str, list[float]] = {edit: [] for edit in self.ids}
         self.ended: list[str] = []
 
@@ -243,7 +243,7 @@ class _Chunk:
         self.ids = [self.ids[row] for row in rows.tolist()]
         for name in ("tokens", "labels", "before", "lengths", "shares"):
             setattr(self, name, getattr(self, name)[rows])
-        self.below.keep(rows)
+        self.lower.keep(rows)
         if self.before.shape[1]:
             self.cache.batch_select_indices(rows)
 
