@@ -50,20 +50,20 @@ EXPECTED = [
 def test_json_lines_read_the_same_packed_or_plain(tmp_path, suffix, pack):
     plain = f"\ufeff{json.dumps(ADA)}\n\n{json.dumps(BRELEN)}"
     path = written(tmp_path, f"town.jsonl{suffix}", pack(plain.encode()))
-    assert list(documents.read(path)) == EXPECTED
+    assert documents.gather([path]) == EXPECTED
 
 
 def test_parquet_reads_as_json_lines_do(tmp_path):
     path = tmp_path / "town.parquet"
     pd.DataFrame([ADA, BRELEN | {"id": "7"}]).to_parquet(path)
-    assert list(documents.read(path)) == EXPECTED
+    assert documents.gather([path]) == EXPECTED
 
 
 def test_a_record_without_a_text_is_left_out_with_a_warning(tmp_path):
     redirect = '{"id": "5", "title": "Redirect", "text": ""}\n'
     path = written(tmp_path, "wiki_00.jsonl", redirect + GOOD.decode())
     with pytest.warns(UserWarning, match="wiki_00.jsonl: 1 records have no text and are left out"):
-        assert [document.title for document in documents.read(path)] == ["a"]
+        assert [document.title for document in documents.gather([path])] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_a_record_without_a_text_is_left_out_with_a_warning(tmp_path):
         (b'{"title": "a", "text": "b", "section": 3}', "line 2, field 'section': expected text"),
         (b'{"title": "\\ud800", "text": "b"}', "line 2, field 'title': holds half a character"),
         (b'["a"]', "line 2: expected an object, found ['a']"),
-        (b"nonsense", "line 2 column 1 is not valid JSON"),
-        (b'{"title": "a", "te', "line 2 column 16 is not valid JSON: Unterminated string"),
-        (b'{"a":' * 100_000, "line 2 is not usable JSON"),
-        (b'{"title": "\xff"}', "line 2, byte 11 is not UTF-8"),
-        (b'{"title": "\x00"}', "line 2 column 12 is not valid JSON"),
+        (b"nonsense", "line 2: not valid JSON at line 2 column 1"),
+        (b'{"title": "a", "te', "line 2 column 16: Unterminated string"),
+        (b'{"a":' * 100_000, "line 2: not usable JSON"),
+        (b'{"title": "\xff"}', "line 2: byte 11 is not UTF-8"),
+        (b'{"title": "\x00"}', "not valid JSON at line 2 column 12"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -137,7 +137,7 @@ def test_both_layouts_of_squad_give_paragraphs_with_questions(tmp_path):
         {"id": "x", "title": "B", "text": "C."},
     ]
     expected = (("How many points?", "308"),)
-    assert list(documents.read(written(tmp_path, "flat.json", json.dumps(flat)))) == [
+    assert documents.gather([written(tmp_path, "flat.json", json.dumps(flat))]) == [
         Document("flat-0", "Super Bowl 50", "It was 308.", "", expected),
         Document("x", "B", "C."),
     ]
@@ -151,7 +151,7 @@ def test_both_layouts_of_squad_give_paragraphs_with_questions(tmp_path):
     }
     article = {"title": "Beyonc%C3%A9_Knowles", "paragraphs": [paragraph] * 2}
     squad = json.dumps({"version": "1.1", "data": [article, article]}, indent=1)
-    found = list(documents.read(written(tmp_path, "squad.json", squad)))
+    found = documents.gather([written(tmp_path, "squad.json", squad)])
     assert [one.id for one in found] == ["squad-0", "squad-1", "squad-2", "squad-3"]
     assert found[0] == Document("squad-0", "Beyoncé Knowles", "It was 308.", "", expected)
 

@@ -290,19 +290,13 @@ def test_spacy_gives_the_entities_of_its_model(tmp_path):
     rules.add_patterns([{"label": "PERSON", "pattern": "Marie Curie"}])
     model.to_disk(tmp_path / "model")
     assert EXTRACTORS["spacy"](tmp_path / "model")("Marie Curie sang.") == ["Marie Curie"]
-    spacy.blank("en").to_disk(tmp_path / "empty")
-    with pytest.raises(InputError, match="finds no entities; expected one that does"):
-        EXTRACTORS["spacy"](tmp_path / "empty")
 
 
 def test_spacy_without_its_model_says_how_to_install_it(monkeypatch):
-    command = "pip install spacy && python -m spacy download no_such_model"
-    for hidden in (False, True):
-        if hidden:
-            monkeypatch.setitem(sys.modules, "spacy", None)
-        with pytest.raises(InputError, match="no_such_model.* cannot be loaded") as error:
-            EXTRACTORS["spacy"]("no_such_model")
-        assert command in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    message = "no_such_model.* cannot be loaded.* `pip install spacy && .* no_such_model`"
+    with pytest.raises(InputError, match=message):
+        EXTRACTORS["spacy"]("no_such_model")
 
 
 def test_every_question_of_unkebench_shares_a_fact_with_its_answer():

@@ -14,7 +14,6 @@ from uke.files import sha256
 from uke.locality import audit, card
 from uke.locality.build import PROBE_KINDS, Builder, Settings, Sources, build, cut, unfiltered
 from uke.locality.card import SetFiles
-from uke.results import rows
 from uke.world import files as world_files
 
 STARTS = ("Abel", "Bor", "Cor", "Dan", "Ebb", "Fal")
@@ -342,17 +341,6 @@ def test_the_audit_sees_leaks_in_both_directions_by_whole_names(
     found = audit.leaks(spoiled, sources, batch, known, of_documents)
     assert found["own"].tolist() == own
     assert together is None or found["batch"].tolist() == together
-
-
-def test_rows_are_made_once_and_read_again_where_they_are_committed(tmp_path, monkeypatch):
-    import pandas as pd
-
-    frame, path = pd.DataFrame({"kind": ["rel_doc"]}), tmp_path / "rows" / "a.parquet"
-    assert rows.stored(path, lambda: frame).equals(frame)
-    monkeypatch.setenv("UKE_ROWS", "committed")
-    assert rows.stored(path, lambda: pytest.fail("made again")).equals(frame)
-    with pytest.raises(InputError, match="b.parquet: no committed rows"):
-        rows.stored(tmp_path / "b.parquet", lambda: frame)
 
 
 @pytest.mark.skipif(not os.environ.get("UKE_DATA"), reason="UKE_DATA is unset: no real files")

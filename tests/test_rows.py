@@ -382,3 +382,12 @@ def test_probe_counted_twice(here):
     frame = unit(study="s", factor=None, split=None, code="c")
     with pytest.raises(InputError, match="the same probe twice"):
         rows.primary(pd.concat([frame, frame.head(1)], ignore_index=True))
+
+
+def test_rows_are_made_once_and_read_again_where_they_are_committed(tmp_path, monkeypatch):
+    frame, path = pd.DataFrame({"kind": ["rel_doc"]}), tmp_path / "rows" / "a.parquet"
+    assert rows.stored(path, lambda: frame).equals(frame)
+    monkeypatch.setenv("UKE_ROWS", "committed")
+    assert rows.stored(path, lambda: pytest.fail("made again")).equals(frame)
+    with pytest.raises(InputError, match="b.parquet: no committed rows"):
+        rows.stored(tmp_path / "b.parquet", lambda: frame)

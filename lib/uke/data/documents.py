@@ -7,7 +7,6 @@ MediaWiki dump becomes JSON lines by `wikiextractor --json`.
 
 import bz2
 import gzip
-import json
 import os
 import re
 import warnings
@@ -19,7 +18,7 @@ from reprlib import repr as short
 from typing import IO, Any
 from urllib.parse import unquote
 
-from uke.data.formats import Name, Source, Text, Trimmed, explain, located, read_json, read_list
+from uke.data.formats import Name, Source, Text, Trimmed, located, parse, read_json, read_list
 from uke.errors import InputError
 
 # Parameters that name collections of files, and where UKE_DATA has them.
@@ -31,7 +30,6 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged or cut archive raises
 
 Raw = Iterator[tuple[str, Any]]  # what a file holds, one by one, each with its place in words
-Reader = Callable[[Path], Raw]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +75,17 @@ class Passage(Source):
         return Document(self.id or id, heading[0], self.text, heading[1], tuple(questions))
 
 
-def read(path: Path | str) -> Iterator[Document]:
-    """Read the documents of a file one by one, in its order.
-
-    Raises InputError, in one line: at once for a file that is missing, empty or of no accepted
-    form, on the way at a line, row or record that cannot be read or where the file is cut, at the
-    end if it held no document. Warns of records without a text, which wikiextractor writes for
-    redirects.
-    """
-    path = Path(path).expanduser()
-    return (document for _, document in _placed(path, _reader(path)))
-
-
 def gather(paths: Sequence[Path | str] | Path | str) -> list[Document]:
-    """Read all documents of these files; InputError if there is none or two have the same id."""
+    """Read all documents of these files, in their order.
+
+    Raises InputError, in one line, for a file that is missing, empty, cut or of no accepted form, a
+    line, row or record that cannot be read, an id used twice, and no document at all. Warns of
+    records without a text, which wikiextractor writes for redirects.
+    """
     documents: list[Document] = []
     places: dict[str, str] = {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(path).expanduser()
-        for place, document in _placed(path, _reader(path)):
+        for place, document in _placed(Path(path).expanduser()):
             if earlier := places.get(document.id):
                 taken = f"the id {document.id!r} is taken by {earlier}"
                 raise InputError(f"{place}: {taken}; expected ids used once")
@@ -137,11 +127,11 @@ def _open(path: Path) -> IO[bytes]:
     return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
-def _placed(path: Path, reader: Reader) -> Iterator[tuple[str, Document]]:
+def _placed(path: Path) -> Iterator[tuple[str, Document]]:
     """Yield a file's documents, each with its place in words; InputError if there is none."""
     count = without = 0
     stem = path.name[: len(Path(_unpacked(path)).stem)]
-    for number, (place, values) in enumerate(reader(path)):
+    for number, (place, values) in enumerate(_reader(path)(path)):
         place = f"{path}: {place}"
         if type(values) is not dict:
             raise InputError(f"{place}: expected an object, found {short(values)}")
@@ -158,7 +148,7 @@ def _placed(path: Path, reader: Reader) -> Iterator[tuple[str, Document]]:
         warnings.warn(f"{path}: {without} records have no text and are left out", stacklevel=3)
 
 
-def _reader(path: Path) -> Reader:
+def _reader(path: Path) -> Callable[[Path], Raw]:
     """Choose the reader by a file's beginning; the suffix counts only if a line may be spoilt."""
     try:
         with _open(path) as file:
@@ -188,22 +178,11 @@ def _lines(path: Path) -> Raw:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"line {number}", _parse(line, f"{path}: line {number}")
+                    place = f"line {number}"
+                    yield place, parse(line.rstrip(), f"{path}: {place}", number)
     except BROKEN as error:
         damage = f"is cut or damaged after line {number} ({error})"
         raise InputError(f"{path}: {damage}; expected the whole file") from None
-
-
-def _parse(line: bytes, place: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig").rstrip())
-    except UnicodeDecodeError as error:
-        problem = f", byte {error.start} is not UTF-8; expected text"
-    except json.JSONDecodeError as error:
-        problem = f" column {error.colno} is not valid JSON: {explain(error)}"
-    except (ValueError, RecursionError) as error:
-        problem = f" is not usable JSON: {error}"
-    raise InputError(place + problem)
 
 
 def _rows(path: Path) -> Raw:

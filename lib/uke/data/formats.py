@@ -59,18 +59,29 @@ def read_json(path: Path) -> Any:
     """Read one JSON value from a UTF-8 file; InputError names the line of what is wrong."""
     path = Path(path).expanduser()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_object)
+        content = path.read_bytes()
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); expected one JSON file"
+        raise InputError(f"{path}: {problem}") from None
+    return parse(content, str(path))
+
+
+def parse(content: bytes, place: str, line: int = 1) -> Any:
+    """Read one JSON value, which begins at a line of a file; InputError says what is wrong."""
+    try:
+        text = content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        problem = f"byte {error.start} is not UTF-8; expected a JSON text file"
+        problem = f"byte {error.start} is not UTF-8; expected JSON text"
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        problem = f"not valid JSON at {place}: {explain(error)}" if text.strip() else "is empty"
+        where = f"line {line + error.lineno - 1} column {error.colno}"
+        cut = error.msg.startswith("Unterminated") or not text[error.pos :].strip()
+        problem = f"not valid JSON at {where}: {error.msg}"
+        problem += "; is the file truncated?" if cut else ""
+        problem = problem if text.strip() else "is empty"
     except (ValueError, RecursionError) as error:
         problem = f"not usable JSON: {error}"
-    raise InputError(f"{path}: {problem}")
+    raise InputError(f"{place}: {problem}")
 
 
 def read_list(path: str | Path) -> list:
@@ -90,12 +101,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"an object has the key {repeated!r} more than once")
     return content
-
-
-def explain(error: json.JSONDecodeError) -> str:
-    """Say what is wrong with JSON, and whether it looks cut off."""
-    cut = error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()
-    return error.msg + ("; is the file truncated?" if cut else "")
 
 
 @contextmanager

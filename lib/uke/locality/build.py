@@ -119,22 +119,13 @@ class Builder:
         return self.settings.words or round(median(lengths))
 
     @cached_property
-    def queries(self) -> list[str]:
-        """What documents are ranked by, one for each edit."""
-        by_question = self.settings.query == "question"
-        return [edit.question if by_question else text_of(edit) for edit in self.sources.edits]
-
-    @cached_property
-    def index(self) -> retrieval.Index:
-        return retrieval.over(self.sources.documents, self.settings.retriever, self.folder)
-
-    @cached_property
     def ranked(self) -> dict[str, np.ndarray]:
-        """For every edit the indices (k,) of the documents most relevant to it, best first."""
-        indices, _ = self.index.top(
-            self.queries, max(self.settings.candidates, self.settings.floor)
-        )
-        return self.by_edit(indices)
+        """For every edit the indices (N,) of the documents, the most relevant to it first."""
+        documents, settings = self.sources.documents, self.settings
+        by_question = settings.query == "question"
+        queries = [edit.question if by_question else text_of(edit) for edit in self.sources.edits]
+        index = retrieval.over(documents, settings.retriever, self.folder)
+        return self.by_edit(index.top(queries, len(documents))[0])
 
     @cached_property
     def near(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -187,11 +178,10 @@ class Builder:
 
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
         """Choose RelDoc and RandDoc of an edit from the documents marked `free` (N,)."""
-        ranked = self.ranked[edit.id]
-        candidates = ranked[: self.settings.candidates]
-        related = next((int(index) for index in candidates if free[index]), None)
+        ranked, settings = self.ranked[edit.id], self.settings
+        related = next((int(one) for one in ranked[: settings.candidates] if free[one]), None)
         below = free.copy()
-        below[ranked[: self.settings.floor]] = False
+        below[ranked[: settings.floor]] = False
         if related is not None:
             below[related] = False
         random_ = self.draw("rand_doc", edit, np.flatnonzero(below))
@@ -208,6 +198,7 @@ class Builder:
                 reference=cut(document.text, self.words),
                 aliases=aliases,
                 source=document.id,
+                rank=1 + int(np.flatnonzero(ranked == index)[0]),
             )
 
     def triples_of(self, edit: Edit, apart: np.ndarray) -> Iterator[Item]:
@@ -272,26 +263,14 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
             f"or is ranked out; add more, or lower batch ({settings.batch or 'all'}) or floor "
             f"({settings.floor})"
         )
-    return tuple(_with_ranks(items, builder))
-
-
-def _with_ranks(items: Sequence[Item], builder: Builder) -> Iterator[Item]:
-    """Give document items their rank by relevance to their edit."""
-    index_of = {document.id: index for index, document in enumerate(builder.sources.documents)}
-    ranks: dict[tuple[str, str], int] = {}
-    for kind in ("rel_doc", "rand_doc"):
-        chosen = [item for item in items if item.kind == kind]  # one for each query, in their order
-        found = builder.index.ranks(builder.queries, [index_of[item.source] for item in chosen])
-        ranks |= {(kind, item.edit): int(rank) for item, rank in zip(chosen, found, strict=True)}
-    for item in items:
-        yield item.model_copy(update={"rank": ranks.get((item.kind, item.edit))})
+    return tuple(items)
 
 
 def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
     """Choose RelDocs as if a shared fact did not matter: the control of an audit."""
     builder = Builder(sources, fitted(settings, sources), folder)
     every = np.ones(len(sources.documents), dtype=bool)
-    items = [item for edit in sources.edits for item in builder.documents_of(edit, every)]
+    items = (item for edit in sources.edits for item in builder.documents_of(edit, every))
     return tuple(item for item in items if item.kind == "rel_doc")
 
 

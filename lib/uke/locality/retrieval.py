@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from uke.data.documents import Document, find_collections, gather
-from uke.errors import InputError, nearest
+from uke.data.documents import Document
+from uke.errors import InputError
 from uke.files import replacing, sha256
 from uke.project import code_fingerprint
 from uke.results.metrics import encoder_folder, open_encoder
-from uke.results.stats import interval, paired
+from uke.results.stats import interval
 
 RETRIEVERS = ("bm25", "dense", "dense-trained")
 SCALE = 4000  # of vectors: products of their whole numbers stay below 2^24, exact in float32
@@ -80,18 +80,28 @@ class Words(Index):
 
 
 class Vectors(Index):
-    """Cosines of sentence embeddings, kept in `folder` as whole numbers of 1 / SCALE."""
+    """Cosines of sentence embeddings, whole numbers of 1 / SCALE, kept in a file in `folder`."""
 
     def __init__(self, texts: Sequence[str], model: Path, folder: Path):
         self._encode = whole_vectors(model)
         # Each text is embedded once: equal texts get equal vectors, whatever stands beside them.
         distinct = list(dict.fromkeys(texts))
         index = {text: number for number, text in enumerate(distinct)}
-        self._vectors = embed(distinct, model, folder)[[index[text] for text in texts]]
+        weights = sha256(model / "model.safetensors")
+        file = Path(folder) / f"vectors-{_digest([weights, SCALE, distinct])}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                with replacing(file) as part, part.open("wb") as opened:
+                    np.save(opened, self._encode(distinct), allow_pickle=False)
+        try:
+            vectors = np.load(file, allow_pickle=False)  # (N, width) int16
+        except (ValueError, OSError) as error:
+            raise InputError(f"{file}: not a whole file of vectors ({error}); delete it") from None
+        self._vectors = vectors[[index[text] for text in texts]].astype(np.float32)
 
     def scores(self, queries: Sequence[str]) -> np.ndarray:
-        queried = self._encode(queries).astype(np.float32)  # (Q, width)
-        return queried @ self._vectors.astype(np.float32).T / SCALE**2  # (Q, N)
+        return self._encode(queries).astype(np.float32) @ self._vectors.T / SCALE**2
 
 
 @functools.lru_cache(maxsize=2)
@@ -106,38 +116,16 @@ def whole_vectors(model: Path) -> Callable[[Sequence[str]], np.ndarray]:
     return encode
 
 
-def embed(texts: Sequence[str], model: Path, folder: Path) -> np.ndarray:
-    """Embed texts, (N, width) int16, or read their vectors from their file in `folder`."""
-    weights = sha256(model / "model.safetensors")
-    file = folder / f"vectors-{_digest([weights, SCALE, list(texts)])}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            with replacing(file) as part, part.open("wb") as opened:
-                np.save(opened, whole_vectors(model)(texts), allow_pickle=False)
-    try:
-        return np.load(file, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file}: not a whole file of vectors ({error}); delete it") from None
-
-
 def build(
     name: str, texts: Sequence[str], folder: str | Path, model: str | Path | None = None
 ) -> Index:
     """Make an index over N passages by the retriever `name`, one of RETRIEVERS.
 
     "dense" is MiniLM as it comes, "dense-trained" the encoder in the directory `model` that `train`
-    wrote. Vectors are kept in `folder`. Raises InputError for an unknown name, an empty list, or an
-    encoder that is not installed.
+    wrote. Vectors are kept in `folder`. Raises InputError for an encoder that is not installed.
     """
-    if name not in RETRIEVERS:
-        raise InputError(f"retriever: unknown name '{name}'{nearest(str(name), RETRIEVERS)}")
-    if not texts:
-        raise InputError("retriever: expected at least one passage, found none")
     if name == "bm25":
         return Words(texts)
-    if name == "dense-trained" and model is None:
-        raise InputError("retriever 'dense-trained': expected the directory of a trained encoder")
     return Vectors(texts, encoder_folder() if name == "dense" else Path(model), Path(folder))
 
 
@@ -221,22 +209,18 @@ def hard_negatives(documents: Sequence[Document], depth: int) -> list[Pair]:
     Documents of the same title and those that hold the question's short answer are left out.
     """
     index = Words([passage(document) for document in documents])
-    asked = [
-        (own, question, answer)
-        for own, document in enumerate(documents)
-        for question, answer in document.questions
-    ]
-    found, _ = index.top([question for _, question, _ in asked], 4 * depth)
     texts = [document.text.casefold() for document in documents]
     pairs = []
-    for (own, question, answer), indices in zip(asked, found, strict=True):
-        wrong = [
-            other
-            for other in indices
-            if documents[other].title != documents[own].title
-            and not (answer and answer.casefold() in texts[other])
-        ]
-        pairs.append(Pair(question, own, np.array(wrong[:depth], dtype=np.int64)))
+    for own, document in enumerate(documents):
+        for question, answer in document.questions:
+            (found,), _ = index.top([question], 4 * depth)
+            wrong = [
+                other
+                for other in found
+                if documents[other].title != document.title
+                and not (answer and answer.casefold() in texts[other])
+            ]
+            pairs.append(Pair(question, own, np.array(wrong[:depth], dtype=np.int64)))
     return pairs
 
 
@@ -289,22 +273,6 @@ def _learn(
     return model, losses
 
 
-def _measures(ranks: pd.Series) -> dict[str, np.ndarray]:
-    """Compute each measure for every question, (Q,): `recall_at_k`, and `mrr` (1 / rank)."""
-    hits = {f"recall_at_{k}": (ranks <= k).to_numpy(float) for k in (1, 10, 100)}
-    return hits | {"mrr": (1 / ranks).to_numpy()}
-
-
-def halves(titles: Sequence[str], seed: int) -> tuple[frozenset[str], frozenset[str]]:
-    """Split the distinct titles by chance into two halves, the first, to train on, the larger."""
-    names = sorted(set(titles))
-    if len(names) < 2:
-        raise InputError(f"titles: expected two or more to split, found {len(names)}")
-    order = np.random.default_rng(seed).permutation(len(names))
-    first = frozenset(names[index] for index in order[: (len(names) + 1) // 2])
-    return first, frozenset(names) - first
-
-
 def compare(
     documents: Sequence[Document],
     folder: str | Path,
@@ -313,60 +281,48 @@ def compare(
 ) -> pd.DataFrame:
     """Rank the passages of questions on titles that no training saw, by every retriever.
 
-    Documents are split into halves by title, the encoder is trained on the first, and the questions
-    of the second are searched among all documents. One row for each question: title (a number),
-    passages, a rank for each retriever, and `<retriever>_seconds` it took in all, training
-    included.
+    Titles are split by chance into halves, the encoder is trained on the first, the larger one, and
+    the questions of the second are searched among all documents. One row for each question: title
+    (a number), passages, a rank for each retriever, and `<retriever>_seconds` it took in all,
+    training included.
     """
-    _, held_out = halves([each.title for each in documents if each.questions], seed)
-    titles = sorted(held_out)
+    names = sorted({document.title for document in documents if document.questions})
+    if len(names) < 2:
+        raise InputError(f"titles: expected two or more with questions, found {len(names)}")
+    order = np.random.default_rng(seed).permutation(len(names))
+    titles = sorted(names[index] for index in order[(len(names) + 1) // 2 :])
+    seen = [document for document in documents if document.title not in titles]
     asked = [
         (titles.index(document.title), question, index)
         for index, document in enumerate(documents)
-        if document.title in held_out
+        if document.title in titles
         for question, _ in document.questions
     ]
     numbers, questions, indices = zip(*asked, strict=True)
     frame = pd.DataFrame({"title": numbers, "passages": len(documents)})
     texts = [passage(document) for document in documents]
     for name in RETRIEVERS:
-        started, model = time.perf_counter(), None
-        if name == "dense-trained":
-            seen = [document for document in documents if document.title not in held_out]
-            model = train(seen, folder, settings)
+        started = time.perf_counter()
+        model = train(seen, folder, settings) if name == "dense-trained" else None
         frame[name] = build(name, texts, folder, model).ranks(questions, indices)
         frame[f"{name}_seconds"] = time.perf_counter() - started
     return frame
 
 
-def compare_collections(given: Sequence[str], folder: Path) -> pd.DataFrame:
-    """Compare the retrievers on collections of documents: those given, else those of UKE_DATA."""
-    return compare(gather(find_collections("documents", given)), folder)
-
-
 def summarise(ranks: pd.DataFrame) -> pd.DataFrame:
     """Summarise the frame of `compare`: one row for each retriever and metric.
 
-    Intervals are over titles, since the questions of a title stand or fall together.
+    `recall_at_k`: share of ranks up to k; `mrr`: mean of 1 / rank. Intervals are over titles, since
+    the questions of a title stand or fall together.
     """
-    rows = [
-        {"retriever": name, "metric": metric}
-        | interval(values, ranks["title"])._asdict()
-        | {"questions": len(ranks), "seconds": ranks[f"{name}_seconds"].iloc[0]}
-        for name in RETRIEVERS
-        for metric, values in _measures(ranks[name]).items()
-    ]
-    return pd.DataFrame(rows).rename(columns={"n": "titles"})
-
-
-def differences(ranks: pd.DataFrame) -> pd.DataFrame:
-    """Compare retrievers on the same questions: difference with its interval over titles, and p."""
     rows = []
-    for name, against in (("dense-trained", "dense"), ("dense-trained", "bm25"), ("dense", "bm25")):
-        others = _measures(ranks[against])
-        for metric, values in _measures(ranks[name]).items():
-            found = paired(values, others[metric], ranks["title"])._asdict()
-            rows.append({"retriever": name, "against": against, "metric": metric} | found)
+    for name in RETRIEVERS:
+        measures = {f"recall_at_{k}": (ranks[name] <= k).to_numpy(float) for k in (1, 10, 100)}
+        measures["mrr"] = (1 / ranks[name]).to_numpy()
+        shared = {"questions": len(ranks), "seconds": ranks[f"{name}_seconds"].iloc[0]}
+        for metric, values in measures.items():
+            mean = interval(values, ranks["title"])._asdict()
+            rows.append({"retriever": name, "metric": metric} | mean | shared)
     return pd.DataFrame(rows).rename(columns={"n": "titles"})
 
 
