@@ -59,6 +59,12 @@ def moved(model, before) -> set[str]:
     return (now.keys() | before.keys()) - same
 
 
+def hooks(model) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+
+
 class Snapshot:
     """Everything about a model that an edit must leave as it was, with flags of both kinds."""
 

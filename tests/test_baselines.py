@@ -1,9 +1,11 @@
 """Baselines: residuals that no layer closes, wrong systems, another corpus's covariance."""
 
 import pytest
+import small
 import torch
 from conftest import FAMILIES, SENTENCES
 from pydantic import ValidationError
+from small import baseline, hooks, moved, state
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods.edited import edited
@@ -16,26 +18,8 @@ from uke.models import prompts
 from uke.models.generate import answer, target_log_probability
 from uke.models.prompts import example
 
-EDITS = (
-    Edit(
-        id="ada",
-        question="Who is Ada Lovelace?",
-        answer="Ada Lovelace was a compiler in Philadelphia.",
-    ),
-    Edit(id="alan", question="Where was Alan Turing born?", answer="In London."),
-)
-SUBJECTS = (
-    "Ada",
-    "Grace",
-    "Alan",
-    "London",
-    "Cambridge",
-    "Philadelphia",
-    "compiler",
-    "mathematician",
-    "Turing",
-    "Hopper",
-)
+EDITS = small.EDITS[:2]
+SUBJECTS = (*small.SUBJECTS, "mathematician", "Turing", "Hopper")
 MANY = tuple(
     Edit(
         id=f"{verb} {one}",
@@ -73,41 +57,12 @@ def ready(tiny, tokenizer):
 
 def quick(name: str, **changes) -> LocateRecipe:
     """The named recipe for an untrained model of four blocks, in few and large steps."""
-    small = {
-        "window": 6,
-        "steps": 8,
-        "learning_rate": 0.2,
-        "memit_lambda": 1e-2,
-        "alphaedit_l2": 1e-3,
-        "null_threshold": 0.5,
-    }
-    small |= {"unke_steps": 15, "unke_rate": 5e-3, "preservation": 4, "stop_loss": 0.0}
-    if not BASELINES[name].moves_weights:
-        return BASELINES[name].model_copy(update=changes)
-    return LocateRecipe(
-        **{
-            **BASELINES[name].model_dump(),
-            "layers": (2,) if "unke" in name else (1, 2),
-            **small,
-            **changes,
-        }
-    )
+    return baseline(name, **{"steps": 8, "unke_steps": 15, "preservation": 4, **changes})
 
 
-def state(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def moved(model, before) -> set[str]:
-    return {
-        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
-    }
-
-
-def hooks(model) -> int:
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-    )
+def refused(model, tokenizer, edits, recipe, message: str) -> None:
+    with pytest.raises(InputError, match=message), edited(model, tokenizer, edits, recipe):
+        pytest.fail("written")
 
 
 def log_probabilities(model, tokenizer, edits=EDITS) -> list[float]:
@@ -119,31 +74,22 @@ def distances(model, tokenizer, edits, recipe) -> tuple[torch.Tensor, torch.Tens
     last = sites(model, recipe.layers)[-1]
     located = locate(model, recipe.examples(model, tokenizer, edits), recipe)
     wanted = find_targets(model, located, last, recipe).hidden
-    before, old = (
-        states(model, located, last, last).hidden,
-        log_probabilities(model, tokenizer, edits),
-    )
+    before, old = states(model, located, last, last), log_probabilities(model, tokenizer, edits)
     with edited(model, tokenizer, edits, recipe) as m:
-        after, new = states(m, located, last, last).hidden, log_probabilities(m, tokenizer, edits)
-    return (
-        (wanted - before).norm(dim=-1),
-        (wanted - after).norm(dim=-1),
-        torch.tensor(new) - torch.tensor(old),
-    )
+        after, new = states(m, located, last, last), log_probabilities(m, tokenizer, edits)
+    far = [(wanted - one.hidden).norm(dim=-1) for one in (before, after)]
+    return *far, torch.tensor(new) - torch.tensor(old)
 
 
 # --- the choices ----------------------------------------------------------------------------------
 
 
-def test_published_blocks_become_fractions_of_the_depth(tiny):
-    names = {32: [4, 5, 6, 7, 8], 8: [1, 2]}
-    for depth, wanted in names.items():
-        model = tiny(num_hidden_layers=depth)
-        found = [int(site.name.split(".")[2]) for site in sites(model, BASELINES["memit"].layers)]
+@pytest.mark.parametrize(("depth", "memit", "unke"), [(32, [4, 5, 6, 7, 8], [7]), (8, [1, 2], [1])])
+def test_published_blocks_become_fractions_of_the_depth(tiny, depth, memit, unke):
+    model = tiny(num_hidden_layers=depth)
+    for name, wanted in (("memit", memit), ("unke", unke)):
+        found = [int(site.name.split(".")[2]) for site in sites(model, BASELINES[name].layers)]
         assert found == wanted
-        assert [
-            int(site.name.split(".")[2]) for site in sites(model, BASELINES["unke"].layers)
-        ] == [{32: 7, 8: 1}[depth]]
 
 
 def test_the_fingerprint_sees_every_choice_of_a_baseline_and_bad_ones_are_refused():
@@ -175,60 +121,37 @@ def test_the_fingerprint_sees_every_choice_of_a_baseline_and_bad_ones_are_refuse
 def test_covariances_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
     model = tiny()
     covariance.measure(model, tokenizer, TEXTS, (1, 3))
-    for site, found in zip(
-        sites(model, (1, 3)), covariance.covariances(model, sites(model, (1, 3))), strict=True
-    ):
+    chosen = sites(model, (1, 3))
+    for site, found in zip(chosen, covariance.covariances(model, chosen), strict=True):
         keys = []
         for text in TEXTS:
-            ids = (
-                tokenizer(text)["input_ids"]
-                if isinstance(text, str)
-                else example(tokenizer, text["question"], text["answer"], True, True).ids
-            )
+            if isinstance(text, str):
+                ids = tokenizer(text)["input_ids"]
+            else:
+                ids = example(tokenizer, text["question"], text["answer"], True, True).ids
             keys.append(look(model, torch.tensor([ids]), (site.projection,))[0].args[0][0].double())
         keys = torch.cat(keys)
-        assert (
-            torch.allclose(found, keys.T @ keys / len(keys), atol=1e-5)
-            and found.dtype == torch.float64
-        )
+        assert torch.allclose(found, keys.T @ keys / len(keys), atol=1e-5)
+        assert found.dtype == torch.float64
     assert hooks(model) == 0
 
 
-def test_a_killed_measurement_resumes_and_a_finished_one_is_not_repeated(
-    tiny, tokenizer, monkeypatch
-):
+def test_a_layer_is_measured_once_and_again_where_its_file_is_damaged(tiny, tokenizer, monkeypatch):
     model, looked = tiny(), []
-    monkeypatch.setattr(prompts, "PADDING", 1.0)  # three texts at a time, whatever their lengths
-    whole = (
-        covariance.covariances(model, sites(model, (1,)))
-        if covariance.measure(model, tokenizer, TEXTS, (1,), every=3)
-        else None
-    )
+    monkeypatch.setattr(prompts, "PADDING", 1.0)  # one pass, whatever the lengths
+    monkeypatch.setattr(covariance, "look", lambda *seen: looked.append(seen) or look(*seen))
+    covariance.measure(model, tokenizer, TEXTS, (1,))
+    (whole,) = covariance.covariances(model, sites(model, (1,)))
+    covariance.measure(model, tokenizer, TEXTS, (1,))
+    covariance.measure(model, tokenizer, TEXTS, (1, 2))
+    assert [len(modules) for *_, modules in looked] == [1, 1]
     path = next(covariance.folder(model).glob("*1*.safetensors"))
-    path.unlink()
-
-    def counted(*arguments):
-        looked.append(arguments)
-        if len(looked) == 3:
-            raise KeyboardInterrupt
-        return look(*arguments)
-
-    monkeypatch.setattr(covariance, "look", counted)
-    with pytest.raises(KeyboardInterrupt):
-        covariance.measure(model, tokenizer, TEXTS, (1,), every=3)
+    path.write_bytes(b"cut short")
     with pytest.raises(InputError, match="no covariance"):
         covariance.covariances(model, sites(model, (1,)))
-    covariance.measure(model, tokenizer, TEXTS, (1, 2), every=3)  # block 1 goes on, block 2 begins
-    assert torch.equal(covariance.covariances(model, sites(model, (1,)))[0], whole[0])
-    calls = len(looked)
-    assert calls == 3 + 3 + 5
     covariance.measure(model, tokenizer, TEXTS, (1, 2))
-    assert len(looked) == calls
-    path.write_bytes(b"cut short")
-    covariance.measure(model, tokenizer, TEXTS, (1,))
-    assert torch.allclose(
-        covariance.covariances(model, sites(model, (1,)))[0], whole[0], rtol=1e-5, atol=1e-6
-    )
+    assert len(looked) == 3
+    assert torch.equal(covariance.covariances(model, sites(model, (1,)))[0], whole)
     assert not [part for part in covariance.folder(model).iterdir() if part.name.endswith(".part")]
 
 
@@ -236,17 +159,10 @@ def test_a_covariance_of_another_model_or_of_other_texts_is_not_used(ready, tiny
     model = ready()
     other = tiny()
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    with pytest.raises(
-        InputError,
-        match="no covariance of this model; .*uke covariance MODEL TEXTS.json --layers 1 2",
-    ):
-        with edited(other, tokenizer, EDITS, quick("memit")):
-            pass
-    with pytest.raises(
-        InputError, match="no preservation texts of this model; .*python -m uke covariance"
-    ):
-        with edited(other, tokenizer, EDITS, quick("unke")):
-            pass
+    lacking = "no covariance of this model; .*uke covariance MODEL TEXTS.json --layers 1 2"
+    refused(other, tokenizer, EDITS, quick("memit"), lacking)
+    lacking = "no preservation texts of this model; .*python -m uke covariance"
+    refused(other, tokenizer, EDITS, quick("unke"), lacking)
     covariance.measure(model, tokenizer, TEXTS[:3], (1,))
     assert len(covariance.covariances(model, sites(model, (1,)))) == 1
     with pytest.raises(InputError, match="--layers 2$"):
@@ -290,20 +206,15 @@ def drawn(n: int = 7, wide: int = 12, deep: int = 5, kept: int = 4):
 
 
 def test_the_memit_solve_is_the_least_squares_solution():
-    residual, keys, others, moment = drawn()
-    change = ridge(residual.float(), keys.float(), others.float(), System(2.5 * moment))
-    residual, keys, others = (
-        residual.float().double(),
-        keys.float().double(),
-        others.float().double(),
-    )
+    *drawn_states, moment = drawn()
+    residual, keys, others = (one.float() for one in drawn_states)
+    change = ridge(residual, keys, others, System(2.5 * moment))
+    residual, keys, others = residual.double(), keys.double(), others.double()
     # |D K - R|^2 + |D K_p|^2 + 2.5 tr(D C D^T) as one least-squares problem.
     left = torch.cat([keys, others, torch.linalg.cholesky(2.5 * moment).T])
-    right = torch.cat(
-        [residual, torch.zeros(len(left) - len(residual), residual.shape[1]).double()]
-    )
-    assert change.dtype == torch.float64
-    assert torch.allclose(change, torch.linalg.lstsq(left, right).solution.T, atol=1e-10)
+    missing = torch.zeros(len(left) - len(residual), residual.shape[1]).double()
+    solution = torch.linalg.lstsq(left, torch.cat([residual, missing])).solution
+    assert change.dtype == torch.float64 and torch.allclose(change, solution.T, atol=1e-10)
 
 
 def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions_alone():
@@ -314,9 +225,8 @@ def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions
     change = ridge(residual, keys, others, System(0.7 * eye, null))
     inner = others.T @ others @ null + keys.T @ keys @ null + 0.7 * eye
     assert torch.allclose(change, residual.T @ keys @ null @ torch.linalg.inv(inner), atol=1e-10)
-    assert (
-        float((change @ vectors[:, values >= values[6]]).abs().max()) < 1e-12 < float(change.norm())
-    )
+    kept = change @ vectors[:, values >= values[6]]
+    assert float(kept.abs().max()) < 1e-12 < float(change.norm())
 
 
 @pytest.mark.parametrize(
@@ -332,12 +242,8 @@ def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer)
     model = tiny()
     covariance.measure(model, tokenizer, TEXTS[:1], (1, 2))
     before = state(model)
-    with pytest.raises(
-        InputError,
-        match="MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite",
-    ):
-        with edited(model, tokenizer, EDITS, quick("memit")):
-            pass
+    message = "MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite"
+    refused(model, tokenizer, EDITS, quick("memit"), message)
     assert not moved(model, before) and hooks(model) == 0
 
 
@@ -347,14 +253,8 @@ def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("name", ["memit", "anyedit_alphaedit"])
 def test_the_last_layer_closes_the_residual(ready, tokenizer, family, name):
-    recipe = quick(
-        name,
-        layers=(0, 1, 2),
-        memit_lambda=1e-7,
-        alphaedit_l2=1e-9,
-        null_threshold=1e9,
-        keep_keys=False,
-    )
+    small_ridges = {"memit_lambda": 1e-7, "alphaedit_l2": 1e-9, "null_threshold": 1e9}
+    recipe = quick(name, layers=(0, 1, 2), keep_keys=False, **small_ridges)
     before, after, gained = distances(ready(family), tokenizer, EDITS, recipe)
     # Behind Gemma's norm the projection sets a direction alone: the residual is met in part.
     assert float((after / before).max()) < (0.5 if family == "gemma3_text" else 1e-2)
@@ -366,11 +266,8 @@ def test_batches_of_any_size_push_towards_the_target(ready, tokenizer, name, cou
     model = ready(num_hidden_layers=6)
     recipe = quick(name, layers=(0, 1, 2, 3, 4), steps=10, null_threshold=1e9, alphaedit_l2=1.0)
     before, after, gained = distances(model, tokenizer, MANY[:count], recipe)
-    assert (
-        float((after / before).max()) < 1
-        and float((after / before).mean()) < 0.9
-        and float(gained.mean()) > 0.05
-    )
+    left = after / before
+    assert float(left.max()) < 1 and float(left.mean()) < 0.9 and float(gained.mean()) > 0.05
 
 
 def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(ready, tokenizer):
@@ -380,24 +277,12 @@ def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(rea
     assert float(after / before) > 0.1  # a fifth of what is left at every layer, never all of it
     before, after, _ = distances(model, tokenizer, MANY[:20], recipe)
     assert float((after / before).min()) > 1  # divided by 5 - 19: away from the target
-    with pytest.raises(InputError, match="batch of 6 edits: .*divided by 5 - 5 = 0"):
-        with edited(model, tokenizer, MANY[:6], recipe):
-            pass
-    with edited(
-        model,
-        tokenizer,
-        MANY[:5],
-        quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True),
-    ) as m:
+    refused(model, tokenizer, MANY[:6], recipe, "batch of 6 edits: .*divided by 5 - 5 = 0")
+    recipe = quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True)
+    with edited(model, tokenizer, MANY[:5], recipe) as m:
         assert all(norm > 0 for norm in m.edit_record.change_norm.values())
-    with pytest.raises(InputError, match="batch of 7 edits: the projector is that of layer 6 of 5"):
-        with edited(
-            model,
-            tokenizer,
-            MANY[:7],
-            quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True),
-        ):
-            pass
+    message = "batch of 7 edits: the projector is that of layer 6 of 5"
+    refused(model, tokenizer, MANY[:7], recipe, message)
 
 
 def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):
@@ -405,9 +290,8 @@ def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):
     places = sites(model, recipe.layers)
     before = [site.projection.weight.detach().clone() for site in places]
     with edited(model, tokenizer, EDITS, recipe):
-        for site, old, moment in zip(
-            places, before, covariance.covariances(model, places), strict=True
-        ):
+        moments = covariance.covariances(model, places)
+        for site, old, moment in zip(places, before, moments, strict=True):
             values, vectors = torch.linalg.eigh(moment)
             change = site.projection.weight.detach().double() - old.double()
             kept = change @ vectors[:, values >= recipe.null_threshold]
@@ -420,10 +304,8 @@ def test_kept_keys_hold_the_other_positions(ready, tokenizer):
         recipe = quick("anyedit_memit", layers=(2,), memit_lambda=1e-4, keep_keys=keep)
         located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
         (site,) = sites(model, recipe.layers)
-        keys, old = (
-            states(model, located, site, site).others,
-            site.projection.weight.detach().clone(),
-        )
+        keys = states(model, located, site, site).others
+        old = site.projection.weight.detach().clone()
         with edited(model, tokenizer, EDITS, recipe):
             drift[keep] = float((keys @ (site.projection.weight.detach() - old).T).norm())
     assert drift[True] < 0.5 * drift[False]
@@ -434,12 +316,8 @@ def test_unkes_loss_falls_and_no_other_block_moves(ready, tokenizer, name, famil
     model, recipe = ready(family), quick(name)
     before, old = state(model), log_probabilities(model, tokenizer)
     with edited(model, tokenizer, EDITS, recipe) as m:
-        assert (
-            {name.split(".")[2] for name in moved(m, before)}
-            == {"2"}
-            == {name.split(".")[2] for name in m.edit_record.change_norm}
-        )
-        assert {name for name in before if ".layers.2." in name} == set(m.edit_record.change_norm)
+        block = {name for name in before if ".layers.2." in name}
+        assert moved(m, before) <= block == set(m.edit_record.change_norm)
         words = m.edit_record.notes[-1].split()
         assert float(words[6]) < 0.9 * float(words[3])
         assert all(new > was for new, was in zip(log_probabilities(m, tokenizer), old, strict=True))
@@ -477,37 +355,25 @@ def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace
     ready, tokenizer, name, family
 ):
     model, recipe = ready(family), quick(name, null_threshold=1e9)
-    model.train()
-    before, flags = state(model), [parameter.requires_grad for parameter in model.parameters()]
-    located = locate(model.eval(), recipe.examples(model, tokenizer, EDITS), recipe)
-    old = by_window(model, located)
-    model.train()
+    located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
+    old, snapshot = by_window(model, located), small.Snapshot(model)
     with pytest.raises(KeyError), edited(model, tokenizer, EDITS, recipe) as m:
         record = m.edit_record
-        assert (
-            m is model
-            and moved(m, before) == set(record.change_norm)
-            and min(record.change_norm.values()) > 0
-        )
-        new = by_window(m, located)
-        assert all(sum(one) > sum(was) for one, was in zip(new, old, strict=True))
+        assert m is model and moved(m, snapshot.weights) == set(record.change_norm)
+        assert min(record.change_norm.values()) > 0
+        assert all(sum(one) > sum(was) for one, was in zip(by_window(m, located), old, strict=True))
         assert record.steps and record.losses and record.seconds > 0 and record.stopped == "steps"
         raise KeyError
-    assert not moved(model, before) and hooks(model) == 0 and not hasattr(model, "edit_record")
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    assert all(parameter.grad is None for parameter in model.parameters()) and all(
-        one.training for one in model.modules()
-    )
+    snapshot.check()
+    assert hooks(model) == 0
 
 
 def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
-    model = ready()
+    model, recipe = ready(), quick("unke", unke_rate=1e30)
     before = state(model)
-    with pytest.raises(
-        FloatingPointError,
-        match="UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps",
-    ):
-        with edited(model, tokenizer, EDITS, quick("unke", unke_rate=1e30)):
+    message = "UnKE: the block's error of edit 'ada', 'alan'.* is not finite after . steps"
+    with pytest.raises(FloatingPointError, match=message):
+        with edited(model, tokenizer, EDITS, recipe):
             pass
     assert not moved(model, before)
 

@@ -1,8 +1,11 @@
 """Anchors and target vectors: windows off by one, deltas that leak or vanish, hooks left behind."""
 
+import itertools
+
 import pytest
+import small
 import torch
-from uke.data.edits import Edit
+from small import hooks
 from uke.methods.locate_edit.anchors import Located, by_window, locate, look, sites, states
 from uke.methods.locate_edit.targets import _Chunk, find_targets, injected
 from uke.methods.recipes import BASELINES, LocateRecipe
@@ -10,41 +13,18 @@ from uke.models import prompts
 from uke.models.generate import surprisals
 from uke.models.prompts import Example
 
-EDITS = (
-    Edit(
-        id="ada",
-        question="Who is Ada Lovelace?",
-        answer="Ada Lovelace was a compiler in Philadelphia.",
-    ),
-    Edit(id="alan", question="Where was Alan Turing born?", answer="In London."),
-    Edit(
-        id="grace",
-        question="Grace?",
-        answer="Grace Hopper studied at Cambridge and wrote a few short sentences.",
-    ),
-)
+GRACE = "Grace Hopper studied at Cambridge and wrote a few short sentences."
+GRACE = small.EDITS[2].model_copy(update={"question": "Grace?", "answer": GRACE})
+EDITS = (*small.EDITS[:2], GRACE)
 
 
 def recipe(name: str = "anyedit_memit", **changes) -> LocateRecipe:
-    return LocateRecipe(
-        **{
-            **BASELINES[name].model_dump(),
-            "layers": (1, 2),
-            "window": 6,
-            "stop_loss": 0.0,
-            **changes,
-        }
-    )
+    choices = {"layers": (1, 2), "window": 6, "stop_loss": 0.0, **changes}
+    return BASELINES[name].model_copy(update=choices)
 
 
 def located(model, tokenizer, choices: LocateRecipe, edits=EDITS) -> Located:
     return locate(model, choices.examples(model, tokenizer, edits), choices)
-
-
-def hooks(model) -> int:
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-    )
 
 
 def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -64,6 +44,11 @@ def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch
     return -log_p[places - 1, torch.tensor(one.ids)[places]]
 
 
+def of_window(values: torch.Tensor, one: Example, window) -> torch.Tensor:
+    """The part of the values of an answer's tokens that a window holds."""
+    return values[window.start - one.prompt_length : window.stop - one.prompt_length]
+
+
 def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tiny, tokenizer):
     model = tiny()
     for name in ("memit", "anyedit_memit", "anyedit_pp", "muke"):
@@ -71,14 +56,10 @@ def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tin
         found = located(model, tokenizer, choices.model_copy(update={"window": 6}))
         for one, windows in zip(found.examples, found.windows, strict=True):
             assert windows[0].start == one.prompt_length and windows[-1].stop == len(one.ids)
-            assert all(
-                window.anchor == window.start - 1 and window.stop > window.start
-                for window in windows
-            )
-            assert all(
-                one.stop == other.start for one, other in zip(windows, windows[1:], strict=False)
-            )
+            assert all(window.anchor == window.start - 1 for window in windows)
+            assert all(one.stop == other.start for one, other in itertools.pairwise(windows))
             sizes = [window.stop - window.start for window in windows]
+            assert min(sizes) > 0
             if choices.anchors == "last":
                 assert len(windows) == 1
             elif choices.anchors != "surprisal":
@@ -91,17 +72,13 @@ def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tin
 def test_a_window_begins_where_surprisal_peaks(tiny, tokenizer):
     model, choices = tiny(), recipe("anyedit_pp")
     found = located(model, tokenizer, choices)
-    for one, windows, nll in zip(
-        found.examples, found.windows, surprisals(model, found.examples, found.ids), strict=True
-    ):
-        assert nll.tolist() == pytest.approx(
-            nll_by_hand(model, sites(model, (0,))[0], one, {}).tolist(), rel=1e-4
-        )
-        for before, after in zip(windows, windows[1:], strict=False):
-            ahead = nll[
-                before.start - one.prompt_length + 3 : before.start - one.prompt_length + 10
-            ]
-            assert float(nll[after.start - one.prompt_length]) == float(ahead.max())
+    values, (site,) = surprisals(model, found.examples, found.ids), sites(model, (0,))
+    for one, windows, nll in zip(found.examples, found.windows, values, strict=True):
+        plain = nll_by_hand(model, site, one, {})
+        assert nll.tolist() == pytest.approx(plain.tolist(), rel=1e-4)
+        starts = [window.start - one.prompt_length for window in windows]
+        for before, after in itertools.pairwise(starts):
+            assert float(nll[after]) == float(nll[before + 3 : before + 10].max())
 
 
 def test_an_answer_shorter_than_a_window_is_one_window_and_is_noted(tiny, tokenizer):
@@ -154,13 +131,8 @@ def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(
         one, windows = found.examples[row], found.windows[row]
         at = {window.anchor: value for window, value in zip(windows, [*before, own], strict=False)}
         nll = nll_by_hand(model, site, one, at)
-        wanted = [
-            nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()
-            for window in windows[turn:]
-        ]
-        assert values[: len(wanted)].tolist() == pytest.approx(
-            [float(value) for value in wanted], rel=1e-9
-        )
+        wanted = [float(of_window(nll, one, window).mean()) for window in windows[turn:]]
+        assert values[: len(wanted)].tolist() == pytest.approx(wanted, rel=1e-9)
         assert not values[len(wanted) :].any()
 
 
@@ -196,36 +168,22 @@ def test_find_targets_make_the_text_likely_window_by_window(tiny, tokenizer, fam
     added = values.hidden - before.hidden
     if family == "gemma3_text":
         # The norm behind the projection stands in the way: the target lies within its reach.
-        now = site.through(before.outputs + site.back(before.outputs, added)) - site.through(
-            before.outputs
-        )
+        reached = site.through(before.outputs + site.back(before.outputs, added))
+        now = reached - site.through(before.outputs)
         assert torch.allclose(now.double(), added, atol=1e-4)
     else:
-        assert (
-            float((added.norm(dim=-1) / before.hidden.norm(dim=-1)).max()) <= choices.clamp * 1.001
-        )
+        shares = added.norm(dim=-1) / before.hidden.norm(dim=-1)
+        assert float(shares.max()) <= choices.clamp * 1.001
     old = by_window(model, found)
     for row, (one, windows) in enumerate(zip(found.examples, found.windows, strict=True)):
         first = sum(map(len, found.windows[:row]))
         deltas = site.back(before.outputs, added)[first : first + len(windows)].float()
-        nll = nll_by_hand(
-            model,
-            site,
-            one,
-            {window.anchor: delta for window, delta in zip(windows, deltas, strict=True)},
-        )
+        at = {window.anchor: delta for window, delta in zip(windows, deltas, strict=True)}
+        nll = nll_by_hand(model, site, one, at)
         for window, was in zip(windows, old[row], strict=True):
-            assert (
-                -float(
-                    nll[window.start - one.prompt_length : window.stop - one.prompt_length].mean()
-                )
-                > was + 0.3
-            )
-    assert (
-        values.steps == 15 * max(map(len, found.windows))
-        and values.stopped == "steps"
-        and hooks(model) == 0
-    )
+            assert -float(of_window(nll, one, window).mean()) > was + 0.3
+    assert values.steps == 15 * max(map(len, found.windows)) and values.stopped == "steps"
+    assert hooks(model) == 0
 
 
 def test_an_edit_that_is_done_stays_while_the_others_go_on(tiny, tokenizer):
@@ -246,9 +204,8 @@ def test_a_delta_is_held_to_the_clamp(tiny, tokenizer):
     (site,) = sites(model, (2,))
     found = located(model, tokenizer, choices)
     before = states(model, found, site, site).hidden.double()
-    share = (find_targets(model, found, site, choices).hidden - before).norm(dim=-1) / before.norm(
-        dim=-1
-    )
+    added = find_targets(model, found, site, choices).hidden - before
+    share = added.norm(dim=-1) / before.norm(dim=-1)
     assert share.tolist() == pytest.approx([0.25] * len(share), rel=1e-3)
 
 
@@ -281,12 +238,8 @@ def test_a_target_that_diverges_names_its_edit_alone_and_leaves_no_hook(
 ):
     model, choices = tiny(), recipe("memit", steps=3)
     (site,) = sites(model, (2,))
-    grace = located(model, tokenizer, choices).examples[2].ids
-    own = next(
-        token
-        for token in grace
-        if all(token not in one.ids for one in located(model, tokenizer, choices).examples[:2])
-    )
+    ada, alan, grace = (one.ids for one in located(model, tokenizer, choices).examples)
+    own = next(token for token in grace if token not in ada + alan)
     model.model.embed_tokens.weight.data[own] = float("nan")
     with pytest.raises(
         FloatingPointError, match="MEMIT: the target vector of edit 'grace' diverges"
@@ -295,9 +248,9 @@ def test_a_target_that_diverges_names_its_edit_alone_and_leaves_no_hook(
     monkeypatch.setattr(prompts, "PADDING", 1.0)
     with pytest.raises(FloatingPointError, match="'ada', 'alan'.*learning_rate below 1e"):
         wild = choices.model_copy(update={"learning_rate": 1e38, "clamp": 1e38})
-        find_targets(
-            model := tiny(), located(model, tokenizer, wild, EDITS[:2]), sites(model, (2,))[0], wild
-        )
+        model = tiny()
+        both = located(model, tokenizer, wild, EDITS[:2])
+        find_targets(model, both, sites(model, (2,))[0], wild)
     assert hooks(model) == 0
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -158,21 +159,34 @@ class Method(BaseModel, ABC):
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Write each edit alone into the same weights; here one after another."""
-        weights, trainings, failed = self.weights(model), {}, {}
-        stacks: dict[str, list[Tensor]] = {name: [] for name in weights}
-        for edit in edits:
-            with restored(model, weights):
-                try:
-                    trainings[edit.id] = self.write(model, tokenizer, [edit])
-                except FloatingPointError as error:
-                    failed[edit.id] = str(error)
-                    continue
-                for name, weight in weights.items():
-                    stacks[name].append(weight.detach().clone())
-        if not trainings:
-            raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
-        lanes = Lanes(model, list(trainings), {name: torch.stack(s) for name, s in stacks.items()})
-        return Written(lanes, list(trainings.values()), failed)
+        writes = {edit.id: partial(self.write, model, tokenizer, [edit]) for edit in edits}
+        return write_one_by_one(model, self.weights(model), writes)
+
+
+def write_one_by_one(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    writes: Mapping[str, Callable[[], Training]],
+) -> Written:
+    """Write each edit by its own call, and keep the weights it left as its lane.
+
+    An edit that is not finite gets no lane; Diverged where that is every edit.
+    """
+    trainings, failed = {}, {}
+    stacks: dict[str, list[Tensor]] = {name: [] for name in weights}
+    for edit, write in writes.items():
+        with restored(model, weights):
+            try:
+                trainings[edit] = write()
+            except FloatingPointError as error:
+                failed[edit] = str(error)
+                continue
+            for name, weight in weights.items():
+                stacks[name].append(weight.detach().clone())
+    if not trainings:
+        raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
+    lanes = Lanes(model, list(trainings), {name: torch.stack(s) for name, s in stacks.items()})
+    return Written(lanes, list(trainings.values()), failed)
 
 
 @contextmanager

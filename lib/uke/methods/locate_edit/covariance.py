@@ -13,7 +13,6 @@ import random
 import re
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from uke.world.files import card
 
 TEXTS = "texts.json"
 LAYERS = tuple(block / 32 for block in range(4, 9))  # published blocks of MEMIT and AlphaEdit
+AT_ONCE = 1000  # texts that are sorted by length together
 # By object, so that a model edited on top of an edit still finds the files of the unedited model.
 _FINGERPRINTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -50,9 +50,9 @@ def folder(model: nn.Module | str) -> Path:
 
 
 def world_texts(seed: int | None = None) -> list[Text]:
-    """Return a world's preservation pool, about which no locality probe asks.
+    """Return the preservation pool of a world, by default of that of the embedded model.
 
-    By default the world that the embedded model was trained on.
+    No locality probe asks about it.
     """
     seed = card(EMBEDDED)["settings"]["world_seed"] if seed is None else seed
     world = world_files.ensure(Paths("embedded").home / "results", seed)
@@ -91,74 +91,41 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
     layers: Sequence[int | float] = LAYERS,
-    every: int = 1000,
 ) -> Path:
     """Measure E[k k^T] over all tokens of the texts at the `down_proj` of each layer.
 
-    Sums are in float64 and written after every `every` texts, so a killed run resumes. A layer that
-    was measured on the same tokens is not measured again. Returns the folder, which also keeps the
-    texts.
+    A layer that was measured on the same tokens is not measured again. Returns the folder, which
+    also keeps the texts.
     """
     target = folder(model)
     sequences = [_ids(model, tokenizer, text) for text in texts]
     digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
     content = {"digest": digest, "texts": list(texts)}
     write_atomic(target / TEXTS, json.dumps(content, ensure_ascii=False))
-    totals = [_Total.read(target, site, digest, len(texts)) for site in sites(model, layers)]
-    for done in sorted({total.done for total in totals} - {len(texts)}):
-        behind = [total for total in totals if total.done == done]
-        for start in tqdm(range(done, len(texts), every), desc="covariance", disable=None):
-            _add(model, sequences[start : start + every], behind)
-            for total in behind:
-                total.write()
+    lacking = [site for site in sites(model, layers) if not _measured(_path(model, site))]
+    if not lacking:
+        return target
+    weights = [site.projection.weight for site in lacking]  # (D, W)
+    sums = [one.new_zeros(one.shape[1], one.shape[1], dtype=torch.float64) for one in weights]
+    for start in tqdm(range(0, len(texts), AT_ONCE), desc="covariance", disable=None):
+        _add(model, sequences[start : start + AT_ONCE], lacking, sums)
+    labels = {"digest": digest, "tokens": str(sum(map(len, sequences)))}
+    for site, total in zip(lacking, sums, strict=True):
+        with replacing(_path(model, site)) as part:
+            save_file({"sum": total}, part, metadata=labels | {"layer": site.name})
     return target
 
 
-@dataclass
-class _Total:
-    """The sum of k k^T (W, W) over the first `done` texts of a corpus, kept in a file."""
-
-    path: Path
-    site: Site
-    labels: dict[str, str]
-    sum: Tensor
-    done: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def read(cls, target: Path, site: Site, digest: str, texts: int) -> "_Total":
-        """Continue the file of this corpus, or begin at zero."""
-        path = target / f"{site.name}.safetensors"
-        labels = {"texts": str(texts), "digest": digest, "layer": site.name}
-        weight = site.projection.weight
-        try:
-            with safe_open(path, "pt", device=str(weight.device)) as file:
-                held = file.metadata() or {}
-                if labels.items() <= held.items():
-                    done, tokens = int(held["done"]), int(held["tokens"])
-                    return cls(path, site, labels, file.get_tensor("sum"), done, tokens)
-        except (OSError, SafetensorError):  # absent, or cut short when a machine went down
-            pass
-        width = weight.shape[1]
-        return cls(path, site, labels, weight.new_zeros(width, width, dtype=torch.float64))
-
-    def write(self) -> None:
-        counts = {"done": str(self.done), "tokens": str(self.tokens)}
-        with replacing(self.path) as part:
-            save_file({"sum": self.sum}, part, metadata=self.labels | counts)
-
-
-def _add(model: nn.Module, sequences: Sequence[Sequence[int]], totals: Sequence[_Total]) -> None:
-    projections = [total.site.projection for total in totals]
+def _add(
+    model: nn.Module, sequences: Sequence[Sequence[int]], chosen: Sequence[Site], sums: list[Tensor]
+) -> None:
+    projections = [site.projection for site in chosen]
     for rows, ids in chunks(sequences, model.device):
         lengths = torch.tensor([len(sequences[row]) for row in rows], device=ids.device)
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
-        for call, total in zip(look(model, ids, projections), totals, strict=True):
+        for call, total in zip(look(model, ids, projections), sums, strict=True):
             keys = call.args[0][real].double()  # (tokens, W)
-            total.sum += keys.T @ keys
-            total.tokens += len(keys)
-    for total in totals:
-        total.done += len(sequences)
+            total += keys.T @ keys
 
 
 def covariances(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
@@ -203,22 +170,25 @@ def digest(model: nn.Module | str) -> str | None:
     return _texts(path, path.stat().st_mtime_ns)["digest"] if path.is_file() else None
 
 
+def _path(model: nn.Module, site: Site) -> Path:
+    return folder(model) / f"{site.name}.safetensors"
+
+
 def _files(model: nn.Module, chosen: Sequence[Site]) -> list[tuple[Path, int]]:
-    """Return the finished file of each site and its time of writing; InputError if missing."""
-    paths = {site: folder(model) / f"{site.name}.safetensors" for site in chosen}
-    if missing := [site for site, path in paths.items() if not _finished(path)]:
+    """Return the file of each site and its time of writing; InputError if missing."""
+    paths = {site: _path(model, site) for site in chosen}
+    if missing := [site for site, path in paths.items() if not _measured(path)]:
         layers = [re.findall(r"\d+", site.name)[0] for site in missing]
         raise InputError(_missing(model, "covariance", f" --layers {' '.join(layers)}"))
     return [(path, path.stat().st_mtime_ns) for path in paths.values()]
 
 
-def _finished(path: Path) -> bool:
+def _measured(path: Path) -> bool:
+    """Whether the file is whole, and of the texts beside it."""
     texts = path.with_name(TEXTS)
     try:
         with safe_open(path, "pt") as file:
-            held = file.metadata()
-        same = held["digest"] == _texts(texts, texts.stat().st_mtime_ns)["digest"]
-        return same and held["done"] == held["texts"]
+            return file.metadata()["digest"] == _texts(texts, texts.stat().st_mtime_ns)["digest"]
     except (OSError, SafetensorError, KeyError):
         return False
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from uke.data.edits import Edit
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
 from uke.methods.locate_edit.targets import Targets, find_targets
-from uke.methods.method import Progress, Training, Written, restored
+from uke.methods.method import Edits, Progress, Tokenizer, Training, Written, write_one_by_one
 from uke.models.model import wide
 from uke.models.prompts import PASS_TOKENS
 
@@ -40,11 +39,7 @@ def weights(model: nn.Module, recipe: LocateRecipe) -> dict[str, nn.Parameter]:
 
 
 def write(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    recipe: LocateRecipe,
-    progress: Progress | None = None,
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: LocateRecipe, progress: Progress
 ) -> Training:
     """Write the edits together into the model, in place: locate, find targets, solve.
 
@@ -55,17 +50,13 @@ def write(
     """
     started = time.perf_counter()
     solver, located, targets = _prepare(model, tokenizer, edits, recipe, progress)
-    notes = solver.solve(located, targets)
-    training = _training(recipe, solver, located, targets, notes)
+    training = solver.solve(located, targets)
     training.seconds = time.perf_counter() - started
     return training
 
 
 def write_each(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    recipe: LocateRecipe,
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: LocateRecipe
 ) -> Written:
     """Write each edit alone: the targets of all are found together, then each is solved.
 
@@ -77,27 +68,23 @@ def write_each(
         left = [edit for edit in edits if edit.id not in failed]
         try:
             solver, located, targets = _prepare(model, tokenizer, left, recipe)
-            alone = list(targets.split(located))
-            stacks, notes = solver.solve_each(alone)
+            written = solver.solve_each(list(targets.split(located)))
             break
         except Diverged as error:
             failed |= dict.fromkeys(error.edits, str(error))
             if len(failed) == len(edits):
                 raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
-    trainings = [
-        _training(recipe, solver, *one, own) for one, own in zip(alone, notes, strict=True)
-    ]
-    for training in trainings:
+    for training in written.trainings:
         training.seconds = (time.perf_counter() - started) / len(left)
-    return Written(Lanes(model, located.ids, stacks), trainings, failed)
+    return written._replace(failed=failed)
 
 
 def _prepare(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
+    tokenizer: Tokenizer,
+    edits: Edits,
     recipe: LocateRecipe,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> tuple[ClosedForm | BlockSteps, Located, Targets]:
     chosen = sites(model, recipe.layers)
     solver = SOLVERS[recipe.solver](model, tokenizer, chosen, recipe)
@@ -106,18 +93,10 @@ def _prepare(
 
 
 def _training(
-    recipe: LocateRecipe,
-    solver: ClosedForm | BlockSteps,
-    located: Located,
-    targets: Targets,
-    notes: Sequence[str],
+    recipe: LocateRecipe, located: Located, targets: Targets, steps: int = 0, note: str = ""
 ) -> Training:
-    return Training(
-        targets.losses,
-        targets.steps + solver.steps,
-        stopped=targets.stopped,
-        notes=[*located.notes(recipe), *notes],
-    )
+    notes = [*located.notes(recipe), *filter(None, [note])]
+    return Training(targets.losses, targets.steps + steps, stopped=targets.stopped, notes=notes)
 
 
 class System(NamedTuple):
@@ -152,14 +131,8 @@ def ridge(residual: Tensor, keys: Tensor, others: Tensor, system: System) -> Ten
 class ClosedForm:
     """MEMIT and AlphaEdit: each layer takes its share of what the last layer still lacks."""
 
-    steps = 0
-
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        chosen: Sequence[Site],
-        recipe: LocateRecipe,
+        self, model: nn.Module, tokenizer: Tokenizer, chosen: Sequence[Site], recipe: LocateRecipe
     ) -> None:
         self.model, self.sites, self.recipe = model, chosen, recipe
         if recipe.solver == "memit":
@@ -172,7 +145,7 @@ class ClosedForm:
             ]
 
     @torch.no_grad()
-    def solve(self, located: Located, targets: Targets) -> list[str]:
+    def solve(self, located: Located, targets: Targets) -> Training:
         for number, site in enumerate(self.sites):
             share, system = self._share(number, len(located.ids))
             now = states(self.model, located, site, self.sites[-1])
@@ -186,21 +159,12 @@ class ClosedForm:
                     "expected the covariance of more texts, or a larger ridge"
                 ) from None
             site.projection.weight.copy_(site.projection.weight.double() + change)
-        return []
+        return _training(self.recipe, located, targets)
 
-    def solve_each(
-        self, alone: Sequence[tuple[Located, Targets]]
-    ) -> tuple[dict[str, Tensor], list[list[str]]]:
+    def solve_each(self, alone: Sequence[tuple[Located, Targets]]) -> Written:
         """Solve one after another: the systems take a small part of an edit's time."""
-        changed = weights(self.model, self.recipe)
-        stacks: dict[str, list[Tensor]] = {name: [] for name in changed}
-        notes = []
-        for located, targets in alone:
-            with restored(self.model, changed):
-                notes.append(self.solve(located, targets))
-                for name, weight in changed.items():
-                    stacks[name].append(weight.detach().clone())
-        return {name: torch.stack(stack) for name, stack in stacks.items()}, notes
+        writes = {one.ids[0]: partial(self.solve, one, targets) for one, targets in alone}
+        return write_one_by_one(self.model, weights(self.model, self.recipe), writes)
 
     def _share(self, number: int, edits: int) -> tuple[int, System]:
         """Return what a layer divides the residual by, and its system.
@@ -250,28 +214,21 @@ class BlockSteps:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        chosen: Sequence[Site],
-        recipe: LocateRecipe,
+        self, model: nn.Module, tokenizer: Tokenizer, chosen: Sequence[Site], recipe: LocateRecipe
     ) -> None:
-        self.model, self.site, self.recipe = model, chosen[-1], recipe
-        self.steps, self.texts = recipe.unke_steps, []
+        self.model, self.site, self.recipe, self.texts = model, chosen[-1], recipe, []
         if recipe.preservation:
             drawn = recipe.preservation, recipe.seed
             self.texts = covariance.preservation(model, tokenizer, *drawn)
 
-    def solve(self, located: Located, targets: Targets) -> list[str]:
-        stacks, curves = self._fit([(located, targets)], self._preserved())
+    def solve(self, located: Located, targets: Targets) -> Training:
+        stacks, (curve,) = self._fit([(located, targets)], self._preserved())
         with torch.no_grad():
             for name, weight in weights(self.model, self.recipe).items():
                 weight.copy_(stacks[name][0])
-        return self._notes(curves)
+        return self._training(located, targets, curve)
 
-    def solve_each(
-        self, alone: Sequence[tuple[Located, Targets]]
-    ) -> tuple[dict[str, Tensor], list[list[str]]]:
+    def solve_each(self, alone: Sequence[tuple[Located, Targets]]) -> Written:
         """Fit as many lanes at once as a pass holds, all the preservation texts in each of them."""
         preserved = self._preserved()
         longest = max(len(one.ids) for located, _ in alone for one in located.examples)
@@ -282,14 +239,17 @@ class BlockSteps:
             name: torch.cat([stack[name].to(weight.dtype) for stack, _ in fits])
             for name, weight in weights(self.model, self.recipe).items()
         }
-        return stacks, [[note] for _, curves in fits for note in self._notes(curves)]
+        curves = [curve for _, every in fits for curve in every]
+        trainings = [self._training(*one, curve) for one, curve in zip(alone, curves, strict=True)]
+        lanes = Lanes(self.model, [located.ids[0] for located, _ in alone], stacks)
+        return Written(lanes, trainings, {})
 
-    def _notes(self, curves: Sequence[Sequence[float]]) -> list[str]:
-        return [
+    def _training(self, located: Located, targets: Targets, curve: Sequence[float]) -> Training:
+        note = (
             f"block: squared error {curve[0]:.3g} at first, {curve[-1]:.3g} before the last "
             f"of {len(curve)} steps"
-            for curve in curves
-        ]
+        )
+        return _training(self.recipe, located, targets, len(curve), note)
 
     def _preserved(self) -> list[_Part]:
         """Return the block's calls on the preservation texts, the same for every edit."""
