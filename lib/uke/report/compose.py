@@ -248,7 +248,9 @@ def _html(paths: Paths, text: str) -> str:
     text = _TYPST_ATTRIBUTE.sub("", text)
     arguments = ["--standalone", "--embed-resources", "--toc", "--toc-depth=1"]
     arguments += [f"--template={_TEMPLATES / 'report.html'}", f"--metadata=subtitle:{SUBTITLE}"]
-    return _pandoc(paths, text, "html5", arguments)
+    page = _pandoc(paths, text, "html5", arguments)
+    page = page.replace(' style="text-align: left;"', "")
+    return page.replace(' style="text-align: right;"', ' class="r"')
 
 
 def _pdf(paths: Paths, text: str) -> bytes:
@@ -260,7 +262,7 @@ def _pdf(paths: Paths, text: str) -> bytes:
     compiler = typst.Compiler(
         source.encode(), root=paths.figures, font_paths=[str(fonts)], ignore_system_fonts=True
     )
-    return compiler.compile(format="pdf", timestamp=_DATED)
+    return compiler.compile(format="pdf", timestamp=_DATED, pdf_tags=False)
 
 
 def _pandoc(paths: Paths, text: str, form: str, arguments: list[str]) -> str:

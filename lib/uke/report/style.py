@@ -1,7 +1,8 @@
-"""Set the style of figures: fixed colours and marks, names beside lines, the same bytes."""
+"""Set the style of figures: fixed colours and marks, names beside lines, small files."""
 
 import functools
 import io
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,20 @@ from uke.results.compare import label
 
 COLUMN, FULL = 3.4, 6.8  # widths in inches of a figure in one column and across a page
 INK, GREY, PALE, BLUE, RED = "#1b1b1b", "#6f6f6f", "#e4e4e4", "#0072b2", "#d55e00"
-DASHES = (0, (3, 2))
+REFERENCE = {"color": GREY, "lw": 1, "ls": (0, (3, 2)), "zorder": 1}  # a line to compare with
 VARIANT = " (at once)"  # after the name of a method that the same figure also shows without it
 RC = matplotlib.rc_params_from_file(
     Path(__file__).with_name("templates") / "figures.mplstyle", use_default_template=False
 )
+# What nobody sees in an SVG: its date, names of parts, indentation, digits below 0.01 points.
+_LEAN = {
+    rb"(?s)<metadata>.*?</metadata>": b"",
+    rb' id="[\w.]+_\d+"| transform="rotate\(-0 [^"]*"|(?<=\n) +': b"",
+    rb'(\.\d\d)\d{2,}(?=[ \n"])': rb"\1",
+    rb"<g>\n((?:<(?:use|path) [^>]*/>|<text .*</text>)\n)</g>\n": rb"\1",
+    rb"font-family: [^;\"]*;? ?|(?<=[a-z]:) (?=[\w#][^<>]*\")|(?<=;) (?=[^<>]*\")": b"",
+    rb"\*\{": b"*{font-family: 'DejaVu Sans', Verdana, sans-serif; ",
+}
 
 
 class Look(NamedTuple):
@@ -49,18 +59,15 @@ LOOKS = {
     "AnyEdit++": Look("#5b3fa0", "^"),
     "muKE": Look("#b3a000", "^"),
     "in-context": Look("#7f7f7f", "P"),
-    "no edit": Look(GREY, "x", DASHES),
+    "no edit": Look(GREY, "x", REFERENCE["ls"]),
 }
 OTHERS = [
-    Look(*look)
-    for look in (
-        (BLUE, "o"),
-        ("#e69f00", "s"),
-        ("#009e73", "^"),
-        ("#cc79a7", "D"),
-        (RED, "v"),
-        ("#56b4e9", "P"),
-    )
+    Look(BLUE),
+    Look("#e69f00", "s"),
+    Look("#009e73", "^"),
+    Look("#cc79a7", "D"),
+    Look(RED, "v"),
+    Look("#56b4e9", "P"),
 ]
 
 
@@ -101,23 +108,31 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     for name in reversed(order):
         above = min(heights[name], above - gap)
-        text = {"color": ends[name][2], "fontsize": 7, "va": "center", "annotation_clip": False}
-        line = {"arrowstyle": "-", "color": ends[name][2], "lw": 0.5, "alpha": 0.6}
-        line |= {"shrinkA": 1, "shrinkB": 1}
-        where = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
-        point, beside = points[name], (1.06, above)
-        ax.annotate(label(name), point, beside, **where, **text, arrowprops=line)
+        colour = ends[name][2]
+        ax.annotate(
+            label(name),
+            points[name],
+            (1.06, above),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 1, "shrinkB": 1},
+            **{"color": colour, "fontsize": 7, "va": "center", "annotation_clip": False},
+        )
 
 
 def save(fig: Figure, directory: str | Path, name: str, png: bool = False) -> list[Path]:
-    """Write `name`.svg (and `name`.png where wanted), byte-identical for the same figure."""
-    undated = {"svg": {"Date": None, "Creator": None}} | (
-        {"png": {"Software": None}} if png else {}
-    )
+    """Write `name`.svg (and `name`.png where wanted), byte-identical for the same figure.
+
+    Text stays text in the SVG, whose `_LEAN` parts are replaced.
+    """
+    undated = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
     saved = []
-    with matplotlib.rc_context(RC):
-        for ending, metadata in undated.items():
-            drawn = io.BytesIO()
-            fig.savefig(drawn, format=ending, metadata=metadata)
-            saved.append(write_atomic(Path(directory) / f"{name}.{ending}", drawn.getvalue()))
+    for ending in ["svg", "png"] if png else ["svg"]:
+        drawn = io.BytesIO()
+        with matplotlib.rc_context(RC):
+            fig.savefig(drawn, format=ending, metadata=undated[ending])
+        content = drawn.getvalue()
+        for needless, lean in _LEAN.items() if ending == "svg" else ():
+            content = re.sub(needless, lean, content)
+        saved.append(write_atomic(Path(directory) / f"{name}.{ending}", content))
     return saved
