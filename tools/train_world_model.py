@@ -41,7 +41,18 @@ from uke.project import EMBEDDED, Paths
 from uke.results.metrics import score
 from uke.results.stats import Interval, interval
 from uke.world.files import CARD, card
-from uke.world.generate import Entity, World, build, describe, exercise, hop, language, stranger
+from uke.world.generate import (
+    POOLS,
+    Entity,
+    World,
+    build,
+    describe,
+    draft,
+    exercise,
+    hop,
+    language,
+    settle,
+)
 
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHECKPOINT = "checkpoint.safetensors"
@@ -174,6 +185,14 @@ def lessons(world: World, rng: random.Random, drill: bool = False) -> Iterator[t
         epoch.append(exercise(rng))
     rng.shuffle(epoch)
     return iter(epoch)
+
+
+def stranger(rng: random.Random, known: set[str], subject: Entity | None = None) -> Entity:
+    """Draw an entity with new names, or a known subject with new facts, to read about."""
+    used, pool = set(known), rng.choice(list(POOLS))
+    crowd = [draft(kind, pool, rng, used) for kind in ("person", "town", "company")]
+    subject = subject or draft(rng.choice(list(language()["kinds"])), pool, rng, used)
+    return settle(subject, crowd, rng)
 
 
 def passage(world: World, rng: random.Random, known: set[str]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from uke.errors import InputError
 from uke.files import replacing
 from uke.world.generate import EDITED, SPLITS, Entity, World, build, choice, exercise, hop, language
@@ -38,13 +40,11 @@ def card(directory: Path) -> dict[str, Any]:
 def ensure(folder: Path, seed: int) -> Path:
     """Return the folder `world-<seed>-<digest of its sources>` below `folder`, made if missing."""
     target = Path(folder) / f"world-{seed}-{digest()}"
-    if not target.is_dir():
-        try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.is_dir():
             with replacing(target) as part:
                 write(build(seed), part)
-        except OSError:  # a second process was faster: its files are the same
-            if not target.is_dir():
-                raise
     return target
 
 
@@ -220,14 +220,9 @@ def ambiguous() -> frozenset[str]:
     """
     kinds, values = language()["kinds"].values(), language()["values"].values()
     listed = [value for group in values if isinstance(group, list) for value in group]
-    wordings = [
-        wording
-        for kind in kinds
-        for relation in kind["relations"].values()
-        for wording in relation["wordings"]
-    ]
-    counts = Counter(
-        word for text in (*wordings, *listed) for word in set(re.findall(r"\w+", text.casefold()))
-    )
+    relations = [relation for kind in kinds for relation in kind["relations"].values()]
+    wordings = [wording for relation in relations for wording in relation["wordings"]]
+    texts = [text.casefold() for text in (*wordings, *listed)]
+    counts = Counter(word for text in texts for word in set(re.findall(r"\w+", text)))
     as_value = Counter(value.casefold() for value in listed)
     return frozenset(v for v in listed if counts[v.casefold()] > as_value[v.casefold()])

@@ -10,10 +10,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 import pandas as pd
-import yaml
+
+from uke.files import read_yaml
 
 POOLS = {
     "development": 60,
@@ -30,7 +31,7 @@ SPLITS = ("development", "test")
 @cache
 def language() -> dict:
     """Read names, values, kinds, relations and phrasings of the world from `world.yaml`."""
-    return yaml.safe_load(files("uke.world").joinpath("world.yaml").read_text(encoding="utf-8"))
+    return read_yaml(Path(__file__).with_name("world.yaml"))
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,10 @@ def invent(kind: str, rng: random.Random, used: set[str]) -> str:
 
 
 def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
-    return Entity(
-        invent(kind, rng, used),
-        kind,
-        pool,
-        tuple(rng.choice(language()["kinds"][kind]["pronouns"])),
-    )
+    """Begin an entity of a kind for a pool, without facts, under an unused name."""
+    name = invent(kind, rng, used)
+    pronouns = tuple(rng.choice(language()["kinds"][kind]["pronouns"]))
+    return Entity(name, kind, pool, pronouns)
 
 
 def literals(value: str, pool: str) -> list[str]:
@@ -154,10 +153,10 @@ def settle(entity: Entity, referred: tuple | list, rng: random.Random) -> Entity
 def describe(entity: Entity, rng: random.Random) -> str:
     """State all facts in random order and wording, 60 to 120 words; the first names the subject."""
     relations = rng.sample(list(entity.objects), len(entity.objects))
-    return " ".join(
-        sentence(entity, relation, rng, first=place == 0)
-        for place, relation in enumerate(relations)
-    )
+    sentences = [
+        sentence(entity, relation, rng, first=not place) for place, relation in enumerate(relations)
+    ]
+    return " ".join(sentences)
 
 
 def sentence(entity: Entity, relation: str, rng: random.Random, first: bool) -> str:
@@ -171,33 +170,18 @@ def sentence(entity: Entity, relation: str, rng: random.Random, first: bool) -> 
     return wording.format(S=subject, P=possessive, o=entity.objects[relation])
 
 
-def stranger(rng: random.Random, known: set[str], subject: Entity | None = None) -> Entity:
-    """Draw an entity with new names, or a known subject with new facts, to read about."""
-    used = set(known)
-    pool = rng.choice(list(POOLS))
-    crowd = [draft(kind, pool, rng, used) for kind in ("person", "town", "company")]
-    return settle(
-        subject or draft(rng.choice(list(language()["kinds"])), pool, rng, used), crowd, rng
-    )
-
-
 def hop(entity: Entity, by_name: dict[str, Entity], rng: random.Random) -> tuple[str, str] | None:
     """Ask for a relation of an entity that `entity` refers to; None if it refers to none."""
-    links = [
-        relation for relation, entry in entity.relations.items() if isinstance(entry["value"], dict)
-    ]
+    links = [name for name, one in entity.relations.items() if isinstance(one["value"], dict)]
     if not links:
         return None
     link = rng.choice(links)
     target = by_name[entity.objects[link]]
-    relation = rng.choice(
-        [name for name, entry in target.relations.items() if isinstance(entry["value"], str)]
-    )
+    plain = [name for name, one in target.relations.items() if isinstance(one["value"], str)]
+    relation = rng.choice(plain)
     description = entity.cloze(link).removeprefix("The ").removesuffix(" is")
-    question = rng.choice(target.relations[relation]["questions"]["trained"]).format(
-        s=f"the {description}"
-    )
-    return question, target.objects[relation]
+    template = rng.choice(target.relations[relation]["questions"]["trained"])
+    return template.format(s=f"the {description}"), target.objects[relation]
 
 
 def exercise(rng: random.Random, skill: str | None = None) -> tuple[str, str]:
