@@ -53,9 +53,9 @@ OWN_SHAPE = {
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """The folder `results` of a project that has gathered the world's edits: built once, for all processes of the tests.
+    """The folder `results` of a project with the world and its locality sets.
 
-    The locality set needs an embedding of every document, which is the same for every test; a test copies the folder.
+    Built once for all processes of the tests, since every document is embedded; a test copies it.
     """
     from uke.locality import card
     from uke.world import files as world_files
@@ -120,7 +120,7 @@ def measured_home(tmp_path_factory):
 
 @pytest.fixture
 def measured(tiny, tokenizer, measured_home, monkeypatch):
-    """Factory: a fresh tiny model with measured covariance, in a project folder of the tests' own."""
+    """Factory: a fresh tiny model with measured covariance, in a folder of the tests' own."""
     from small import TEXTS
     from uke.methods.locate_edit import covariance
 
@@ -135,7 +135,7 @@ def measured(tiny, tokenizer, measured_home, monkeypatch):
 
 
 def to_explore(home: Path) -> Path:
-    """A folder with what notebooks/explore.ipynb needs of the project, in which nothing has been made yet."""
+    """A folder with what notebooks/explore.ipynb needs, in which nothing has been made yet."""
     root = Path(__file__).parents[1]
     shutil.copytree(root / "params", home / "params")
     (home / "notebooks").mkdir()

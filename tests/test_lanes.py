@@ -5,7 +5,7 @@ import torch
 from small import moved, state
 from torch import nn
 from uke.methods.finetune import adapt, adapter
-from uke.methods.lanes import Lanes, LowRank, lower_blocks_once, grouping
+from uke.methods.lanes import Lanes, LowRank, grouping, lower_blocks_once
 from uke.methods.recipes import RECIPES
 from uke.models.model import select
 
