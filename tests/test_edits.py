@@ -97,10 +97,6 @@ def of(edit: edits.Edit, kind: str) -> list[edits.Probe]:
     return [probe for probe in edit.probes if probe.kind == kind]
 
 
-def test_every_dataset_has_an_example_here():
-    assert set(RECORDS) == set(formats.FORMATS)
-
-
 def test_unkebench_fields_as_they_are(one):
     edit = one("unkebench")
     assert edit.id == "7" and edit.answer == "Ada Moor paints.\nShe lives  in Brelen."
@@ -137,18 +133,14 @@ def test_multi_hop_questions_share_the_new_answer(one, dataset):
 
 
 def test_akew_counterfact_asks_the_cloze_and_the_first_five_triplets(one):
+    assert set(RECORDS) == set(formats.FORMATS)
     edit = one("akew-counterfact")
     assert (edit.question, edit.paraphrase) == (REWRITE["prompt_full"], "Its twin is")
     assert edit.answer == REWRITE["fact_new_uns"] and edit.subject == "Oldham Cross"
-    assert [d.question for d in edit.details] == [
-        f"Oldham Cross has as feature {n}" for n in range(5)
-    ]
-    assert edit.facts[0] == edits.Fact(
-        subject="Oldham Cross", relation=REWRITE["prompt"], object="Brelen"
-    )
-    assert (
-        len(edit.facts) == 8
-    )  # the edited one and all seven triplets: locality must touch none of them
+    assert [d.question[-1] for d in edit.details] == list("01234")
+    fact = edits.Fact(subject="Oldham Cross", relation=REWRITE["prompt"], object="Brelen")
+    # The edited one and all seven triplets: locality must touch none of them.
+    assert edit.facts[0] == fact and len(edit.facts) == 8
 
 
 def test_a_triplet_that_is_no_cloze_is_asked_but_is_no_fact(one):
@@ -165,16 +157,13 @@ def test_mquake_takes_the_first_rewrite_only_and_no_paraphrase(one):
     assert {fact.subject for fact in edit.facts} == {"Oldham Cross"}
 
 
-def test_wikiupdate_asks_the_real_question_and_its_locality(one):
+def test_wikiupdate_asks_the_real_question_and_editeverything_keeps_the_category(one):
     edit = one("akew-wikiupdate")
     assert (edit.question, edit.paraphrase) == (REWRITE["question"], None)
     assert kinds(edit) == {"original": 1, "detail": 5, "struct_trip": 1}
     (locality,) = of(edit, "struct_trip")
     assert (locality.reference, locality.aliases, locality.chat) == ("A. Poet", ("B. Poet",), True)
     assert edit.facts[0].object == "Brelen"
-
-
-def test_editeverything_keeps_the_category(one):
     edit = one("editeverything")
     assert edit.category == "math" and kinds(edit) == {"original": 1}
 
@@ -229,29 +218,17 @@ BAD_FIELDS = [
     (
         "unkebench",
         {"sub_answer": ["x"]},
-        "'sub_answer': has 1 items; expected 2, as many as 'sub_question'",
+        "'sub_answer': has 1 items; expected 2, as many as 'sub_q",
     ),
     ("unkebench", {"sub_answer": "x"}, "field 'sub_answer': expected a list, found 'x'"),
     ("unkebench", {"sub_answer": ["x", ""]}, r"field 'sub_answer\[1\]': is empty"),
     ("unkebench", {"mmlu_questions": ["q"]}, "field 'mmlu_choices': has 0 items; expected 1"),
     ("akew-counterfact", {"requested_rewrite": 4}, "'requested_rewrite': expected a list, found 4"),
     ("akew-counterfact", {"paraphrase_prompts": []}, "'paraphrase_prompts': is empty"),
-    (
-        "akew-mquake",
-        {"requested_rewrite": []},
-        "'requested_rewrite': is empty; expected at least one item",
-    ),
-    (
-        "akew-mquake",
-        {"requested_rewrite": [REWRITE, 4]},
-        r"'requested_rewrite\[1\]': expected an object",
-    ),
+    ("akew-mquake", {"requested_rewrite": []}, "'requested_rewrite': is empty; expected at least"),
+    ("akew-mquake", {"requested_rewrite": [REWRITE, 4]}, r"rewrite\[1\]': expected an object"),
     ("akew-mquake", {"new_answer": ...}, "'new_answer': is missing"),
-    (
-        "akew-wikiupdate",
-        {"requested_rewrite": {}},
-        r"'requested_rewrite\[0\].subject': is missing; the fields are no field",
-    ),
+    ("akew-wikiupdate", {"requested_rewrite": {}}, "is missing; the fields are no field"),
     ("editeverything", {"category": ...}, "'category': is missing"),
     ("akew-wikiupdate", {"loc_ans": 7}, r"'loc_ans': expected text, found 7"),
 ]
@@ -307,32 +284,29 @@ def test_a_file_that_is_no_list_of_records_is_one_line(written, content, message
     assert "data.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_directory_and_a_missing_file_are_named(tmp_path):
-    with pytest.raises(InputError, match="cannot be read .*directory.*; expected one JSON file"):
-        formats.load("unkebench", tmp_path)
-    with pytest.raises(InputError, match="nothing.json: cannot be read .No such file"):
-        formats.load("unkebench", tmp_path / "nothing.json")
-
-
-def test_an_unknown_dataset_names_the_nearest(tmp_path):
-    with pytest.raises(InputError, match="unknown dataset 'unkbench'; did you mean 'unkebench'"):
-        formats.load("unkbench", tmp_path)
+@pytest.mark.parametrize(
+    ("dataset", "file", "message"),
+    [
+        ("unkebench", ".", "cannot be read .*directory.*; expected one JSON file"),
+        ("unkebench", "nothing.json", "nothing.json: cannot be read .No such file"),
+        ("unkbench", ".", "unknown dataset 'unkbench'; did you mean 'unkebench'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, dataset, file, message):
+    with pytest.raises(InputError, match=message):
+        formats.load(dataset, tmp_path / file)
 
 
 def test_a_byte_order_mark_is_no_obstacle(written):
-    assert formats.load(
-        "unkebench", written(b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode())
-    )
+    content = b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode()
+    assert formats.load("unkebench", written(content))
+
+
+PROBE = {"edit": "7", "kind": "rel_doc", "number": 0, "question": "Who?", "reference": "B is."}
 
 
 def probe(**changes) -> dict:
-    return {
-        "edit": "7",
-        "kind": "rel_doc",
-        "number": 0,
-        "question": "Who is B?",
-        "reference": "B is.",
-    } | changes
+    return PROBE | changes
 
 
 def test_locality_returns_the_probes_of_these_edits_only(one, written):

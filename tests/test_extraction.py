@@ -81,26 +81,20 @@ def test_normal_form(name, form):
     assert normal(name) == form
 
 
-SAME = {
-    "Ellie Kemper": [
-        "Ellie Kemper",
-        "Ellie Kemper's",
-        "ELLIE KEMPER",
-        "“Ellie Kemper”",
-        "(Ellie Kemper)",
-        "Miss Ellie Kemper",
-    ],
-    "Łukasz Żółć": ["Łukasz Żółć", "Lukasz Zolc", "Łukasz\u00a0Żółć"],
-    "J. R. R. Tolkien": ["J. R. R. Tolkien", "J.R.R. Tolkien"],
-    "the United States": ["the United States", "the U.S.", "the USA"],
-    "Patrick O'Brien": ["Patrick O'Brien", "Patrick O’Brien", "O'Brien"],
-    "Theresa May": ["Theresa May", "Theresa May's"],
-    "The Secret Life of the American Teenager": ["“The Secret Life of the American Teenager”"],
-    "Friedrich Carl von Savigny": ["Friedrich Carl von Savigny", "Savigny"],
-    "High Court": ["the High Court"],
-    "Seven Silent Copper Machines Dream Alone": ["“Seven Silent Copper Machines Dream Alone”"],
-    "Ó hUiginn": ["Ó hUiginn", "O hUiginn"],
-}
+# Ways of writing one name, the first as the edit has it.
+SAME = [
+    "Ellie Kemper|Ellie Kemper's|ELLIE KEMPER|“Ellie Kemper”|(Ellie Kemper)|Miss Ellie Kemper",
+    "Łukasz Żółć|Lukasz Zolc|Łukasz\u00a0Żółć",
+    "J. R. R. Tolkien|J.R.R. Tolkien",
+    "the United States|the U.S.|the USA",
+    "Patrick O'Brien|Patrick O’Brien|O'Brien",
+    "Theresa May|Theresa May's",
+    "The Secret Life of the American Teenager|“The Secret Life of the American Teenager”",
+    "Friedrich Carl von Savigny|Savigny",
+    "High Court|the High Court",
+    "Seven Silent Copper Machines Dream Alone|“Seven Silent Copper Machines Dream Alone”",
+    "Ó hUiginn|O hUiginn",
+]
 STATED = ["In 1903 {} won a prize for chess.", "{}, a baker, was praised by critics."]
 REWORDED = [
     "Few recall that {} lived through the flood.",
@@ -110,9 +104,10 @@ REWORDED = [
 ]
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_a_name_is_found_in_other_words(name):
-    for other, first, second in itertools.product(SAME[name], STATED, REWORDED):
+@pytest.mark.parametrize("forms", SAME)
+def test_a_name_is_found_in_other_words(forms):
+    name, *others = forms.split("|")
+    for other, first, second in itertools.product([name, *others], STATED, REWORDED):
         assert common(first.format(name), second.format(other)), (other, first, second)
 
 
@@ -155,28 +150,9 @@ def test_every_name_of_a_text_is_a_name_of_its_facts():
         " Pliny the Elder and Livia Drusilla knew him. Bank of Rome: 12,345 coins. With Simon & "
         "Garfunkel, Jay-Z, and Boeing 737 MAX he has no ties; nor with E.T. or eBay."
     )
-    expected = {
-        "Ovid",
-        "Sulmona",
-        "Metamorphoses",
-        "Tomis",
-        "Horace of Venosa",
-        "Venosa",
-        "Pliny",
-        "Elder",
-        "Livia Drusilla",
-    }
-    expected |= {
-        "Bank of Rome",
-        "12,345",
-        "Simon",
-        "Garfunkel",
-        "Jay-Z",
-        "Boeing 737 MAX",
-        "E.T.",
-        "eBay",
-    }
-    assert {normal(name) for name in expected} <= stated(text).names
+    expected = "Ovid|Sulmona|Metamorphoses|Tomis|Horace of Venosa|Venosa|Pliny|Elder|Livia Drusilla"
+    expected += "|Bank of Rome|12,345|Simon|Garfunkel|Jay-Z|Boeing 737 MAX|E.T.|eBay"
+    assert set(map(normal, expected.split("|"))) <= stated(text).names
 
 
 @pytest.mark.parametrize(
@@ -215,16 +191,10 @@ def test_no_fact_is_shared(one, other):
 
 def test_texts_without_names_share_nothing():
     empty = stated("")
-    for text in (
-        "",
-        " \n ",
-        "...",
-        "it rained and it may rain again.",
-        "\"\"'''((",
-        "Ada Quist lives in Balmora.",
-    ):
+    rain = "it rained and it may rain again."
+    for text in ("", " \n ", "...", rain, "\"\"'''((", "Ada Quist lives in Balmora."):
         assert not shared(stated(text), empty) and not shared(empty, stated(text))
-    assert stated("it rained and it may rain again.").names == frozenset()
+    assert stated(rain).names == frozenset()
     assert names("") == [] and union([]) == empty == Facts(frozenset(), frozenset())
 
 
@@ -254,11 +224,9 @@ def test_the_kinds_of_names_in_their_order():
 
 
 LONG = {
-    "sentences": "Ada Quist met Bram Vik in Balmora. " * 4000,
     "list": "Bram Vik visited " + ", ".join(f"City{number}" for number in range(20000)),
     "names": "Ada " * 50000,
     "quotes": 'a "' * 50000,
-    "words": "of " * 50000,
 }
 
 
