@@ -58,13 +58,12 @@ def edited(
         # here every weight of `model` is bit for bit as before
 
     `method` is a name in METHODS or a `Method`. It yields the model itself, for an adapter peft's
-    wrapper around it; `edit_record` (an EditRecord) says what was done. The in-context method moves
-    no weight: its model's `passages` say by the id of an edit what stands before every question
-    about it. On exit, also after an exception, weights, buffers, `requires_grad` and the training
-    mode are bit for bit as before; only the weights that change are copied for that.
-    `progress(steps, loss)` follows every step, and what it raises ends the edit.
-    InputError for an unknown method, one that selects no weight and an edit longer than the
-    context, all before training; Diverged (a FloatingPointError) for a loss that is not finite.
+    wrapper around it; `edit_record` (an EditRecord) says what was done. In-context editing moves no
+    weight: the model's `passages` stand before every question about an edit. On exit, also after an
+    exception, weights, buffers, `requires_grad` and the training mode are bit for bit as before.
+    `progress(steps, loss)` follows every step, and what it raises ends the edit. InputError for an
+    unknown method, one that selects no weight and an edit longer than the context, all before
+    training; Diverged (a FloatingPointError) for a loss that is not finite.
     """
     method = _method(method, model, tokenizer, edits)
     with kept(model, {}), method.applied(model.eval(), tokenizer, edits, progress) as applied:
@@ -83,11 +82,10 @@ def edited_each(
             answers = answer(m, tokenizer, [probe for edit in edits for probe in edit.probes])
             print(m.edit_records["ada"].steps, m.failed)
 
-    A lane is one of N independent copies of the edited weights in one forward pass. Answers are,
-    but for rounding, what `edited` gives for one edit after another: every probe is answered by
-    the lane of its `edit`. `edit_records` has an EditRecord by the edit's id, in which seconds are
-    an equal share; `failed` says of an edit that diverged why it has no lane. On exit the model is
-    as before. Raises as `edited` does, Diverged where no edit is left.
+    A lane is one of N independent copies of the edited weights in one forward pass; every probe is
+    answered by the lane of its `edit`, but for rounding as `edited` answers it. `edit_records` has
+    an EditRecord by the edit's id, in which seconds are an equal share; `failed` says of an edit
+    that diverged why it has no lane. Raises as `edited` does, Diverged where no edit is left.
     """
     method = _method(method, model, tokenizer, edits)
     if not method.moves_weights:
@@ -97,11 +95,9 @@ def edited_each(
         return
     with kept(model, {}):
         lanes, trainings, failed = method.write_each(model.eval(), tokenizer, edits)
+        each = zip(lanes.ids, trainings, lanes.change_norms(), strict=True)
         records = {
-            edit: EditRecord(**vars(training), change_norm=norms)
-            for edit, training, norms in zip(
-                lanes.ids, trainings, lanes.change_norms(), strict=True
-            )
+            edit: EditRecord(**vars(training), change_norm=norms) for edit, training, norms in each
         }
         with lanes.laid(), attached(model, edit_records=records, failed=failed):
             yield model
@@ -139,13 +135,11 @@ def sequence(
 
     On exit, also after an exception, all is bit for bit as before. Statistics that a method
     depends on are those of the model as it is on entry. InputError for a method that moves no
-    weight, and as what is written raises.
+    weight.
     """
     method = find(method, METHODS) if isinstance(method, str) else method
     if not method.moves_weights:
-        raise InputError(
-            f"{method.name}: moves no weight, so nothing piles up; expected a method that writes"
-        )
+        raise InputError(f"{method.name}: moves no weight; expected a method that writes")
     method.depends_on(model)
     weights = method.weights(model)
     with restored(model, weights) as before:
@@ -179,9 +173,7 @@ def save(m: nn.Module, directory: str | Path) -> None:
     """
     record, directory = getattr(m, "edit_record", None), Path(directory)
     if record is None or hasattr(m, "passages"):
-        raise InputError(
-            f"{directory}: nothing to save; expected the model that edited(...) yields"
-        )
+        raise InputError(f"{directory}: nothing to save; expected what edited(...) yields")
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(m, PeftModel):
         form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
@@ -231,12 +223,12 @@ def _load_weights(model: PreTrainedModel, path: Path, names: Collection[str]) ->
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: no readable safetensors file ({error})") from None
-    for name in sorted({*saved, *names}):
-        if name not in saved or name not in names or parameters[name].shape != saved[name].shape:
-            raise InputError(
-                f"{path}: weight {name}: expected each weight of {RECORD} once, "
-                "in the model's shape"
-            )
+    shapes = {name: parameters[name].shape for name in names}
+    found = {name: tensor.shape for name, tensor in saved.items()}
+    if wrong := sorted(name for name, _ in shapes.items() ^ found.items()):
+        raise InputError(
+            f"{path}: weight {wrong[0]}: expected each weight of {RECORD}, in the model's shape"
+        )
     for name, tensor in saved.items():
         parameters[name].data.copy_(tensor)
     return model
@@ -257,9 +249,7 @@ def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
         try:
             wrapped = get_peft_model(model, config)
         except ValueError:
-            raise InputError(
-                f"{directory}: the adapter's target_modules are not in the model"
-            ) from None
+            raise InputError(f"{directory}: the model lacks the adapter's target_modules") from None
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         shapes = [{name: t.shape for name, t in one.items()} for one in (expected, saved)]
         if shapes[0] != shapes[1]:

@@ -55,8 +55,8 @@ class AnswerCache:
         for path in sorted(self.folder.glob("*.json")):
             try:
                 for prompt, ids, limit in json.loads(path.read_text("utf-8")):
-                    ids = list(map(int, ids)), int(limit)
-                    _keep_longer(known, tuple(map(int, prompt.split())), ids)
+                    new = list(map(int, ids)), int(limit)
+                    _keep_longer(known, tuple(map(int, prompt.split())), new)
             except (ValueError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{path}: not a file of cached answers ({error}); expected "
@@ -74,10 +74,9 @@ class AnswerCache:
         """Keep these answers, in memory and on disk."""
         if not answers:
             return
-        for prompt, answer_ids in answers.items():
-            _keep_longer(self._known, prompt, answer_ids)
-        rows = [[" ".join(map(str, prompt)), *answer_ids] for prompt, answer_ids in answers.items()]
-        content = json.dumps(rows)
+        for prompt, new in answers.items():
+            _keep_longer(self._known, prompt, new)
+        content = json.dumps([[" ".join(map(str, one)), *new] for one, new in answers.items()])
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         write_atomic(self.folder / f"{name}.json", content)
 
@@ -110,9 +109,7 @@ class Generation:
 
 
 class Query(NamedTuple):
-    """Token ids of a prompt, and the edit whose lane answers it (None where the model has no
-    lanes).
-    """
+    """Token ids of a prompt, and the edit whose lane answers it (None in a model without lanes)."""
 
     lane: str | None
     prompt: Prompt
@@ -121,8 +118,7 @@ class Query(NamedTuple):
 def answer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[str]:
-    """Answer every probe greedily, in order; special tokens and surrounding white space are
-    stripped.
+    """Answer every probe greedily, in order; special tokens and outer white space are stripped.
 
         model, tokenizer = load("embedded")
         answer(model, tokenizer, edit.probes, max_new_tokens=80)
@@ -141,7 +137,11 @@ def answer(
         queries.append(Query(probe.edit if has_lanes else None, prompt))
         limit = min(chosen.limit(probe), context - len(prompt))
         limits[queries[-1]] = max(limits.get(queries[-1], 0), limit)
-    answers = _cached(chosen.cache, limits)
+    known = {
+        query: chosen.cache and chosen.cache.look_up(query.prompt, limit)
+        for query, limit in limits.items()
+    }
+    answers = {query: ids for query, ids in known.items() if ids is not None}
     missing = {query: limit for query, limit in limits.items() if query not in answers}
     endings = end_tokens(model, tokenizer)
     for batch in _batches(missing, chosen.batch_tokens):
@@ -156,13 +156,6 @@ def answer(
         tokenizer.decode(answers[query][: chosen.limit(probe)], skip_special_tokens=True).strip()
         for probe, query in zip(probes, queries, strict=True)
     ]
-
-
-def _cached(cache: AnswerCache | None, limits: Mapping[Query, int]) -> dict[Query, list[int]]:
-    if cache is None:
-        return {}
-    known = {query: cache.look_up(query.prompt, limit) for query, limit in limits.items()}
-    return {query: ids for query, ids in known.items() if ids is not None}
 
 
 def select_lanes(model: nn.Module, edits: Sequence[str | None]) -> None:
@@ -187,17 +180,12 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]
 
 
 def _batches(limits: Mapping[Query, int], tokens: int) -> Iterator[list[Query]]:
-    """Group prompts of similar length: at most `tokens` with their answers, but at least one
-    prompt.
-    """
+    """Group prompts of similar length: at most `tokens` with their answers, but one prompt."""
     batch: list[Query] = []
     longest = 0
-
-    def size_key(query: Query) -> tuple:
-        return len(query.prompt), limits[query], query
-
     # Longest first: a batch that does not fit in memory fails at once.
-    for query in sorted(limits, key=size_key, reverse=True):
+    by_size = sorted(limits, key=lambda one: (len(one.prompt), limits[one], one), reverse=True)
+    for query in by_size:
         needed = len(query.prompt) + limits[query]
         size = max(longest, needed)
         if batch and size * (len(batch) + 1) > tokens:
@@ -220,73 +208,47 @@ def _decode(
     rows = [row for row, limit in enumerate(limits) if limit > 0]
     if not rows:
         return answers
-    step = _Step(model, [queries[row] for row in rows])
-    running = set(rows)
+    running, cache = set(rows), _empty_cache(model)
+    prompts = [list(queries[row].prompt) for row in rows]
+    batch = collate([Example(one, one, len(one)) for one in prompts], pad_id=0, side="left")
+    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
+    ids, mask = batch["input_ids"], batch["attention_mask"]  # (B, T)
+    # Every prompt counts its positions from 0, whatever padding stands before it.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    select_lanes(model, [queries[row].lane for row in rows])
     while True:
-        for row, token in zip(rows, step.tokens.tolist(), strict=True):
-            if row not in running:
-                continue
-            if token not in endings:
-                answers[row].append(token)
-            if token in endings or len(answers[row]) == limits[row]:
-                running.remove(row)
-        if not running:
-            return answers
-        if len(rows) - len(running) >= len(rows) * DROP_SHARE:
-            step.keep([index for index, row in enumerate(rows) if row in running])
-            rows = [row for row in rows if row in running]
-        step.forward()
-
-
-class _Step:
-    """State of a batch while it is decoded: next tokens, their positions, the mask and the cache.
-
-    Every prompt counts its positions from 0, whatever padding stands before it.
-    """
-
-    def __init__(self, model: nn.Module, queries: list[Query]):
-        device = model.get_input_embeddings().weight.device
-        examples = [Example(list(prompt), list(prompt), len(prompt)) for _, prompt in queries]
-        batch = collate(examples, pad_id=0, side="left")
-        self.model, self.lanes = model, [query.lane for query in queries]
-        select_lanes(model, self.lanes)
-        self.mask = batch["attention_mask"].to(device)  # (B, T)
-        self.cache = _empty_cache(model)
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
-        self._read(batch["input_ids"].to(device), positions)
-
-    def _read(self, ids: Tensor, positions: Tensor) -> None:
-        logits = self.model(
+        logits = model(
             input_ids=ids,
-            attention_mask=self.mask,
+            attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits  # (B, 1, V)
-        self.tokens = logits[:, -1].argmax(-1)  # (B,)
-        self.positions = positions[:, -1:]  # (B, 1)
+        tokens, positions = logits[:, -1].argmax(-1), positions[:, -1:]  # (B,), (B, 1)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row in running and token not in endings:
+                answers[row].append(token)
+            if token in endings or len(answers[row]) == limits[row]:
+                running.discard(row)
+        if not running:
+            return answers
+        if len(rows) - len(running) >= len(rows) * DROP_SHARE:
+            left = torch.tensor([row in running for row in rows]).nonzero().squeeze(1)
+            left, rows = left.to(mask.device), [row for row in rows if row in running]
+            select_lanes(model, [queries[row].lane for row in rows])
+            cache.batch_select_indices(left)
+            mask, tokens, positions = mask[left], tokens[left], positions[left]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        ids, positions = tokens[:, None], positions + 1
 
-    def forward(self) -> None:
-        """Read the chosen tokens and choose the next ones."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self._read(self.tokens[:, None], self.positions + 1)
 
-    def keep(self, indices: list[int]) -> None:
-        """Drop every row of the batch but those at `indices`."""
-        self.lanes = [self.lanes[index] for index in indices]
-        select_lanes(self.model, self.lanes)
-        kept = torch.tensor(indices, device=self.mask.device)
-        self.cache.batch_select_indices(kept)
-        self.mask = self.mask[kept]
-        self.tokens = self.tokens[kept]
-        self.positions = self.positions[kept]
+def _device(model: nn.Module) -> torch.device:
+    return model.get_input_embeddings().weight.device
 
 
 class _SpareLayer(DynamicLayer):
-    """Keys and values of one layer with free positions behind them: a token more copies only
-    itself.
-    """
+    """Keys and values of one layer, with free positions: one more token copies only itself."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -331,20 +293,18 @@ def surprisals(
     edits: Sequence[str | None],
     tokens: int | None = None,
 ) -> list[Tensor]:
-    """Return -log p (nats) of every target token of each example, teacher-forced, shape (tokens of
-    its answer,).
+    """Return -log p (nats) of each example's target tokens, teacher-forced, shape (its tokens,).
 
     `edits` names the lane that reads each example, where the model has lanes; `tokens` limits one
     forward pass.
     """
-    device = model.get_input_embeddings().weight.device
     surprisal_of: dict[int, Tensor] = {}
     for rows in group_by_length([len(one.ids) for one in examples], tokens):
         select_lanes(model, [edits[row] for row in rows])
-        ids = collate([examples[row] for row in rows], pad_id=0)["input_ids"].to(device)  # (B, T)
+        ids = collate([examples[row] for row in rows], pad_id=0)["input_ids"]  # (B, T)
+        ids = ids.to(_device(model))
         first = min(examples[row].prompt_length for row in rows)
-        # Padding stands to the right, so causality alone keeps it from what is read: no mask to
-        # build.
+        # Padding stands to the right: causality alone keeps it from what is read, without a mask.
         logits = model(
             input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - first
         ).logits  # (B, S, V), each predicting the label at its place
@@ -363,9 +323,7 @@ def _reference_surprisals(
     probes: Sequence[Probe],
     options: Mapping[str, Any],
 ) -> tuple[list[Example], list[Tensor]]:
-    """Return each probe with its reference as an example, and the surprisal of the reference's
-    tokens.
-    """
+    """Return each probe as an example with its reference, and the surprisals of its tokens."""
     chosen = Generation(**options)
     examples: list[Example] = []
     for probe in probes:
@@ -384,8 +342,7 @@ def _reference_surprisals(
 def target_log_probability(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[float]:
-    """Return the mean log-probability (nats) of a token of each probe's reference after its prompt,
-    in order.
+    """Return, in order, the mean log-probability (nats) of a token of each probe's reference.
 
     `options` are the fields of `Generation`; the token that ends a turn is not counted. Raises
     InputError where prompt and reference exceed the context, and for an empty reference.
@@ -404,8 +361,7 @@ class Token(NamedTuple):
 def token_probabilities(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> list[list[Token]]:
-    """Return the tokens of each probe's reference with their probabilities; their texts joined are
-    the reference.
+    """Return the tokens of each probe's reference, whose texts joined are the reference.
 
     Options and errors are those of `target_log_probability`.
     """
@@ -417,9 +373,7 @@ def token_probabilities(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text; a character of several tokens is added by the last
-    of them.
-    """
+    """Return what each token adds to the text, the last one where a character has several."""
     pieces, text = [], ""
     for end in range(1, len(ids) + 1):
         longer = tokenizer.decode(

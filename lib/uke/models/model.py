@@ -1,15 +1,12 @@
-"""Load a causal language model, name its weights by layer and component, restore and fingerprint
-it.
-"""
+"""Load a causal language model, name its weights by layer and component, restore it."""
 
 import hashlib
 import json
-import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,8 +20,6 @@ from transformers import (
 
 from uke.errors import InputError, nearest
 from uke.project import EMBEDDED
-
-logger = logging.getLogger(__name__)
 
 
 def load(
@@ -51,8 +46,7 @@ def load(
             use_safetensors=True,
             output_loading_info=True,
         )
-    # The readers of the files raise classes of their own, SafetensorError among them, with no
-    # common base.
+    # The readers of the files raise classes of their own, with no common base.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
@@ -64,19 +58,12 @@ def load(
 
 
 def precision(device: str) -> torch.dtype:
-    """Return the dtype that models are loaded in: bfloat16 on CUDA devices with native support,
-    else float32.
-    """
+    """Return the dtype that models are loaded in: bfloat16 where a GPU has it, else float32."""
     if torch.device(device).type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
-    return _full_precision()
-
-
-@cache
-def _full_precision() -> torch.dtype:
-    logger.warning("this GPU has no bfloat16: models are held in float32, in twice the memory")
+    warnings.warn("this GPU has no bfloat16: models take twice the memory in float32", stacklevel=1)
     return torch.float32
 
 
@@ -121,14 +108,9 @@ def _linear(block: nn.Module) -> list[str]:
 
 
 def _part(kind: str, block: nn.Module) -> list[str]:
-    """Return the names, within the block, of the projections of its attention or of its
-    feed-forward part.
-    """
-    return [
-        name
-        for name in _linear(block)
-        if ("att" in name.partition(".")[0]) == (kind == "attention")
-    ]
+    """Return the names, within the block, of its attention's or feed-forward's projections."""
+    attention = kind == "attention"
+    return [name for name in _linear(block) if ("att" in name.partition(".")[0]) == attention]
 
 
 Layers = str | int | float | Iterable[int | float]
@@ -146,8 +128,7 @@ def _indices(layers: Layers, depth: int) -> list[int]:
 
 
 def layer_index(layer: int | float, depth: int) -> int:
-    """Return the index of the block that a number or a fraction of the depth (0.0 first, 1.0 last)
-    names.
+    """Return the index of a block from its number or its fraction of the depth (1.0 the last).
 
     Raises InputError where it is out of range.
     """
@@ -174,18 +155,15 @@ def _inside(block: nn.Module, component: str) -> list[str]:
 
 
 def module_names(model: nn.Module, layers: Layers, components: str | Sequence[str]) -> list[str]:
-    """Return the names of the linear projections that `layers` and `components` select, in the
-    model's order.
+    """Return the names of the linear projections that are selected, in the model's order.
 
     `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth (0.0 the
     first block, 1.0 the last), or a list of numbers and fractions. `components`: "mlp",
-    "attention", "all", or the name of a projection such as "down_proj". Raises InputError on a
-    layer out of range, an unknown component (naming those that exist), and where nothing is
-    selected.
+    "attention", "all", or the name of a projection such as "down_proj". Raises InputError for a
+    layer out of range, an unknown component, and where nothing is selected.
     """
-    decoder = blocks(model)
+    decoder, names = blocks(model), []
     components = [components] if isinstance(components, str) else components
-    names = []
     for i in _indices(layers, len(decoder)):
         prefix, block = decoder[i]
         inside = dict.fromkeys(name for one in components for name in _inside(block, one))
@@ -241,9 +219,7 @@ def kept(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return 16 hex digits that change with any weight and with the configuration, not with the
-    model's path.
-    """
+    """Return 16 hex digits of the weights and the configuration, not of the model's path."""
     config = model.config.to_diff_dict()
     for passing in ("_name_or_path", "architectures", "transformers_version", "dtype"):
         config.pop(passing, None)
@@ -255,9 +231,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def max_context(model: nn.Module) -> int:
-    """Return the positions the model was made for, in tokens; unbounded where the configuration
-    gives none.
-    """
+    """Return the positions the model was made for, in tokens; unbounded where it says none."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 

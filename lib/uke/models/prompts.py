@@ -1,12 +1,11 @@
-"""Turn questions and answers into token ids: chat templates, labels, padding, batches of similar
-length.
-"""
+"""Turn questions and answers into token ids: chat templates, labels, padding, batches."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Probe
@@ -21,9 +20,7 @@ TRAINING_TOKENS = 1024
 
 
 class Example(NamedTuple):
-    """One prompt with the answer to learn: T token ids, T labels (-100 on the prompt), prompt
-    length.
-    """
+    """One prompt with the answer to learn: T token ids, T labels (-100 on the prompt)."""
 
     ids: list[int]
     labels: list[int]
@@ -37,8 +34,7 @@ def reading(passage: str, question: str) -> str:
 
 def question_of(model: nn.Module, probe: Probe) -> str:
     """Return the probe's question, after the passage where the model was edited in context."""
-    passages = getattr(model, "passages", {})
-    passage = passages.get(probe.edit)
+    passage = getattr(model, "passages", {}).get(probe.edit)
     return probe.question if passage is None else reading(passage, probe.question)
 
 
@@ -51,8 +47,7 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
             f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; "
             "expected one, or chat: false"
         )
-    # Templates of reasoning models read `enable_thinking`, others ignore it: a scored answer begins
-    # at once.
+    # Templates of reasoning models read `enable_thinking`: a scored answer begins at once.
     turn = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(
         turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -60,11 +55,11 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
-    """Return the token ids of the prompt, with one beginning-of-text token (a chat template writes
-    its own).
+    """Return the token ids of the prompt, with one beginning-of-text token.
 
     Raises InputError for `chat` without a template in the tokenizer, and for an empty prompt.
     """
+    # A chat template writes its own special tokens.
     ids = _tokenize(tokenizer, render(tokenizer, question, chat), special=not chat)
     if not ids:
         raise InputError("question: empty; expected at least one token")
@@ -99,8 +94,7 @@ def example(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that ends an assistant's turn in the chat template, else of
-    end-of-text.
+    """Return the id of the token that ends a turn in the chat template, or else the text.
 
     Raises InputError where the tokenizer has neither.
     """
@@ -125,20 +119,18 @@ _end_of_turn = end_of_turn  # `example` has an option of the same name
 def collate(
     examples: Sequence[Example], pad_id: int, side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, `attention_mask` and `labels`, each (B, T), T the longest example, padded
-    on `side`.
-    """
-    longest = max(len(one.ids) for one in examples)
-
-    def pad(row: Sequence[int], value: int) -> list[int]:
-        filling = [value] * (longest - len(row))
-        return [*row, *filling] if side == "right" else [*filling, *row]
-
+    """Return `input_ids`, `attention_mask` and `labels`, each (B, T), padded on `side`."""
     return {
-        "input_ids": torch.tensor([pad(one.ids, pad_id) for one in examples]),  # (B, T)
-        "attention_mask": torch.tensor([pad([1] * len(one.ids), 0) for one in examples]),  # (B, T)
-        "labels": torch.tensor([pad(one.labels, IGNORED) for one in examples]),  # (B, T)
+        "input_ids": padded([one.ids for one in examples], pad_id, side),
+        "attention_mask": padded([[1] * len(one.ids) for one in examples], 0, side),
+        "labels": padded([one.labels for one in examples], IGNORED, side),
     }
+
+
+def padded(rows: Sequence[Sequence[int]], value: int = 0, side: str = "right") -> torch.Tensor:
+    """Return rows of token ids as (B, T), with `value` where one is shorter than the longest."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def training_tokens(device: torch.device) -> int:
@@ -147,8 +139,7 @@ def training_tokens(device: torch.device) -> int:
 
 
 def group_by_length(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
-    """Split row indices into passes of similar length, longest first, so that little of a pass is
-    padding.
+    """Split row indices into passes of similar length, longest first, with little padding.
 
     Each pass holds at most `tokens` tokens, padding included and never more than PASS_TOKENS, but
     at least one row.

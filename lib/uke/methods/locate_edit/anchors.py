@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uke.models.generate import surprisals
 from uke.models.model import blocks, module_names, wide
-from uke.models.prompts import Example, group_by_length
+from uke.models.prompts import Example, group_by_length, padded
 
 if TYPE_CHECKING:
     from uke.methods.recipes import LocateRecipe
@@ -111,25 +111,21 @@ class Located:
 
 def locate(model: nn.Module, examples: Mapping[str, Example], recipe: LocateRecipe) -> Located:
     """Find anchors and windows of every edit by the recipe's rule; `examples` by id of the edit."""
-    every = list(examples.values())
-    spans = [range(one.prompt_length, len(one.ids)) for one in every]
-    if recipe.anchors == "last":
-        starts = [[span.start] for span in spans]
-    elif recipe.anchors == "surprisal":
+    every, windows = list(examples.values()), []
+    if recipe.anchors == "surprisal":
         values = surprisals(model, every, list(examples))
-        starts = [
-            _peaks(surprisal, recipe.window, span.start)
-            for surprisal, span in zip(values, spans, strict=True)
-        ]
-    else:
-        starts = [list(span[:: recipe.window]) for span in spans]
-    windows = [
-        [
-            Window(start - 1, start, stop)
-            for start, stop in zip(own, [*own[1:], span.stop], strict=True)
-        ]
-        for own, span in zip(starts, spans, strict=True)
-    ]
+    for number, one in enumerate(every):
+        span = range(one.prompt_length, len(one.ids))
+        if recipe.anchors == "last":
+            starts = [span.start]
+        elif recipe.anchors == "surprisal":
+            starts = _peaks(values[number], recipe.window, span.start)
+        else:
+            starts = list(span[:: recipe.window])
+        stops = [*starts[1:], span.stop]
+        windows.append(
+            [Window(start - 1, start, stop) for start, stop in zip(starts, stops, strict=True)]
+        )
     return Located(list(examples), every, windows, recipe.anchors == "nested")
 
 
@@ -148,16 +144,13 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
 
 def by_window(model: nn.Module, located: Located) -> list[list[float]]:
     """Return the mean log-probability (nats) of a token of each window of each edit."""
-    values = surprisals(model, located.examples, located.ids)
-    return [
-        [
-            -float(
-                surprisal[window.start - one.prompt_length : window.stop - one.prompt_length].mean()
-            )
-            for window in windows
+    values, found = surprisals(model, located.examples, located.ids), []
+    for surprisal, one, windows in zip(values, located.examples, located.windows, strict=True):
+        spans = [
+            (start - one.prompt_length, stop - one.prompt_length) for _, start, stop in windows
         ]
-        for surprisal, one, windows in zip(values, located.examples, located.windows, strict=True)
-    ]
+        found.append([-float(surprisal[start:stop].mean()) for start, stop in spans])
+    return found
 
 
 def chunks(
@@ -168,14 +161,7 @@ def chunks(
     Causality alone keeps padding from what is read.
     """
     for rows in group_by_length([len(sequence) for sequence in sequences]):
-        yield rows, padded([sequences[row] for row in rows], device)
-
-
-def padded(sequences: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> Tensor:
-    """Return token ids (B, T), zeros where a sequence is shorter than the longest."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    side = "left" if left else "right"
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side).to(device)
+        yield rows, padded([sequences[row] for row in rows]).to(device)
 
 
 class Call(NamedTuple):

@@ -18,9 +18,9 @@ from transformers import DynamicCache
 
 from uke.errors import Diverged
 from uke.methods.lanes import LowerBlocks, lower_blocks_once
-from uke.methods.locate_edit.anchors import Located, Site, padded, states
+from uke.methods.locate_edit.anchors import Located, Site, states
 from uke.models.model import kept, wide
-from uke.models.prompts import group_by_length
+from uke.models.prompts import group_by_length, padded
 
 if TYPE_CHECKING:
     from uke.methods.recipes import LocateRecipe
@@ -62,19 +62,12 @@ class Targets:
         """Yield each edit with its own anchors, target vectors and loss curve."""
         first = 0
         for one in located.split():
-            (edit,), (windows,) = one.ids, one.windows
+            count, (edit,) = len(one.anchors), one.ids
             curve, ended = self.curves[edit], self.ended[edit]
-            yield (
-                one,
-                replace(
-                    self,
-                    hidden=self.hidden[first : first + len(windows)],
-                    losses=curve,
-                    steps=len(curve) - ended,
-                    stopped="loss" if ended == len(windows) else "steps",
-                ),
-            )
-            first += len(windows)
+            stopped = "loss" if ended == count else "steps"
+            hidden, steps = self.hidden[first : first + count], len(curve) - ended
+            yield one, replace(self, hidden=hidden, losses=curve, steps=steps, stopped=stopped)
+            first += count
 
 
 def find_targets(
@@ -88,17 +81,15 @@ def find_targets(
 
     Window by window, all edits together. Each edit has its own delta (added to the output of the
     site's projection at the anchor), loss, clamp and end, and Adam is element-wise: this is one
-    edit at a time but for rounding. Earlier deltas stay in place, frozen; the text so far is
-    teacher-forced. `progress(steps, loss)` follows each step. Raises Diverged, which names the
-    edits whose loss is not finite.
+    edit at a time but for rounding. Earlier deltas stay in place, frozen. `progress(steps, loss)`
+    follows each step. Diverged names the edits whose loss is not finite.
     """
     here = states(model, located, site, site)
-    # What a delta is measured against.
+    # What a delta is measured against, (n, D).
     state = wide(here.hidden if site.norm is None else here.outputs)
     targets = Targets(state, progress=progress)
-    deltas = torch.zeros_like(state)  # (n, D)
-    # Number of each edit's first anchor.
-    first = [0, *itertools.accumulate(map(len, located.windows))]
+    deltas = torch.zeros_like(state)
+    first = [0, *itertools.accumulate(map(len, located.windows))]  # anchor of each edit
     with kept(model, {}):
         model.requires_grad_(False)
         for turn in range(max(map(len, located.windows))):
@@ -109,10 +100,8 @@ def find_targets(
                 anchors = [first[row] + turn for row in rows]
                 with lower_blocks_once(model, [site.name]) as chunk.lower:
                     deltas[anchors] = _optimise(chunk, state[anchors].norm(dim=-1), recipe, targets)
-            targets.record(
-                {edit: curve for chunk in chunks for edit, curve in chunk.curves.items()},
-                [edit for chunk in chunks for edit in chunk.ended],
-            )
+            curves = {edit: curve for chunk in chunks for edit, curve in chunk.curves.items()}
+            targets.record(curves, [edit for chunk in chunks for edit in chunk.ended])
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
     targets.hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
@@ -148,9 +137,8 @@ def _optimise(chunk: _Chunk, scale: Tensor, recipe: LocateRecipe, targets: Targe
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         stay = losses.detach() >= recipe.stop_loss
         if not stay.all():
-            chunk.ended += [
-                edit for edit, stays in zip(chunk.ids, stay.tolist(), strict=True) if not stays
-            ]
+            pairs = zip(chunk.ids, stay.tolist(), strict=True)
+            chunk.ended += [edit for edit, stays in pairs if not stays]
             running = running[stay]
             if not len(running):
                 return delta.detach()
@@ -196,13 +184,13 @@ class _Chunk:
         texts = [located.examples[row].ids for row in rows]
         ends = [(windows[0].anchor, windows[-1].stop) for windows in self.windows]
         spans = [(ids, start, stop) for ids, (start, stop) in zip(texts, ends, strict=True)]
-        device = model.device
-        self.tokens = padded([ids[start : stop - 1] for ids, start, stop in spans], device)
-        self.labels = padded(
-            [ids[start + 1 : stop] for ids, start, stop in spans], device
-        )  # (B, S)
-        self.before = padded([ids[:start] for ids, start, _ in spans], device, left=True)  # (B, P)
-        self.lengths = torch.tensor([start for start, _ in ends], device=device)  # (B,)
+        tokens = padded([ids[start : stop - 1] for ids, start, stop in spans])  # (B, S)
+        labels = padded([ids[start + 1 : stop] for ids, start, stop in spans])  # (B, S)
+        before = padded([ids[:start] for ids, start, _ in spans], side="left")  # (B, P)
+        lengths = torch.tensor([start for start, _ in ends])  # (B,)
+        self.tokens, self.labels, self.before, self.lengths = (
+            one.to(model.device) for one in (tokens, labels, before, lengths)
+        )
         self.shares = self._shares()
         self.cache = DynamicCache()
         self.lower = LowerBlocks()
@@ -210,7 +198,7 @@ class _Chunk:
         self.ended: list[str] = []
 
     def _shares(self) -> Tensor:
-        """Return what each label counts in the mean of each window, shape (B, M, S)."""
+        """Return what each label counts in the mean of each window, (B, M, S)."""
         shape = len(self.windows), max(map(len, self.windows)), self.labels.shape[1]
         shares = torch.zeros(shape, dtype=torch.float64)
         for row, windows in enumerate(self.windows):
@@ -221,10 +209,7 @@ class _Chunk:
 
     @torch.no_grad()
     def read_before(self, deltas: Sequence[Tensor]) -> None:
-        """Fill the cache with the tokens before the anchors.
-
-        `deltas[row]` (turn, D) stand at the row's earlier anchors.
-        """
+        """Cache the tokens before the anchors; `deltas[row]` (turn, D) stand at earlier anchors."""
         longest = self.before.shape[1]
         if not longest:
             return
@@ -280,23 +265,17 @@ class _Chunk:
         counts = self.shares.any(-1).sum(-1, keepdim=True)  # (B, 1)
         number = torch.arange(self.shares.shape[1], device=counts.device)  # (M,)
         if recipe.weighting == "gradient":
-            weights = self._unlikeness()
+            # 2 - cosine of each window's gradient with that of the anchor's own, without a delta.
+            delta = torch.zeros(len(self.ids), self.width, device=self.labels.device)
+            sums = self.losses(delta.requires_grad_()).sum(0)  # (M,)
+            gradients = [torch.autograd.grad(one, delta, retain_graph=True)[0] for one in sums]
+            cosines = [F.cosine_similarity(one, gradients[0], dim=-1) for one in gradients]
+            weights = 2 - torch.stack(cosines, dim=-1)
         else:
             # Of the prefixes that end with window 0, 1, ... those from `number` on hold this one.
             weights = (counts - number) / counts
         weights = weights.where(number < counts, 0.0)
         return weights / weights.sum(-1, keepdim=True)
-
-    def _unlikeness(self) -> Tensor:
-        """Return 2 - cosine of each window's gradient with that of the anchor's own, (B, M).
-
-        Gradients are taken where no delta stands yet.
-        """
-        delta = torch.zeros(len(self.ids), self.width, device=self.labels.device)
-        sums = self.losses(delta.requires_grad_()).sum(0)  # (M,)
-        gradients = [torch.autograd.grad(one, delta, retain_graph=True)[0] for one in sums]
-        cosines = [F.cosine_similarity(one, gradients[0], dim=-1) for one in gradients]
-        return 2 - torch.stack(cosines, dim=-1)
 
 
 @contextmanager
