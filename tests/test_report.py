@@ -12,6 +12,7 @@ from uke.errors import InputError
 from uke.project import Paths
 from uke.report import Section, compose, figures, tables
 from uke.report.section import prose, table_markdown
+from uke.results.stats import summarise
 
 NASTY = 'a & b < c > #1 $x_1$ 50% {} ~ ^ \\ | "q" `k` *b* [z] @ref //'
 LOSSES = pd.DataFrame({"method": "FT-M", "step": range(3), "loss": [3.0, 1.0, 0.1]})
@@ -140,29 +141,10 @@ def test_a_missing_cell_is_a_dash_and_csv_keeps_plain_numbers(tmp_path):
         tables.save(pd.DataFrame([[1, 2]], columns=["x", "x"]), tmp_path, "twice", "Caption.")
 
 
-def test_a_row_that_was_expected_has_dashes_and_the_gaps_of_a_grid_are_said():
-    table = tables.scores(scored(), expected=["FT-M", "MEMIT", "FT-L"])
-    assert tables.printed(table).iloc[1].tolist() == ["MEMIT", "–", "–"]
-    frame = scored()[["method", "kind", "edit"]].assign(batch_size=8)
-    cells = [(method, size) for method in ("FT-M", "MEMIT") for size in (1, 8)]
-    assert tables.grid_gaps(frame, ["method", "batch_size"], cells) == [
-        "FT-M, batch size 1: no rows, so its cell is a dash.",
-        "MEMIT, batch size 1: no rows, so its cell is a dash.",
-        "MEMIT, batch size 8: no rows, so its cell is a dash.",
-    ]
-    assert tables.grid_gaps(frame[frame["kind"] == "original"], "method", ["FT-L", "FT-M"]) == []
-    short = frame.drop(frame[(frame["method"] == "FT-M") & (frame["edit"] == "e4")].index)
-    fewer = "edits, so its mean is over fewer edits than those beside it."
-    assert tables.grid_gaps(short, ["method"], ["FT-L", "FT-M"]) == [f"FT-M: 4 of 5 {fewer}"]
-    assert tables.grid_gaps(frame, "method", ["FT-L"], edits=6) == [f"FT-L: 5 of 6 {fewer}"]
-    with pytest.raises(InputError, match="grid_gaps: no column 'metod'; did you mean 'method'"):
-        tables.grid_gaps(frame, ["metod"], ["FT-L"])
-
-
 def test_batches_are_drawn_as_wholes_where_edits_share_a_training():
     frame = scored().query("method == 'FT-L' and kind == 'original'").assign(batch=[0, 0, 0, 1, 1])
-    assert tables.summarise(frame, ["method", "kind"])["n"].tolist() == [2]
-    assert tables.summarise(frame.drop(columns="batch"), ["method", "kind"])["n"].tolist() == [5]
+    assert summarise(frame, ["method", "kind"])["n"].tolist() == [2]
+    assert summarise(frame.drop(columns="batch"), ["method", "kind"])["n"].tolist() == [5]
 
 
 def test_answers_side_by_side_become_lines_that_can_be_read():
@@ -239,6 +221,7 @@ def full(paths, notebook="03_factor_loss_scope"):
     made = section(paths, notebook, f"{notebook}.value")
     made.figure(figures.curves, LOSSES, f"loss_{notebook}", "Loss.", 'Falls from 3 to "0.1".')
     made.table(ONE, f"table_{notebook}", f"Table of {notebook}.")
+    made.table(ONE, f"large_{notebook}", "Every metric.", placed=False)
     made.observe("the loss falls.", expected=True)
     made.limit("One model.")
     made.warn("Few edits.")
@@ -263,7 +246,8 @@ def test_the_report_has_answers_first_and_the_sections_in_order(paths):
     ids = re.findall(r' id="([^"]+)"', source)
     assert len(ids) == len(set(ids)) and {"fig-loss_01_edits", "tbl-table_01_edits"} <= set(ids)
     assert set(re.findall(r'href="#([^"]+)"', source)) <= set(ids)
-    assert (paths.figures / "tables" / "table_01_edits.tex").is_file()
+    assert (paths.figures / "tables" / "large_01_edits.tex").is_file()
+    assert "Every metric. It is in tables/large_01_edits.csv." in text
     assert 'href="tables/table_01_edits.csv"' in source
 
 
@@ -361,10 +345,11 @@ def test_no_sections_and_an_unreadable_one_are_named(paths, content):
         compose.compose(paths)
 
 
-def test_every_recipe_is_listed_once_as_it_differs_and_with_the_sizes_of_its_batches(paths):
+def test_recipes_are_listed_once_as_they_differ_and_with_the_sizes_of_their_batches(paths):
     recipe = {"name": "FT-M", "loss": "target_tokens", "learning_rate": 5e-4, "steps": 25}
     made = section(paths, "07_recipe", "key.a")
     made.method(recipe)
+    made.method({"name": "LoRA", "rank": 8})
     made.save()
     made = section(paths, "08_batch_size", "key.b")
     for batch, rate in ((40, 5e-4), (8, 5e-4), (40, 1e-3)):
@@ -372,9 +357,9 @@ def test_every_recipe_is_listed_once_as_it_differs_and_with_the_sizes_of_its_bat
     made.save()
     compose.compose(paths)
     text = words(paths)
-    first = "FT-M loss target_tokens; learning rate 5 × 10⁻⁴; steps 25 8, 40 07_recipe, 08_batch_"
-    assert first in text and text.count("target_tokens") == 1
-    assert "FT-M learning rate 1 × 10⁻³ 40 08_batch_size" in text
+    assert "FT-M learning rate 5 × 10⁻⁴ 8, 40 07_recipe, 08_batch_size" in text
+    assert "FT-M learning rate 1 × 10⁻³ 40 08_batch_size LoRA 07_recipe" in text
+    assert "target_tokens" not in text
 
 
 def test_the_cost_of_a_run_is_kept_for_who_composes_without_its_manifests(paths):

@@ -127,7 +127,9 @@ def run(folder, sections=None, numbers=None):
     folder.mkdir(parents=True)
     paths.sections.mkdir(parents=True)
     for name, content in (sections or {}).items():
-        (paths.sections / f"{name}.json").write_text(json.dumps({"notebook": name} | content))
+        (paths.sections / f"{name}.json").write_text(
+            json.dumps({"notebook": name, "body": [], "smoke_run": False} | content)
+        )
     if numbers is not None:
         (folder / "numbers.json").write_text(json.dumps(numbers))
     return paths
@@ -151,31 +153,19 @@ def test_numbers_come_from_this_run_and_from_the_other_worlds_beside_it(tmp_path
     assert list(verdicts.gather(alone)["clone"]) == ["a.b"]
 
 
-def test_a_broken_section_is_named(tmp_path):
-    paths = run(tmp_path / "quick")
-    (paths.sections / "07_recipe.json").write_text("[1")
-    with pytest.raises(InputError, match="07_recipe.json: expected JSON"):
-        verdicts.gather(paths)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {claim: x, number: b.c, sgin: '+'}", "a: unknown key 'sgin'; did you mean 'sign'"),
-        ("a: {number: b.c, sign: '+'}", "a: claim: missing"),
-        ("a: {claim: x}", "a: expected a number that decides it, or the reason"),
-        (
-            "a: {claim: x, number: b, sign: '+', untestable: y}",
-            "a: expected a number that decides it, or the reason",
-        ),
-        ("a: {claim: x, number: b.c, sign: up}", "a: sign: unknown 'up'"),
+        ("a: {claim: x, number: b.c, sgin: '+'}", "a: sgin: unknown key; did you mean 'sign'"),
+        ("a: {number: b.c, sign: '+'}", "a: claim: Field required"),
+        ("a: {claim: x}", "a: expected a number and its sign, or the reason"),
+        ("a: {claim: x, number: b}", "a: expected a number and its sign"),
+        ("a: {claim: x, number: b, sign: '+', untestable: y}", "a: expected a number and its sign"),
+        ("a: {claim: x, number: b.c, sign: up}", "a: sign: Input should be .*, found 'up'"),
         ("a: {claim: x, number: b.c, sign: opposite}", "a: than: expected the key"),
-        ("a: {claim: x, number: 3, sign: '+'}", "a: number: expected a text, found 3"),
-        (
-            "a: {claim: x, number: b.c, sign: '+', than: .nan}",
-            "a: than: expected a text or a number",
-        ),
-        ("a: [1]", "a: expected a mapping"),
+        ("a: {claim: x, number: 3, sign: '+'}", "a: number: Input should be .*, found 3"),
+        ("a: {claim: x, number: b.c, sign: '+', than: .nan}", "a: than: .*finite number"),
+        ("a: [1]", "a: Input should be a valid dictionary"),
     ],
 )
 def test_a_claim_written_wrongly_is_named(tmp_path, text, message):
@@ -192,17 +182,13 @@ ENTRY = """published:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("model: M", "modle: M", "entry 1: unknown key 'modle'; did you mean 'model'"),
-        ("source: T, ", "", "entry 1: source: missing"),
-        (
-            "similarity",
-            "similarty",
-            "entry 1: metric: unknown 'similarty'; did you mean 'similarity'",
-        ),
-        ("original", "orignal", "cells: UnKE: unknown 'orignal'; did you mean 'original'"),
-        ("97.4", "much", "cells: UnKE: original: expected a number, found 'much'"),
-        ("published:", "publishd:", "unknown key 'publishd'; did you mean 'published'"),
-        ("source: T", "source: T, batch: 8", "batch: expected a text, found 8"),
+        ("model: M", "modle: M", "entry 1: modle: unknown key; did you mean 'model'"),
+        ("source: T, ", "", "entry 1: source: Field required"),
+        ("similarity", "similarty", "entry 1: metric: Input should be .*, found 'similarty'"),
+        ("original", "orignal", "cells: UnKE: orignal: .*Input should be 'original'"),
+        ("97.4", "much", "cells: UnKE: original: Input should be a valid number.*found 'much'"),
+        ("published:", "publishd:", "publishd: unknown key; did you mean 'published'"),
+        ("source: T", "source: T, batch: 8", "batch: Input should be .*, found 8"),
     ],
 )
 def test_a_published_value_written_wrongly_is_named(tmp_path, old, new, message):
@@ -221,9 +207,9 @@ def test_published_values_stand_beside_ours_of_the_same_kind_and_set():
     lead = {"set": "AKEW-CF", "metric": "lead", "cells": {"FT-UKE": {"average": 10.8}}}
     numbers = {
         "single.anyedit_memit.paraphrase": said(0.321, 0.3, 0.35),
-        "akew.batch.8.lead": said(4.0),
-        "akew.batch.24.lead": said(9.0),
-        "batch.24.lead": said(1.0),
+        "akew.batch.8.lead_relative": said(4.0),
+        "akew.batch.24.lead_relative": said(9.0),
+        "batch.24.lead_relative": said(1.0),
     }
     entries = [
         entry | {"cells": cells},

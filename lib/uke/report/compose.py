@@ -18,7 +18,7 @@ import typst
 from uke.errors import InputError, nearest
 from uke.files import write_atomic
 from uke.project import Paths
-from uke.report.section import Section, prose, table_markdown
+from uke.report.section import Section, prose, read_sections, table_markdown
 from uke.report.tables import number
 
 TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
@@ -39,7 +39,6 @@ _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
 _QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
 _SHOWN = {"number": "said", "word": "unit"}
 _TYPST_ATTRIBUTE = re.compile(r' typst:[\w:]+="[^"]*"')
-_NEEDED = {"notebook", "title", "numbers", "body"}
 
 
 def compose(
@@ -52,6 +51,10 @@ def compose(
     unreadable, or where two say the same number or have a figure or table of the same name.
     """
     sections = read_sections(paths)
+    if not sections:
+        raise InputError(f"{paths.sections}: no sections; run the notebooks of this profile first")
+    order = [FIRST, *(section["notebook"] for section in sections)]
+    sections.sort(key=lambda section: order.index(section["notebook"]))
     numbers = _merge_numbers(sections)
     text = markdown(paths, sections, expected, runs)
     paths.figures.mkdir(parents=True, exist_ok=True)
@@ -63,38 +66,17 @@ def compose(
     return [write_atomic(paths.figures / name, content) for name, content in contents.items()]
 
 
-def read_sections(paths: Paths) -> list[dict]:
-    """Return the sections of a run in the order of the report."""
-    files = sorted(paths.sections.glob("*.json"))
-    if not files:
-        raise InputError(f"{paths.sections}: no sections; run the notebooks of this profile first")
-    sections = []
-    for path in files:
-        try:
-            section = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: not a section ({error}); run its notebook again") from None
-        if not isinstance(section, dict) or not _NEEDED <= set(section):
-            names = ", ".join(sorted(_NEEDED))
-            raise InputError(f"{path}: not a section: expected {names}; run its notebook again")
-        sections.append(section)
-    order = [FIRST, *(each["notebook"] for each in sections)]
-    return sorted(sections, key=lambda each: order.index(each["notebook"]))
-
-
 def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
     """Return all numbers, sorted by key; InputError for what two sections name alike."""
     owners: dict[tuple[str, str], str] = {}
     for section in sections:
         named = [(block["type"], block["name"]) for block in section["body"] if "name" in block]
-        for what, name in [("number", key) for key in section["numbers"]] + named:
-            owner = owners.setdefault((what, name), section["notebook"])
+        for thing in [*named, *(("number", key) for key in section["numbers"])]:
+            owner = owners.setdefault(thing, section["notebook"])
             if owner != section["notebook"]:
-                raise InputError(
-                    f"{what} {name} is in two sections: {owner} and {section['notebook']}"
-                )
-    numbers = {key: entry for each in sections for key, entry in each["numbers"].items()}
-    return dict(sorted(numbers.items()))
+                what = " ".join(thing)
+                raise InputError(f"{what} is in two sections: {owner} and {section['notebook']}")
+    return dict(sorted(entry for section in sections for entry in section["numbers"].items()))
 
 
 def markdown(
@@ -105,15 +87,14 @@ def markdown(
 ) -> str:
     """Return the report as Markdown: answers, sections, methods, limits, appendix."""
     present = {section["notebook"] for section in sections}
-    missing = [
-        f"Notebook `{name}` has no section: it has not been run on this profile."
-        for name in dict.fromkeys(expected)
-        if name not in present
-    ]
-    missing += [
-        f"The last run of notebook `{run['notebook']}` failed: its section is of an earlier run."
-        for run in runs
-        if run.get("status") == "failed"
+    failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
+    warnings = [
+        *(
+            f"Notebook `{name}` has no section: it was not run."
+            for name in expected
+            if name not in present
+        ),
+        *(f"The last run of notebook `{name}` failed: its section is older." for name in failed),
     ]
     answers = [
         f"- [**{prose(each['title'])}.**](#{each['notebook']}) {prose(each['answer'])}"
@@ -125,7 +106,7 @@ def markdown(
     parts = [
         f"::: {{#about}}\n{prose(about)}\n:::",
         *([_box("warning", "Smoke run.", SMOKE_RUN)] if smoke else []),
-        *(_box("warning", "Warning.", each) for each in missing),
+        *(_box("warning", "Warning.", each) for each in warnings),
         "# Answers {#abstract}",
         *answers,
         prose(NOTE),
@@ -178,43 +159,37 @@ def _limits(sections: Iterable[Mapping]) -> list[str]:
 
 
 def _methods(sections: Iterable[Mapping]) -> list[str]:
-    """Return a table of every recipe: the first one of a method in full, others as differences."""
-    methods: dict[str, dict[str, dict]] = {}
+    """Return a table of every recipe, by the settings in which those of its method differ."""
+    used: dict[str, dict[str, tuple[dict, dict]]] = {}
     for section in sections:
         for recipe in section["recipes"]:
-            own = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
-            variants = methods.setdefault(str(recipe.get("name", "unnamed")), {})
-            settings = json.dumps(own, sort_keys=True)
-            variant = variants.setdefault(settings, {"own": own, "batches": {}, "used": {}})
-            variant["batches"] |= {recipe["batch"]: None} if "batch" in recipe else {}
-            variant["used"][section["notebook"]] = None
+            settings = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
+            recipes = used.setdefault(recipe["name"], {})
+            _, batches, notebooks = recipes.setdefault(json.dumps(settings), (settings, {}, {}))
+            batches |= {recipe["batch"]: None} if "batch" in recipe else {}
+            notebooks[section["notebook"]] = None
     rows = []
-    for name, variants in methods.items():
-        base: Mapping[str, Any] = {}
-        for each in variants.values():
-            changed = {key: value for key, value in each["own"].items() if value != base.get(key)}
-            base = base or each["own"]
-            settings = [
-                f"{key.replace('_', ' ')} {_value(value)}" for key, value in changed.items()
-            ]
-            batches = ", ".join(str(size) for size in sorted(each["batches"]))
-            rows.append((name, "; ".join(settings), batches, ", ".join(each["used"])))
+    for name, recipes in used.items():
+        settings = pd.DataFrame([each for each, _, _ in recipes.values()]).map(_value)
+        varied = [key for key in settings if settings[key].nunique() > 1]
+        for at, (_, batches, notebooks) in enumerate(recipes.values()):
+            changed = "; ".join(f"{key.replace('_', ' ')} {settings[key][at]}" for key in varied)
+            rows.append((name, changed, ", ".join(map(str, sorted(batches))), ", ".join(notebooks)))
     if not rows:
         return []
-    frame = pd.DataFrame(rows, columns=["method", "settings", "batches of", "used in"])
-    caption = "Every recipe: the first of a method in full, the others by what differs from it."
+    frame = pd.DataFrame(rows, columns=["method", "differs in", "batches of", "used in"])
+    caption = "Every recipe, by what differs among those of its method. The rest: `params/methods`."
     return ["# Methods {#methods}", table_markdown(frame, "recipes_as_run", caption, files=False)]
 
 
-def _environment(sections: Iterable[Mapping], runs: Iterable[Mapping[str, Any]]) -> list[str]:
+def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of model, data and code fingerprints, device and versions."""
     facts: dict[str, dict[str, list[str]]] = {}
     for section in sections:
         for key, value in section["environment"].items():
             facts.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
-    for run in runs:
-        for key, value in _machine(run).items():
-            facts.setdefault(key, {_value(value): []})
+    for key, value in _machines(runs).items():
+        facts.setdefault(key, {_value(value): []})
     if not facts:
         return []
     rows = [
@@ -228,9 +203,10 @@ def _environment(sections: Iterable[Mapping], runs: Iterable[Mapping[str, Any]])
     return ["# Environment {#environment}", table]
 
 
-def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where a run was made."""
-    return {key: run[key] for key in run if key not in ("notebook", "status", "seconds")}
+def _machines(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return where the runs were made, as the first of them says it."""
+    facts = {key: run[key] for run in reversed(runs) for key in run}
+    return {key: facts[key] for key in facts if key not in ("notebook", "status", "seconds")}
 
 
 def _value(value: Any) -> str:
@@ -277,7 +253,7 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
     # Kept with the section, since a report that is composed again elsewhere knows no runs.
-    section.environment = {key: run[key] for run in reversed(runs) for key in _machine(run)}
+    section.environment = _machines(runs)
     frame = pd.DataFrame([{key: run[key] for key in ("notebook", "seconds")} for run in runs])
     section.table(
         frame,

@@ -105,11 +105,12 @@ class Section:
         self._body.append({"type": "figure", "name": name, "markdown": text})
         _show(saved[0])
 
-    def table(self, frame: pd.DataFrame, name: str, caption: str) -> None:
-        """Save a table (`tables/<name>.csv` and `.tex`) and place it here."""
+    def table(self, frame: pd.DataFrame, name: str, caption: str, placed: bool = True) -> None:
+        """Save a table (`tables/<name>.csv` and `.tex`); place it here, or just name its file."""
         self._check_name("table", name, caption)
         tables.save(frame, self.paths.figures / "tables", name, caption)
-        text = table_markdown(frame, name, caption)
+        text = prose(f"{caption} It is in `tables/{name}.csv`.")
+        text = table_markdown(frame, name, caption) if placed else text
         self._body.append({"type": "table", "name": name, "markdown": text})
         _show(tables.printed(frame))
 
@@ -170,6 +171,20 @@ class Section:
             )
         if any((each["type"], each.get("name")) == (what, name) for each in self._body):
             raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
+
+
+def read_sections(paths: Paths) -> list[dict]:
+    """Return the sections of a run by name; InputError for a file that is none."""
+    sections = []
+    for path in sorted(paths.sections.glob("*.json")):
+        try:
+            section = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            section = None
+        if not isinstance(section, dict) or not {"notebook", "numbers", "body"} <= set(section):
+            raise InputError(f"{path}: not a section; run its notebook again")
+        sections.append(section)
+    return sections
 
 
 def _plain(value: Any, where: str) -> float | int | None:

@@ -1,4 +1,4 @@
-"""Make tables: numbers in print, scores with intervals, gaps of a grid; one table as CSV and LaTeX.
+"""Make tables: numbers in print, scores with intervals; one table as CSV and LaTeX.
 
 table = tables.scores(scores, by="method")       # a row per method, a column per kind of probe
 tables.save(table, paths.figures / "tables", "single", "Single edits: mean and 95 % interval.")
@@ -6,7 +6,6 @@ tables.save(table, paths.figures / "tables", "single", "Single edits: mean and 9
 
 import math
 import re
-from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +17,19 @@ from uke.data.edits import KINDS
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.results.compare import label
-from uke.results.stats import Score, ordered, require, summarise
-
-__all__ = ["Score", "grid_gaps", "label", "number", "ordered", "save", "scores", "summarise"]
+from uke.results.stats import Score, ordered, summarise
 
 MISSING = "–"
 REFERENCES = ("no edit", "floor")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LABELLED = ("kind", "level", "factor", "loss_scope", "layers", "examination")  # cells in words
-_ESCAPED = re.compile(r"([&%$#_{}])")
-_LATEX = {"−": "$-$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$"}
-_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
-_LATEX |= {"\\\\\n[": "\\\\\n{[}"}  # a bracket behind a line break would be an option of it
-_LATEX |= {"→": r"$\rightarrow$", "μ": r"$\mu$", "µ": r"$\mu$", "⁻": r"\textsuperscript{$-$}"}
-_LATEX |= {power: rf"\textsuperscript{{{at}}}" for at, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+_LATEX = {
+    "\\\\\n[": "\\\\\n{[}",  # a bracket behind a line break would be an option of it
+    **{"−": "$-$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
+    **{"→": r"$\rightarrow$", "μ": r"$\mu$", "µ": r"$\mu$", "⁻": r"\textsuperscript{$-$}"},
+    **{power: rf"\textsuperscript{{{at}}}" for at, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+}
 
 
 class Cell(NamedTuple):
@@ -90,62 +88,26 @@ def printed_score(score: Score) -> Cell:
     return Cell(number(score.mean, decimals), note, score.best)
 
 
-def scores(frame: pd.DataFrame, by: str = "method", expected: Sequence[str] = ()) -> pd.DataFrame:
+def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     """Return a row for each `by` and a column of `Score` cells for each kind, the best one marked.
 
     `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES
-    come last and are never the best. An `expected` row without a score has dashes.
+    come last and are never the best.
     """
     summary = summarise(frame, [by, "kind"], "scores").set_index([by, "kind"])
-    names = ordered([*summary.index.get_level_values(by), *expected], expected)
-    names = [name for name in names if name not in REFERENCES] + [
-        name for name in REFERENCES if name in names
-    ]
+    names = list(summary.index.unique(by))
+    names.sort(key=lambda name: name in REFERENCES and 1 + REFERENCES.index(name))
     table = pd.DataFrame({by: names})
     for kind in ordered(summary.index.get_level_values("kind"), KINDS):
         of_kind = summary.xs(kind, level="kind")
         means = of_kind["mean"].drop(list(REFERENCES), errors="ignore").round(2)
         best = means.max() if len(means) > 1 else None
-        cells = [
-            Score(*of_kind.loc[name, ["mean", "low", "high"]], best=means.get(name) == best)
-            if name in of_kind.index
-            else None
-            for name in names
-        ]
-        table[kind] = pd.Series(cells, dtype=object)
+        cells = {
+            name: Score(mean, low, high, best=means.get(name) == best)
+            for name, mean, low, high in of_kind[["mean", "low", "high"]].itertuples()
+        }
+        table[kind] = pd.Series([cells.get(name) for name in names], dtype=object)
     return table
-
-
-def grid_gaps(
-    frame: pd.DataFrame, by: str | Sequence[str], expected: Iterable[Any], edits: int | None = None
-) -> list[str]:
-    """Return a sentence for each cell of `expected` (values of `by`) that lacks some of its edits.
-
-    `frame` has by and edit. A cell should have `edits` edits, or as many as the fullest.
-    """
-    by = [by] if isinstance(by, str) else list(by)
-    if not frame.empty:
-        require(frame, [*by, "edit"], "grid_gaps")
-    counts = frame.groupby(by, sort=False, observed=True, dropna=False)["edit"].nunique()
-    counted = {
-        tuple(None if absent(each) else each for each in np.atleast_1d(np.array(key, object))): n
-        for key, n in counts.items()
-    }
-    cells = [tuple(cell) if isinstance(cell, (tuple, list)) else (cell,) for cell in expected]
-    full = max((counted.get(cell, 0) for cell in cells), default=0) if edits is None else edits
-    sentences = []
-    for cell in cells:
-        rest = [
-            f"{column.replace('_', ' ')} {label(each)}"
-            for column, each in zip(by, cell, strict=False)
-        ]
-        name = ", ".join([str(cell[0]), *rest[1:]])
-        if not counted.get(cell):
-            sentences.append(f"{name}: no rows, so its cell is a dash.")
-        elif counted[cell] < full:
-            fewer = "so its mean is over fewer edits than those beside it"
-            sentences.append(f"{name}: {counted[cell]} of {full} edits, {fewer}.")
-    return sentences
 
 
 def flat(frame: pd.DataFrame) -> pd.DataFrame:
@@ -179,20 +141,19 @@ def cells(column: pd.Series) -> list[Cell]:
         whole = max(sizes) > 1 and all(each.is_integer() for each in sizes)
         decimals = 0 if whole else places(*sizes)
     words = label if column.name in _LABELLED else str
-    return [
-        printed_score(value) if isinstance(value, Score) else Cell(words(_text(value, decimals)))
-        for value in column
-    ]
 
-
-def _text(value: Any, decimals: int | None) -> str:
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, Real) or absent(value):
+    def cell(value: Any) -> Cell:
+        if isinstance(value, Score):
+            return printed_score(value)
+        if isinstance(value, (bool, np.bool_)):
+            return Cell("yes" if value else "no")
+        if not (isinstance(value, Real) or absent(value)):
+            return Cell(words(value))
         text = number(value, decimals)
         hidden = not absent(value) and value > 0 and decimals and not text.strip("0.")
-        return f"< {10**-decimals:.{decimals}f}" if hidden else text
-    return str(value)
+        return Cell(f"< {10**-decimals:.{decimals}f}" if hidden else text)
+
+    return [cell(value) for value in column]
 
 
 def printed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -206,16 +167,15 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def save(frame: pd.DataFrame, directory: Path, name: str, caption: str) -> list[Path]:
     """Write `name`.csv (plain numbers) and `name`.tex (booktabs); return both paths."""
-    frame = flat(frame)
-    contents = {"csv": _csv(frame), "tex": _latex(frame.astype(object), name, caption)}
+    frame, path = flat(frame), Path(directory) / name
     return [
-        write_atomic(Path(directory) / f"{name}.{ending}", text)
-        for ending, text in contents.items()
+        write_atomic(path.with_name(f"{name}.csv"), _csv(frame)),
+        write_atomic(path.with_name(f"{name}.tex"), _latex(frame.astype(object), name, caption)),
     ]
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    plain: dict[str, Iterable] = {}
+    plain = {}
     for name, column in frame.items():
         if not any(isinstance(value, Score) for value in column):
             plain[name] = column
@@ -227,32 +187,30 @@ def _csv(frame: pd.DataFrame) -> str:
 
 def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
     """Set the table with pandas' Styler, every text escaped, the best of a column in bold."""
-    heads = [head(column) for column in frame]
-    columns = [cells(frame[column]) for column in frame]
-    shown = printed(frame).set_axis(heads, axis="columns")
-    widths = [max(map(len, shown[each]), default=0) for each in heads]
-    aligned = ["r" if numeric(frame[column]) else "l" for column in frame]
-    long = [width > 40 and side == "l" for width, side in zip(widths, aligned, strict=True)]
-    # Long texts share the space that the other columns leave.
-    left = 0.93 - sum(0.012 * w + 0.03 for w, wide in zip(widths, long, strict=True) if not wide)
-    paragraph = rf"p{{{max(0.25, left) / max(sum(long), 1):.2f}\linewidth}}"
-    bold = [["font-weight: bold" if cell.best else "" for cell in cells] for cells in columns]
-    styler = (
-        shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    )
-    text = styler.apply(lambda column: bold[heads.index(column.name)]).to_latex(
+    shown = printed(frame).set_axis([head(column) for column in frame], axis="columns")
+    bold = {
+        head(column): ["font-weight: bold" if cell.best else "" for cell in cells(frame[column])]
+        for column in frame
+    }
+    styler = shown.style.apply(lambda column: bold[column.name]).hide(axis="index")
+    styler = styler.format(escape="latex").format_index(escape="latex", axis=1)
+    text = styler.to_latex(
         hrules=True,
         convert_css=True,
-        caption=_ESCAPED.sub(r"\\\1", caption.replace("`", "")),
+        caption=re.sub(r"([&%$#_{}])", r"\\\1", caption.replace("`", "")),
         label=f"tab:{name}",
         position="t",
         position_float="centering",
-        column_format="".join(
-            paragraph if wide else side for wide, side in zip(long, aligned, strict=True)
-        ),
+        column_format="".join(_alignment(frame[column]) for column in frame),
     )
     for letter, command in _LATEX.items():
         text = text.replace(letter, command)
     # Many columns fit the width of a page only when they are set tightly.
     tight = "\\centering\n\\small\n\\setlength{\\tabcolsep}{3pt}"
-    return text.replace("\\centering", tight, 1) if len(columns) > 6 else text
+    return text.replace("\\centering", tight, 1) if len(frame.columns) > 6 else text
+
+
+def _alignment(column: pd.Series) -> str:
+    if numeric(column):
+        return "r"
+    return r"p{0.3\linewidth}" if any(len(cell.text) > 40 for cell in cells(column)) else "l"

@@ -10,23 +10,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import pandas as pd
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    FiniteFloat,
-    StrictStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, ValidationError, model_validator
 
 from uke.data.edits import KINDS
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
 from uke.project import Paths, number_key
+from uke.report.section import read_sections
 from uke.report.tables import absent, bracket, number, places
 from uke.results.compare import label
 from uke.results.metrics import METRICS
@@ -41,17 +34,6 @@ METRIC_NAMES = {
 }
 _ZERO = {"value": 0.0, "low": 0.0, "high": 0.0}
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
-
-
-def _among(*valid: str) -> AfterValidator:
-    """Refuse a text that is not one of these, naming the nearest."""
-
-    def check(text: str) -> str:
-        if text not in valid:
-            raise ValueError(f"unknown '{text}'{nearest(text, valid)}")
-        return text
-
-    return AfterValidator(check)
 
 
 class _Entry(BaseModel):
@@ -71,22 +53,16 @@ class Claim(_Entry):
     label: StrictStr = ""
     paper: StrictStr = ""
     number: StrictStr = ""
-    sign: Annotated[StrictStr, _among("", "+", "-", "either", "opposite")] = ""
+    sign: Literal["", "+", "-", "either", "opposite"] = ""
     than: FiniteFloat | StrictStr = 0.0
     untestable: StrictStr = ""
 
     @model_validator(mode="after")
-    def _decided(self) -> "Claim":
-        if bool(self.number) == bool(self.untestable):
-            raise ValueError(
-                "expected a number that decides it, or the reason why it is untestable"
-            )
-        if self.number and not self.sign:
-            raise ValueError("sign: missing")
+    def _decided(self) -> Self:
+        if bool(self.number) == bool(self.untestable) or bool(self.number) != bool(self.sign):
+            raise ValueError("expected a number and its sign, or the reason why it is untestable")
         if self.sign == "opposite" and not isinstance(self.than, str):
-            raise ValueError(
-                f"than: expected the key of the number of another sign, found {self.than!r}"
-            )
+            raise ValueError(f"than: expected the key of another number, found {self.than!r}")
         return self
 
 
@@ -95,10 +71,10 @@ class Published(_Entry):
 
     set: str
     model: str
-    metric: Annotated[str, _among(*METRICS, "lead")]
+    metric: Literal[*METRICS, "lead"]
     source: str
-    batch: Annotated[StrictStr, _among("", "smallest", "largest")] = ""
-    cells: dict[str, dict[Annotated[str, _among(*KINDS, "average")], FiniteFloat]]
+    batch: Literal["", "smallest", "largest"] = ""
+    cells: dict[str, dict[Literal[*KINDS, "average"], FiniteFloat]]
 
 
 class Paper(_Entry):
@@ -119,31 +95,21 @@ def _valid(model: type[Model], place: str, content: Any) -> Model:
     except ValidationError as failure:
         # A misspelt key is the reason why another one is missing.
         error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    names = [f"entry {part + 1}" if isinstance(part, int) else part for part in error["loc"]]
-    where = [name for name in names if name not in ("float", "str", "constrained-str")]
+    where = [f"entry {part + 1}" if isinstance(part, int) else part for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = f"unknown key '{where[-1]}'{nearest(where.pop(), _FIELDS)}"
-    elif error["type"] == "missing":
-        message = "missing"
-    elif where[-1:] == ["[key]"]:
-        where = where[:-2]
-    elif error["type"] != "value_error":
-        kinds = {"dict": "a mapping", "model": "a mapping", "string": "a text", "list": "a list"}
-        number = "a text or a number" if where[-1:] == ["than"] else "a number"
-        kind = kinds.get(error["type"].removesuffix("_type"), number)
-        message = f"expected {kind}, found {error['input']!r}"
+        message = f"unknown key{nearest(where[-1], _FIELDS)}"
+    elif error["type"] not in ("value_error", "missing"):
+        message += f", found {error['input']!r}"
     raise InputError(": ".join([place, *where, message])) from None
 
 
 def claims(path: str | Path) -> list[Claim]:
     """Return the claims of a file, in its order; InputError naming claim and key."""
-    read = []
-    for name, given in read_yaml(Path(path)).items():
-        if not isinstance(given, Mapping):
-            raise InputError(f"{path}: {name}: expected a mapping, found {given!r}")
-        read.append(_valid(Claim, f"{path}: {name}", {"key": name} | dict(given)))
-    return read
+    return [
+        _valid(Claim, f"{path}: {name}", {"key": name} | given if type(given) is dict else given)
+        for name, given in read_yaml(Path(path)).items()
+    ]
 
 
 def paper(path: str | Path) -> Paper:
@@ -186,14 +152,10 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     no sign of its own: it holds if every interval excludes zero on the same side, in part if some
     does, else not. Two numbers differ if their intervals do not overlap.
     """
-    if claim.untestable:
-        return Verdict(claim, UNTESTABLE, claim.untestable, ())
-    evidence = tuple(
-        each for world, numbers in worlds.items() for each in _evidence(claim, world, numbers)
-    )
+    evidence = () if claim.untestable else tuple(_evidence(claim, worlds))
     if not evidence:
         reason = f"no number `{claim.number}`: its study was not run, or only as a smoke run"
-        return Verdict(claim, UNTESTABLE, reason, ())
+        return Verdict(claim, UNTESTABLE, claim.untestable or reason, ())
     states = {each.state for each in evidence}
     sure, hinted = [{1}], max(states) > 0
     if claim.sign == "either":
@@ -201,25 +163,26 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     return Verdict(claim, HOLDS if states in sure else IN_PART if hinted else FAILS, "", evidence)
 
 
-def _evidence(claim: Claim, world: str, numbers: Numbers) -> Iterator[Evidence]:
-    """Yield the numbers of one world that decide a claim; none where one is not finite."""
+def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]:
+    """Yield the numbers of each world that decide a claim; none where one is not finite."""
     named = isinstance(claim.than, str)
-    other = numbers.get(claim.than, {}) if named else dict.fromkeys(_ZERO, claim.than)
-    if not _finite(other.get("value")):
-        return
-    for key in _matching(numbers, claim.number):
-        own = numbers[key]
-        if claim.sign == "opposite":
-            state = -_state(own, _ZERO) * _state(other, _ZERO)
-            for name, each in ((key, own), (claim.than, other)):
-                ends = each["value"], each.get("low"), each.get("high")
-                yield Evidence(world, name, *ends, each["said"], 0, state)
-            continue
-        state = _state(own, other, bound=not named and claim.than != 0)
-        text = own["said"] + (f" (against {other['said']})" if named else "")
-        ends = own["value"], own.get("low"), own.get("high")
-        turn = -1 if claim.sign == "-" else 1
-        yield Evidence(world, key, *ends, text, other["value"], turn * state)
+    for world, numbers in worlds.items():
+        other = numbers.get(claim.than, {}) if named else dict.fromkeys(_ZERO, claim.than)
+        for key in _matching(numbers, claim.number) if _finite(other.get("value")) else ():
+            own, against = numbers[key], other["value"]
+            if claim.sign == "opposite":
+                state = -_state(own, _ZERO) * _state(other, _ZERO)
+                yield Evidence(world, key, *_ends(own), own["said"], 0, state)
+                yield Evidence(world, claim.than, *_ends(other), other["said"], 0, state)
+                continue
+            state = _state(own, other, bound=not named and claim.than != 0)
+            state = -state if claim.sign == "-" else state
+            text = own["said"] + (f" (against {other['said']})" if named else "")
+            yield Evidence(world, key, *_ends(own), text, against, state)
+
+
+def _ends(entry: Mapping) -> tuple:
+    return entry["value"], entry.get("low"), entry.get("high")
 
 
 def _matching(numbers: Numbers, pattern: str) -> list[str]:
@@ -227,13 +190,11 @@ def _matching(numbers: Numbers, pattern: str) -> list[str]:
     keys = [
         key
         for key, own in numbers.items()
-        if fnmatchcase(key, pattern)
-        and key.count(".") == pattern.count(".")
-        and _finite(own.get("value"))
+        if fnmatchcase(key, pattern) and key.count(".") == pattern.count(".")
+        if _finite(own.get("value"))
     ]
-    parts = {key: key.split(".") for key in keys}
     return sorted(
-        keys, key=lambda key: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts[key]]
+        keys, key=lambda key: [(len(p) if p.isdigit() else 99, p) for p in key.split(".")]
     )
 
 
@@ -255,32 +216,21 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def gather(paths: Paths) -> dict[str, dict]:
+def gather(paths: Paths) -> dict[str, Numbers]:
     """Return the numbers of this run and of the same study on other worlds, by the run's name.
 
     This run's are read from its sections (else from numbers.json), without verdicts and
     smoke runs, those of `figures/<run>-world-*` from their numbers.json.
     """
-    own, numbers = paths.figures, {}
-    sections = [_json(path) for path in sorted(paths.sections.glob("*.json"))]
-    for section in sections:
-        if section.get("notebook") != NOTEBOOK and not section.get("smoke_run"):
-            numbers |= section.get("numbers", {})
-    others = sorted(own.parent.glob(f"{own.name}-world-*"))
-    worlds = {folder.name: _json(folder / "numbers.json") for folder in others}
-    numbers = numbers if sections else _json(own / "numbers.json")
-    return {own.name: numbers} | {name: each for name, each in worlds.items() if each}
-
-
-def _json(path: Path) -> dict:
-    """Read a file that the report wrote; an absent one is empty."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: expected JSON as the report writes it ({reason})") from None
+    own = paths.figures.name
+    folders = [paths.figures, *sorted(paths.figures.parent.glob(f"{own}-world-*"))]
+    files = [folder / "numbers.json" for folder in folders if (folder / "numbers.json").is_file()]
+    worlds = {own: {}}
+    worlds |= {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    if sections := read_sections(paths):
+        counted = [s for s in sections if s["notebook"] != NOTEBOOK and not s["smoke_run"]]
+        worlds[own] = {key: entry for s in counted for key, entry in s["numbers"].items()}
+    return worlds
 
 
 def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
@@ -292,27 +242,24 @@ def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """Return a row for each claim: claim, the paper, ours, verdict, worlds."""
     rows = [
-        (
-            each.claim.claim,
-            each.claim.paper,
-            "; ".join(f"{_distinction(each, seen)}{seen.text}" for seen in each.evidence),
-            f"{each.word}: {each.reason}" if each.reason else each.word,
-            each.worlds,
-        )
+        {
+            "claim": each.claim.claim,
+            "the paper": each.claim.paper,
+            "ours": "; ".join(_distinction(each, seen) + seen.text for seen in each.evidence),
+            "verdict": f"{each.word}: {each.reason}" if each.reason else each.word,
+            "worlds": each.worlds,
+        }
         for each in verdicts
     ]
-    return pd.DataFrame(rows, columns=["claim", "the paper", "ours", "verdict", "worlds"])
+    return pd.DataFrame(rows)
 
 
 def _distinction(verdict: Verdict, each: Evidence) -> str:
     """Return what tells a number from the others of its verdict: world and parts of keys."""
-    keys = [one.key.split(".") for one in verdict.evidence]
-    parts = [
-        part
-        for part, others in zip(each.key.split("."), zip(*keys, strict=False), strict=False)
-        if len(set(others)) > 1
-    ]
-    words = ([each.world] if verdict.worlds > 1 else []) + parts
+    keys = zip(*(one.key.split(".") for one in verdict.evidence), strict=False)
+    parts = zip(each.key.split("."), keys, strict=False)
+    words = [each.world] if verdict.worlds > 1 else []
+    words += [part for part, others in parts if len(set(others)) > 1]
     return f"{', '.join(words)}: " if words else ""
 
 
@@ -365,7 +312,6 @@ def _ours(entry: Published, method: str, kind: str, numbers: Numbers) -> str | N
     prefix = "akew." if entry.set.upper().startswith("AKEW") else ""
     if entry.metric == "lead":
         keys = _matching(numbers, f"{prefix}batch.*.lead_relative")
-        keys = keys or _matching(numbers, f"{prefix}batch.*.lead")
         return numbers[keys[-1 if entry.batch == "largest" else 0]]["said"] if keys else None
     key = f"{prefix}single.{number_key(method)}.{kind}"
     same = numbers.get(key, {}) if entry.metric == "rougel_recall" else {}
