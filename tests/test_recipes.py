@@ -128,21 +128,12 @@ def test_the_grid_has_every_combination_once():
 
 def measured(best=None, method="FT-M", names=(), split="development"):
     """Development rows of every cell on three edits; `best` gives some another score than 0.5."""
-    return pd.DataFrame(
-        [
-            (
-                split,
-                method,
-                cell.factor,
-                cell.level,
-                edit,
-                (best or {}).get((cell.factor, cell.level), 0.5) + shift,
-            )
-            for cell in recipes.cells(RECIPES[method], names)
-            for edit, shift in (("a", -0.1), ("b", 0.0), ("c", 0.1))
-        ],
-        columns=["split", "method", "factor", "level", "edit", "score"],
-    )
+    found = []
+    for factor, level, _ in recipes.cells(RECIPES[method], names):
+        score = (best or {}).get((factor, level), 0.5)
+        for edit, shift in (("a", -0.1), ("b", 0.0), ("c", 0.1)):
+            found.append((split, method, factor, level, edit, score + shift))
+    return pd.DataFrame(found, columns=["split", "method", "factor", "level", "edit", "score"])
 
 
 def test_the_rule_takes_of_every_factor_the_best_level_for_each_method_on_its_own():
@@ -154,11 +145,8 @@ def test_the_rule_takes_of_every_factor_the_best_level_for_each_method_on_its_ow
     )
     chosen = recipes.choose(frame.sample(frac=1, random_state=1))
     assert (chosen["FT-M"]["layers"], chosen["FT-M"]["chat_template"]) == ("all", "without")
-    assert (
-        chosen["LoRA"]["layers"],
-        chosen["LoRA"]["components"],
-        chosen["LoRA"]["chat_template"],
-    ) == ("eighth_2", "query_value", "with")
+    lora = {"layers": "eighth_2", "components": "query_value", "chat_template": "with"}
+    assert lora.items() <= chosen["LoRA"].items()
     assert set(chosen["FT-M"]) == set(FACTORS)
 
 

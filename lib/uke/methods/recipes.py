@@ -10,9 +10,8 @@ setting was not available to us.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
@@ -34,8 +33,6 @@ from uke.methods.method import (
 )
 from uke.models.model import module_names, select
 from uke.project import number_key
-
-Named = TypeVar("Named")
 
 
 def _several(value: Any) -> Any:
@@ -128,9 +125,8 @@ class LocateRecipe(Method):
 
     `anchors` says whose hidden states are set: that of the last prompt token (`last`), that before
     each window of `window` tokens (`windows`), or before each window that begins where surprisal
-    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, weighted by the
-    share of prefixes that hold a window or by 2 - cosine of its gradient with that of the anchor's
-    own (`weighting`).
+    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, which are
+    weighted by the share of prefixes that hold them or by their gradients (`weighting`).
 
     Target vectors: `steps` of Adam at `learning_rate` on nats per token of the window + `decay`
     |delta| / |h|^2, with |delta| at most `clamp` |h|. An edit ends below `stop_loss`.
@@ -214,25 +210,24 @@ class InContext(Method):
             yield Applied(model, Training(), {})
 
 
-def _by_name(*entries: Named) -> Mapping[str, Named]:
-    return {entry.name: entry for entry in entries}
-
-
 # The published block of Llama-7/8B, 21 of 32, as a fraction of the depth: it fits any model.
 _SINGLE = 0.66
 _ADAPTER = {"components": ("q_proj", "v_proj"), "learning_rate": 5e-3, "steps": 70}
 
-RECIPES: Mapping[str, Recipe] = _by_name(
-    Recipe(name="FT-L", loss="last_prompt_token", layers=_SINGLE),
-    Recipe(name="FT-M", layers=_SINGLE),
-    Recipe(name="FT-A"),
-    Recipe(name="LoRA", adapter="lora", **_ADAPTER),
-    Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
-    # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of 32).
-    Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
-    # Until the rule has chosen for a model: FT-M's loss on every `down_proj`.
-    Recipe(name="FT-UKE"),
-)
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="FT-L", loss="last_prompt_token", layers=_SINGLE),
+        Recipe(name="FT-M", layers=_SINGLE),
+        Recipe(name="FT-A"),
+        Recipe(name="LoRA", adapter="lora", **_ADAPTER),
+        Recipe(name="AdaLoRA", adapter="adalora", **_ADAPTER),
+        # Breadth first: every pass is an epoch of shuffled minibatches (block 22 of 32).
+        Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
+        # Until the rule has chosen for a model: FT-M's loss on every `down_proj`.
+        Recipe(name="FT-UKE"),
+    )
+}
 
 _MEMIT = {"solver": "memit", "layers": covariance.LAYERS}
 _ALPHAEDIT = {"solver": "alphaedit", "layers": covariance.LAYERS}
@@ -255,19 +250,14 @@ BASELINES: Mapping[str, Method] = {
 }
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """One choice under study: a field of the recipe, with its value at each level.
 
-    Each level is crossed with the ways to generate in `chat`, as the option of `answer` (None: as
-    each probe says; False: raw prompts). Levels in `of_adapters` are studied on adapters alone.
+    Levels in `of_adapters` are studied on adapters alone.
     """
 
-    name: str
     field: str
-    question: str
     values: Mapping[str, Any]
-    chat: Mapping[str, bool | None] = field(default_factory=lambda: {"with": None})
     of_adapters: tuple[str, ...] = ()
 
     @property
@@ -280,25 +270,14 @@ class Factor:
 _EIGHTHS = {f"eighth_{number}": (number - 0.5) / 8 for number in range(1, 9)}
 _EIGHTHS[f"eighth_{int(_SINGLE * 8) + 1}"] = _SINGLE
 SINGLE_BLOCKS = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
-_YES_NO = {"with": True, "without": False}
 
-FACTORS: Mapping[str, Factor] = _by_name(
-    Factor(
-        "loss_scope",
-        "loss",
-        "Is the loss read from the last prompt token only, or from every target token?",
-        {level: level for level in ("last_prompt_token", "target_tokens")},
+FACTORS: Mapping[str, Factor] = {
+    "loss_scope": Factor("loss", {one: one for one in ("last_prompt_token", "target_tokens")}),
+    "layers": Factor(
+        "layers", _EIGHTHS | {one: one for one in ("first_half", "second_half", "all")}
     ),
-    Factor(
-        "layers",
-        "layers",
-        "Which blocks are trained?",
-        _EIGHTHS | {level: level for level in ("first_half", "second_half", "all")},
-    ),
-    Factor(
+    "components": Factor(
         "components",
-        "components",
-        "Which weights inside a block are trained?",
         {
             "down_proj": ("down_proj",),
             "mlp": ("mlp",),
@@ -308,20 +287,9 @@ FACTORS: Mapping[str, Factor] = _by_name(
         },
         of_adapters=("query_value",),
     ),
-    Factor(
-        "chat_template",
-        "chat_template",
-        "Is the text trained through the chat template, and queried through it?",
-        _YES_NO,
-        {"with": None, "without": False},
-    ),
-    Factor(
-        "end_of_turn",
-        "end_of_turn",
-        "Does the target include the token that ends the assistant's turn?",
-        _YES_NO,
-    ),
-)
+    "chat_template": Factor("chat_template", {"with": True, "without": False}),
+    "end_of_turn": Factor("end_of_turn", {"with": True, "without": False}),
+}
 # The families on which the factors are studied; each becomes a candidate for FT-UKE.
 FAMILIES = ("FT-M", "LoRA")
 
