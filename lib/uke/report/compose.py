@@ -14,6 +14,7 @@ import matplotlib
 import pandas as pd
 import pypandoc
 import typst
+from jinja2 import Environment, FileSystemLoader
 
 from uke.errors import InputError, nearest
 from uke.files import write_atomic
@@ -26,14 +27,17 @@ SUBTITLE = (
     "of arXiv 2506.09672, “Is Fine-Tuning an Effective Solution? "
     "Reassessing Knowledge Editing for Unstructured Data”"
 )
-FOURTH_FACTOR = "fourth factor: our choice; the paper's was not available to us"
-SMOKE_RUN = "This run shows that loading, generating and scoring work. It supports no verdict."
-NOTE = (
-    "Brackets are 95 % bootstrap intervals; n counts what was drawn: edits, or batches where edits "
-    f"share a training. This study is a reconstruction ({FOURTH_FACTOR})."
-)
 FIRST, APPENDIX = "11_verdicts", ("run", "tuning", "tuning_levels")  # sections out of turn
 _TEMPLATES = Path(__file__).with_name("templates")
+_TEXTS = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    comment_start_string="<#",
+    comment_end_string="#>",
+)
+_TEXTS.filters["prose"] = prose
+_REPORT = _TEXTS.get_template("report.md")
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
 _QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
@@ -56,7 +60,14 @@ def compose(
     order = [FIRST, *(section["notebook"] for section in sections)]
     sections.sort(key=lambda section: order.index(section["notebook"]))
     numbers = _merge_numbers(sections)
-    text = markdown(paths, sections, expected, runs)
+    text = _REPORT.render(
+        paths=paths,
+        sections=[_shown(paths, section) for section in sections],
+        appendix=APPENDIX,
+        warnings=_warnings(sections, expected, runs),
+        methods=_methods(sections),
+        environment=_environment(sections, runs),
+    )
     paths.figures.mkdir(parents=True, exist_ok=True)
     contents = {
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
@@ -79,86 +90,31 @@ def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
     return dict(sorted(entry for section in sections for entry in section["numbers"].items()))
 
 
-def markdown(
-    paths: Paths,
-    sections: Sequence[Mapping],
-    expected: Iterable[str] = (),
-    runs: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """Return the report as Markdown: answers, sections, methods, limits, appendix."""
+def _warnings(
+    sections: Sequence[Mapping], expected: Iterable[str], runs: Sequence[Mapping[str, Any]]
+) -> list[str]:
     present = {section["notebook"] for section in sections}
+    missing = [name for name in expected if name not in present]
     failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
-    warnings = [
-        *(
-            f"Notebook `{name}` has no section: it was not run."
-            for name in expected
-            if name not in present
-        ),
+    return [
+        *(f"Notebook `{name}` has no section: it was not run." for name in missing),
         *(f"The last run of notebook `{name}` failed: its section is older." for name in failed),
     ]
-    answers = [
-        f"- [**{prose(each['title'])}.**](#{each['notebook']}) {prose(each['answer'])}"
-        for each in sections
-        if each["answer"] and each["notebook"] not in APPENDIX
+
+
+def _shown(paths: Paths, section: Mapping) -> dict:
+    """Return the section without the figures that are missing, of which it warns."""
+    lost = [
+        block
+        for block in section["body"]
+        if block["type"] == "figure" and not (paths.figures / f"{block['name']}.svg").is_file()
     ]
-    smoke = any(section["smoke_run"] for section in sections)
-    about = f"Profile {paths.profile}, data {paths.data}. {FOURTH_FACTOR.capitalize()}."
-    parts = [
-        f"::: {{#about}}\n{prose(about)}\n:::",
-        *([_box("warning", "Smoke run.", SMOKE_RUN)] if smoke else []),
-        *(_box("warning", "Warning.", each) for each in warnings),
-        "# Answers {#abstract}",
-        *answers,
-        prose(NOTE),
-        *(_section(paths, each) for each in sections if each["notebook"] not in APPENDIX),
-        *_methods(sections),
-        "# Limits {#limits}",
-        *_limits(sections),
-        *(_section(paths, each) for each in sections if each["notebook"] in APPENDIX),
-        *_environment(sections, runs),
-    ]
-    return "\n\n".join(parts) + "\n"
+    body = [block for block in section["body"] if block not in lost]
+    warnings = [f"The figure `{block['name']}` is missing from the directory." for block in lost]
+    return dict(section) | {"body": body, "warnings": section["warnings"] + warnings}
 
 
-def _section(paths: Paths, section: Mapping) -> str:
-    warnings, body = list(section["warnings"]), []
-    for block in section["body"]:
-        if block["type"] == "figure" and not (paths.figures / f"{block['name']}.svg").is_file():
-            warnings.append(f"The figure `{block['name']}` is missing from the directory.")
-        else:
-            body.append(block["markdown"])
-    checks = [f"{'✓' if each['ok'] else '✗'} {prose(each['text'])}" for each in section["checks"]]
-    parts = [
-        f"# {prose(section['title'])} {{#{section['notebook']}}}",
-        *([f"*{prose(section['question'])}*"] if section["question"] else []),
-        *([_box("answer", "Answer.", section["answer"])] if section["answer"] else []),
-        *(_box("warning", "Warning.", each) for each in warnings),
-        *body,
-        *(["\\\n".join(["**Checks**", *checks])] if checks else []),
-    ]
-    return "\n\n".join(parts)
-
-
-def _box(kind: str, label: str, text: str) -> str:
-    """Return a text in a box; its look in the PDF is attributes (pandoc's Typst properties)."""
-    fill, edge = {
-        "answer": ((232, 241, 247), (11, 74, 117)),
-        "warning": ((253, 241, 222), (163, 90, 0)),
-    }[kind]
-    look = f'typst:fill="rgb{fill}" typst:stroke="(left: 2.5pt + rgb{edge})"'
-    look += ' typst:inset="9pt" typst:width="100%" typst:breakable="false"'
-    return f"::: {{.box .{kind} {look}}}\n**{label}** {prose(text)}\n:::"
-
-
-def _limits(sections: Iterable[Mapping]) -> list[str]:
-    return [
-        f"**{prose(each['title'])}**\n\n" + "\n".join(f"- {prose(text)}" for text in each["limits"])
-        for each in sections
-        if each["limits"]
-    ]
-
-
-def _methods(sections: Iterable[Mapping]) -> list[str]:
+def _methods(sections: Iterable[Mapping]) -> str:
     """Return a table of every recipe, by the settings in which those of its method differ."""
     used: dict[str, dict[str, tuple[dict, dict]]] = {}
     for section in sections:
@@ -176,13 +132,13 @@ def _methods(sections: Iterable[Mapping]) -> list[str]:
             changed = "; ".join(f"{key.replace('_', ' ')} {settings[key][at]}" for key in varied)
             rows.append((name, changed, ", ".join(map(str, sorted(batches))), ", ".join(notebooks)))
     if not rows:
-        return []
+        return ""
     frame = pd.DataFrame(rows, columns=["method", "differs in", "batches of", "used in"])
     caption = "Every recipe, by what differs among those of its method. The rest: `params/methods`."
-    return ["# Methods {#methods}", table_markdown(frame, "recipes_as_run", caption, files=False)]
+    return table_markdown(frame, "recipes_as_run", caption, files=False)
 
 
-def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of model, data and code fingerprints, device and versions."""
     facts: dict[str, dict[str, list[str]]] = {}
     for section in sections:
@@ -191,7 +147,7 @@ def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]])
     for key, value in _machines(runs).items():
         facts.setdefault(key, {_value(value): []})
     if not facts:
-        return []
+        return ""
     rows = [
         (key.replace("_", " "), value, ", ".join(notebooks) if len(values) > 1 else "")
         for key, values in facts.items()
@@ -199,8 +155,7 @@ def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]])
     ]
     frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
     caption = "Model, data and code (fingerprints), device and versions."
-    table = table_markdown(frame, "environment", caption, files=False)
-    return ["# Environment {#environment}", table]
+    return table_markdown(frame, "environment", caption, files=False)
 
 
 def _machines(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
