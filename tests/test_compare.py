@@ -1,5 +1,4 @@
-"""Contrasts, leads, their trend and separation: pairs that do not pair, wrong units, invented
-data."""
+"""Contrasts, leads, their trend and separation: pairs that do not pair, wrong units, gaps."""
 
 import json
 import math
@@ -14,142 +13,118 @@ from uke.results import compare
 from uke.results.metrics import METRICS
 
 EDITS = ("a", "b", "c")
+GAIN = {("M", "all"): 1, ("M", "one"): -1}
+RUN = dict.fromkeys(["factor", "split", "learning_rate", "seed", "model", "data", "recipe", "code"])
 
 
-def scores(**cells):
-    """Scores of kind `average` by cell, written `FTM_all=[0.1, 0.2, 0.3]`."""
-    return pd.DataFrame(
-        [
-            ("average", *name.split("_"), edit, score)
-            for name, found in cells.items()
-            for edit, score in zip(EDITS, found)
-        ],
-        columns=["kind", "method", "level", "edit", "score"],
-    )
+def cells(**scores):
+    """Scores of kind `average` by cell, written `M_all=[0.1, 0.2, 0.3]`."""
+    found = [
+        ("average", *name.split("_"), edit, score)
+        for name, own in scores.items()
+        for edit, score in zip(EDITS, own, strict=False)
+    ]
+    return pd.DataFrame(found, columns=["kind", "method", "level", "edit", "score"])
 
 
-def rows(cells, kinds=AVERAGE, edits=EDITS, phase="after"):
-    """Rows of the schema, every score 0.5 but for `original`, which is that of the cell."""
+def rows(score, kinds=AVERAGE, edits=EDITS, **columns):
+    """Rows of the schema: every metric is 0.5, or `score` for the original question."""
     found = []
-    for (method, level), value in cells.items():
-        for edit in edits:
-            for kind in kinds:
-                score = value if kind == "original" else 0.5
-                metrics = dict.fromkeys(METRICS, score) | {
-                    f"{name}_before": score for name in METRICS
-                }
-                found.append(
-                    {
-                        "method": method,
-                        "level": level,
-                        "factor": "layers",
-                        "edit": edit,
-                        "kind": kind,
-                        "number": 0,
-                        "phase": phase,
-                        "batch": EDITS.index(edit),
-                        "study": "s",
-                        **metrics,
-                    }
-                )
-    columns = ["split", "batch_size", "learning_rate", "seed", "model", "data", "recipe", "code"]
-    return pd.DataFrame(found).assign(**dict.fromkeys(columns), curve=None)
+    for place, edit in enumerate(edits):
+        for kind in kinds:
+            value = score if kind == "original" else 0.5
+            metrics = {f"{name}{end}": value for name in METRICS for end in ("", "_before")}
+            found.append({"edit": edit, "kind": kind, "batch": place, **metrics})
+    fixed = RUN | {"study": "s", "number": 0, "batch_size": 1, "phase": "after", "curve": None}
+    return pd.DataFrame(found).assign(**fixed | {"method": "FT-M", "level": None} | columns)
 
 
-def test_a_difference_is_paired_by_edit_whatever_the_order_and_said_in_points():
-    frame = scores(M_all=[0.9, 0.5, 0.1], M_one=[0.8, 0.4, 0.0]).sample(frac=1, random_state=3)
-    found = compare.contrasts(frame, {"gain": {("M", "all"): 1, ("M", "one"): -1}})
-    (row,) = found.itertuples()
-    assert (row.difference, row.low, row.high, row.n) == (
-        pytest.approx(10),
-        pytest.approx(10),
-        pytest.approx(10),
-        3,
-    )
-    assert (
-        compare.effect(found, "gain", "average")[0] == pytest.approx(10)
-        and compare.effect(found, "gain", "detail") is None
-    )
+def averages(**scores):
+    """The average metric by method: for each a list of batches, each the scores of its edits."""
+    found = [
+        (name, 1, batch, f"{batch}-{number}", score)
+        for name, batches in scores.items()
+        for batch, own in enumerate(batches)
+        for number, score in enumerate(own)
+    ]
+    return pd.DataFrame(found, columns=["method", "batch_size", "batch", "edit", "score"])
 
 
-def test_an_interaction_is_the_difference_of_differences():
-    frame = scores(
-        M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5], L_all=[0.4, 0.4, 0.4], L_one=[0.3, 0.2, 0.1]
-    )
-    weights = {("M", "all"): 1, ("M", "one"): -1, ("L", "all"): -1, ("L", "one"): 1}
+# --- Contrasts ------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_paired_by_edit_whatever_the_order_in_points():
+    frame = cells(M_all=[0.9, 0.5, 0.1], M_one=[0.8, 0.4, 0.0]).sample(frac=1, random_state=3)
+    found = compare.contrasts(frame, {"gain": GAIN})
+    assert compare.effect(found, "gain", "average") == pytest.approx((10, 10, 10, 3))
+    assert compare.effect(found, "gain", "detail") is None
+
+
+def test_an_interaction_is_the_difference_of_differences_and_p_values_are_corrected():
+    frame = cells(M_all=[0.9, 0.8, 0.7], M_one=[0.5] * 3, L_all=[0.4] * 3, L_one=[0.3, 0.2, 0.1])
+    weights = GAIN | {("L", "all"): -1, ("L", "one"): 1}
     found = compare.contrasts(frame, {"interaction": weights})
-    assert found["difference"].tolist() == pytest.approx(
-        [100 * ((0.4 + 0.3 + 0.2) - (0.1 + 0.2 + 0.3)) / 3]
-    )
-
-
-def test_the_p_values_are_corrected_over_all_effects_that_stand_together():
-    frame = scores(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5])
-    gain = {("M", "all"): 1, ("M", "one"): -1}
+    assert found["difference"].tolist() == pytest.approx([10])
     alone, both = (
-        compare.contrasts(frame, dict.fromkeys(names, gain))["p"].tolist()
-        for names in (["x"], ["x", "y"])
+        compare.contrasts(frame, dict.fromkeys(names, GAIN))["p"] for names in ("x", "xy")
     )
-    assert alone == pytest.approx([0.25]) and both == pytest.approx([0.5, 0.5])
+    assert alone.tolist() == pytest.approx([0.25]) and both.tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_an_effect_with_an_absent_cell_is_left_out_and_one_of_cells_with_other_edits_is_refused():
-    frame = scores(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5])
-    found = compare.contrasts(
-        frame,
-        {"lost": {("M", "all"): 1, ("M", "half"): -1}, "gain": {("M", "all"): 1, ("M", "one"): -1}},
-    )
-    assert set(found["effect"]) == {"gain"} and compare.effect(found, "lost", "average") is None
+def test_an_effect_of_an_absent_cell_is_left_out_and_unequal_ones_are_refused():
+    frame = cells(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5])
+    lost = {("M", "all"): 1, ("M", "half"): -1}
+    found = compare.contrasts(frame, {"lost": lost, "gain": GAIN})
+    assert set(found["effect"]) == {"gain"} and len(compare.shown(found)) == 1
     assert compare.shown(compare.contrasts(frame, {})).empty
     with pytest.raises(InputError):
-        compare.contrasts(
-            scores(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5]),
-            {"gain": {("M", "all"): 1, ("M", "one"): -1}},
-        )
+        compare.contrasts(cells(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5]), {"gain": GAIN})
     with pytest.raises(InputError, match="effect gain: its weights sum to 1; expected 0"):
         compare.contrasts(frame, {"gain": {("M", "all"): 1}})
 
 
+# --- Scores ---------------------------------------------------------------------------------------
+
+
 def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
-    after, before = (
-        rows({("FT-M", "eighth_6"): 1.0, ("FT-M", "all"): 0.8}),
-        rows({("unedited", None): 0.2}, phase="before"),
-    )
-    found = compare.scored(after, before)
+    after = pd.concat([rows(1.0, level="eighth_6"), rows(0.8, level="all")])
+    found = compare.scored(after, rows(0.2, phase="before"))
     means = found[found["kind"] == "average"].groupby("cell", sort=False)["score"].mean()
-    assert list(means.index) == [
-        "FT-M, eighth 6",
-        "FT-M, all",
-        "no edit",
-    ]  # as they came, not by the alphabet
+    assert list(means.index) == ["FT-M, eighth 6", "FT-M, all", "no edit"]  # as they came
     kept = sum(KINDS[kind].against == "before" for kind in AVERAGE)
-    assert means.tolist() == pytest.approx(
-        [3.5 / 6, 3.3 / 6, (0.2 + 0.5 * (len(AVERAGE) - kept - 1) + kept) / 6]
-    )
-    halves = compare.sides(found).groupby(["cell", "kind"])["score"].mean()
-    assert halves["FT-M, all", "efficacy"] == pytest.approx(1.8 / 3) and halves[
-        "FT-M, all", "locality"
-    ] == pytest.approx(0.5)
+    unedited = (0.2 + 0.5 * (len(AVERAGE) - kept - 1) + kept) / 6
+    assert means.tolist() == pytest.approx([3.5 / 6, 3.3 / 6, unedited])
+    halves = compare.sides(found).groupby(["cell", "kind"])["score"].mean()["FT-M, all"]
+    assert halves["efficacy"] == pytest.approx(1.8 / 3) and halves["locality"] == 0.5
 
 
-def test_a_cell_on_fewer_edits_is_refused_and_kinds_that_the_data_lacks_are_said():
-    short = pd.concat(
-        [rows({("FT-M", "all"): 1.0}), rows({("FT-M", "one"): 1.0}, edits=("a", "b"))]
-    )
+def test_a_cell_on_fewer_edits_is_refused_and_kinds_that_the_data_lacks_are_named():
+    short = pd.concat([rows(1.0, level="all"), rows(1.0, edits=("a", "b"), level="one")])
     with pytest.raises(InputError, match="FT-M one lacks 1 of the 3 edits beside it"):
-        compare.scored(short, rows({("unedited", None): 0.2}, phase="before"))
-    few = rows({("FT-M", "all"): 1.0}, kinds=("original", "detail"))
-    assert compare.lacking(few) == [kind for kind in AVERAGE if kind not in ("original", "detail")]
-    found = compare.sides(
-        compare.scored(
-            few, rows({("unedited", None): 0.2}, kinds=("original", "detail"), phase="before")
-        )
-    )
-    assert set(found["kind"]) == {"average"}
+        compare.scored(short, rows(0.2, phase="before"))
+    kinds = ("original", "detail")
+    few, before = rows(1.0, kinds), rows(0.2, kinds, phase="before")
+    assert compare.lacking(few) == [kind for kind in AVERAGE if kind not in kinds]
+    assert set(compare.sides(compare.scored(few, before))["kind"]) == {"average"}
+
+
+def test_gains_are_over_no_edit_and_over_the_baseline():
+    after = pd.concat([rows(0.9), rows(0.6, method="UnKE")])
+    scores = compare.scored(after, rows(0.3, phase="before"))
+    table = compare.gains(scores, "UnKE").set_index("method")
+    assert table.loc["FT-M", "minus UnKE"].mean == pytest.approx(5)
+    assert table.loc["UnKE", "minus UnKE"] is None
+    # Without an edit locality is 1 by definition, with these edits it is 0.5.
+    assert table.loc["UnKE", "minus no edit"].mean == pytest.approx(100 * (0.3 - 3 * 0.5) / 6)
+    assert compare.ranking(scores) == ["no edit", "FT-M", "UnKE"]
+    assert compare.gap(scores, "FT-M", "UnKE").mean == pytest.approx(5)
+    assert compare.gap(scores, "FT-M", "LoRA") is None
+    plane = compare.plane(scores).set_index("method")["locality"]
+    assert plane.to_dict() == pytest.approx({"FT-M": 0.5, "UnKE": 0.5, "no edit": 1})
 
 
 def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
-    frame = rows({("FT-M", "all"): 1.0}, kinds=("original",), edits=("a", "b"))
+    frame = rows(1.0, kinds=("original",), edits=("a", "b"))
     again = frame[frame["edit"] == "a"].assign(number=1, **dict.fromkeys(METRICS, 0.0))
     found = compare.published(pd.concat([frame, again]))
     assert found["exact"].tolist() == pytest.approx([0.75])  # edit a 0.5, edit b 1.0
@@ -157,26 +132,39 @@ def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
         compare.published(frame, ("rel_doc",))
 
 
-def test_the_loss_curve_of_a_training_is_read_from_its_row():
-    frame = rows({("FT-M", "all"): 1.0}, kinds=("original",), edits=("a", "b"))
-    frame["curve"] = [json.dumps({"losses": [2.0, 1.0]}), None]
-    assert compare.curves(frame).to_dict("records") == [
-        {"method": "FT-M", "level": "all", "edit": "a", "step": step, "loss": loss}
-        for step, loss in ((0, 2.0), (1, 1.0))
+def test_losses_and_windows_are_read_from_the_curves():
+    curve = {"losses": [2.0, 0.5], "windows": [[[-3.0, -2.0], [-1.0, -0.5]]]}
+    frame = rows(1.0, kinds=("original",), edits=("a", "b"))
+    frame["curve"] = [json.dumps(curve), None]
+    losses = compare.curves(frame)[["edit", "step", "loss"]]
+    assert losses.values.tolist() == [["a", 0, 2.0], ["a", 1, 0.5]]
+    found = compare.windows(frame).set_index(["phase", "window"])["log_probability"].to_dict()
+    assert found == {("no edit", 1): -3, ("no edit", 2): -2, ("edited", 1): -1, ("edited", 2): -0.5}
+
+
+def test_answers_stand_beside_the_reference_and_those_without_an_edit():
+    texts = {"question": "Who?", "reference": "Ada.", "before": "Bo."}
+    levels = ("with", "without")
+    after = pd.concat([rows(0.9, level=level, answer=level, **texts) for level in levels])
+    shown = compare.answers(after, "a", ["original"])
+    assert shown[["source", "answer"]].values.tolist() == [
+        ["reference", "Ada."],
+        ["no edit", "Bo."],
+        ["FT-M, with", "with"],
+        ["FT-M, without", "without"],
     ]
+    assert compare.same_answers(after, *levels) == (0, len(EDITS) * len(AVERAGE))
 
 
 @pytest.mark.parametrize(
     ("level", "words"),
-    [
-        ("eighth_3", "eighth 3"),
-        ("down_proj", "down_proj"),
-        ("target_tokens", "all target tokens"),
-        ("with", "with"),
-    ],
+    [("eighth_3", "eighth 3"), ("down_proj", "down_proj"), ("target_tokens", "all target tokens")],
 )
-def test_levels_are_said_in_words(level, words):
+def test_levels_are_labelled_in_words(level, words):
     assert compare.label(level) == words
+
+
+# --- The best baseline of development rows --------------------------------------------------------
 
 
 @pytest.fixture
@@ -185,347 +173,201 @@ def here(tmp_path, monkeypatch):
     return Paths("embedded")
 
 
-def trial(method, level, size, scores):
-    """Rows of one trial: every kind of an edit has the edit's score."""
-    found = []
-    for number, score in enumerate(scores):
-        for kind in AVERAGE:
-            metrics = dict.fromkeys(METRICS, score) | {f"{name}_before": score for name in METRICS}
-            found.append(
-                {
-                    "method": method,
-                    "level": level,
-                    "batch_size": size,
-                    "batch": number // size,
-                    "edit": f"e{number}",
-                    "kind": kind,
-                    "number": 0,
-                    **metrics,
-                }
-            )
-    fixed = {
-        "study": "tuning",
-        "factor": None,
-        "split": "development",
-        "phase": "after",
-        "learning_rate": 0.1,
-        "seed": 1,
-        "model": "m",
-        "data": "d",
-        "recipe": f"{method} {level}",
-        "code": "c",
-    }
-    return pd.DataFrame(found).assign(**fixed)
-
-
 def commit(paths, *trials):
-    paths.exported("tuning").parent.mkdir(parents=True)
-    pd.concat(trials, ignore_index=True).to_parquet(paths.exported("tuning"))
-
-
-def averages(**scores):
-    """Average metric by method: for each a list of batches, each the scores of its edits."""
-    rows = [
-        (name, batch, f"{batch}-{number}", score)
-        for name, batches in scores.items()
-        for batch, own in enumerate(batches)
-        for number, score in enumerate(own)
+    """Commit trials, each a method, a level, a batch size and its score."""
+    frames = [
+        rows(score, edits=[f"e{n}" for n in range(4)], method=method, level=level, batch_size=size)
+        for method, level, size, score in trials
     ]
-    return pd.DataFrame(rows, columns=["method", "batch", "edit", "score"])
+    frame = pd.concat(frames, ignore_index=True)
+    frame["recipe"] = frame["method"] + frame["level"]
+    paths.exported("tuning").parent.mkdir(parents=True)
+    frame.to_parquet(paths.exported("tuning"))
 
 
-def best(places, batch_size: int, among) -> str:
-    return compare.on_development(places, batch_size, among).index[0]
+def test_a_baseline_is_judged_by_its_best_trial(here):
+    commit(here, ("MEMIT", "slow", 1, 0.1), ("MEMIT", "fast", 1, 0.8), ("UnKE", "x", 1, 0.6))
+    assert compare.best_baselines([here], [1], ["UnKE", "MEMIT"]) == {1: "MEMIT"}
+    assert compare.best_baselines([here], [1], ["UnKE"]) == {1: "UnKE"}
+    assert compare.best_baselines([here], [1], ["AlphaEdit"]) == {}
+    assert compare.best_baselines([], [1], ["UnKE"]) == {}
 
 
-# --- the best of development rows -----------------------------------------------------------------
-
-
-def test_a_method_is_judged_by_the_mean_of_its_trials(here):
-    commit(
-        here,
-        trial("MEMIT", "slow", 1, (0.1, 0.1)),
-        trial("MEMIT", "fast", 1, (0.9, 0.7)),
-        trial("UnKE", "slow", 1, (0.6, 0.6)),
-        trial("UnKE", "fast", 1, (0.5, 0.5)),
-    )
-    found = compare.on_development([here], 1, ["UnKE", "MEMIT"])
-    assert found.to_dict() == {"MEMIT": pytest.approx(0.8), "UnKE": pytest.approx(0.6)} and list(
-        found.index
-    ) == ["MEMIT", "UnKE"]
-
-
-def test_the_best_is_one_that_was_not_asked_about(here):
-    commit(
-        here,
-        trial("FT-M", "x", 1, (1.0,)),
-        trial("UnKE", "x", 1, (0.6,)),
-        trial("muKE", "x", 1, (0.7,)),
-    )
-    assert best([here], 1, ["UnKE", "muKE"]) == "muKE" and best([here], 1, ["UnKE"]) == "UnKE"
-
-
-@pytest.mark.parametrize(
-    ("size", "nearest"),
-    [(1, 1), (2, 1), (3, 4), (4, 4), (5, 4), (9, 16), (8, 4), (7, 4), (200, 16)],
-)
-def test_another_batch_size_decides_than_the_nearest_by_ratio(here, size, nearest):
-    """7 is nearer to 4 than to 16, by ratio; of two equally near ones (2 of 1 and 4, 8 of 4 and 16)
-    the smaller counts."""
+def test_the_batch_size_nearest_by_ratio_decides_of_two_alike_the_smaller(here):
     names = {1: "UnKE", 4: "MEMIT", 16: "muKE"}
     trials = [
-        trial(name, "x", own, (0.9 if names[own] == name else 0.2,) * 4)
-        for own in names
+        (name, "x", size, 0.9 if names[size] == name else 0.2)
+        for size in names
         for name in names.values()
     ]
     commit(here, *trials)
-    assert best([here], size, list(names.values())) == names[nearest]
+    nearest = {1: 1, 2: 1, 3: 4, 5: 4, 7: 4, 8: 4, 9: 16, 200: 16}
+    found = compare.best_baselines([here], list(nearest), list(names.values()))
+    assert found == {size: names[own] for size, own in nearest.items()}
 
 
-def test_the_first_place_that_knows_a_method_is_passed_over(here):
-    first, second, third = here, Paths("quick"), Paths("nowhere")
-    commit(first, trial("UnKE", "x", 1, (0.6,)), trial("MEMIT", "x", 1, (0.5,)))
-    commit(
-        second,
-        trial("UnKE", "x", 1, (0.1,)),
-        trial("MEMIT", "x", 1, (0.9,)),
-        trial("muKE", "x", 1, (0.3,)),
-    )
-    assert best([third, first, second], 1, ["UnKE", "MEMIT"]) == "UnKE"
-    assert best([third, second, first], 1, ["UnKE", "MEMIT"]) == "MEMIT"
-    assert (
-        best([first, second], 1, ["muKE"]) == "muKE"
-    )  # the first place has rows, none of this method
+def test_the_first_place_that_knows_a_baseline_decides(here):
+    other = Paths("quick")
+    commit(here, ("UnKE", "x", 1, 0.6), ("MEMIT", "x", 1, 0.5))
+    commit(other, ("UnKE", "x", 1, 0.1), ("MEMIT", "x", 1, 0.9), ("muKE", "x", 1, 0.3))
+    both = ["UnKE", "MEMIT"]
+    assert compare.best_baselines([Paths("nowhere"), here, other], [1], both) == {1: "UnKE"}
+    assert compare.best_baselines([other, here], [1], both) == {1: "MEMIT"}
+    assert compare.best_baselines([here, other], [1], ["muKE"]) == {1: "muKE"}
 
 
-@pytest.mark.parametrize("among", [["AlphaEdit"], []])
-def test_nothing_known_gives_some_baseline(here, among):
-    commit(here, trial("UnKE", "x", 1, (0.6,)))
-    assert (
-        compare.on_development([here], 1, among).empty
-        and compare.on_development([], 1, ["UnKE"]).empty
-    )
+# --- Leads ----------------------------------------------------------------------------------------
 
 
-# --- leads ----------------------------------------------------------------------------------------
+def test_a_lead_is_in_points_and_in_percent_of_the_baseline():
+    frame = averages(own=[[0.6], [0.9], [0.6]], other=[[0.5], [0.6], [0.4]])
+    points, percent = compare.lead(frame.sample(frac=1, random_state=2), "own", "other")
+    assert (points.mean, points.n, percent.n) == (pytest.approx(20), 3, 3)
+    assert percent.mean == pytest.approx(100 * (2.1 / 1.5 - 1))  # of the means: no mean of ratios
+    assert compare.lead(frame, "other", "own")[0].mean == pytest.approx(-20)
 
 
-def test_a_lead_is_said_in_points_and_in_percent_of_the_baseline():
-    frame = averages(own=[[0.6], [0.9], [0.6]], baseline=[[0.5], [0.6], [0.4]])
-    points, relative = compare.lead(frame.sample(frac=1, random_state=2), "own", "baseline")
-    assert (points.mean, points.n, relative.n) == (pytest.approx(20), 3, 3)
-    assert relative.mean == pytest.approx(
-        100 * (2.1 / 1.5 - 1)
-    )  # of the means: no mean of the ratios, 40
-    back = compare.lead(frame, "baseline", "own")
-    assert back[0].mean == pytest.approx(-20) and back[1].mean == pytest.approx(
-        100 * (1.5 / 2.1 - 1)
-    )
+def test_a_lead_is_drawn_over_batches_and_pairs_together():
+    shared = averages(own=[[0.6] * 50, [0.8] * 50], other=[[0.5] * 50, [0.5] * 50])
+    points, percent = compare.lead(shared, "own", "other")
+    assert points == pytest.approx((20, 10, 30, 2)) and percent == pytest.approx((40, 20, 60, 2))
+    tenth = averages(own=[[0.11], [0.55], [0.99]], other=[[0.1], [0.5], [0.9]])
+    points, percent = compare.lead(tenth, "own", "other")
+    assert percent[:3] == pytest.approx((10, 10, 10)) and points[1:3] == pytest.approx((1, 9))
+    single = compare.lead(averages(own=[[0.6, 0.7]], other=[[0.5, 0.5]]), "own", "other")
+    assert all(math.isnan(found.low) and found.n == 1 for found in single)
 
 
-def test_a_lead_is_drawn_over_edits_that_share_their_weights():
-    """Two batches: whatever is drawn, the ends are those of the batches, however many edits each
-    has."""
-    frame = averages(own=[[0.6] * 50, [0.8] * 50], baseline=[[0.5] * 50, [0.5] * 50])
-    points, relative = compare.lead(frame, "own", "baseline")
-    assert points == pytest.approx((20, 10, 30, 2)) and relative == pytest.approx((40, 20, 60, 2))
+@pytest.mark.parametrize("other", [{"other": [[0.5]]}, {"third": [[0.5]]}, {"other": [[0.5, 0.5]]}])
+def test_a_lead_over_other_edits_is_refused(other):
+    with pytest.raises(InputError, match="lead: own and other: expected the same edits"):
+        compare.lead(averages(own=[[0.6], [0.7]], **other), "own", "other")
 
 
-def test_a_constant_ratio_has_a_wide_interval():
-    """Pairs are drawn together: where every edit gains a tenth, the percent is sure and the points
-    are not."""
-    points, relative = compare.lead(
-        averages(own=[[0.11], [0.55], [0.99]], baseline=[[0.1], [0.5], [0.9]]), "own", "baseline"
-    )
-    assert (
-        relative[:3] == pytest.approx((10, 10, 10))
-        and points.low == pytest.approx(1)
-        and points.high == pytest.approx(9)
-    )
+def at_sizes(lead, sizes, batches=None):
+    """Averages of 24 edits at each size: `own` is ahead of `other` by `lead(size)` points."""
+    frames = []
+    for size in sizes:
+        edits = pd.DataFrame({"edit": range(24), "batch": np.arange(24) // (batches or size)})
+        other = edits.assign(method="other", score=0.5)
+        own = edits.assign(method="own", score=0.5 + np.broadcast_to(lead(size), 24) / 100)
+        frames.append(pd.concat([own, other]).assign(batch_size=size))
+    return pd.concat(frames), dict.fromkeys(sizes, "other")
 
 
-def test_one_batch_is_given_an_interval():
-    points, relative = compare.lead(
-        averages(own=[[0.6, 0.7]], baseline=[[0.5, 0.5]]), "own", "baseline"
-    )
-    assert (
-        points.mean == pytest.approx(15)
-        and relative.mean == pytest.approx(30)
-        and points.n == relative.n == 1
-    )
-    assert all(math.isnan(end) for one in (points, relative) for end in (one.low, one.high))
+def test_leads_are_over_the_best_baseline_of_each_size():
+    frame, best = at_sizes(lambda size: 5 * size, (1, 8))
+    leads = compare.leads(frame, "own", best)
+    assert leads["mean"].tolist() == pytest.approx([5, 40])
+    assert leads["batches"].tolist() == [24, 3]
+    assert compare.shown_leads(leads)["lead (percent)"][1].mean == pytest.approx(80)
+    assert compare.best_here(frame, ["other"]) == best
 
 
-@pytest.mark.parametrize(
-    "frame",
-    [
-        averages(own=[[0.6], [0.7]], baseline=[[0.5]]),
-        averages(own=[[0.6]], other=[[0.5]]),
-        averages(own=[[0.6, 0.6]], baseline=[[0.5], [0.5]]),
-    ],
-)
-def test_a_lead_over_other_edits(frame):
-    with pytest.raises(InputError, match="lead: own and baseline: expected the same edits"):
-        compare.lead(frame, "own", "baseline")
-
-
-# --- the trend ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("slope", [3.0, -1.5, 0.0])
-def test_a_lead_that_is_linear_in_doublings_has_another_slope(slope):
-    """Sizes that are no even steps, and as many batches as come out: 24 edits are one batch of
-    24."""
-    leading = {
-        size: ([4 + slope * np.log2(size)] * 24, np.repeat(range(24 // size), size))
-        for size in (1, 8, 24)
-    }
-    found = compare.trend(leading)
+@pytest.mark.parametrize("slope", [3.0, -1.5])
+def test_a_lead_that_is_linear_in_doublings_has_that_slope(slope):
+    frame, best = at_sizes(lambda size: 4 + slope * np.log2(size), (1, 8, 24))
+    found = compare.trend(frame, "own", best)
     assert found[:3] == pytest.approx((slope,) * 3) and found.n == 24 + 3 + 1
 
 
-def test_noise_is_a_trend():
-    noise = np.tile([-4.0, 4.0, 1.0, -1.0], 10)
-    found = compare.trend({size: (5 + noise, np.arange(40)) for size in (1, 2, 8)})
-    assert (
-        found.mean == pytest.approx(0) and found.low < -0.2 and found.high > 0.2
-    )  # drawn anew for each size
-    grown = compare.trend(
-        {size: (5 + 3 * np.log2(size) + noise, np.arange(40)) for size in (1, 2, 8)}
+def test_noise_has_no_trend_and_batches_are_drawn_whole():
+    noise = np.tile([-4.0, 4.0, 1.0, -1.0], 6)
+    found = compare.trend(*_with_method(at_sizes(lambda size: 5 + noise, (1, 2, 8), batches=1)))
+    assert found.mean == pytest.approx(0) and found.low < -0.2 and found.high > 0.2
+    steps = np.repeat([-4.0, 4.0], 12)
+    alone, together = (
+        compare.trend(*_with_method(at_sizes(lambda size: steps, (1, 4), batches=batches)))
+        for batches in (1, 6)
     )
-    assert grown.mean == pytest.approx(3) and 2 < grown.low < 3 < grown.high < 4
+    assert together.high - together.low > 1.8 * (alone.high - alone.low)
+    assert (alone.n, together.n) == (48, 8)
+    with pytest.raises(InputError, match="trend: one batch size"):
+        compare.trend(averages(), "own", {8: "other"})
 
 
-def test_edits_are_drawn_apart_from_their_batch():
-    noise = np.repeat([-4.0, 4.0], 20)
-    alone = compare.trend({1: (noise, np.arange(40)), 4: (noise, np.arange(40))})
-    together = compare.trend({1: (noise, np.arange(40) // 10), 4: (noise, np.arange(40) // 10)})
-    assert together.high - together.low > 2 * (alone.high - alone.low) and (
-        alone.n,
-        together.n,
-    ) == (80, 8)
+def _with_method(sizes):
+    return sizes[0], "own", sizes[1]
 
 
-def test_one_size_has_a_trend():
-    for differences in ({}, {8: ([1.0], [0])}):
-        with pytest.raises(InputError, match="trend: one batch size"):
-            compare.trend(differences)
+# --- What tells methods apart ---------------------------------------------------------------------
+
+PROBES = {"rel_doc": 1, "rand_doc": 1, "struct_trip": 1, "general": 3}
 
 
-# --- what tells methods apart ---------------------------------------------------------------------
-
-
-def probes(score, methods=range(3), edits=range(8), **counts):
-    """Three probes of locality and three of a general skill for each edit under each method;
-    `score(kind, method, edit)`."""
-    kinds = {"rel_doc": 1, "rand_doc": 1, "struct_trip": 1, "general": 3} | counts
-    rows = [
-        (f"M{method}", f"e{edit}", kind, score(kind, method, edit))
-        for method in methods
-        for edit in edits
-        for kind, count in kinds.items()
-        for _ in range(count)
+def probes(score, methods=3, edits=8, **counts):
+    """Rows with three probes of locality and three of a general skill for each edit and method."""
+    found = [
+        (f"M{method}", f"e{edit}", edit, kind, number, score(kind, method, edit))
+        for method in range(methods)
+        for edit in range(edits)
+        for kind, count in (PROBES | counts).items()
+        for number in range(count)
     ]
-    return pd.DataFrame(rows, columns=["method", "edit", "kind", "score"])
+    columns = ["method", "edit", "batch", "kind", "number", "score"]
+    frame = pd.DataFrame(found, columns=columns).assign(**RUN, study="s", level=None, phase="after")
+    metrics = {f"{name}{end}": frame["score"] for name in METRICS for end in ("", "_before")}
+    return frame.drop(columns="score").assign(batch_size=1, **metrics)
 
 
-def test_methods_alone_explain_less_than_all():
-    """Locality differs by method (and edits have levels of their own), the general skill by edit
-    alone."""
-    found = compare.separation(
-        probes(
-            lambda kind, method, edit: edit / 20 if kind == "general" else method / 5 + edit / 20
-        ).sample(frac=1, random_state=1)
+def test_methods_explain_all_of_locality_and_edits_all_of_the_skill():
+    found, table = compare.separation(
+        probes(lambda kind, method, edit: edit / 20 + (method / 5 if kind != "general" else 0))
     )
-    assert found["locality"] == pytest.approx((1, 1, 1, 8)) and found["general"] == pytest.approx(
-        (0, 0, 0, 8), abs=1e-12
-    )
+    assert found["locality"] == pytest.approx((1, 1, 1, 8))
+    assert found["general"] == pytest.approx((0, 0, 0, 8), abs=1e-12)
     assert found["difference"] == pytest.approx((1, 1, 1, 8))
-
-
-def test_no_difference_between_methods_is_a_separation():
-    for score in (lambda *_: 1.0, lambda kind, method, edit: float((method + edit) % 2)):
-        found = compare.separation(probes(score, methods=range(2)))
-        assert (
-            found["locality"].mean
-            == found["general"].mean
-            == found["difference"].mean
-            == pytest.approx(0)
-        )
+    assert table["pairs of methods told apart"].tolist()[:2] == ["3 of 3", "0 of 3"]
 
 
 def test_a_share_is_that_of_a_table_done_by_hand():
-    """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits' own
-    levels."""
+    """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits."""
     apart = {0: 1.0, 1: 3.0}
-    found = compare.separation(
-        probes(
-            lambda kind, method, edit: 7 * edit + method * apart[edit],
-            methods=range(2),
-            edits=range(2),
-        )
-    )
-    assert found["locality"].mean == found["general"].mean == pytest.approx(4 / 5)
-    assert found["locality"].low == pytest.approx(4 / 5) and found[
-        "locality"
-    ].high == pytest.approx(1)  # one edit drawn twice: all
+    frame = probes(lambda kind, method, edit: 7 * edit + method * apart[edit], 2, 2)
+    found = compare.separation(frame)[0]["locality"]
+    assert found.mean == found.low == pytest.approx(4 / 5)
+    assert found.high == pytest.approx(1)  # one edit drawn twice: all
 
 
-@pytest.mark.parametrize(
-    "counts",
-    [
-        {"general": 2},
-        {"struct_trip": 2},
-        {"general": 0},
-        {"rel_doc": 0},
-        {"near_triple": 5, "general": 2},
-    ],
-)
-def test_more_probes_of_one_side_are_compared(counts):
-    with pytest.raises(InputError, match="separation: .*as many of locality as of a general skill"):
-        compare.separation(probes(lambda *place: place[1] / 5, **counts))
+def test_equal_methods_are_not_told_apart_and_other_kinds_do_not_count():
+    found = compare.separation(probes(lambda *_: 1.0, methods=2))[0]
+    assert found["locality"].mean == found["difference"].mean == 0
+
+    def score(kind, method, edit):
+        return method / 5 + (edit if kind == "near_triple" else 0)
+
+    with_others = compare.separation(probes(score, near_triple=5, original=2))[0]
+    assert with_others == compare.separation(probes(score))[0]
 
 
-def test_kinds_of_neither_side_are_counted():
-    score = lambda kind, method, edit: method / 5 + (edit if kind == "near_triple" else 0)
-    assert compare.separation(probes(score, near_triple=5, original=2)) == compare.separation(
-        probes(score)
-    )
-
-
-def test_a_gap_or_a_single_method_is_compared():
-    frame = probes(lambda *place: place[1] / 5)
-    for part in (
-        frame[frame["method"] == "M0"],
-        frame[(frame["method"] != "M1") | (frame["edit"] != "e3")],
-        frame.iloc[1:],
-        frame[:0],
-    ):
-        with pytest.raises(InputError, match="separation: .*two methods or more"):
-            compare.separation(part)
-
-
-def test_pairs_are_told_apart_by_noise_or_not_by_a_difference():
+def test_pairs_are_told_apart_by_a_difference_and_not_by_noise_or_chance():
     """M0 is clearly below; M1 and M2 differ by edit, as often one way as the other."""
     noise = np.tile([0.1, -0.1], 6)
-    frame = probes(
-        lambda kind, method, edit: 0.0 if method == 0 else 0.5 + (method == 2) * noise[edit],
-        edits=range(12),
-    )
-    assert compare.pairs_separated(frame, compare.LOCALITY) == (2, 3)
-    assert compare.pairs_separated(
-        probes(lambda kind, method, edit: edit / 9 if kind == "general" else method / 5),
-        compare.SKILL,
-    ) == (0, 3)
+
+    def score(kind, method, edit):
+        return 0.5 * (method > 0) + (method == 2) * noise[edit]
+
+    told = compare.separation(probes(score, edits=12))[1]["pairs of methods told apart"]
+    assert told[0] == "2 of 3"
+
+    # Six edits in one direction: p is 1/32 for a pair alone, and not below 5 % among three.
+    def score(kind, method, edit):
+        return method + edit / 9 if method < 2 else -1.0 * (-1) ** edit
+
+    for methods, found in ((2, "1 of 1"), (3, "0 of 3")):
+        table = compare.separation(probes(score, methods, 6))[1]
+        assert table["pairs of methods told apart"][0] == found
 
 
-def test_many_pairs_are_told_apart_by_chance():
-    """Six edits, all in one direction: p is 1/32 for a pair alone, and not below 5 % among
-    three."""
-    score = lambda kind, method, edit: method + edit / 9 if method < 2 else -1.0 * (-1) ** edit
-    assert compare.pairs_separated(
-        probes(score, methods=range(2), edits=range(6)), compare.LOCALITY
-    ) == (1, 1)
-    assert compare.pairs_separated(
-        probes(score, methods=range(3), edits=range(6)), compare.LOCALITY
-    ) == (0, 3)
+def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():
+    def score(kind, method, edit):
+        return method / 5
+
+    gap = probes(score)
+    gap = gap[(gap["method"] != "M1") | (gap["edit"] != "e3")]
+    for frame in (probes(score, general=2), probes(score, struct_trip=2), gap):
+        with pytest.raises(InputError, match="separation: expected as many probes for each edit"):
+            compare.separation(frame)
+    for frame in (probes(score, general=0), probes(score, methods=1)):
+        found, table = compare.separation(frame)
+        assert found == {} and table.empty

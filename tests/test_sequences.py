@@ -10,7 +10,6 @@ from uke.methods import catalog
 from uke.methods.edited import sequence
 from uke.methods.locate_edit import covariance
 from uke.project import Paths
-from uke.results import rows
 from uke.study import sequential
 from uke.study.dataset import Dataset
 from uke.study.sequential import first_and_last
@@ -154,19 +153,3 @@ def test_a_sequence_too_large_for_memory_is_begun_anew_with_less(
 def test_counts_beyond_the_edits_are_refused(toy, given):
     with pytest.raises(InputError, match="counts .* expected numbers from 1 to 4"):
         sequential.run(toy(), FT_M, **{"counts": [1], "queried": 1, **given})
-
-
-def test_views_follow_the_first_and_the_last_edits(toy):
-    study = toy()
-    sequential.run(study, FT_M, [1, 4], 1)
-    primary = rows.primary(study.read())
-    found = sequential.views(primary, EDITS, 1).set_index(["count", "view", "edit"])["score"]
-    assert {place[:2]: place[2] for place in found.index if "edits" in place[1]} == {
-        (1, "first edits"): "Ada",
-        (1, "last edits"): "Ada",
-        (4, "first edits"): "Ada",
-        (4, "last edits"): "Mary",
-    }
-    triples = primary[(primary["kind"] == "struct_trip") & (primary["batch"] == 4)]
-    wanted = triples.set_index("edit")["score"].to_dict()
-    assert found.sort_index().loc[4, "locality"].to_dict() == wanted

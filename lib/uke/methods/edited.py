@@ -11,7 +11,6 @@ from peft import (
     AdaLoraConfig,
     PeftConfig,
     PeftModel,
-    get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import METHODS, find
+from uke.methods.finetune import with_adapter
 from uke.methods.method import (
     EditRecord,
     Edits,
@@ -247,7 +247,7 @@ def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
         raise InputError(f"{directory}: no readable peft adapter ({reason})") from None
     with kept(model, {}):
         try:
-            wrapped = get_peft_model(model, config)
+            wrapped = with_adapter(model, config)
         except ValueError:
             raise InputError(f"{directory}: the model lacks the adapter's target_modules") from None
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

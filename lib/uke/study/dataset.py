@@ -1,5 +1,4 @@
-"""The dataset of a study: the first edits of a split, of the world or of a benchmark's file, with
-all their probes."""
+"""The dataset of a study: the first edits of a split of the world or a benchmark, with probes."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uke.data import formats
-from uke.data.edits import KINDS, SPLITS, Edit, Probe, fingerprint, in_split
+from uke.data.edits import SPLITS, Edit, Probe, fingerprint, in_split
 from uke.data.formats import load_locality
 from uke.errors import InputError, nearest
 from uke.locality import card
@@ -40,10 +39,7 @@ class Dataset:
         return replace(self, edits=self.edits[:limit])
 
     def only(self, kinds: Sequence[str]) -> "Dataset":
-        """Return the same edits with probes of these kinds alone, a dataset of its own; InputError
-        for an unknown kind."""
-        if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise InputError(f"kinds: unknown kind '{unknown[0]}'{nearest(unknown[0], KINDS)}")
+        """Return the same edits with probes of these kinds alone, a dataset of its own."""
         probes = {
             edit: tuple(probe for probe in every if probe.kind in kinds)
             for edit, every in self.probes.items()
@@ -63,8 +59,7 @@ class Dataset:
             text = " ".join(longer[: max(1, round(share * len(words[index])))])
             edits.append(edit.model_copy(update={"answer": text}))
         probes = {edit.id: edit.probes[:1] for edit in edits}
-        flat = [probe for group in probes.values() for probe in group]
-        changed = fingerprint(edits, flat)
+        changed = fingerprint(edits, [edit.probes[0] for edit in edits])
         return replace(self, edits=tuple(edits), probes=probes, fingerprint=changed)
 
 
@@ -78,18 +73,15 @@ def load(
     *,
     form: str = "unkebench",
 ) -> Dataset:
-    """Load the first `limit` edits (None: all) of a split of the world or of a benchmark's file,
-    with their probes.
+    """Load the first `limit` edits (None: all) of a split, with their probes.
 
         edits = dataset.load("quick", limit=4)  # four test edits of world 1
         edits = dataset.load("quick", "unkebench", "test", 4, "UnKE.json")
 
-    The world's edits come in the format of one benchmark or of the other (`form`: `unkebench`,
-    `akew-counterfact`) and with their locality set, which is built where it is missing. A
-    benchmark's file comes with the locality set that `make locality` has built for this run, if
-    any, beside the probes of its own records. Every fourth edit of a benchmark, chosen by a hash of
-    its id, is a development edit. Raises InputError for an unknown split or benchmark, a limit
-    below 1, or a file with bad records.
+    The world's edits come in the format of a benchmark (`form`: `unkebench`, `akew-counterfact`)
+    and with their locality set, which is built where it is missing. A benchmark's file comes with
+    the set that `make locality` has built for this run, if any, beside the probes of its records.
+    InputError for an unknown split or benchmark, a limit below 1, or a file with bad records.
     """
     paths = Paths(profile, data)
     if limit is not None and limit < 1:
@@ -105,13 +97,12 @@ def load(
             locality = load_locality(built, edits)
         edits = tuple(edit for edit in edits if in_split(edit.id, split))
     probes: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in edits}
-    locality = tuple(probe for probe in locality if probe.edit in probes)
+    locality = [probe for probe in locality if probe.edit in probes]
     for probe in locality:
         probes[probe.edit].append(probe)
-    chosen = edits[:limit]
     return Dataset(
-        chosen,
-        {edit.id: tuple(probes[edit.id]) for edit in chosen},
+        edits[:limit],
+        {edit: tuple(every) for edit, every in probes.items()},
         fingerprint(edits, locality),
         paths,
         split,
@@ -122,19 +113,15 @@ def load(
 def of_world(
     paths: Paths, split: str, seed: int, form: str = "unkebench"
 ) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
-    """Load all edits of a split of a world, and its locality set with (UnKEBench) exercises of a
-    general skill."""
+    """Load all edits of a split of a world, its locality set and exercises of a general skill."""
     folder = world_files.ensure(paths.home / "results", seed)
     order = card.of_world(folder, split, form)
     edits = formats.load(order.dataset, order.edit_file)
     built = card.ensure(order, card.settings(paths.home, "world"), folder / split / "locality")
-    exercises = (
-        load_locality(folder / split / world_files.GENERAL, edits) if form == "unkebench" else ()
-    )
-    return edits, (*load_locality(built, edits), *exercises)
+    sets = [built, folder / split / world_files.GENERAL] if form == "unkebench" else [built]
+    return edits, tuple(probe for path in sets for probe in load_locality(path, edits))
 
 
 def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
-    """Yield consecutive batches of `size` edits; a rest that fills no batch is left out, so that
-    all batches compare."""
+    """Yield consecutive batches of `size` edits; a rest that fills no batch is left out."""
     return (edits[start : start + size] for start in range(0, len(edits) - size + 1, size))

@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +30,7 @@ class Peak:
         train()
         print(peak.mib())
 
-    On CUDA what torch's allocator handed out, on Linux the resident memory of the process, whose
-    highest mark the kernel is asked to forget first: exact, where reading the memory now and then
-    would miss short peaks.
+    On CUDA what torch's allocator handed out, on Linux the resident memory of the process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,35 +39,26 @@ class Peak:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device) / MIB
-        elif _forget_highest():
+            return
+        try:  # give freed memory back, so that it counts when taken again; reset the kernel's mark
+            ctypes.CDLL(None).malloc_trim(0)
+            CLEAR.write_text("5")
             self.start = psutil.Process().memory_info().rss / MIB
+        except (OSError, AttributeError):  # not Linux
+            pass
 
     def mib(self) -> float | None:
-        """Return the mebibytes at the highest point so far beyond the start; None where the system
-        does not say."""
+        """Return the peak in mebibytes; None where the system does not say."""
         if self.start is None:
             return None
         if self.device.type == "cuda":
-            highest = torch.cuda.max_memory_allocated(self.device) / MIB
-        else:
-            highest = int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) / 1024
+            return torch.cuda.max_memory_allocated(self.device) / MIB - self.start
+        highest = int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) / 1024
         return max(0.0, highest - self.start)
 
 
-def _forget_highest() -> bool:
-    """Give freed memory back, so that it counts when it is taken again, and reset the highest mark;
-    False where that cannot be."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
 def free_mib(device: torch.device) -> float:
-    """Return the mebibytes that can still be taken on the device: on the CPU within the limits of a
-    cluster's job."""
+    """Return the mebibytes that can still be taken, on the CPU within a cluster job's limits."""
     if device.type == "cuda":
         # What torch's allocator holds in reserve is used for the driver, but free for us.
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -78,24 +67,21 @@ def free_mib(device: torch.device) -> float:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield the bytes that each control group (version 2) above this process has left; psutil does
-    not read them."""
-    try:
-        lines = MEMBERSHIP.read_text().splitlines()
-    except OSError:
-        return
-    for path in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
-        for group in [GROUPS / path, *(GROUPS / path).parents]:
-            limit, used = group / "memory.max", group / "memory.current"
-            if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+    """Yield the bytes left in each control group (version 2) above this process."""
+    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else []
+    for line in lines:
+        path = GROUPS / line.removeprefix("0::/")
+        for group in (path, *path.parents) if line.startswith("0::/") else ():
+            limit = group / "memory.max"
+            if limit.is_file() and limit.read_text().strip() != "max":
                 pages = dict(line.split() for line in (group / "memory.stat").open())
                 cached = int(pages.get("inactive_file", 0))  # dropped where memory is short
-                yield max(0, int(limit.read_text()) - int(used.read_text()) + cached)
+                used = int((group / "memory.current").read_text())
+                yield max(0, int(limit.read_text()) - used + cached)
 
 
 def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
-    """Store only the input of each block in trainings, and compute the rest again in the backward
-    pass.
+    """Store only the input of each block in trainings, and compute the rest again.
 
     Not by transformers' `gradient_checkpointing_enable`, which works in training mode alone, where
     dropout is on, and drops the cache that trainings of target vectors read.
@@ -111,8 +97,7 @@ def _checkpoint(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def offloaded(model: nn.Module) -> AbstractContextManager[None]:
-    """Hold what trainings store for the backward pass in the host's memory, except for the
-    weights."""
+    """Hold what trainings store, except for the weights, in the host's memory."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     host = save_on_cpu(pin_memory=model.device.type == "cuda")
 
@@ -127,7 +112,7 @@ def offloaded(model: nn.Module) -> AbstractContextManager[None]:
 
 
 # In the order in which they are enabled, by what a record says of them. Scores stay the same.
-FALLBACKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+FALLBACKS = {
     "activations are computed again where no cache is read": checkpointed,
     "activations are held in the host's memory": offloaded,
 }
@@ -135,20 +120,17 @@ FALLBACKS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
 
 @dataclass
 class MemoryFallbacks:
-    """The fallbacks of a model's trainings: none at first, one more each time that memory runs
-    out."""
+    """The fallbacks of a model's trainings: none at first, one more when memory runs out."""
 
     model: nn.Module
     enabled: list[str] = field(default_factory=list)
 
     def enable_next(self) -> str | None:
         """Enable one more fallback and name it; None where no other is left on this device."""
-        for name, fallback in FALLBACKS.items():
-            useful = self.model.device.type == "cuda" or fallback is not offloaded
-            if useful and name not in self.enabled:
-                self.enabled.append(name)
-                return name
-        return None
+        useful = len(FALLBACKS) if self.model.device.type == "cuda" else 1
+        left = [*FALLBACKS][len(self.enabled) : useful]
+        self.enabled += left[:1]
+        return left[0] if left else None
 
     @property
     def notes(self) -> list[str]:

@@ -12,7 +12,7 @@ from uke.methods.method import Method
 from uke.project import Paths
 from uke.results import compare
 from uke.results.stats import Interval
-from uke.study.factor import say_means
+from uke.study.say import begin, check_unchanged, say_means, warn_of_lacking
 from uke.study.study import Study
 
 LEADER = "FT-UKE"  # whose lead over the best baseline is measured, if it is among the methods
@@ -51,43 +51,33 @@ class MethodStudy:
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
         self.leader = LEADER if LEADER in others else next(iter(others), None)
-        self.best = compare.best_baselines(self._tuning, self.sizes, self.baselines)
+        # Development rows may be those of this run, or of the embedded model's own study.
+        of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
+        places = [study.paths, Paths("embedded")] if of_world else [study.paths]
+        self.best = compare.best_baselines(places, self.sizes, self.baselines)
 
     def _configured(self, size: int, tuned: bool = True) -> dict[str, Method]:
         return configured(self.study.paths.home / "params", self.study.subject.name, size, tuned)
-
-    @property
-    def _tuning(self) -> list[Paths]:
-        """Where development rows may be committed: this run's, or those of the embedded study."""
-        world = self.study.dataset.world_seed not in (None, 1)
-        embedded = self.study.subject.name == "embedded" or world
-        return [self.study.paths, *([Paths("embedded")] if embedded else [])]
-
-    def method(self, name: str, size: int = 1) -> Method:
-        """A method as tuned for a batch size."""
-        return self._configured(size)[name]
 
     @cached_property
     def plan(self) -> dict[tuple[int, str], int]:
         """How many edits each method writes at each batch size, by size and name."""
         found = {}
         for size in self.sizes:
-            rivals = [self.best[size]] if size in self.best else self.baselines
+            compared = [self.best[size]] if size in self.best else self.baselines
             for name in self.names:
-                if size == 1 and not _writes_one(self.published[name]):
+                full = size in self._full
+                left_out = not full and name in self.baselines and name not in compared
+                if left_out or (size == 1 and not _writes_one(self.published[name])):
                     continue
-                if size not in self._full and name in self.baselines and name not in rivals:
-                    continue
-                counted = (
-                    name in (self.leader, *rivals) or size in self._full and size <= self._limit
-                )
+                counted = name in (self.leader, *compared) or (full and size <= self._limit)
                 least = self._batches if counted else 1
                 found[size, name] = max(self._limit // size, least) * size
         return found
 
     @staticmethod
     def edits_needed(sizes: Sequence[int], limit: int, batches: int) -> int:
-        """How many edits such a study reads."""
+        """Return how many edits such a study reads."""
         return max(limit, *(max(limit // size, batches) * size for size in sizes))
 
     def require_lead(self) -> None:
@@ -97,9 +87,11 @@ class MethodStudy:
             raise InputError(f"methods: {', '.join(self.names)}: {what}; expected both kinds")
 
     def settings(self) -> pd.DataFrame:
-        """What tuning changed: the settings that differ, as published and as chosen at the first
-        batch size that each method is run at."""
-        chosen = {name: self.method(name, size) for size, name in reversed(self.plan)}
+        """Return the settings that tuning changed, as published and as chosen.
+
+        Chosen are those of the first batch size that each method is run at.
+        """
+        chosen = {name: self._configured(size)[name] for size, name in reversed(self.plan)}
         found = []
         for name in self.names:
             both = self.published[name], chosen[name]
@@ -112,13 +104,13 @@ class MethodStudy:
         `backwards` begins with the last method, for where another notebook may be writing the same
         rows from the first on.
         """
-        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
-        for (size, name), count in list(self.plan.items())[:: -1 if backwards else 1]:
-            method = self.method(name, size)
+        begin(self.study, section)
+        plan = list(self.plan.items())
+        for (size, name), count in reversed(plan) if backwards else plan:
+            method = self._configured(size)[name]
             section.method(method.model_dump() | {"batch": size})
             self.study.run(method, size, count)
-        if kinds := compare.lacking(self.rows):
-            section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
+        warn_of_lacking(self.rows, section)
         if self.baselines and not self.best:
             self.best = compare.best_here(self.averages, self.baselines)
             section.warn(
@@ -143,29 +135,28 @@ class MethodStudy:
         return self.scores[self.scores["kind"] == "average"]
 
     def say(self, section: Any, prefix: str, by: Sequence[str], kinds: Sequence[str] = ()) -> None:
-        """Say the mean of every method in a section, for these kinds of probe or for all of them;
-        `said` quotes it by key."""
+        """Say the mean of every method on these kinds of probe (all, if none), for `said`."""
         own = self.scores[self.scores["kind"].isin(kinds or self.scores["kind"].unique())]
         self.said |= say_means(section, prefix, own, by)
 
     def say_lead(self, section: Any, prefix: str) -> Interval:
-        """Say how far the leader is ahead of the best baseline on single edits, in points and in
-        percent of its average metric; the lead in points."""
+        """Say the lead over the best baseline on single edits, and return it in points.
+
+        It is said in points, and in percent of the baseline's average metric.
+        """
         points, percent = compare.lead(self.averages, self.leader, self.best[1])
         self.said["lead"] = section.say(f"{prefix}.lead", *points, unit="points")
         section.say(f"{prefix}.lead_relative", *percent, unit="%")
         return points
 
     def say_leads(self, section: Any, prefix: str, leads: pd.DataFrame) -> dict[int, str]:
-        """Say the lead at each batch size (see `compare.leads`), in points and in percent; what was
-        said of the points, by size."""
+        """Say the lead at each batch size (`compare.leads`); return what was said of points."""
         said = {}
-        for row in leads.to_dict("records"):
-            name, batches = f"{prefix}.{row['batch_size']}.lead", row["batches"]
-            points = (row[end] for end in ("mean", "low", "high"))
-            said[row["batch_size"]] = section.say(name, *points, n=batches, unit="points")
-            percent = (row[end] for end in ("percent", "percent_low", "percent_high"))
-            section.say(f"{name}_relative", *percent, n=batches, unit="%")
+        for row in leads.itertuples():
+            name, n = f"{prefix}.{row.batch_size}.lead", row.batches
+            points, percent = row[3:6], row[6:9]
+            said[row.batch_size] = section.say(name, *points, n=n, unit="points")
+            section.say(f"{name}_relative", *percent, n=n, unit="%")
         return said
 
     def check(self, section: Any) -> None:
@@ -174,9 +165,7 @@ class MethodStudy:
         section.check(counts == self.plan, "every method wrote all edits that it was asked for")
         split = self.study.dataset.split
         section.check(set(self.rows["split"]) == {split}, f"every row is of the split `{split}`")
-        section.check(
-            self.study.unchanged(), "every weight of the model is as it was before the first edit"
-        )
+        check_unchanged(self.study, section)
 
 
 def _writes_one(method: Method) -> bool:

@@ -1,5 +1,4 @@
-"""Answer every probe and score the answers: against the reference, and against the answers before
-an edit."""
+"""Answer probes; score the answers against the reference and the answers before an edit."""
 
 from collections.abc import Sequence
 
@@ -48,8 +47,7 @@ def answer_and_score(
 
 
 def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Add the answer before the edit to each row (`before`), and every score against it
-    (`<metric>_before`)."""
+    """Add the answer before the edit to each row (`before`), and scores (`<metric>_before`)."""
     probe = ["edit", "kind", "number"]
     frame = frame.merge(before[[*probe, "before"]], how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")

@@ -4,7 +4,6 @@ on the way."""
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -18,8 +17,9 @@ from uke.methods.edited import Writer, sequence
 from uke.methods.method import EditRecord, Method
 from uke.project import code_fingerprint, unit_key
 from uke.results import compare, rows
-from uke.study.factor import say_means
+from uke.study.committed import MissingRows
 from uke.study.memory import Peak
+from uke.study.say import begin, check_unchanged, say_means, warn_of_lacking
 from uke.study.score import with_before
 from uke.study.study import Study, with_record
 
@@ -35,14 +35,13 @@ def first_and_last(written: Sequence[Edit], number: int) -> list[Edit]:
 def run(
     study: Study, method: Method, counts: Sequence[int], queried: int, together: bool = False
 ) -> None:
-    """Store rows of the first and the last `queried` edits after each of `counts` edits, one unit
-    for the whole sequence.
+    """Store rows of the first and the last `queried` edits after each of `counts` edits.
 
-    Depth first, every edit is trained to its end before the next, on top of it. With `together`,
-    breadth first, the first n edits are trained at once from the unedited weights, for each n anew.
-    Seconds are those since the count before. Where a method breaks down on the way, the rows end
-    with the last count it reached, and their notes say why; it raises where it reached none.
-    InputError for counts or `queried` below 1, or more edits than there are.
+    The whole sequence is one unit. Depth first, every edit is trained to its end before the next,
+    on top of it. With `together`, breadth first, the first n edits are trained at once from the
+    unedited weights, for each n anew. Seconds are those since the count before. Where a method
+    breaks down on the way, the rows end with the last count it reached, and their notes say why;
+    it raises where it reached none. InputError for counts or `queried` out of range.
     """
     edits, counts = study.dataset.edits, sorted(set(counts))
     if not counts or counts[0] < 1 or counts[-1] > len(edits) or queried < 1:
@@ -50,7 +49,7 @@ def run(
             f"study {study.name}: counts {counts}, queried {queried}: "
             f"expected numbers from 1 to {len(edits)}, the edits there are"
         )
-    if rows.use_committed():
+    if study.committed:
         _take_committed(study, method, counts, queried)
         return
     fingerprints = study.fingerprints | {"recipe": method.fingerprint}
@@ -72,19 +71,22 @@ def run(
 
 
 def _take_committed(study: Study, method: Method, counts: Sequence[int], queried: int) -> None:
+    """Take the committed rows of each count, up to where the method broke down."""
+    split, units = study.dataset.split, []
     for count in counts:
+        chosen = first_and_last(study.dataset.edits[:count], queried)
+        labels = (method.name, FACTOR, f"after {count}", count, split, count)
         try:
-            chosen = first_and_last(study.dataset.edits[:count], queried)
-            study.take_committed(method.name, count, count, chosen, FACTOR, f"after {count}")
-        except InputError:
-            own = study.read() if study.units else pd.DataFrame({"method": [], "notes": []})
-            notes = own.loc[own["method"] == method.name, "notes"].dropna()
-            if notes.empty or not notes.iloc[-1].startswith("broke down"):
+            units.append(study.committed.unit(*labels, chosen))
+        except MissingRows:
+            notes = study.committed.read(units)["notes"].dropna()
+            if not notes.str.startswith("broke down").any():
                 raise
-            return
+            break
+    study.units += units
 
 
-def _within_memory(study: Study, method: Method, *options) -> pd.DataFrame:
+def _within_memory(study: Study, method: Method, *options: Any) -> pd.DataFrame:
     """Return the rows of a whole sequence, begun anew with less memory where it runs out."""
     while True:
         try:
@@ -96,8 +98,7 @@ def _within_memory(study: Study, method: Method, *options) -> pd.DataFrame:
 
 
 def _until_broken(checkpoints: Iterator[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of all checkpoints, or of those before a method broke down, as the last one's
-    notes then say."""
+    """Return the rows of all checkpoints before a method broke down, as the last notes then say."""
     frames: list[pd.DataFrame] = []
     try:
         for frame in checkpoints:
@@ -122,7 +123,7 @@ def _checkpoints(
                 bar.update(count)
             return
         with sequence(model, tokenizer, method) as writer:
-            for start, count in pairwise([0, *counts]):
+            for start, count in zip([0, *counts], counts, strict=False):
                 batches = [[edit] for edit in edits[start:count]]
                 yield _checkpoint(study, writer, batches, count, queried)
                 bar.update(count - start)
@@ -131,8 +132,7 @@ def _checkpoints(
 def _checkpoint(
     study: Study, writer: Writer, batches: Sequence[Sequence[Edit]], count: int, queried: int
 ) -> pd.DataFrame:
-    """Write the batches one after another, then score probes of some edits; the loss curve is that
-    of the last batch."""
+    """Write the batches one after another, then score probes of the first and the last edits."""
     probes = [
         probe
         for edit in first_and_last(study.dataset.edits[:count], queried)
@@ -155,7 +155,6 @@ def _checkpoint(
     record = EditRecord(
         losses=trainings[-1].losses,
         steps=sum(training.steps for training in trainings),
-        seconds=trained - started,
         stopped=trainings[-1].stopped,
         change_norm=writer.norms(),
         notes=study.subject.fallbacks.notes,
@@ -163,38 +162,13 @@ def _checkpoint(
     return with_record(frame, record)
 
 
-def views(scores: pd.DataFrame, edits: Sequence[Edit], queried: int) -> pd.DataFrame:
-    """Show what happens to the first edits and to the last, to locality and to a general skill, as
-    edits pile up.
-
-    `scores` is what `rows.primary` gives of this module's rows. Columns: method, count, edit, view,
-    score; of `first edits` and `last edits` (the same where all are few) it is that of the original
-    question.
-    """
-    index = scores["edit"].map({edit.id: index for index, edit in enumerate(edits)})
-    original = scores["kind"] == "original"
-    chosen = {
-        "first edits": original & (index < queried),
-        "last edits": original & (index >= scores["batch"] - queried),
-        "locality": scores["kind"].isin(in_group("locality")),
-        "general skill": scores["kind"].isin(in_group("skill")),
-    }
-    by = ["method", "batch", "edit"]
-    parts = [
-        scores[mask].groupby(by, sort=False)["score"].mean().reset_index().assign(view=view)
-        for view, mask in chosen.items()
-    ]
-    found = pd.concat(parts, ignore_index=True).rename(columns={"batch": "count"})
-    return found[["method", "count", "edit", "view", "score"]]
-
-
 class SequenceStudy:
     """Compare methods as edits pile up in the same weights, one after another or all at once.
 
         study = Study("09_sequential", dataset)
-        study = SequenceStudy(study, ["FT-M"], ["LocFT-BF"], [1, 8, 24], 5)
-        study.run(section)
-        study.views()  # the first edits, the last, locality and a general skill
+        sequences = SequenceStudy(study, ["FT-M"], ["LocFT-BF"], [1, 8, 24], 5)
+        sequences.run(section)
+        sequences.views()  # the first edits, the last, locality and a general skill
 
     `methods` write edit after edit, with settings tuned for one; those in `together` write all
     edits of a count at once, from the unedited weights and with settings tuned for as many. One
@@ -212,22 +186,22 @@ class SequenceStudy:
     ):
         self.study, self.queried, self.said = study, queried, {}
         self.counts = sorted({min(count, len(study.dataset.edits)) for count in counts})
-        self.runs = [(find(name, self._configured(1)), self.counts, False) for name in methods]
+        params, model = study.paths.home / "params", study.subject.name
+        singly = configured(params, model, 1)
+        self.runs = [(find(name, singly), self.counts, False) for name in methods]
         self.singly = [method.name for method, *_ in self.runs]
         for name in together:
-            for count in (count for count in self.counts if count > 1):
-                method = find(name, self._configured(count))
+            for count in self.counts:
+                method = find(name, configured(params, model, count))
                 if method.name in self.singly:
                     method = method.model_copy(update={"name": f"{method.name} (at once)"})
-                self.runs.append((method, [count], True))
+                if count > 1:
+                    self.runs.append((method, [count], True))
         self.names = list(dict.fromkeys(method.name for method, *_ in self.runs))
-
-    def _configured(self, size: int) -> dict[str, Method]:
-        return configured(self.study.paths.home / "params", self.study.subject.name, size)
 
     def run(self, section: Any) -> None:
         """Write the rows that are missing, and warn in a section of methods that broke down."""
-        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
+        begin(self.study, section)
         for method, counts, together in self.runs:
             section.method(method.model_dump() | ({"batch": counts[0]} if together else {}))
             run(self.study, method, counts, self.queried, together)
@@ -237,8 +211,7 @@ class SequenceStudy:
                 section.warn(
                     f"{name} did not reach {self.counts[-1]} edits: after {reached}, {note}."
                 )
-        if kinds := compare.lacking(self.rows):
-            section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
+        warn_of_lacking(self.rows, section)
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -260,13 +233,33 @@ class SequenceStudy:
         return compare.scored(last, before[known])
 
     def views(self) -> pd.DataFrame:
-        """What happens to the first edits and the last ones, to locality and to a general skill."""
-        scores = self.scores.rename(columns={"count": "batch"})
-        return views(scores, self.study.dataset.edits, self.queried)
+        """What happens to the first edits and the last, to locality and to a general skill.
+
+        Columns: method, count, edit, view, score; of `first edits` and `last edits` (the same
+        where all are few) it is that of the original question.
+        """
+        scores, places = self.scores, self._places(self.scores)
+        original = scores["kind"] == "original"
+        chosen = {
+            "first edits": original & (places < self.queried),
+            "last edits": original & (places >= scores["count"] - self.queried),
+            "locality": scores["kind"].isin(in_group("locality")),
+            "general skill": scores["kind"].isin(in_group("skill")),
+        }
+        by = ["method", "count", "edit"]
+        parts = [
+            scores[mask].groupby(by, sort=False)["score"].mean().reset_index().assign(view=view)
+            for view, mask in chosen.items()
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def _places(self, frame: pd.DataFrame) -> pd.Series:
+        """Return the place of each row's edit in the sequence."""
+        edits = [edit.id for edit in self.study.dataset.edits]
+        return frame["edit"].map(dict(zip(edits, range(len(edits)), strict=True)))
 
     def fading(self) -> pd.Series:
-        """By method, how much better the original question of the last edits is answered than that
-        of the first ones after the most edits, the least difference first."""
+        """By method, how much better the last edits are answered than the first, least first."""
         views = self.views()
         views = views[views["count"] == self.counts[-1]]
         means = views.groupby(["view", "method"])["score"].mean()
@@ -300,15 +293,12 @@ class SequenceStudy:
 
     def check(self, section: Any) -> None:
         """Check in a section what the conclusion needs."""
-        places = {edit.id: at for at, edit in enumerate(self.study.dataset.edits)}
-        place, count = self.rows["edit"].map(places), self.rows["batch"]
-        queried = (place < self.queried) | (place >= count - self.queried)
+        places, count = self._places(self.rows), self.rows["batch"]
+        queried = (places < self.queried) | (places >= count - self.queried)
         section.check(
-            (queried & (place < count)).all(), "only the first and the last edits were queried"
+            (queried & (places < count)).all(), "only the first and the last edits were queried"
         )
         counts = self.rows.groupby(["method", "batch"])["edit"].nunique().reset_index()
         every = counts["edit"] == counts["batch"].clip(upper=2 * self.queried)
         section.check(every.all(), "all of them, after every count")
-        section.check(
-            self.study.unchanged(), "every weight of the model is as it was before the first edit"
-        )
+        check_unchanged(self.study, section)

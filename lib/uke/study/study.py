@@ -1,15 +1,16 @@
-"""Run a study unit by unit: answer, edit, answer again, score, store rows; a unit that has rows is
-not run again."""
+"""Run a study unit by unit: answer, edit, answer again, score, store rows.
+
+A unit (a batch of edits under a method) that has rows is not run again.
+"""
 
 import hashlib
 import json
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ from uke.methods.method import EditRecord, Method
 from uke.methods.recipes import BASELINES
 from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load, precision
-from uke.project import EMBEDDED, code_fingerprint, digest, unit_key
+from uke.project import EMBEDDED, Paths, code_fingerprint, digest, unit_key
 from uke.results import rows
-from uke.results.metrics import METRICS, encoder_folder, load_encoder
+from uke.results.metrics import METRICS, Encoder, encoder_folder, load_encoder
+from uke.study.committed import Committed, MissingRows
 from uke.study.dataset import Dataset, batched
 from uke.study.memory import MemoryFallbacks, Peak, free_mib
 from uke.study.score import answer_and_score, token_limit, with_before
@@ -45,20 +47,22 @@ UNEDITED = "unedited"  # the method of the rows that hold the answers before any
 
 
 class Subject:
-    """The model under study, by name or as a loaded pair; by name it is loaded when it is first
-    needed.
+    """The model under study, by name or as a loaded pair; a name is loaded when first needed.
 
-    What tells rows of different models apart is remembered by the stats of the model's files, so
-    that a study whose units all have rows loads no model.
+    Fingerprints are remembered in `folder` by the stats of the model's files, so that a study whose
+    units all have rows loads no model.
     """
 
-    def __init__(self, model: str | tuple[nn.Module, PreTrainedTokenizerBase]) -> None:
+    def __init__(
+        self, model: str | tuple[nn.Module, PreTrainedTokenizerBase], folder: Path
+    ) -> None:
         if isinstance(model, str):
             self.name = model
         else:
             self.name, self.loaded = model[0].config.name_or_path, model
-        self.from_files, self._found = isinstance(model, str), None
         self.directory = EMBEDDED if self.name == "embedded" else Path(self.name)
+        # A name on the hub may mean other files another day.
+        self._folder = folder if isinstance(model, str) and self.directory.is_dir() else None
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -66,9 +70,13 @@ class Subject:
         measure_world(model, tokenizer)
         return model, tokenizer
 
+    @property
+    def is_loaded(self) -> bool:
+        return "loaded" in vars(self)
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if "loaded" not in vars(self) and self.directory.is_dir():
+        if not self.is_loaded and self.directory.is_dir():
             return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         return self.loaded[1]
 
@@ -76,45 +84,43 @@ class Subject:
     def fallbacks(self) -> MemoryFallbacks:
         return MemoryFallbacks(self.loaded[0])
 
-    def fingerprints(self, folder: Path) -> dict[str, str]:
-        """Return 16 hex digits each of the `weights`, and of all that decides an answer: tokenizer,
-        template, dtype too."""
-        if self._found:
-            return self._found
-        kept = self.from_files and self.directory.is_dir()  # a name on the hub may mean other files
-        path = folder / f"{self._files()}.json" if kept else None
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """16 hex digits of the `weights`, and of all that decides an answer: the `model`."""
+        path = self._folder and self._folder / f"{self._files()}.json"
         if path and path.is_file():
-            self._found = json.loads(path.read_text())
-            return self._found
+            return json.loads(path.read_text())
         model, tokenizer = self.loaded
-        weights = fingerprint(model)
-        vocabulary = sorted(tokenizer.get_vocab().items())
+        weights, vocabulary = fingerprint(model), sorted(tokenizer.get_vocab().items())
         whole = repr([weights, tokenizer.chat_template, vocabulary, str(model.dtype)])
-        both = hashlib.sha256(whole.encode()).hexdigest()[:16]
-        self._found = {"weights": weights, "model": both}
+        found = {"weights": weights, "model": hashlib.sha256(whole.encode()).hexdigest()[:16]}
         if path:
-            write_atomic(path, json.dumps(self._found))
-        return self._found
+            write_atomic(path, json.dumps(found))
+        return found
 
     def _files(self) -> str:
         """Return a digest of the names, sizes and times of the model's files."""
         stats = [(path.name, path.stat()) for path in sorted(self.directory.iterdir())]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         code = [code_fingerprint(("models", "study.study")), transformers.__version__]
-        return digest(str(self.directory.resolve()), files=files, code=code, dtype=str(_dtype()))
-
-
-def _dtype() -> torch.dtype:
-    return precision("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = str(precision("cuda" if torch.cuda.is_available() else "cpu"))
+        return digest(str(self.directory.resolve()), files=files, code=code, dtype=dtype)
 
 
 class Unit(NamedTuple):
-    """A batch of edits under a method: the name of its rows' file, the edits, what stands in every
-    row."""
+    """A batch of edits under a method: the name of its file, and what stands in every row."""
 
     key: str
     edits: tuple[Edit, ...]
     columns: dict[str, Any]
+
+    @property
+    def ids(self) -> list[str]:
+        return [edit.id for edit in self.edits]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: self.columns[name] for name in ("model", "data", "recipe")}
 
 
 @dataclass
@@ -146,7 +152,8 @@ class Study:
 
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
-            self.subject = Subject(self.subject)
+            self.subject = Subject(self.subject, self.paths.home / "results" / "fingerprints")
+        self.committed = Committed(self.paths, self.name) if rows.use_committed() else None
 
     @property
     def model(self) -> nn.Module:
@@ -157,14 +164,13 @@ class Study:
         return self.subject.tokenizer
 
     @property
-    def paths(self) -> rows.Paths:
+    def paths(self) -> Paths:
         return self.dataset.paths
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What tells rows of this model and dataset from those of others."""
-        model = self.subject.fingerprints(self.paths.home / "results" / "fingerprints")["model"]
-        return {"model": model, "data": self.dataset.fingerprint}
+        return {"model": self.subject.fingerprints["model"], "data": self.dataset.fingerprint}
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
@@ -176,51 +182,46 @@ class Study:
     @property
     def environment(self) -> dict[str, str]:
         """What a report must say of a run: model, data, code, device, versions."""
-        if rows.use_committed():
-            first = next(
-                frame.iloc[0]
-                for frame in (self._committed, rows.committed(self.paths, self.name, "before"))
-                if len(frame)
-            )
-            made = {name: first[name] for name in ("model", "data", "code")}
-            made["device"] = "none: drawn from committed rows"
+        if self.committed:
+            made = self.committed.fingerprints | {"device": "none: drawn from committed rows"}
         else:
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
-            device = str(self.model.device) if "loaded" in vars(self.subject) else device
+            device = str(self.model.device) if self.subject.is_loaded else device
             made = self.fingerprints | {"code": code_fingerprint(), "device": device}
         return made | {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def smoke_run(self) -> bool:
-        """Whether model and data do not belong together, so that scores show that the code works
-        and no more."""
+        """Whether the model does not know this data's world, so that scores say nothing."""
         return world_of(self.subject.directory) != self.dataset.world_seed
 
     def unchanged(self) -> bool:
-        """Whether every weight of the model is as it was when it was loaded, or no model was
-        loaded."""
-        if rows.use_committed() or "loaded" not in vars(self.subject):
+        """Whether every weight of the model, if one was loaded, is as it was then."""
+        if self.committed or not self.subject.is_loaded:
             return True
-        folder = self.paths.home / "results" / "fingerprints"
-        return fingerprint(self.model) == self.subject.fingerprints(folder)["weights"]
+        return fingerprint(self.model) == self.subject.fingerprints["weights"]
 
     def run(
-        self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any
+        self,
+        method: Method,
+        batch_size: int = 1,
+        limit: int | None = None,
+        factor: str | None = None,
+        level: str | None = None,
     ) -> None:
-        """Store rows for every batch of the first `limit` edits, each written into the unedited
-        weights.
+        """Store rows for every batch of the first `limit` edits, each written on its own.
 
-        `labels`: factor and level. Rows that this run has of the same work under other labels are
-        copied. Single edits that diverge have no rows; Diverged names them when all others are
-        done.
+        Rows that this run has of the same work under another factor or level are copied. Single
+        edits that diverge have no rows; Diverged names them when all others are done.
         """
         batches = list(batched(self.dataset.edits[:limit], batch_size))
-        if rows.use_committed():
-            for index, edits in enumerate(batches):
-                self.take_committed(method.name, batch_size, index, edits, **labels)
+        if self.committed:
+            labels = (method.name, factor, level, batch_size, self.dataset.split)
+            self.units += [self.committed.unit(*labels, *each) for each in enumerate(batches)]
             return
-        units = self._units(method, batches, batch_size, labels)
+        labels = {"factor": factor, "level": level}
+        units = [self._unit(method, batch_size, labels, *each) for each in enumerate(batches)]
         todo = self._without_rows(units)
-        if todo:  # an edit too long is said before any is written
+        if todo:  # an edit too long is reported before any is written
             method.examples(self.model, self.tokenizer, self.dataset.edits)
         self.units += [unit.key for unit in units]
         failed: dict[str, str] = {}
@@ -242,80 +243,69 @@ class Study:
         if failed:
             raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
 
-    def attempt(
-        self, method: Method, batch_size: int = 1, limit: int | None = None, **labels: Any
-    ) -> str | None:
-        """Like `run`, but return the error message instead of raising (None on success).
+    def attempt(self, method: Method, *options: Any, **labels: Any) -> str | None:
+        """Like `run`, but return the error message of a trial that fails (None on success).
 
-        A failed trial contributes no rows to `read`.
+        A failed trial contributes no rows to `read`. Committed rows that are missing still raise.
         """
         count = len(self.units)
         try:
-            self.run(method, batch_size, limit, **labels)
+            self.run(method, *options, **labels)
+        except MissingRows:
+            raise
         except (FloatingPointError, InputError) as error:
             del self.units[count:]
             return str(error)
         return None
 
-    def _units(
+    def _unit(
         self,
         method: Method,
-        batches: Iterable[Sequence[Edit]],
         batch_size: int,
-        labels: Mapping[str, Any],
-    ) -> list[Unit]:
+        labels: dict[str, str | None],
+        index: int,
+        edits: Sequence[Edit],
+    ) -> Unit:
         fingerprints = self.fingerprints | {"recipe": method.fingerprint}
-        settings = {"learning_rate": method.learning_rate, "seed": method.seed}
-        columns = {"split": self.dataset.split} | labels | settings | fingerprints
-        columns |= {"method": method.name, "batch_size": batch_size}
-        choices = self.conditions | {"size": batch_size, "texts": self.depends_on(method)}
-        units = []
-        for index, edits in enumerate(batches):
-            work = choices | {"batch": index} | fingerprints
-            # The same work under other labels ends in the same digits.
-            shared = digest("work", windows=self.windows, **work)
-            key = f"{unit_key(method.name, **work, **labels)}-{shared}"
-            units.append(Unit(key, tuple(edits), columns | {"batch": index}))
-        return units
+        columns = {"split": self.dataset.split, "method": method.name} | labels | fingerprints
+        columns |= {"batch_size": batch_size, "batch": index}
+        columns |= {"learning_rate": method.learning_rate, "seed": method.seed}
+        work = self.conditions | {"size": batch_size, "batch": index} | fingerprints
+        work["texts"] = self.depends_on(method)
+        # The same work under other labels ends in the same digits.
+        shared = digest("work", windows=self.windows, **work)
+        return Unit(f"{unit_key(method.name, **work, **labels)}-{shared}", tuple(edits), columns)
 
     def depends_on(self, method: Method) -> str | None:
-        """Return what else decides a method's results: the texts that the model's key covariance
-        was measured on."""
+        """Return what else decides a method's results, such as texts behind the key covariance."""
         if type(method).depends_on is Method.depends_on:
             return None
-        if "loaded" not in vars(self.subject):
-            folder = self.paths.home / "results" / "fingerprints"
-            weights = self.subject.fingerprints(folder)["weights"]
-            if known := method.depends_on(weights):
+        if not self.subject.is_loaded:
+            if known := method.depends_on(self.subject.fingerprints["weights"]):
                 return known
         return method.depends_on(self.model)
 
     def _without_rows(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units that must be run; rows of the same work under other labels are
-        copied."""
+        """Return the units to run; rows of the same work under other labels are copied."""
         stored, todo = rows.by_work(self.paths), []
         for unit in units:
-            fingerprints = {name: unit.columns[name] for name in ("model", "data", "recipe")}
-            if rows.done(self.paths, self.name, unit.key, fingerprints):
+            if rows.done(self.paths, self.name, unit.key, unit.fingerprints):
                 continue
             place = stored.get(unit.key.rpartition("-")[2])
-            if place is None or not rows.done(self.paths, *place, fingerprints):
+            if place and rows.done(self.paths, *place, unit.fingerprints):
+                found = rows.read(self.paths, place[0], [place[1]]).drop(columns="study")
+                self.append(unit.key, found.assign(**unit.columns))
+            else:
                 todo.append(unit)
-                continue
-            found = rows.read(self.paths, place[0], [place[1]])
-            labels = {"factor": None, "level": None} | unit.columns
-            self.append(unit.key, found.drop(columns="study").assign(**labels))
         return todo
 
     def lanes_at_once(self, method: Method) -> int:
-        """Return how many single edits are written at once: `lanes`, or as many as half of the free
-        memory holds."""
+        """Return how many single edits are written at once: at most what fits half of memory."""
         fitting = free_mib(self.model.device) / 2 / lane_mib(self.model, method)
         return max(1, int(min(self.lanes, fitting)))
 
     def take_less_memory(self, method: Method, at_once: int) -> bool:
-        """Halve the edits written at once, or enable the next fallback; False where none is
-        left."""
+        """Halve the edits written at once, or enable the next fallback; False for none left."""
         if at_once > 1:
             self.lanes = at_once // 2
             change = f"{at_once} edits side by side; going on with {self.lanes}"
@@ -329,8 +319,7 @@ class Study:
     def write(
         self, method: Method, group: Sequence[Unit]
     ) -> tuple[list[tuple[Unit, pd.DataFrame]], dict[str, str]]:
-        """Write one batch of edits, or several single edits side by side, and score all their
-        probes.
+        """Write one batch of edits, or several single edits side by side, and score all probes.
 
         Returns the rows of each unit, and why others failed, by the edit's id. Seconds and memory
         are equal shares.
@@ -343,7 +332,8 @@ class Study:
         with fallbacks.active(), write(self.model, self.tokenizer, edits, method) as m:
             cost = {"train_seconds": (time.perf_counter() - started) * share}
             cost["peak_mib"] = (highest := peak.mib()) and highest * share
-            records = m.edit_records if alone else dict.fromkeys(map(_id, edits), m.edit_record)
+            ids = [edit.id for edit in edits]
+            records = m.edit_records if alone else dict.fromkeys(ids, m.edit_record)
             failed = m.failed if alone else {}
             written = [edit for edit in edits if edit.id in records]
             probes = [probe for edit in written for probe in self.dataset.probes[edit.id]]
@@ -354,30 +344,28 @@ class Study:
         frame = with_before(frame.assign(phase="after", **cost), self.before)
         frames = []
         for unit in group:
-            ids = [*map(_id, unit.edits)]
-            if records.keys() >= set(ids):
-                record = records[ids[0]]
+            if records.keys() >= set(unit.ids):
+                record = records[unit.ids[0]]
                 record = replace(record, notes=[*record.notes, *fallbacks.notes])
-                own = frame[frame["edit"].isin(ids)].reset_index(drop=True)
-                windows = [(likely[edit], now[edit]) for edit in ids if edit in now]
+                own = frame[frame["edit"].isin(unit.ids)].reset_index(drop=True)
+                windows = [(likely[edit], now[edit]) for edit in unit.ids if edit in now]
                 frames.append((unit, with_record(own, record, windows)))
         return frames, failed
 
     def _window_likelihoods(self, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        """Return by the edit's id the mean log-probability (nats) of a token of each window of its
-        answer."""
+        """Return each window's mean log-probability (nats a token) of the answer, by edit id."""
         if not self.windows:
             return {}
         rule = BASELINES["anyedit_memit"].model_copy(update={"window": self.windows})
         located = locate(self.model, rule.examples(self.model, self.tokenizer, edits), rule)
-        return dict(zip(map(_id, edits), by_window(self.model, located), strict=True))
+        ids = (edit.id for edit in edits)
+        return dict(zip(ids, by_window(self.model, located), strict=True))
 
     @cached_property
     def before(self) -> pd.DataFrame:
-        """The answers of the unedited model to every probe, with their scores; shared by all
-        studies of a run."""
-        if rows.use_committed():
-            return self._committed_before()
+        """The unedited model's answers to every probe with their scores, shared in a run."""
+        if self.committed:
+            return self.committed.before(self.dataset.every_probe)
         fingerprints = self.fingerprints | {"recipe": None}
         conditions = self.conditions | {"edits": len(self.dataset.edits)}
         unit = unit_key(UNEDITED, **conditions, **fingerprints)
@@ -385,12 +373,15 @@ class Study:
             started = time.perf_counter()
             known = AnswerCache(self.paths.answers(self.fingerprints["model"]))
             frame = self.answer_and_score(self.model, self.dataset.every_probe, known)
-            columns = {"method": UNEDITED, "batch": 0, "phase": "before"} | fingerprints
-            columns |= {
-                "split": self.dataset.split,
-                "answer_seconds": time.perf_counter() - started,
-            }
-            rows.append(self.paths, UNEDITED, unit, frame.assign(**columns))
+            frame = frame.assign(
+                method=UNEDITED,
+                batch=0,
+                phase="before",
+                split=self.dataset.split,
+                answer_seconds=time.perf_counter() - started,
+                **fingerprints,
+            )
+            rows.append(self.paths, UNEDITED, unit, frame)
         return rows.read(self.paths, UNEDITED, [unit]).assign(before=lambda frame: frame["answer"])
 
     def answer_and_score(
@@ -398,8 +389,7 @@ class Study:
     ) -> pd.DataFrame:
         """Answer the probes and score them against the reference: one row per probe, in order."""
         options = Generation(self.token_limit, self.chat, cache=known)
-        wanted = self.similarity and has_encoder()
-        scorer = encoder() if wanted else None
+        scorer = encoder() if self.similarity and has_encoder() else None
         return answer_and_score(model, self.tokenizer, probes, options, scorer)
 
     def token_limit(self, probe: Probe) -> int:
@@ -408,96 +398,35 @@ class Study:
         return token_limit(probe, self.tokenizer, self.max_new_tokens, short)
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
-        """Store one unit's rows; InputError naming the first edit of which a score is not
-        finite."""
-        needed = [name for name in METRICS if name != "similarity"]
-        finite = np.isfinite(frame[needed]).all(axis=1)
-        finite &= np.isfinite(frame["log_probability"].fillna(0))
-        finite &= np.isfinite(frame["change_norm"])
+        """Store one unit's rows; InputError naming the first probe with a score not finite."""
+        needed = frame[[name for name in METRICS if name != "similarity"] + ["change_norm"]]
+        needed = needed.assign(likely=frame["log_probability"].fillna(0))
+        finite = np.isfinite(needed).all(axis=1)
         if not finite.all():
             first = frame[~finite].iloc[0]
             probe = f"edit {first['edit']!r}, {first['kind']} {first['number']}"
-            raise InputError(
-                f"study {self.name}: {first['method']}, {probe}: a score is not finite"
-            )
+            where = f"study {self.name}: {first['method']}, {probe}"
+            raise InputError(f"{where}: a score is not finite")
         rows.append(self.paths, self.name, unit, frame)
 
     def read(self) -> pd.DataFrame:
-        """Return the rows of every unit that `run` was asked for, and of no other; InputError where
-        there is none."""
+        """Return the rows of every unit that `run` was asked for; InputError for none."""
         if not self.units:
             raise InputError(f"study {self.name}: nothing was run, or every trial failed")
-        if rows.use_committed():
-            chosen = self._committed["unit"].isin(self.units)
-            found = self._committed[chosen].drop(columns="unit").reset_index(drop=True)
-            return found.astype({"batch": int, "batch_size": int})  # the unedited rows have none
+        if self.committed:
+            return self.committed.read(self.units)
         return rows.read(self.paths, self.name, self.units)
 
-    def export(self, frame: pd.DataFrame | None = None) -> Path:
-        """Write the committed rows of the study: `frame` (what `read` gives), if any, and the
-        unedited model's."""
-        if rows.use_committed():
+    def export(self, frame: pd.DataFrame) -> Path:
+        """Write the committed rows: `frame` (what `read` gives) and the unedited model's."""
+        if self.committed:
             return self.paths.exported(self.name)
         return rows.export(self.paths, self.name, pd.concat([frame, self.before]))
-
-    @cached_property
-    def _committed(self) -> pd.DataFrame:
-        """The committed rows, each with the name of its unit."""
-        frame = rows.committed(self.paths, self.name)
-        named = frame[["method", "factor", "level", "batch_size", "split", "batch"]]
-        return frame.assign(unit=[_unit_name(*values) for values in named.itertuples(index=False)])
-
-    @cached_property
-    def _committed_edits(self) -> dict[str, set[str]]:
-        return self._committed.groupby("unit")["edit"].agg(set).to_dict()
-
-    def take_committed(
-        self,
-        method: str,
-        batch_size: int,
-        batch: int,
-        edits: Iterable[Edit],
-        factor: str | None = None,
-        level: str | None = None,
-    ) -> None:
-        """Let `read` give the committed rows of this unit; InputError where they are missing or of
-        other edits."""
-        unit = _unit_name(method, factor, level, batch_size, self.dataset.split, batch)
-        if self._committed_edits.get(unit) != {*map(_id, edits)}:
-            raise InputError(self._missing(unit))
-        self.units.append(unit)
-
-    def _committed_before(self) -> pd.DataFrame:
-        frame = rows.committed(self.paths, self.name, "before")
-        probes = {(probe.edit, probe.kind, probe.number) for probe in self.dataset.every_probe}
-        asked = [probe in probes for probe in zip(frame["edit"], frame["kind"], frame["number"])]
-        if sum(asked) != len(probes):
-            raise InputError(self._missing("the unedited model"))
-        return frame[asked].assign(before=frame["answer"]).reset_index(drop=True)
-
-    def _missing(self, what: str) -> str:
-        notebooks = [path.stem for path in (self.paths.home / "notebooks").glob("*.ipynb")]
-        notebook = max(filter(self.name.startswith, notebooks), key=len, default=self.name)
-        profile = f"--profile {self.paths.profile}"
-        profile += "" if self.paths.data == "world" else f" --data {self.paths.data}"
-        return (
-            f"{self.paths.exported(self.name)}: no rows of {what} on these edits; "
-            f"make them with `python -m uke run {notebook} {profile}`"
-        )
-
-
-_id = attrgetter("id")
-
-
-def _unit_name(method: str, factor: Any, level: Any, size: Any, split: str, batch: int) -> str:
-    labels = [str(label) for label in (factor, level) if label is not None and label == label]
-    size = int(size) if size == size else 0
-    return ", ".join([method, *labels, f"batch {int(batch)} of size {size}, split {split}"])
 
 
 @cache
 def has_encoder() -> bool:
-    """Whether the sentence encoder is there, without loading it; a warning says why it is not."""
+    """Whether the sentence encoder is there, without loading it; warn where it is not."""
     try:
         return encoder_folder().is_dir()
     except InputError as error:
@@ -505,19 +434,21 @@ def has_encoder() -> bool:
         return False
 
 
-encoder = cache(load_encoder)  # loaded once for all studies
+@cache
+def encoder() -> Encoder | None:
+    """Load the sentence encoder, once for all studies."""
+    transformers.utils.logging.disable_progress_bar()  # no bars of weights in a notebook
+    return load_encoder()
 
 
-def world_of(directory: Path) -> int | None:
-    """Return the seed of the world that a model was trained on, as its directory says; None for any
-    other model."""
+def world_of(directory: str | Path) -> int | None:
+    """Return the seed of the world that a model was trained on; None for any other model."""
     directory = Path(directory)
     return card(directory)["settings"]["world_seed"] if (directory / CARD).is_file() else None
 
 
 def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Measure the key covariance of a world's own model on that world, where it is not yet
-    measured."""
+    """Measure the key covariance of a world's own model on that world, if it is not yet."""
     if (seed := world_of(model.config.name_or_path)) is not None:
         texts = covariance.world_texts(seed)
         covariance.measure(model, tokenizer, texts, range(len(blocks(model))))
@@ -526,19 +457,13 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 def with_record(
     frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple] = ()
 ) -> pd.DataFrame:
-    """Add what an edit's record holds to the rows of one unit, its loss curve to the first of
-    them."""
-    norms = record.change_norm.values()
-    frame = frame.assign(
+    """Add an edit's record to the rows of one unit, its loss curve to the first of them."""
+    norms = record.change_norm
+    curve = {"stopped": record.stopped, "losses": record.losses, "norms": norms, "windows": windows}
+    text = json.dumps(rows.shortened(curve, 6))
+    return frame.assign(
         steps=record.steps,
-        change_norm=sum(norms) / max(1, len(norms)),  # in context nothing changes
+        change_norm=sum(norms.values()) / max(1, len(norms)),  # in context nothing changes
         notes="; ".join(record.notes) or None,
+        curve=[text] + [None] * (len(frame) - 1),
     )
-    curve = {
-        "stopped": record.stopped,
-        "losses": record.losses,
-        "norms": record.change_norm,
-        "windows": windows,
-    }
-    frame["curve"] = [json.dumps(rows.shortened(curve, 6))] + [None] * (len(frame) - 1)
-    return frame

@@ -12,8 +12,9 @@ from uke.methods.catalog import changes, differences, key
 from uke.methods.method import Method
 from uke.methods.recipes import SINGLE_BLOCKS, Recipe
 from uke.results import rows
-from uke.results.compare import label, leading
+from uke.results.compare import label
 from uke.results.stats import Paired, Score, paired, summarise
+from uke.study.say import begin
 from uke.study.study import Study
 
 CELL = ["method", "factor", "level"]
@@ -77,12 +78,12 @@ class Trials:
 
         Warn in a section of those that fail because a loss or a system is not finite: they are out.
         """
-        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
+        begin(self.study, section)
         for size in sizes or self.sizes:
             last = len(self.sizes) > 2 and size == self.sizes[-1]
-            entered = leading(self.averages(), self.sizes[-2], self.finalists) if last else None
+            entered = self._leading(self.sizes[-2]) if last else self.settings
             for (name, level), trial in self.settings.items():
-                if (names and name not in names) or (entered and (name, level) not in entered):
+                if (names and name not in names) or (name, level) not in entered:
                     continue
                 if size == 1 and getattr(trial, "batch_size", None):
                     continue
@@ -92,6 +93,13 @@ class Trials:
                     self.failed.append(self.planned[-1])
                     where = f"{name}, batch size {size}"
                     section.warn(f"{where}: the trial with {level} failed: {fault}")
+
+    def _leading(self, size: int) -> set[tuple[str, str]]:
+        """Return method and level of the finalists of each method at a batch size."""
+        averages = self.averages()
+        means = averages[averages["batch_size"] == size].groupby(["method", "level"])["score"]
+        best = means.mean().groupby("method", group_keys=False).nlargest(self.finalists)
+        return set(best.index)
 
     def averages(self) -> pd.DataFrame:
         """Return the average metric of every trial and edit."""
@@ -104,13 +112,15 @@ class Trials:
 
         Columns: method, level, batch_size, score, edits, chosen, and `before`, the unedited model.
         """
-        order = {trial: index for index, trial in enumerate(self.settings)}
         groups = self.averages().groupby(["method", "level", "batch_size"])
         found = groups.agg(score=("score", "mean"), edits=("edit", "nunique")).reset_index()
-        found["order"] = [order[pair] for pair in zip(found["method"], found["level"], strict=True)]
-        found = found.sort_values(["order", "batch_size"], ignore_index=True).drop(columns="order")
+        order = pd.MultiIndex.from_tuples(self.settings).get_indexer(
+            pd.MultiIndex.from_frame(found[["method", "level"]])
+        )
+        found = found.assign(order=order).sort_values(["order", "batch_size"], ignore_index=True)
         best = found.groupby(["batch_size", "method"])["score"].idxmax()
-        return found.assign(chosen=found.index.isin(best), before=untouched(self.study))
+        chosen = found.index.isin(best)
+        return found.drop(columns="order").assign(chosen=chosen, before=untouched(self.study))
 
     def best(self) -> pd.DataFrame:
         """Return the best trial of each method at each batch size."""
@@ -139,34 +149,30 @@ class Trials:
         """
         gains = {}
         for (name, size), own in self.means().groupby(["method", "batch_size"], sort=False):
-            ranked = own["score"].sort_values().to_list()
-            second = ranked[-2] if len(ranked) > 1 else own["before"].iloc[0]
-            gap = ranked[-1] - second
-            gains[f"{name}, batch size {size}"] = gap / len(ranked)
+            best, second = [*own["score"].nlargest(2), own["before"].iloc[0]][:2]
+            gains[f"{name}, batch size {size}"] = (best - second) / len(own)
         return pd.Series(gains)
-
-    def at_edges(self) -> list[str]:
-        """Name the best trials whose learning rate is the lowest or the highest of those tried."""
-        rates: dict[str, set[float]] = {}
-        for (name, _), trial in self.settings.items():
-            rates.setdefault(name, set()).add(trial.learning_rate)
-        found = []
-        for row in self.best().itertuples():
-            own, rate = rates[row.method], self.settings[row.method, row.level].learning_rate
-            if len(own) > 2 and rate in (min(own), max(own)):
-                found.append(f"{row.method} at batch size {row.batch_size} ({rate:g})")
-        return found
 
     def check(self, section: Any) -> None:
         """Check that all trials have rows of all their edits, and warn of rates at an edge."""
-        means = self.means()
+        means, rates = self.means(), {}
         wanted = means["batch_size"].map(self.edits)
         section.check(
             means["edits"].eq(wanted).all(), "every trial was made on all of its development edits"
         )
         made = len(means) + len(self.failed)
         section.check(made == len(self.planned), "every trial has rows or has failed")
-        _warn_of_edges(section, self.at_edges())
+        for (name, _), trial in self.settings.items():
+            rates.setdefault(name, set()).add(trial.learning_rate)
+        best = [
+            (
+                f"{row.method} at batch size {row.batch_size}",
+                self.settings[row.method, row.level].learning_rate,
+                rates[row.method],
+            )
+            for row in means[means["chosen"]].itertuples()
+        ]
+        _warn_of_edges(section, best)
 
     def say(self, section: Any, names: Mapping[str, str] | None = None) -> None:
         """Say the best average of each method (`tuning.<batch size>.<key>.average`)."""
@@ -175,7 +181,13 @@ class Trials:
             section.say(f"tuning.{row.batch_size}.{name}.average", row.score, n=row.edits)
 
 
-def _warn_of_edges(section: Any, edges: Sequence[str]) -> None:
+def _warn_of_edges(section: Any, best: Sequence[tuple[str, float, Sequence[float]]]) -> None:
+    """Warn of each best learning rate that is the lowest or the highest of three or more tried."""
+    edges = [
+        f"{place} ({rate:g})"
+        for place, rate, tried in best
+        if len(tried) > 2 and rate in (min(tried), max(tried))
+    ]
     if edges:
         section.warn(
             "The best learning rate is at the edge of those tried, so a better one may lie "
@@ -214,10 +226,7 @@ class LevelTrials:
                     cells.append((name, cell.factor, cell.level, rate, differences(trial, recipe)))
         self._cells = pd.DataFrame(cells, columns=[*CELL, "learning_rate", "trial"])
         self.trials = Trials(study, tried, families, limit=limit)
-
-    def run(self, section: Any) -> None:
-        """Make the trials that have no rows; warn in a section of those that fail."""
-        self.trials.run(section)
+        self.run = self.trials.run
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -254,10 +263,8 @@ class LevelTrials:
     def summary(self) -> pd.DataFrame:
         """Mean and interval of every level at its best rate; `chosen` marks the rule's choice."""
         found = summarise(self.tuned, CELL).merge(self.best[[*CELL, "learning_rate"]])
-        cells = zip(found["method"], found["factor"], found["level"], strict=True)
-        return found.assign(
-            chosen=[self.chosen[name][factor] == one for name, factor, one in cells]
-        )
+        chosen = [self.chosen[row.method][row.factor] == row.level for row in found.itertuples()]
+        return found.assign(chosen=chosen)
 
     def shown(self) -> pd.DataFrame:
         """Return the means for a figure, each line called by its factor and level."""
@@ -295,13 +302,15 @@ class LevelTrials:
             set(self.scores["split"]) == {"development"},
             "no row but those of development edits chose anything",
         )
-        edges = []
-        for row in self.best.itertuples():
-            rates = self.rates[row.method]
-            if len(rates) > 2 and row.learning_rate in (min(rates), max(rates)):
-                place = f"{row.method}, {label(row.factor)} {label(row.level)}"
-                edges.append(f"{place} ({row.learning_rate:g})")
-        _warn_of_edges(section, edges)
+        best = [
+            (
+                f"{row.method}, {label(row.factor)} {label(row.level)}",
+                row.learning_rate,
+                self.rates[row.method],
+            )
+            for row in self.best.itertuples()
+        ]
+        _warn_of_edges(section, best)
 
     def say(self, section: Any) -> None:
         """Say every level's average (`tuning.level.<method>.<factor>.<level>`)."""
@@ -347,10 +356,7 @@ class GridTrials:
                 self._cells.append(combination | cell)
         study, families = levels.trials.study, levels.families
         self.trials = Trials(study, {self.family: trials}, families, limit=levels.limit)
-
-    def run(self, section: Any) -> None:
-        """Make the trials that have no rows; warn in a section of those that fail."""
-        self.trials.run(section)
+        self.run = self.trials.run
 
     @cached_property
     def scores(self) -> pd.DataFrame:
