@@ -68,12 +68,6 @@ def test_a_point_and_its_interval_are_those_of_the_rows():
     assert any(segment[:, 0] == pytest.approx(ends) for segment in segments(ax))
 
 
-def test_details_of_one_edit_do_not_count_as_several_edits():
-    frame = pd.DataFrame({"edit": list("aaab"), "score": [0.0, 0.0, 0.0, 1.0]})
-    ax = panels(figures.scores(frame.assign(method="FT-M", kind="detail")))["Details"]
-    assert points(ax)[0][0] == pytest.approx(0.5)
-
-
 def test_no_edit_and_the_floor_are_references_and_no_methods():
     frame = scores("FT-M", "no edit", "floor")
     fig = figures.scores(frame)
@@ -208,15 +202,11 @@ def test_a_lead_has_its_intervals_and_the_line_of_no_lead():
     assert [text.get_text() for text in ax.texts] == ["4.0", "9.0", "20.0", "FT-UKE"]
 
 
+SCALES = {"log": [(1, 4, 16, 64), (26, 48, 95, 187)], "linear": [(1, 10, 20, 40), (1, 2, 8)]}
+
+
 @pytest.mark.parametrize(
-    "sizes, scale",
-    [
-        ((1, 2, 4, 8, 16, 40), "log"),
-        ((1, 4, 16, 64), "log"),
-        ((26, 48, 95, 187), "log"),
-        ((1, 10, 20, 40), "linear"),
-        ((1, 2, 8), "linear"),
-    ],
+    "sizes, scale", [(each, scale) for scale in SCALES for each in SCALES[scale]]
 )
 def test_numbers_that_grow_by_a_factor_stand_apart_from_each_other(sizes, scale):
     frame = pd.DataFrame({"method": "FT-M", "panel": "editing", "batch size": sizes, "score": 0.5})
@@ -281,17 +271,6 @@ def test_a_plane_has_a_point_for_each_method_and_a_cross_for_no_edit():
     assert marks == [("o", 0.9), ("x", 1.0)]
 
 
-def test_a_specification_is_sorted_and_shows_the_levels_of_each_combination():
-    frame = pd.DataFrame({"layers": ["one", "all"], "loss": ["x", "x"], "mean": [0.4, 0.7]})
-    frame = frame.assign(low=0.3, high=0.8, chosen=[True, False])
-    top, below = figures.specification(frame, ["layers", "loss"]).axes
-    assert top.collections[1].get_offsets()[:, 1].tolist() == [0.7, 0.4]
-    (ring,) = [line for line in top.get_lines() if line.get_markerfacecolor() == "none"]
-    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1], [0.4])
-    names = [each.get_text() for each in below.get_yticklabels()]
-    assert names == ["layers: all", "layers: one", "loss: x"]
-
-
 @pytest.mark.parametrize(
     ("draw", "column"),
     [
@@ -301,16 +280,13 @@ def test_a_specification_is_sorted_and_shows_the_levels_of_each_combination():
         (figures.tuning, "chosen"),
         (figures.distribution, "score"),
         (figures.plane, "efficacy"),
-        (lambda frame: figures.specification(frame, ["layers"]), "mean"),
         (figures.claims, "text"),
     ],
 )
 def test_a_missing_column_is_named_with_the_nearest_one(draw, column):
-    columns = "method kind edit score step loss batch_size chosen locality efficacy layer norm"
+    columns = "method kind edit score step loss batch_size chosen locality efficacy"
     frame = pd.DataFrame({name: [1.0] for name in columns.split()})
-    frame = frame.assign(layers=1, mean=1, claim="c", verdict="v", value=1, low=0, high=1, text="")
-    if column != "mean":
-        frame = frame.drop(columns=["mean"])
+    frame = frame.assign(claim="c", verdict="v", value=1, low=0, high=1, text="")
     with pytest.raises(InputError, match=f"no column '{column}'; did you mean '{column}x'"):
         draw(frame.rename(columns={column: column + "x"}))
     assert plt.get_fignums() == []  # and nothing stays in pyplot's memory

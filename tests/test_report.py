@@ -145,6 +145,8 @@ def test_batches_are_drawn_as_wholes_where_edits_share_a_training():
     frame = scored().query("method == 'FT-L' and kind == 'original'").assign(batch=[0, 0, 0, 1, 1])
     assert summarise(frame, ["method", "kind"])["n"].tolist() == [2]
     assert summarise(frame.drop(columns="batch"), ["method", "kind"])["n"].tolist() == [5]
+    details = pd.DataFrame({"edit": list("aaab"), "score": [0.0, 0.0, 0.0, 1.0], "kind": "detail"})
+    assert summarise(details, ["kind"])["mean"].tolist() == [0.5]  # over edits, not over probes
 
 
 def test_answers_side_by_side_become_lines_that_can_be_read():

@@ -101,7 +101,7 @@ def _forest(
     gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
     heights = pd.Series({line: at + gap * names.index(line[0]) for at, line in enumerate(lines)})
     height = 0.55 + 0.19 * max(1 + heights.max(), 2)
-    fig, axes = _panels(titles, 3 if len(titles) < 8 else 4, height, sharex=True, sharey=True)
+    fig, axes = _panels(titles, 3 if len(titles) < 8 else 4, height, FULL, sharex=True, sharey=True)
     for title, ax in axes.items():
         own = summary[summary[panel] == title]
         references = own.drop_duplicates(by).set_index(by)["mean"]
@@ -299,7 +299,7 @@ def distribution(
         name: each._replace(marker="") for name, each in looks(ordered(frame[by], KINDS)).items()
     }
     titles = ordered(frame[panel]) if panel else [""]
-    fig, axes = _panels(titles, 2, 2.0, sharey=True)
+    fig, axes = _panels(titles, 2, 2.0, COLUMN * min(len(titles), 2), sharey=True)
     shares = np.linspace(0, 1, POINTS + 1)
     for title, ax in axes.items():
         own = _of(frame, panel, title)
@@ -344,34 +344,6 @@ def plane(
 
 
 @styled
-def specification(frame: pd.DataFrame, factors: Sequence[str]) -> Figure:
-    """Draw every combination of levels by its score, the best first, and below it its levels.
-
-    `frame` has one row for each combination: the factors, mean, low, high, chosen (is ringed).
-    """
-    require(frame, [*factors, "mean", "low", "high", "chosen"], "specification")
-    frame = frame.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
-    lines = [(factor, level) for factor in factors for level in ordered(frame[factor])]
-    fig = Figure(figsize=(FULL, 1.8 + 0.17 * len(lines)))
-    top, below = fig.subplots(2, 1, sharex=True, height_ratios=[1.5, 0.17 * len(lines)])
-    colours = [style.RED if chosen else style.BLUE for chosen in frame["chosen"]]
-    top.vlines(frame.index, frame["low"], frame["high"], color=colours, lw=1.4)
-    top.scatter(frame.index, frame["mean"], color=colours, s=20, zorder=3)
-    ring = {"mfc": "none", "mec": style.RED, "ms": 9, "label": "best levels, one factor at a time"}
-    top.plot(frame.index[frame["chosen"]], frame.loc[frame["chosen"], "mean"], "o", **ring)
-    top.set_ylabel("average metric")
-    top.grid(axis="y")
-    for at, (factor, level) in enumerate(lines):
-        shades = [style.INK if has else style.PALE for has in frame[factor] == level]
-        below.scatter(frame.index, [at] * len(frame), s=14, color=shades, lw=0)
-    _names(below, [f"{label(factor)}: {label(level)}" for factor, level in lines])
-    below.tick_params(labelsize=6.5)
-    below.set_xticks([])
-    fig.legend(loc="outside upper right")
-    return fig
-
-
-@styled
 def claims(frame: pd.DataFrame) -> Figure:
     """Draw the numbers that decide claims around one zero, each claim on a scale of its own.
 
@@ -406,14 +378,13 @@ def _panels(
     titles: Sequence[Any],
     columns: int,
     height: float,
-    width: float = 0,
+    width: float,
     least: float = 0,
     **shared: Any,
 ) -> tuple[Figure, dict[Any, Axes]]:
     """Make a figure with a panel of this height for each title."""
     columns = min(columns, len(titles))
     rows = ceil(len(titles) / columns)
-    width = width or (FULL if columns > 1 else COLUMN)
     fig = Figure(figsize=(width, max(least, 0.3 + rows * height)))
     axes = list(fig.subplots(rows, columns, squeeze=False, **shared).flat)
     for title, ax in zip(titles, axes, strict=False):

@@ -12,12 +12,12 @@ Everything is stored as Markdown, which `uke.report.compose` makes a page and a 
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import IPython.display
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -63,12 +63,8 @@ class Section:
         with the notebook and the cell that said it.
         """
         where = f"{self.notebook}: number {key}"
-        if not _KEY.fullmatch(key):
-            raise InputError(
-                f"{self.notebook}: number '{key}': expected lower-case words joined by dots"
-            )
-        if key in self._numbers:
-            raise InputError(f"{where} is said twice")
+        if not _KEY.fullmatch(key) or key in self._numbers:
+            raise InputError(f"{where}: expected new lower-case words joined by dots")
         value, low, high = (_plain(each, where) for each in (value, low, high))
         if value is None or (low is None) != (high is None) or (low is not None and low > high):
             raise InputError(f"{where}: expected a value, and both ends of its interval or none")
@@ -96,9 +92,7 @@ class Section:
         """
         self._check_name("figure", name, caption)
         if not alt.strip():
-            raise InputError(
-                f"{self.notebook}: figure {name}: expected a text for who cannot see it (alt)"
-            )
+            raise InputError(f"{self.notebook}: figure {name}: expected an alternative text (alt)")
         saved = style.save(draw(frame, **options), self.paths.figures, name, png)
         alt_text = re.sub(r'([\\"])', r"\\\1", " ".join(alt.split()))
         text = f'![{prose(caption)}]({name}.svg){{#fig-{name} alt="{alt_text}"}}'
@@ -160,15 +154,13 @@ class Section:
         return write_atomic(self.paths.sections / f"{self.notebook}.json", text + "\n")
 
     def _source(self) -> str:
-        shell = _shell()
+        shell = IPython.get_ipython()
         return f"{self.notebook}, cell {shell.execution_count}" if shell else self.notebook
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():
-            raise InputError(
-                f"{self.notebook}: {what} '{name}': expected a name of a-z, 0-9, _ and -, "
-                "and a caption"
-            )
+            expected = "expected a name of a-z, 0-9, _ and -, and a caption"
+            raise InputError(f"{self.notebook}: {what} '{name}': {expected}")
         if any((each["type"], each.get("name")) == (what, name) for each in self._body):
             raise InputError(f"{self.notebook}: there is an earlier {what} called '{name}'")
 
@@ -196,20 +188,15 @@ def _plain(value: Any, where: str) -> float | int | None:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _shell() -> Any:
-    """Return the running notebook's shell; None outside of one."""
-    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-
-
 def _show(what: pd.DataFrame | Path | str) -> None:
     """Show a table, an SVG file or a text in the running notebook, if any."""
-    if not _shell():
+    if not IPython.get_ipython():
         return
-    shown = sys.modules["IPython"].display
     if isinstance(what, str):
-        shown.display({"text/plain": what}, raw=True)
+        IPython.display.display({"text/plain": what}, raw=True)
     else:
-        shown.display(shown.SVG(filename=what) if isinstance(what, Path) else what)
+        shown = IPython.display.SVG(filename=what) if isinstance(what, Path) else what
+        IPython.display.display(shown)
 
 
 def prose(text: str) -> str:
@@ -236,11 +223,8 @@ def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: bool = T
     if sum(_longest(cells) > _WORDY for cells in columns.values()) > 3:
         columns, aligned = _turned(columns), [":---"] * 3
     below = sum(any(cell.note for cell in cells) for cells in columns.values()) > 4
-    rows = [
-        [_cell_markdown(cell, below) for cell in row]
-        for row in zip(*columns.values(), strict=False)
-    ]
-    lines = [[prose(head) for head in columns], aligned, *rows]
+    printed = ([_cell_markdown(cell, below) for cell in cells] for cells in columns.values())
+    lines = [map(prose, columns), aligned, *zip(*printed, strict=True)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     links = f'<a href="tables/{name}.csv">CSV</a> · <a href="tables/{name}.tex">LaTeX</a>'
     links = f' `<span class="files">{links}</span>`{{=html}}' if files else ""

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,13 +88,11 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
     A variant of a method has its colour and is dashed.
     """
-    names = list(dict.fromkeys(names))
-    others = iter(OTHERS * (1 + len(names) // len(OTHERS)))
-    plain = {name: LOOKS.get(name.removesuffix(VARIANT)) or next(others) for name in names}
-    return {
-        name: look._replace(dashes="--") if name.endswith(VARIANT) else look
-        for name, look in plain.items()
-    }
+    found, others = {}, itertools.cycle(OTHERS)
+    for name in dict.fromkeys(names):
+        look = LOOKS.get(name.removesuffix(VARIANT)) or next(others)
+        found[name] = look._replace(dashes="--") if name.endswith(VARIANT) else look
+    return found
 
 
 def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
@@ -108,15 +107,16 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     for name in reversed(order):
         above = min(heights[name], above - gap)
-        colour = ends[name][2]
+        shared = {"color": ends[name][2], "annotation_clip": False, "fontsize": 7, "va": "center"}
+        line = {"arrowstyle": "-", "color": ends[name][2], "lw": 0.5, "shrinkA": 1, "shrinkB": 1}
         ax.annotate(
             label(name),
             points[name],
             (1.06, above),
             xycoords="axes fraction",
             textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 1, "shrinkB": 1},
-            **{"color": colour, "fontsize": 7, "va": "center", "annotation_clip": False},
+            arrowprops=line,
+            **shared,
         )
 
 
@@ -128,11 +128,11 @@ def save(fig: Figure, directory: str | Path, name: str, png: bool = False) -> li
     undated = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
     saved = []
     for ending in ["svg", "png"] if png else ["svg"]:
-        drawn = io.BytesIO()
+        content = io.BytesIO()
         with matplotlib.rc_context(RC):
-            fig.savefig(drawn, format=ending, metadata=undated[ending])
-        content = drawn.getvalue()
+            fig.savefig(content, format=ending, metadata=undated[ending])
+        drawn = content.getvalue()
         for needless, lean in _LEAN.items() if ending == "svg" else ():
-            content = re.sub(needless, lean, content)
-        saved.append(write_atomic(Path(directory) / f"{name}.{ending}", content))
+            drawn = re.sub(needless, lean, drawn)
+        saved.append(write_atomic(Path(directory) / f"{name}.{ending}", drawn))
     return saved
