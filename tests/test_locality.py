@@ -12,7 +12,16 @@ from uke.data.formats import load, load_locality
 from uke.errors import InputError
 from uke.files import sha256
 from uke.locality import audit, card
-from uke.locality.build import PROBE_KINDS, Builder, Settings, Sources, build, cut, unfiltered
+from uke.locality.build import (
+    PROBE_KINDS,
+    Builder,
+    Settings,
+    Sources,
+    build,
+    cut,
+    question_for,
+    unfiltered,
+)
 from uke.locality.card import SetFiles
 from uke.world import files as world_files
 
@@ -111,16 +120,20 @@ def test_random_draws_depend_on_the_seed_and_on_no_other_edit(sources, tmp_path)
     assert len({tuple(drawn(sources, seed)) for seed in range(4)}) > 1
 
 
-def test_a_document_is_asked_its_own_question_else_by_its_title(sources, tmp_path):
-    builder = Builder(sources, BM25, tmp_path)
-    titled = Builder(sources, BM25.model_copy(update={"own_question": False}), tmp_path)
-    own = town("Bath", own=True)
-    assert builder.question_of(own) == ("What is Bath?", ())
-    assert titled.question_of(own) == ("Tell me about Bath.", ())
-    section = Document("x", "Bath", "Text.", section="History")
-    assert builder.question_of(section)[0] == "Tell me about Bath, in particular: History."
-    short = Document("x", "Bath", "Text.", questions=(("Who built it?", "Romans"),))
-    assert builder.question_of(short) == ("Who built it?", ("Romans",))
+@pytest.mark.parametrize(
+    ("section", "questions", "question", "aliases"),
+    [
+        ("", [("What is Bath?", "")], "What is Bath?", ()),
+        ("", [("Who built it?", "Romans")], "Who built it?", ("Romans",)),
+        ("", [], "Tell me about Bath.", ()),
+        ("History", [], "Tell me about Bath, in particular: History.", ()),
+    ],
+)
+def test_a_document_is_asked_its_own_question_else_by_its_title(
+    section, questions, question, aliases
+):
+    document = Document("x", "Bath", "Text.", section, tuple(questions))
+    assert question_for(document) == (question, aliases)
 
 
 @pytest.mark.parametrize(
@@ -258,18 +271,13 @@ def test_without_questions_a_trained_retriever_falls_back_with_a_warning(sources
         assert len(unfiltered(few, Settings(retriever="dense-trained", floor=5), tmp_path)) == 2
 
 
-def test_documents_are_needed_and_their_ids_must_differ(tmp_path, monkeypatch, development):
+def test_documents_and_structured_sets_are_needed(tmp_path, monkeypatch):
     monkeypatch.delenv("UKE_DATA", raising=False)
     with pytest.raises(InputError, match="no file to take documents from; name them with DOCUMENT"):
         card.of_files("unkebench", "edits.json")
-    one, two = (tmp_path / f"{name}.jsonl" for name in ("one", "two"))
-    for path in (one, two):
-        path.write_text('{"id": "7", "title": "A", "text": "A is."}\n')
+    (tmp_path / "one.jsonl").write_text('{"title": "A", "text": "A is."}\n')
     with pytest.raises(InputError, match="no file to take structured from; name them with STRUCT"):
-        card.of_files("unkebench", "edits.json", [str(one)])
-    files = SetFiles("unkebench", development.edit_file, (one, two), development.structured)
-    with pytest.raises(InputError, match="two.jsonl.*one.jsonl"):
-        card.ensure(files, QUICK, tmp_path / "set")
+        card.of_files("unkebench", "edits.json", [str(tmp_path / "one.jsonl")])
 
 
 def test_in_the_world_no_item_touches_a_known_fact_of_any_edit(development, built):

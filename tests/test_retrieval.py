@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
-from uke.data.documents import Document, gather
+from uke.data.documents import Document
 from uke.errors import InputError
 from uke.locality import retrieval
 from uke.locality.retrieval import SCALE, Index, Pair, Training, Words, hard_negatives, train
@@ -177,19 +175,6 @@ def test_measures_by_hand():
         "recall_at_100": 1.0,
         "mrr": pytest.approx((1 + 1 / 2 + 1 / 20 + 1) / 4),
     }
-
-
-def test_words_alone_find_most_real_paragraphs():
-    if not (data := os.environ.get("UKE_DATA")):
-        pytest.skip("UKE_DATA is unset")
-    real = gather([Path(data) / "wikipedia" / "xquad_en_paragraphs.json"])
-    asked = [
-        (question, index)
-        for index, document in enumerate(real)
-        for question, _ in document.questions
-    ]
-    ranks = retrieval.over(real, "bm25", "").ranks(*zip(*asked, strict=True))
-    assert (ranks == 1).mean() > 0.9
 
 
 def test_training_needs_questions(tmp_path):

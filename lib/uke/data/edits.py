@@ -101,12 +101,13 @@ class Probe(Frozen):
 
 
 class Item(Probe):
-    """A probe of a locality file with its provenance.
+    """A probe of a locality file with its provenance; its kind is none that an edit itself asks.
 
     `source`: id of the document or triple it was made from, None if it was made otherwise.
     `rank`: rank of the document among all by relevance to the edit, from 1.
     """
 
+    kind: Literal[tuple(kind for kind in KINDS if kind not in EFFICACY)]
     source: Text | None = None
     rank: StrictInt | None = Field(default=None, ge=1)
 
@@ -154,35 +155,27 @@ class Edit(Frozen):
     def _check_extra(self) -> "Edit":
         for probe in self.extra:
             if probe.edit != self.id or probe.kind in EFFICACY:
-                found = f"edit {probe.edit!r} and kind '{probe.kind}'"
-                raise ValueError(f"an extra probe is of {found}")
+                raise ValueError(f"an extra probe is of edit {probe.edit!r}, kind '{probe.kind}'")
         counts = Counter((probe.kind, probe.number) for probe in self.extra)
-        for (kind, number), count in counts.items():
-            if count > 1:
-                found = f"{count} probes of kind '{kind}' with number {number}"
-                raise ValueError(f"edit {self.id!r} has {found}; expected one")
+        (kind, number), count = next(iter(counts.most_common(1)), (("", 0), 0))
+        if count > 1:
+            problem = f"has {count} probes of kind '{kind}' with number {number}; expected one"
+            raise ValueError(f"edit {self.id!r} {problem}")
         return self
 
     @property
     def probes(self) -> tuple[Probe, ...]:
         """Every question that comes with the edit."""
-        whole = {"original": self.question, "paraphrase": self.paraphrase}
+        own = [("original", 0, self.question, self.answer)]
+        if self.paraphrase:
+            own.append(("paraphrase", 0, self.paraphrase, self.answer))
+        for number, detail in enumerate(self.details):
+            own.append(("detail", number, detail.question, detail.answer))
         texts = [
-            Probe(edit=self.id, kind=kind, question=question, reference=self.answer)
-            for kind, question in whole.items()
-            if question
+            Probe(edit=self.id, kind=kind, number=number, question=question, reference=reference)
+            for kind, number, question, reference in own
         ]
-        details = [
-            Probe(
-                edit=self.id,
-                kind="detail",
-                number=number,
-                question=detail.question,
-                reference=detail.answer,
-            )
-            for number, detail in enumerate(self.details)
-        ]
-        return (*texts, *details, *self.extra)
+        return (*texts, *self.extra)
 
 
 def in_split(edit: str, split: str) -> bool:

@@ -31,7 +31,7 @@ from pydantic import (
     field_validator,
 )
 
-from uke.data.edits import EFFICACY, KINDS, Cloze, Detail, Edit, Fact, Item, Probe
+from uke.data.edits import Cloze, Detail, Edit, Fact, Item, Probe
 from uke.errors import InputError, nearest
 
 LETTERS = string.ascii_uppercase
@@ -466,8 +466,8 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
     """Load the probes of these edits from a locality file, a JSON list with the fields of `Item`.
 
     Probes of other edits are checked and left out, so that one file serves every selection of its
-    edits. Raises InputError for a field that is wrong, missing or misspelt, for a kind that an edit
-    asks itself, for an edit without a probe, and for two probes of one edit, kind and number.
+    edits. Raises InputError for a field that is wrong, missing or misspelt, for an edit without a
+    probe, and for two probes of one edit, kind and number.
     """
     edits = tuple(edits)
     taken = {(probe.edit, probe.kind, probe.number) for edit in edits for probe in edit.extra}
@@ -477,10 +477,6 @@ def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
             values = values | {"edit": as_text(values["edit"])}
         with located(place, Item.model_fields):
             item = Item.model_validate(values)
-        if item.kind in EFFICACY:
-            hint = nearest(item.kind, set(KINDS) - set(EFFICACY))
-            problem = f"is '{item.kind}', which the edit itself asks{hint}"
-            raise InputError(f"{place}, field 'kind': {problem}")
         key = (item.edit, item.kind, item.number)
         if key in taken:
             twin = f"edit {item.edit!r} has a probe of kind '{item.kind}' with this number already"

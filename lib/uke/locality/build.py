@@ -36,29 +36,25 @@ TITLE, SECTION = "Tell me about {title}.", "Tell me about {title}, in particular
 class Settings(Frozen):
     """Every choice of a locality set; of these the paper states a trained retriever and the floor.
 
-    - `retriever`: MiniLM as it comes. The published one is trained, which needs documents that
-      bring questions: where those are too few, "dense-trained" falls back to "dense", and the card
-      says so.
-    - `query`: the edit's question, as in dense passage retrieval, or question and answer.
+    - `retriever`: ranks documents by the edit's question; MiniLM as it comes. The published one is
+      trained, which needs documents that bring questions: where those are too few, "dense-trained"
+      falls back to "dense", and the card says so.
     - `extractor`: the one that needs no download. `stated`: whether what a record states beside its
       text (subject, triples, short answers) counts as its facts, which is surer than any extractor.
     - `batch`: edits that may be written together, consecutive ones of a split; no document shares a
       fact with any of them. 0 is all of a split, so that a set serves every batch size.
     - `floor`: RandDoc stands below this rank. `candidates`: documents looked through for RelDoc.
-    - `own_question`: ask a document its own question where it has one, else by its title.
     - `words`: length of a reference, 0 for the median of the answers to write, so that both cost a
       model as much.
     - `seed`: of every draw.
     """
 
     retriever: Literal["bm25", "dense", "dense-trained"] = "dense"
-    query: Literal["question", "text"] = "question"
     extractor: Literal["offline", "spacy"] = "offline"
     stated: StrictBool = True
     batch: StrictInt = Field(default=0, ge=0)
     floor: StrictInt = Field(default=100, ge=1)
     candidates: StrictInt = Field(default=1000, ge=1)
-    own_question: StrictBool = True
     words: StrictInt = Field(default=0, ge=0)
     seed: StrictInt = 1
 
@@ -121,11 +117,10 @@ class Builder:
     @cached_property
     def ranked(self) -> dict[str, np.ndarray]:
         """For every edit the indices (N,) of the documents, the most relevant to it first."""
-        documents, settings = self.sources.documents, self.settings
-        by_question = settings.query == "question"
-        queries = [edit.question if by_question else text_of(edit) for edit in self.sources.edits]
-        index = retrieval.over(documents, settings.retriever, self.folder)
-        return self.by_edit(index.top(queries, len(documents))[0])
+        documents = self.sources.documents
+        index = retrieval.over(documents, self.settings.retriever, self.folder)
+        order, _ = index.top([edit.question for edit in self.sources.edits], len(documents))
+        return self.by_edit(order)
 
     @cached_property
     def near(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -190,7 +185,7 @@ class Builder:
                 self.refused.setdefault(kind, []).append(edit.id)
                 continue
             document = self.sources.documents[index]
-            question, aliases = self.question_of(document)
+            question, aliases = question_for(document)
             yield Item(
                 edit=edit.id,
                 kind=kind,
@@ -234,13 +229,14 @@ class Builder:
         """Draw one of these indices for an edit; None where there is none."""
         return int(self.rng(kind, edit).choice(indices)) if len(indices) else None
 
-    def question_of(self, document: Document) -> tuple[str, tuple[str, ...]]:
-        """Find or make the question that stands for a document, with its short answer if any."""
-        if self.settings.own_question and document.questions:
-            question, answer = document.questions[0]
-            return question, (answer,) if answer else ()
-        template = SECTION if document.section else TITLE
-        return template.format(title=document.title, section=document.section), ()
+
+def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
+    """Find the question that a document brings, with its short answer if any, or ask by title."""
+    if document.questions:
+        question, answer = document.questions[0]
+        return question, (answer,) if answer else ()
+    template = SECTION if document.section else TITLE
+    return template.format(title=document.title, section=document.section), ()
 
 
 def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:

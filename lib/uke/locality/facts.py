@@ -15,12 +15,11 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.resources import files
-
-import yaml
+from pathlib import Path
 
 from uke.data.edits import Edit
 from uke.errors import InputError
+from uke.files import read_yaml
 
 # Words of a name that are compared. A longer phrase is a clause, which no other text repeats word
 # for word: only the names inside it count. A longer name or title is known by its first words.
@@ -86,10 +85,8 @@ def edit_facts(edit: Edit, extract: Extractor) -> Facts:
 def union(many: Iterable[Facts]) -> Facts:
     """Take the facts of many texts together."""
     many = list(many)
-    return Facts(
-        frozenset().union(*(each.names for each in many)),
-        frozenset().union(*(each.grams for each in many)),
-    )
+    every_name = frozenset().union(*(each.names for each in many))
+    return Facts(every_name, frozenset().union(*(each.grams for each in many)))
 
 
 def shared(one: Facts, other: Facts) -> frozenset[str]:
@@ -196,8 +193,8 @@ EXTRACTORS: dict[str, Callable[[], Extractor]] = {"offline": lambda: names, "spa
 @cache
 def language() -> dict[str, frozenset[str]]:
     """Load the word classes of `facts.yaml`; `mute` are all that name nothing."""
-    text = files("uke.locality").joinpath("facts.yaml").read_text(encoding="utf-8")
-    classes = {name: frozenset(listed.split()) for name, listed in yaml.safe_load(text).items()}
+    listed = read_yaml(Path(__file__).with_name("facts.yaml"))
+    classes = {name: frozenset(words.split()) for name, words in listed.items()}
     mute = classes["function"] | classes["calendar"] | classes["generic"]
     return classes | {"mute": mute}
 
