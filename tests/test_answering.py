@@ -23,16 +23,13 @@ NEW = 16
 
 
 def probes_of(questions, **fields):
-    fields = dict(kind="original", reference="Ada.") | fields
-    return [
-        Probe(edit=f"e{i}", question=question, **fields) for i, question in enumerate(questions)
-    ]
+    fields = {"kind": "original", "reference": "Ada."} | fields
+    return [Probe(edit=f"e{i}", question=one, **fields) for i, one in enumerate(questions)]
 
 
 @pytest.fixture(scope="module")
 def probes():
-    asked = probes_of(QUESTIONS)
-    return [*asked, *probes_of(QUESTIONS[1:4], chat=False)]
+    return [*probes_of(QUESTIONS), *probes_of(QUESTIONS[1:4], chat=False)]
 
 
 def generated(model, tokenizer, probe, new=NEW):
@@ -51,11 +48,21 @@ def generated(model, tokenizer, probe, new=NEW):
 
 def enders(model, tokenizer, probes):
     """Ids that the model does write midway, so that rows end at different steps."""
-    ids = [
-        tokenizer(generated(model, tokenizer, probe), add_special_tokens=False)["input_ids"][4]
-        for probe in probes[:3]
-    ]
-    return list(dict.fromkeys(ids))
+    texts = [generated(model, tokenizer, probe) for probe in probes[:3]]
+    return list({tokenizer(one, add_special_tokens=False)["input_ids"][4]: None for one in texts})
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many prompts each call decoded."""
+    plain, counts = answering._decode, []
+
+    def counting(model, queries, limits, ends):
+        counts.append(len(queries))
+        return plain(model, queries, limits, ends)
+
+    monkeypatch.setattr(answering, "_decode", counting)
+    return counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,30 +98,17 @@ def test_batch_size_order_and_padding_side_change_no_answer(tiny, tokenizer, pro
 
 
 def test_a_repeated_prompt_is_decoded_once_and_answered_everywhere(
-    tiny, tokenizer, probes, monkeypatch
+    tiny, tokenizer, probes, decoded
 ):
-    decoded = []
-    original = answering._decode
-
-    def counting(model, prompts, limits, ends):
-        decoded.extend(prompts)
-        return original(model, prompts, limits, ends)
-
-    monkeypatch.setattr(answering, "_decode", counting)
     doubled = answer(tiny(), tokenizer, [*probes, *probes], max_new_tokens=8)
-    assert len(decoded) == len(set(decoded)) == len(probes)
+    assert sum(decoded) == len(probes)
     assert doubled[: len(probes)] == doubled[len(probes) :]
 
 
 def test_a_limit_per_probe_cuts_that_answer_only(tiny, tokenizer):
-    model = tiny()
+    model, limits = tiny(), {"e0": 3, "e1": 9, "e2": 0}
     twice = probes_of([QUESTIONS[1], QUESTIONS[1], QUESTIONS[2]])
-    answers = answer(
-        model,
-        tokenizer,
-        twice,
-        max_new_tokens=lambda probe: {"e0": 3, "e1": 9, "e2": 0}[probe.edit],
-    )
+    answers = answer(model, tokenizer, twice, max_new_tokens=lambda probe: limits[probe.edit])
     assert answers[:2] == [generated(model, tokenizer, twice[0], new) for new in (3, 9)]
     assert answers[0] != answers[1] and answers[2] == ""
 
@@ -128,12 +122,8 @@ def test_the_answer_stops_before_the_end_of_turn(tiny, tokenizer, probes):
     ended = answer(model, tokenizer, probes, max_new_tokens=NEW)
     model.generation_config.eos_token_id = None
     assert ended == [generated(model, tokenizer, probe) for probe in probes]
-    cut = [
-        text
-        for text in ended
-        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) < NEW // 2
-    ]
-    assert cut and "<|im_end|>" not in "".join(ended)
+    lengths = [len(ids) for ids in tokenizer(ended, add_special_tokens=False)["input_ids"]]
+    assert min(lengths) < NEW // 2 and "<|im_end|>" not in "".join(ended)
 
 
 def test_chat_false_uses_the_question_itself_and_never_templates_a_cloze(tiny, tokenizer):
@@ -179,29 +169,21 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, tokenizer, probes):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
     model = tiny(family)
+    references = ("Ada.", "In London, where she was born.", "1815", "x", "No", "A")
     probes = [
-        Probe(edit=str(i), kind="detail", question=q, reference=r, chat=chat)
-        for i, (q, r, chat) in enumerate(
-            zip(
-                QUESTIONS,
-                ("Ada.", "In London, where she was born.", "1815", "x", "No", "A"),
-                [True, False] * 3,
-                strict=True,
-            )
-        )
+        Probe(edit="e", kind="detail", question=question, reference=reference, chat=chat)
+        for question, reference, chat in zip(QUESTIONS, references, [True, False] * 3, strict=True)
     ]
     expected = []
     for probe in probes:
         one = example(tokenizer, probe.question, probe.reference, probe.chat, end_of_turn=False)
         logits = model(torch.tensor([one.ids])).logits[0].double()
         steps = range(one.prompt_length, len(one.ids))
-        expected.append(
-            sum(logits[t - 1].log_softmax(-1)[one.ids[t]].item() for t in steps) / len(steps)
-        )
+        terms = [logits[t - 1].log_softmax(-1)[one.ids[t]].item() for t in steps]
+        expected.append(sum(terms) / len(terms))
     for size in (1, 16384):
-        assert target_log_probability(model, tokenizer, probes, batch_tokens=size) == pytest.approx(
-            expected, abs=1e-3
-        )
+        found = target_log_probability(model, tokenizer, probes, batch_tokens=size)
+        assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_empty_reference_has_no_log_probability(tiny, tokenizer):
@@ -220,20 +202,6 @@ def test_no_probes_no_answers(tiny, tokenizer):
 
 
 CACHED = probes_of(("Who?", "Who is Ada Lovelace?", "Where was Alan Turing born?"))
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """How many prompts each call decoded."""
-    plain, seen = answering._decode, []
-    monkeypatch.setattr(
-        answering,
-        "_decode",
-        lambda model, questions, limits, ends: (
-            seen.append(len(questions)) or plain(model, questions, limits, ends)
-        ),
-    )
-    return seen
 
 
 def test_a_cached_prompt_is_not_decoded_again(tiny, tokenizer, tmp_path, decoded):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
+from small import moved, state
 from uke.errors import InputError
 from uke.models import model as models
 from uke.models import prompts
@@ -84,12 +85,9 @@ def test_a_broken_or_incomplete_model_gets_one_line(copy):
 
 
 def test_a_prompt_has_one_beginning_of_text(tokenizer):
-    for chat in (True, False):
-        assert encode(tokenizer, "Who is Ada?", chat).count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(encode(tokenizer, "Who is Ada?", True)).endswith(
-        "<|im_start|>assistant\n"
-    )
-    assert tokenizer.decode(encode(tokenizer, "Ada was born in", False)) == "<s>Ada was born in"
+    chat, raw = (tokenizer.decode(encode(tokenizer, "Who?", chat)) for chat in (True, False))
+    assert chat.count("<s>") == 1 and chat.endswith("<|im_start|>assistant\n")
+    assert raw == "<s>Who?"
 
 
 def test_a_tokenizer_without_template_cannot_chat(tokenizer, directory):
@@ -107,13 +105,10 @@ def test_only_the_answer_is_learnt(tokenizer, chat):
     assert one.ids[: one.prompt_length] == prompt
     assert one.labels[: one.prompt_length] == [-100] * len(prompt)
     assert one.labels[one.prompt_length :] == one.ids[one.prompt_length :]
-    assert (
-        tokenizer.decode(one.ids[one.prompt_length :])
-        == ("London" if chat else " London") + "<|im_end|>"
-    )
-    assert (
-        example(tokenizer, "Ada was born in", "London", chat, end_of_turn=False).ids == one.ids[:-1]
-    )
+    answer = "London" if chat else " London"
+    assert tokenizer.decode(one.ids[one.prompt_length :]) == f"{answer}<|im_end|>"
+    open_end = example(tokenizer, "Ada was born in", "London", chat, end_of_turn=False)
+    assert open_end.ids == one.ids[:-1]
 
 
 def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tokenizer):
@@ -124,9 +119,8 @@ def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tokenizer):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_masked_and_never_learnt(tokenizer, side):
-    examples = [
-        example(tokenizer, q, "London", True, True) for q in ("Who?", "Where was Ada born?")
-    ]
+    questions = ("Who?", "Where was Ada born?")
+    examples = [example(tokenizer, one, "London", True, True) for one in questions]
     batch = collate(examples, pad_id=0, side=side)
     assert {tensor.shape for tensor in batch.values()} == {(2, len(examples[1].ids))}
     for row, one in enumerate(examples):
@@ -193,22 +187,16 @@ def test_a_selection_of_nothing_is_an_error(tiny, layers, components):
 def test_kept_weights_come_back_bit_for_bit_after_an_exception(tiny, whole):
     model = tiny().to(torch.bfloat16)
     chosen = select(model, [1], ["mlp"])
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = state(model)
     model.lm_head.weight.requires_grad_(False)
     with pytest.raises(RuntimeError, match="midway"), kept(model, None if whole else chosen):
         for parameter in chosen.values():
             parameter.data = parameter.data.float() + 1e-3
             parameter.grad = torch.ones_like(parameter)
         model.requires_grad_(False).train()
-        assert all(
-            not torch.equal(parameter, before[name].float()) for name, parameter in chosen.items()
-        )
+        assert not any(torch.equal(one, before[name].float()) for name, one in chosen.items())
         raise RuntimeError("midway")
-    after = model.state_dict()
-    assert all(
-        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype
-        for name in before
-    )
+    assert not moved(model, before) and model.dtype == torch.bfloat16
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     assert not model.training and all(p.grad is None for p in model.parameters())
 

@@ -26,11 +26,10 @@ class LowRank(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Rows of a batch by lane: A lanes in use, K slots for each.
+    """Rows of a batch by lane: A lanes in use, K slots for each; spare slots are thrown away.
 
-    A slot that no row needs is computed and thrown away. `active` (A,): the lanes in use, None for
-    all of them in order. `take` (A * K,): the row in each slot, None where the rows are sorted and
-    each lane has K. `slot` (B,): the slot of each row.
+    `active` (A,): the lanes in use, None for all of them in order. `take` (A * K,): the row in each
+    slot, None where the rows are sorted and each lane has K. `slot` (B,): the slot of each row.
     """
 
     active: Tensor | None
@@ -119,13 +118,12 @@ class Lanes:
     def change_norms(self) -> list[dict[str, float]]:
         """Return of each lane, by weight, the relative Frobenius norm of the change."""
         own = {name: weight.detach() for name, weight in self.model.named_parameters()}
-        norms: list[dict[str, float]] = [{} for _ in self.ids]
-        for lane, found in enumerate(norms):
-            for name, stack in self.weights.items():
-                found[name] = relative_norm(stack[lane] - own[name], own[name])
+        norms: list[dict[str, float]] = []
+        for lane in range(len(self.ids)):
+            deltas = {name: stack[lane] - own[name] for name, stack in self.weights.items()}
             for name, added in self.low_rank.items():
-                delta = added.scale * added.up[lane] @ added.down[lane]
-                found[f"{name}.weight"] = relative_norm(delta, own[f"{name}.weight"])
+                deltas[f"{name}.weight"] = added.scale * added.up[lane] @ added.down[lane]
+            norms.append({name: relative_norm(one, own[name]) for name, one in deltas.items()})
         return norms
 
     @contextmanager

@@ -117,7 +117,7 @@ class Method(BaseModel, ABC):
         """Return a digest of what else decides the result, such as statistics of the model's keys.
 
         `model`: the unedited model, or its fingerprint where only stored rows are looked up.
-        Called before any weight moves, so that it may be remembered for the unedited model.
+        Called before any weight moves, so it may be remembered for the unedited model.
         """
         return None
 
@@ -132,19 +132,16 @@ class Method(BaseModel, ABC):
         """
         if not edits:
             raise InputError(f"{self.name}: no edits; expected at least one")
-        longest, found = max_context(model), {}
+        longest, found, form = max_context(model), {}, (self.chat_template, self.end_of_turn)
         for edit in edits:
-            one = example(
-                tokenizer, edit.question, edit.answer, self.chat_template, self.end_of_turn
-            )
-            if len(one.ids) > longest:
-                raise InputError(
-                    f"edit '{edit.id}': question and answer are {len(one.ids)} tokens; "
-                    f"the model's context holds {longest}"
-                )
             if edit.id in found:
                 raise InputError(f"edit '{edit.id}': given twice; expected unique ids")
-            found[edit.id] = one
+            found[edit.id] = example(tokenizer, edit.question, edit.answer, *form)
+            if (length := len(found[edit.id].ids)) > longest:
+                raise InputError(
+                    f"edit '{edit.id}': question and answer are {length} tokens; "
+                    f"the model's context holds {longest}"
+                )
         return found
 
     @contextmanager
@@ -191,10 +188,7 @@ def write_one_by_one(
 
 @contextmanager
 def restored(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Yield copies of these weights; on exit they, and the model around them, are as before.
-
-    Bit for bit, also after an exception; buffers, `requires_grad` and training mode too.
-    """
+    """Yield copies of these weights; on exit they, and the model around them, are as before."""
     # Merging an adapter puts another tensor in the weight's place.
     storages = {name: weight.data for name, weight in weights.items()}
     before = {name: weight.detach().clone() for name, weight in weights.items()}

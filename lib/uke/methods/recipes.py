@@ -87,7 +87,7 @@ class Recipe(Method):
             return select(model, self.layers, self.components)
         parameters = dict(model.named_parameters())
         names = module_names(model, self.layers, self.components)
-        return {name: parameters[name] for name in (f"{one}.weight" for one in names)}
+        return {f"{name}.weight": parameters[f"{name}.weight"] for name in names}
 
     def write(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None

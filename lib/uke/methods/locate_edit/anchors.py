@@ -6,6 +6,7 @@ state should make likely. A key is what a site's `down_proj` reads at a position
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -56,12 +57,10 @@ def sites(model: nn.Module, layers: Sequence[int | float]) -> list[Site]:
     every, found = blocks(model), []
     for name in module_names(model, layers, ("down_proj",)):
         block = next(block for prefix, block in every if name.startswith(f"{prefix}."))
-        norms = (
-            part
-            for part_name, part in block.named_children()
-            if part_name.startswith("post_") and ("feedforward" in part_name or "mlp" in part_name)
-        )
-        found.append(Site(name, block, model.get_submodule(name), next(norms, None)))
+        parts = dict(block.named_children())
+        norms = [part for part in parts if re.match("post_.*(feedforward|mlp)", part)]
+        norm = parts[norms[0]] if norms else None
+        found.append(Site(name, block, model.get_submodule(name), norm))
     return found
 
 

@@ -112,7 +112,7 @@ def ridge(residual: Tensor, keys: Tensor, others: Tensor, system: System) -> Ten
     For residuals R (n, d), keys K (n, W) and kept keys K_p (m, W), D minimises |D K - R|^2 +
     |D K_p|^2 + tr(D ridge D^T): MEMIT (arXiv 2210.07229) with a ridge of lambda C. With keys
     projected by P and a ridge of L2 I it is AlphaEdit's R K^T P (K_p K_p^T P + K K^T P + L2 I)^-1
-    (arXiv 2410.02355) with a symmetric system. ValueError for a singular system.
+    (arXiv 2410.02355). ValueError for a singular system.
     """
     keys, others, residual = keys.double(), others.double(), residual.double()
     if system.projector is not None:
@@ -174,20 +174,19 @@ class ClosedForm:
         recipe, depth = self.recipe, len(self.sites)
         if not recipe.as_published:
             return depth - number, self.systems[number]
-        where = f"{recipe.name} as published: batch of {edits} edits"
-        share = depth - (edits - 1)
-        if share == 0:
+        where, counter = f"{recipe.name} as published: batch of {edits} edits", edits - 1
+        if counter == depth:
             raise InputError(
                 f"{where}: the counter of layers is overwritten by that of edits, so the residual "
-                f"is divided by {depth} - {edits - 1} = 0; expected another batch size, or "
+                f"is divided by {depth} - {counter} = 0; expected another batch size, or "
                 "as_published: false"
             )
         if recipe.solver == "alphaedit" and edits > depth:
             raise InputError(
-                f"{where}: the projector is that of layer {edits - 1} of {depth}, which is none; "
+                f"{where}: the projector is that of layer {counter} of {depth}, which is none; "
                 f"expected at most {depth} edits, or as_published: false"
             )
-        return share, self.systems[number if recipe.solver == "memit" else edits - 1]
+        return depth - counter, self.systems[number if recipe.solver == "memit" else counter]
 
 
 class _Part(NamedTuple):
@@ -267,10 +266,8 @@ class BlockSteps:
             for (row, position), value in zip(located.anchors, targets.hidden, strict=True):
                 wanted.setdefault(len(texts) + row, []).append((position, value))
             lanes_of += [lane] * len(located.ids)
-            texts += [
-                one.ids[: windows[-1].anchor + 1]
-                for one, windows in zip(located.examples, located.windows, strict=True)
-            ]
+            for one, windows in zip(located.examples, located.windows, strict=True):
+                texts.append(one.ids[: windows[-1].anchor + 1])
         parts = list(self._parts(lanes_of, texts, wanted))
         parts += [_repeated(part, len(alone)) for part in preserved]
         leaves = {
@@ -307,18 +304,11 @@ class BlockSteps:
         self, lanes: Lanes, parts: Sequence[_Part], ids: Sequence[Sequence[str]]
     ) -> list[Tensor]:
         """Return the error of each lane (N,) before each step; Diverged if one is not finite."""
-        groups: dict[bool, list[Tensor]] = {False: [], True: []}
-        for name, leaf in lanes.weights.items():
-            groups["norm" in name].append(leaf)
-        adam = torch.optim.AdamW(
-            [
-                {"params": leaves, "weight_decay": 0.0 if is_norm else self.recipe.unke_decay}
-                for is_norm, leaves in groups.items()
-                if leaves
-            ],
-            lr=self.recipe.unke_rate,
-            fused=True,
-        )
+        groups = [
+            {"params": [leaf], "weight_decay": 0.0 if "norm" in name else self.recipe.unke_decay}
+            for name, leaf in lanes.weights.items()
+        ]
+        adam = torch.optim.AdamW(groups, lr=self.recipe.unke_rate, fused=True)
         errors: list[Tensor] = []
         with lanes.laid():
             for _ in range(self.recipe.unke_steps):
