@@ -44,13 +44,17 @@ DATA_FILES = {
     "akew-wikiupdate": "akew/WikiUpdate*.json",
     "editeverything": "editeverything/editevery*.json",
 }
-EXPECTED = {
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "model_type": "an object",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
+PROBLEMS = {  # pydantic's kinds of error in the words of a message
+    "string_type": "expected text, found {}",
+    "list_type": "expected a list, found {}",
+    "tuple_type": "expected a list, found {}",
+    "model_type": "expected an object, found {}",
+    "int_type": "expected a whole number, found {}",
+    "bool_type": "expected true or false, found {}",
+    "string_pattern_mismatch": "is empty; expected text",
+    "string_too_short": "is empty; expected text",
+    "string_unicode": "holds half a character (a lone surrogate); expected valid Unicode text",
+    "too_short": "is empty; expected at least one item",
 }
 Made = TypeVar("Made", bound=BaseModel)
 
@@ -118,22 +122,14 @@ def located(place: str, fields: Iterable[str] = ()) -> Iterator[None]:
 def _problem(error: Mapping[str, Any], fields: Iterable[str]) -> str:
     """Say what is wrong with a field, from pydantic's description of it."""
     message, value = error["msg"].removeprefix("Value error, "), error["input"]
-    match error["type"]:
-        case "missing":
-            return f"is missing; the fields are {', '.join(map(repr, value)) or 'no field'}"
-        case "string_pattern_mismatch" | "string_too_short":
-            return "is empty; expected text"
-        case "string_unicode":
-            return "holds half a character (a lone surrogate); expected valid Unicode text"
-        case "too_short":
-            return "is empty; expected at least one item"
-        case "extra_forbidden":
-            return message + nearest(str(error["loc"][-1]), fields)
-        case "literal_error":
-            return f"is {value!r}" + nearest(str(value), re.findall("'(.+?)'", message))
-        case kind if kind in EXPECTED:
-            return f"expected {EXPECTED[kind]}, found {short(value)}"
-    return message
+    if error["type"] == "missing":
+        return f"is missing; the fields are {', '.join(map(repr, value)) or 'no field'}"
+    if error["type"] == "extra_forbidden":
+        return message + nearest(str(error["loc"][-1]), fields)
+    if error["type"] == "literal_error":
+        return f"is {value!r}" + nearest(str(value), re.findall("'(.+?)'", message))
+    known = PROBLEMS.get(error["type"])
+    return known.format(short(value)) if known else message
 
 
 def as_text(value: Any) -> Any:
