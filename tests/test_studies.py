@@ -89,7 +89,7 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
     wanted = {(probe.edit, probe.kind, probe.number) for probe in edits.every_probe}
     assert {kind for _, kind, _ in wanted} == set(KINDS)
     for frame in (before, after):
-        assert set(zip(frame["edit"], frame["kind"], frame["number"])) == wanted
+        assert set(frame.set_index(["edit", "kind", "number"]).index) == wanted
         assert len(frame) == len(wanted)
     assert after["before"].notna().all() and set(after["split"]) == {"test"}
     means = [

@@ -1,6 +1,6 @@
 """Choose settings on development edits: what the notebooks on tuning share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -114,13 +114,10 @@ class Trials:
         """
         groups = self.averages().groupby(["method", "level", "batch_size"])
         found = groups.agg(score=("score", "mean"), edits=("edit", "nunique")).reset_index()
-        order = pd.MultiIndex.from_tuples(self.settings).get_indexer(
-            pd.MultiIndex.from_frame(found[["method", "level"]])
-        )
-        found = found.assign(order=order).sort_values(["order", "batch_size"], ignore_index=True)
+        trials = pd.DataFrame(list(self.settings), columns=["method", "level"])
+        found = trials.merge(found, on=["method", "level"])  # in the order of the trials
         best = found.groupby(["batch_size", "method"])["score"].idxmax()
-        chosen = found.index.isin(best)
-        return found.drop(columns="order").assign(chosen=chosen, before=untouched(self.study))
+        return found.assign(chosen=found.index.isin(best), before=untouched(self.study))
 
     def best(self) -> pd.DataFrame:
         """Return the best trial of each method at each batch size."""
@@ -155,24 +152,21 @@ class Trials:
 
     def check(self, section: Any) -> None:
         """Check that all trials have rows of all their edits, and warn of rates at an edge."""
-        means, rates = self.means(), {}
+        means = self.means()
         wanted = means["batch_size"].map(self.edits)
         section.check(
             means["edits"].eq(wanted).all(), "every trial was made on all of its development edits"
         )
         made = len(means) + len(self.failed)
         section.check(made == len(self.planned), "every trial has rows or has failed")
-        for (name, _), trial in self.settings.items():
-            rates.setdefault(name, set()).add(trial.learning_rate)
-        best = [
-            (
-                f"{row.method} at batch size {row.batch_size}",
-                self.settings[row.method, row.level].learning_rate,
-                rates[row.method],
-            )
-            for row in means[means["chosen"]].itertuples()
-        ]
-        _warn_of_edges(section, best)
+        edges = []
+        for row in means[means["chosen"]].itertuples():
+            own = (one for (name, _), one in self.settings.items() if name == row.method)
+            tried = {trial.learning_rate for trial in own}
+            rate = self.settings[row.method, row.level].learning_rate
+            if at_edge(rate, tried):
+                edges.append(f"{row.method} at batch size {row.batch_size} ({rate:g})")
+        warn_of_edges(section, edges)
 
     def say(self, section: Any, names: Mapping[str, str] | None = None) -> None:
         """Say the best average of each method (`tuning.<batch size>.<key>.average`)."""
@@ -181,13 +175,13 @@ class Trials:
             section.say(f"tuning.{row.batch_size}.{name}.average", row.score, n=row.edits)
 
 
-def _warn_of_edges(section: Any, best: Sequence[tuple[str, float, Sequence[float]]]) -> None:
-    """Warn of each best learning rate that is the lowest or the highest of three or more tried."""
-    edges = [
-        f"{place} ({rate:g})"
-        for place, rate, tried in best
-        if len(tried) > 2 and rate in (min(tried), max(tried))
-    ]
+def at_edge(rate: float, tried: Collection[float]) -> bool:
+    """Whether a learning rate is the lowest or the highest of three or more."""
+    return len(tried) > 2 and rate in (min(tried), max(tried))
+
+
+def warn_of_edges(section: Any, edges: Sequence[str]) -> None:
+    """Warn of trials whose best learning rate is at the edge."""
     if edges:
         section.warn(
             "The best learning rate is at the edge of those tried, so a better one may lie "
@@ -302,15 +296,12 @@ class LevelTrials:
             set(self.scores["split"]) == {"development"},
             "no row but those of development edits chose anything",
         )
-        best = [
-            (
-                f"{row.method}, {label(row.factor)} {label(row.level)}",
-                row.learning_rate,
-                self.rates[row.method],
-            )
+        edges = [
+            f"{row.method}, {label(row.factor)} {label(row.level)} ({row.learning_rate:g})"
             for row in self.best.itertuples()
+            if at_edge(row.learning_rate, self.rates[row.method])
         ]
-        _warn_of_edges(section, best)
+        warn_of_edges(section, edges)
 
     def say(self, section: Any) -> None:
         """Say every level's average (`tuning.level.<method>.<factor>.<level>`)."""
@@ -341,11 +332,10 @@ class GridTrials:
             "components": ["down_proj", "both"],
             "chat_template": ["with", "without"],
         }
-        tried = {
-            factor: [level for level in own if (factor, level) in best.index]
-            for factor, own in wanted.items()
-        }
-        self.choices = {factor: own for factor, own in tried.items() if own}
+        self.choices = {}
+        for factor, own in wanted.items():
+            if tried := [level for level in own if (factor, level) in best.index]:
+                self.choices[factor] = tried
         ladder, self._cells, trials = sorted(levels.rates[self.family]), [], []
         for number, (combination, varied) in enumerate(recipes.grid(recipe, self.choices)):
             known = [rates[cell] for cell in combination.items() if cell[0] in _RATED]
