@@ -248,9 +248,9 @@ def test_the_report_has_answers_first_and_the_sections_in_order(paths):
     ids = re.findall(r' id="([^"]+)"', source)
     assert len(ids) == len(set(ids)) and {"fig-loss_01_edits", "tbl-table_01_edits"} <= set(ids)
     assert set(re.findall(r'href="#([^"]+)"', source)) <= set(ids)
-    assert (paths.figures / "tables" / "large_01_edits.tex").is_file()
+    assert (paths.figures / "tables" / "large_01_edits.csv").is_file()
     assert "Every metric. It is in tables/large_01_edits.csv." in text
-    assert 'href="tables/table_01_edits.csv"' in source
+    assert 'href="tables/table_01_edits.csv"' in source and "large_01_edits.tex" not in source
 
 
 def test_the_page_is_self_contained_and_its_figures_have_a_text(paths):

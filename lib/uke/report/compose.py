@@ -135,7 +135,7 @@ def _methods(sections: Iterable[Mapping]) -> str:
         return ""
     frame = pd.DataFrame(rows, columns=["method", "differs in", "batches of", "used in"])
     caption = "Every recipe, by what differs among those of its method. The rest: `params/methods`."
-    return table_markdown(frame, "recipes_as_run", caption, files=False)
+    return table_markdown(frame, "recipes_as_run", caption)
 
 
 def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]]) -> str:
@@ -155,7 +155,7 @@ def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]])
     ]
     frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
     caption = "Model, data and code (fingerprints), device and versions."
-    return table_markdown(frame, "environment", caption, files=False)
+    return table_markdown(frame, "environment", caption)
 
 
 def _machines(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

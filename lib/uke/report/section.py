@@ -12,7 +12,7 @@ Everything is stored as Markdown, which `uke.report.compose` makes a page and a 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,11 @@ class Section:
         _show(saved[0])
 
     def table(self, frame: pd.DataFrame, name: str, caption: str, placed: bool = True) -> None:
-        """Save a table (`tables/<name>.csv` and `.tex`); place it here, or just name its file."""
+        """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV."""
         self._check_name("table", name, caption)
-        tables.save(frame, self.paths.figures / "tables", name, caption)
+        saved = tables.save(frame, self.paths.figures / "tables", name, caption, latex=placed)
         text = prose(f"{caption} It is in `tables/{name}.csv`.")
-        text = table_markdown(frame, name, caption) if placed else text
+        text = table_markdown(frame, name, caption, saved) if placed else text
         self._body.append({"type": "table", "name": name, "markdown": text})
         _show(tables.printed(frame))
 
@@ -215,7 +215,7 @@ def _escape(text: str, first: bool = True) -> str:
     return _START.sub(r"\1\\\2", text) if first else text
 
 
-def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: bool = True) -> str:
+def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: Iterable[Path] = ()) -> str:
     """Return a table as a pipe table with a caption, in a box of its own."""
     frame = tables.flat(frame).astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
@@ -226,8 +226,9 @@ def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: bool = T
     printed = ([_cell_markdown(cell, below) for cell in cells] for cells in columns.values())
     lines = [map(prose, columns), aligned, *zip(*printed, strict=True)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    links = f'<a href="tables/{name}.csv">CSV</a> · <a href="tables/{name}.tex">LaTeX</a>'
-    links = f' `<span class="files">{links}</span>`{{=html}}' if files else ""
+    names = {".csv": "CSV", ".tex": "LaTeX"}
+    links = (f'<a href="tables/{file.name}">{names[file.suffix]}</a>' for file in files)
+    links = f' `<span class="files">{" · ".join(links)}</span>`{{=html}}' if files else ""
     kind = "wide" if sum(map(_longest, columns.values())) > _LINE else "narrow"
     return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links}\n:::"
 

@@ -165,13 +165,16 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def save(frame: pd.DataFrame, directory: Path, name: str, caption: str) -> list[Path]:
-    """Write `name`.csv (plain numbers) and `name`.tex (booktabs); return both paths."""
+def save(
+    frame: pd.DataFrame, directory: Path, name: str, caption: str, latex: bool = True
+) -> list[Path]:
+    """Write `name`.csv (plain numbers) and, for a table with numbers, `name`.tex (booktabs)."""
     frame, path = flat(frame), Path(directory) / name
-    return [
-        write_atomic(path.with_name(f"{name}.csv"), _csv(frame)),
-        write_atomic(path.with_name(f"{name}.tex"), _latex(frame.astype(object), name, caption)),
-    ]
+    saved = [write_atomic(path.with_name(f"{name}.csv"), _csv(frame))]
+    if latex and any(numeric(frame[column]) for column in frame):
+        text = _latex(frame.astype(object), name, caption)
+        saved.append(write_atomic(path.with_name(f"{name}.tex"), text))
+    return saved
 
 
 def _csv(frame: pd.DataFrame) -> str:
