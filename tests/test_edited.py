@@ -64,14 +64,15 @@ def test_an_edit_takes_effect_moves_the_named_weights_alone_and_leaves_no_trace(
     snapshot.check()
 
 
+@pytest.mark.parametrize("enter", [edited, edited_each])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "in-context"])
-def test_an_exception_inside_undoes_the_edit_too(measured, tokenizer, name, error):
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "UnKE", "in-context"])
+def test_an_exception_inside_undoes_the_edit_too(measured, tokenizer, name, error, enter):
     model = measured()
-    snapshot = Snapshot(model)
-    method = WRITING.get(name) or find(name)
-    with pytest.raises(error), edited(model, tokenizer, PAIR, method):
-        assert moved(model, snapshot.weights) or name == "in-context" and model.passages
+    snapshot, method = Snapshot(model), WRITING.get(name) or find(name)
+    with pytest.raises(error), enter(model, tokenizer, PAIR, method) as m:
+        assert moved(m, snapshot.weights) or hasattr(m, "lanes") or model.passages
+        assert not any(module.training for module in m.modules())
         raise error
     snapshot.check()
 
@@ -153,27 +154,34 @@ def test_a_method_is_found_by_name_and_a_misspelt_one_by_the_nearest(
             pass
 
 
-BAD = {
-    "no edits": ({}, (), "no edits"),
-    "given twice": ({}, (*EDITS, EDITS[0]), "edit 'ada': given twice"),
-    "too long": ({}, (*EDITS, LONG), "edit 'endless'.*context holds 256"),
-    "no such layer": ({"layers": (9,)}, EDITS, "9"),
-    "no such component": (
-        {"components": ("down_prj",)},
-        EDITS,
-        "down_prj.*did you mean 'down_proj'",
-    ),
-}
+BAD_EDITS = (
+    ((), "no edits"),
+    ((*EDITS, EDITS[0]), "edit 'ada': given twice"),
+    ((*EDITS, LONG), "edit 'endless'.*context holds 256"),
+)
+
+
+@pytest.mark.parametrize("enter", [edited, edited_each])
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "in-context"])
+def test_bad_edits_are_refused_before_anything_changes(measured, tokenizer, enter, name):
+    model = measured()
+    snapshot, method = Snapshot(model), WRITING.get(name) or find(name)
+    for edits, message in BAD_EDITS:
+        with pytest.raises(InputError, match=message), enter(model, tokenizer, edits, method):
+            pytest.fail("written")
+    snapshot.check()
 
 
 @pytest.mark.parametrize("enter", [edited, edited_each])
 @pytest.mark.parametrize("adapter", [None, "lora", "adalora"])
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_input_is_refused_before_anything_changes(tiny, tokenizer, enter, adapter, fault):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"layers": (9,)}, "9"), ({"components": ("down_prj",)}, "did you mean 'down_proj'")],
+)
+def test_a_recipe_that_fits_no_weight_is_refused(tiny, tokenizer, enter, adapter, changes, message):
     model = tiny()
-    snapshot, (changes, edits, message) = Snapshot(model), BAD[fault]
-    recipe = Recipe(**{"name": "mine", "adapter": adapter, **changes})
-    with pytest.raises(InputError, match=message), enter(model, tokenizer, edits, recipe):
+    snapshot, recipe = Snapshot(model), Recipe(name="mine", adapter=adapter, **changes)
+    with pytest.raises(InputError, match=message), enter(model, tokenizer, EDITS, recipe):
         pytest.fail("written")
     snapshot.check()
 
@@ -245,10 +253,8 @@ def test_one_edit_of_a_sequence_answers_as_it_does_alone_merged_or_not(measured,
 def test_a_training_that_breaks_on_the_way_is_undone_with_all_before_it(tiny, tokenizer, name):
     model = tiny()
     snapshot = Snapshot(model)
-    with (
-        pytest.raises(FloatingPointError, match="'alan'"),
-        sequence(model, tokenizer, QUICK[name]) as writer,
-    ):
+    broken = pytest.raises(FloatingPointError, match="'alan'")
+    with broken, sequence(model, tokenizer, QUICK[name]) as writer:
         writer.write(EDITS[:1])
         writer.method = QUICK[name].model_copy(update={"learning_rate": 1e38})
         writer.write(EDITS[1:2])
@@ -264,11 +270,9 @@ def test_baselines_keep_to_the_covariance_of_the_unedited_model(measured, tokeni
 
 
 def test_a_sequence_of_a_method_that_writes_nothing_is_refused(tiny, tokenizer):
-    with (
-        pytest.raises(InputError, match="in-context: moves no weight"),
-        sequence(tiny(), tokenizer, "in-context"),
-    ):
-        pytest.fail("handed out")
+    with pytest.raises(InputError, match="in-context: moves no weight"):
+        with sequence(tiny(), tokenizer, "in-context"):
+            pytest.fail("handed out")
 
 
 # --- save and load ---

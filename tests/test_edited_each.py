@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import EDITS, LONG, NORMS, QUICK, SUBJECTS, TEXTS, Snapshot, baseline, moved, state
+from small import EDITS, NORMS, QUICK, SUBJECTS, TEXTS, Snapshot, baseline, moved, state
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods import finetune
@@ -48,17 +48,12 @@ EVERY = {
 def probes(edits) -> list[Probe]:
     """Questions of each edit's own, the same ones for all, through the template and raw."""
     shared = [("detail", "Who was that?", True), ("struct_trip", "Ada Lovelace was", False)]
-    return [
-        probe
-        for edit in edits
-        for probe in (
-            *edit.probes,
-            *(
-                Probe(edit=edit.id, kind=kind, question=question, reference="In London.", chat=chat)
-                for kind, question, chat in shared
-            ),
-        )
-    ]
+    found = []
+    for edit in edits:
+        fields = {"edit": edit.id, "reference": "In London."}
+        found += edit.probes
+        found += [Probe(kind=kind, question=one, chat=chat, **fields) for kind, one, chat in shared]
+    return found
 
 
 def answers(model, tokenizer, asked) -> tuple[list[str], list[float]]:
@@ -69,18 +64,17 @@ def answers(model, tokenizer, asked) -> tuple[list[str], list[float]]:
 
 def updates(m, before) -> dict[str, torch.Tensor]:
     """What an edited model adds to each weight."""
-    if hasattr(m, "peft_config"):
-        layers = m.get_base_model().named_modules()
-        found = {
-            f"{name}.weight": layer.get_delta_weight(m.active_adapter)
-            for name, layer in layers
-            if hasattr(layer, "get_delta_weight")
-        }
-    else:
-        found = {name: tensor - before[name] for name, tensor in m.state_dict().items()}
-    return {
-        name: tensor.detach().double().clone() for name, tensor in found.items() if tensor.any()
-    }
+    if not hasattr(m, "peft_config"):
+        return nonzero({name: tensor - before[name] for name, tensor in m.state_dict().items()})
+    layers = m.get_base_model().named_modules()
+    adapted = {name: layer for name, layer in layers if hasattr(layer, "get_delta_weight")}
+    return nonzero(
+        {f"{n}.weight": one.get_delta_weight(m.active_adapter) for n, one in adapted.items()}
+    )
+
+
+def nonzero(found: dict) -> dict[str, torch.Tensor]:
+    return {name: one.detach().double().clone() for name, one in found.items() if one.any()}
 
 
 def of_lane(lanes, lane: int, before) -> dict[str, torch.Tensor]:
@@ -90,7 +84,7 @@ def of_lane(lanes, lane: int, before) -> dict[str, torch.Tensor]:
         f"{name}.weight": one.scale * one.up[lane] @ one.down[lane]
         for name, one in lanes.low_rank.items()
     }
-    return {name: tensor.detach().double() for name, tensor in found.items() if tensor.any()}
+    return nonzero(found)
 
 
 def far(one: dict, other: dict) -> float:
@@ -170,9 +164,8 @@ def ending(tiny, tokenizer):
     for name, rate in (("FT-A", 3e-3), ("LoRA", 1e-2)):
         changes = {"steps": 12, "learning_rate": rate, "stop_loss": 0.0}
         method = QUICK[name].model_copy(update=changes)
-        lowest = sorted(
-            min(record.losses) for record, _ in each_alone(tiny(), tokenizer, MANY, method).values()
-        )
+        records = [record for record, _ in each_alone(tiny(), tokenizer, MANY, method).values()]
+        lowest = sorted(min(record.losses) for record in records)
         method = method.model_copy(update={"stop_loss": sum(lowest[3:5]) / 2})
         found[name] = method, each_alone(tiny(), tokenizer, MANY, method)
     return found
@@ -273,11 +266,9 @@ def test_of_several_edits_the_one_that_diverges_alone_is_left_out(measured, toke
 def test_edits_that_all_diverge_are_not_handed_out(measured, tokenizer, name):
     model, method = measured(), EVERY[name][1].model_copy(update={"learning_rate": 1e38})
     snapshot = Snapshot(model)
-    with (
-        pytest.raises(FloatingPointError, match="'ada'"),
-        edited_each(model, tokenizer, EDITS, method),
-    ):
-        pytest.fail("a broken edit was handed out")
+    with pytest.raises(FloatingPointError, match="'ada'"):
+        with edited_each(model, tokenizer, EDITS, method):
+            pytest.fail("a broken edit was handed out")
     snapshot.check()
 
 
@@ -381,35 +372,6 @@ def test_a_record_of_a_baseline_has_the_curve_and_the_notes_of_its_own_edit(meas
     assert [record.notes for record in records.values()] == [[], [short], []]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", ["FT-A", "LoRA", "MEMIT", "AnyEdit (UnKE)", "in-context"])
-def test_an_exception_inside_leaves_no_trace(measured, tokenizer, name, error):
-    model = measured()
-    snapshot = Snapshot(model)
-    with pytest.raises(error), edited_each(model, tokenizer, EDITS, EVERY[name][1]) as m:
-        assert not any(module.training for module in m.modules())
-        raise error
-    snapshot.check()
-
-
-@pytest.mark.parametrize("name", ["MEMIT", "in-context"])
-def test_bad_edits_are_refused_by_baselines_too(measured, tokenizer, name):
-    model = measured()
-    snapshot = Snapshot(model)
-    for edits, message in (
-        ((*EDITS, LONG), "edit 'endless'"),
-        ((*EDITS, EDITS[0]), "given twice"),
-        ((), "no edits"),
-    ):
-        for enter in (edited, edited_each):
-            with (
-                pytest.raises(InputError, match=message),
-                enter(model, tokenizer, edits, EVERY[name][1]),
-            ):
-                pytest.fail("written")
-    snapshot.check()
-
-
 def test_a_system_that_fails_midway_leaves_the_weights_as_they_were(
     measured, tokenizer, monkeypatch
 ):
@@ -425,11 +387,9 @@ def test_a_system_that_fails_midway_leaves_the_weights_as_they_were(
             return notes
 
     monkeypatch.setitem(solvers.SOLVERS, "memit", Failing)
-    with (
-        pytest.raises(InputError, match="singular"),
-        edited_each(model, tokenizer, EDITS, baseline("memit")),
-    ):
-        pytest.fail("written")
+    with pytest.raises(InputError, match="singular"):
+        with edited_each(model, tokenizer, EDITS, baseline("memit")):
+            pytest.fail("written")
     assert solved == [["ada"], ["alan"]]
     snapshot.check()
 
