@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -305,7 +306,7 @@ def distribution(
         own = _of(frame, panel, title)
         for name, values in own.groupby(by, sort=False)[value]:
             each, median = look[name], values.median()
-            ax.step(values.quantile(shares), shares, color=each.colour, where="post")
+            sns.ecdfplot(x=values.quantile(shares), ax=ax, color=each.colour)
             _mark(ax, median, 0.5, Look(each.colour))
             _beside(ax, number(float(median)), (median, 0.5), (-4, 3))
         if floor is not None:
