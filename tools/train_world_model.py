@@ -36,6 +36,7 @@ from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.files import replacing
 from uke.models.generate import answer
+from uke.models.model import load
 from uke.models.prompts import reading
 from uke.project import EMBEDDED, Paths
 from uke.results.metrics import score
@@ -428,6 +429,11 @@ EXAM = {
     "reading": ("exact", None),
     "general": ("exact", None),
 }
+
+
+def examine_saved(directory: Path, device: str, world: World, count: int) -> pd.DataFrame:
+    """Load a model from its directory and examine it; see `examine`."""
+    return examine(*load(str(directory), device=device), world, count)
 
 
 def examine(
