@@ -150,12 +150,15 @@ def check_same(what: str, found: Mapping[str, float]) -> None:
 
 
 def average(probes: Sequence[Probe], answers: Answers, before: Answers) -> float:
-    """Return the average metric of all edits together: the mean over kinds of primary metrics."""
+    """Return the average metric of all edits together: the mean over kinds of primary metrics.
+
+    Kinds that are compared with the answers `before` the edit count only where there are any.
+    """
     means = []
     for kind in AVERAGE:
         own = [probe for probe in probes if probe.kind == kind]
-        if own:
-            known = KINDS[kind].against == "reference"
+        known = KINDS[kind].against == "reference"
+        if own and (known or before):
             references = [probe.reference if known else before[probe] for probe in own]
             aliases = [probe.aliases if known else () for probe in own]
             scores = score([answers[probe] for probe in own], references, aliases)

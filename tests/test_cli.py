@@ -269,7 +269,6 @@ def refuse(project, match, data="world", **parameters):
         ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
         ({"methods": ["AnyEdit (MEMIT)", "anyedit_memit"]}, "expected each method once"),
         ({"methods": ["MEMIT"]}, "methods: unknown method 'MEMIT'"),  # it has no file here
-        ({"methods": []}, "methods: none"),
         ({"levels": ["al"]}, "levels: unknown level 'al'; did you mean 'all'"),
         ({"levels": [], "methods": ["AnyEdit (MEMIT)"]}, "it has no levels of factors"),
     ],

@@ -256,7 +256,7 @@ def test_a_distribution_rises_to_one_and_says_its_medians():
     assert points(ax)[0][:2] == (0.5, 0.5) and points(ax)[1][:2] == pytest.approx((0.3, 0.5))
     assert {text.get_text() for text in ax.texts} == {"0.50", "0.30"}
     rises = [
-        (line.get_xdata()[0], line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines(ax)
+        (line.get_xdata()[1], line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines(ax)
     ]
     assert rises == [(0.1, 0.9, 1), (0.2, 0.4, 1)]
     fig = figures.distribution(frame.assign(rank=[1, 4, 20, 200, 300]), "rank", floor=100, log=True)

@@ -190,8 +190,8 @@ def train(
             "expected 'dense' or 'bm25'"
         )
     base, code = encoder_folder(), code_fingerprint(("locality.retrieval",))
-    told = [[passage(document), document.title, document.questions] for document in documents]
-    made = Path(folder) / f"dual-encoder-{_digest([asdict(settings), code, told])}"
+    sources = [[passage(document), document.title, document.questions] for document in documents]
+    made = Path(folder) / f"dual-encoder-{_digest([asdict(settings), code, sources])}"
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):
         if not made.is_dir():

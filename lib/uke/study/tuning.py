@@ -73,13 +73,16 @@ class Trials:
         """Return on how many edits a trial is made at a batch size."""
         return max(self.limit // size, 1) * size
 
-    def run(self, section: Any, sizes: Sequence[int] = (), names: Sequence[str] = ()) -> None:
-        """Make the trials that have no rows at these sizes and of these methods (all if none).
+    def run(
+        self, section: Any, sizes: Sequence[int] | None = None, names: Sequence[str] = ()
+    ) -> None:
+        """Make the trials that have no rows at these sizes (None: all) and of these methods (all if
+        none).
 
         Warn in a section of those that fail because a loss or a system is not finite: they are out.
         """
         begin(self.study, section)
-        for size in sizes or self.sizes:
+        for size in self.sizes if sizes is None else sizes:
             last = len(self.sizes) > 2 and size == self.sizes[-1]
             entered = self._leading(self.sizes[-2]) if last else self.settings
             for (name, level), trial in self.settings.items():
