@@ -314,6 +314,7 @@ def distribution(
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
         if log:
             _log(ax, "x", own[value])
+        ax.set(xlabel="", ylabel="")  # the figure has its own
         ax.grid(axis="y")
     _explain(fig, look if len(look) > 1 else {})
     _titles(fig, label_x or value.replace("_", " "), "share of items")
