@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from uke.errors import InputError, nearest
+from uke.methods import recipes
 from uke.methods.catalog import at_level, best_single, configured, differences, find, key
 from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS, Recipe
 from uke.results import compare
@@ -69,9 +70,8 @@ class FactorStudy:
             if name not in factor.levels:
                 hint = nearest(name, factor.levels)
                 raise InputError(f"factor {self.factor}: unknown level '{name}'{hint}")
-        skipped = () if self._tuned[method].adapter else factor.of_adapters
-        levels = [name for name in factor.levels if name not in skipped]
-        chosen = [name for name in levels if not names or name in names]
+        studied = recipes.levels(self._tuned[method], self.factor)
+        chosen = [name for name in studied if not names or name in names]
         if len(chosen) < 2:
             where = f"factor {self.factor}, {method}: {', '.join(chosen) or 'none'}"
             raise InputError(f"{where}: expected two or more levels to compare")
