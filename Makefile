@@ -65,7 +65,7 @@ test: $(STAMP) ## Run the tests
 lint: $(STAMP) ## Check format, style, the direction of imports and the size of packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/snakefmt --quiet --check Snakefile
+	$(BIN)/snakefmt --check Snakefile
 	$(BIN)/lint-imports --no-cache
 
 figures: PROFILE = embedded
