@@ -10,7 +10,7 @@ import torch
 from uke.errors import InputError
 from uke.files import sha256
 from uke.models.model import blocks, load, max_context
-from uke.models.prompts import end_of_turn
+from uke.models.prompts import end_of_turn_id
 from uke.project import EMBEDDED
 from uke.world import build, card
 
@@ -67,7 +67,7 @@ def test_it_is_as_small_as_promised_and_what_its_card_says(shipped):
     assert content["sha256"] in (EMBEDDED / "README.md").read_text()
     assert max_context(model) == 1024 and len(blocks(model)) == 8
     assert tokenizer.chat_template
-    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 def test_a_directory_without_a_card_is_refused(tmp_path):

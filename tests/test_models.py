@@ -16,7 +16,7 @@ from uke.models.model import blocks, kept, max_context, module_names, select
 from uke.models.prompts import (
     collate,
     encode,
-    end_of_turn,
+    end_of_turn_id,
     example,
     group_by_length,
     training_tokens,
@@ -49,23 +49,13 @@ def test_a_directory_loads_without_the_network_and_bit_for_bit(directory, tiny, 
     assert models.load(str(directory), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_a_gpu_without_bfloat16_gets_float32_and_a_warning(monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
-    )
-    with pytest.warns(UserWarning, match="no bfloat16"):
-        assert models.precision("cuda") == torch.float32
-
-
-@pytest.mark.parametrize("name", ["/no/such/model", "./missing", "a/b/c"])
-def test_a_missing_directory_is_no_hub_name(name):
-    with pytest.raises(InputError, match="no such directory"):
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("/no/such/model", "no such"), ("./a", "no such"), ("a/b/c", "no such"), (".", "no config")],
+)
+def test_a_directory_that_is_missing_or_no_model_is_refused(name, fault):
+    with pytest.raises(InputError, match=fault):
         models.load(name)
-
-
-def test_a_directory_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no config.json"):
-        models.load(str(tmp_path))
 
 
 def test_a_broken_or_incomplete_model_gets_one_line(copy):
@@ -95,7 +85,7 @@ def test_a_tokenizer_without_template_cannot_chat(tokenizer, directory):
     bare.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         encode(bare, "Who?", True)
-    assert encode(bare, "Who?", False) and end_of_turn(bare) == bare.eos_token_id
+    assert encode(bare, "Who?", False) and end_of_turn_id(bare) == bare.eos_token_id
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -109,12 +99,8 @@ def test_only_the_answer_is_learnt(tokenizer, chat):
     assert tokenizer.decode(one.ids[one.prompt_length :]) == f"{answer}<|im_end|>"
     open_end = example(tokenizer, "Ada was born in", "London", chat, end_of_turn=False)
     assert open_end.ids == one.ids[:-1]
-
-
-def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tokenizer):
-    one = example(tokenizer, "Ada was born in ", "London", False, end_of_turn=False)
-    assert tokenizer.decode(one.ids) == "<s>Ada was born in London"
-    assert one.ids[: one.prompt_length] == encode(tokenizer, "Ada was born in ", False)
+    spaced = example(tokenizer, "Ada was born in ", "London", False, end_of_turn=False)
+    assert tokenizer.decode(spaced.ids) == "<s>Ada was born in London"  # no second space
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -164,22 +150,18 @@ def test_layers_by_number_and_fraction(tiny, layers, expected):
     assert list(names) == [f"model.layers.{i}.mlp.down_proj.weight" for i in expected]
 
 
-@pytest.mark.parametrize("layers", [4, -1, 1.5, [0, 9], True, "3", None])
-def test_a_layer_out_of_range_is_refused(tiny, layers):
-    with pytest.raises(InputError, match="layers"):
-        select(tiny(), layers, ["mlp"])
-
-
-def test_an_unknown_component_names_those_that_exist(tiny):
-    with pytest.raises(InputError, match="did you mean 'down_proj'"):
-        select(tiny(), "all", ["dwn_proj"])
-    with pytest.raises(InputError, match="attention.*o_proj"):
-        module_names(tiny(), "all", ["zzz"])
-
-
-@pytest.mark.parametrize(("layers", "components"), [("all", []), ([], ["mlp"])])
-def test_a_selection_of_nothing_is_an_error(tiny, layers, components):
-    with pytest.raises(InputError, match="select no weight"):
+@pytest.mark.parametrize(
+    ("layers", "components", "fault"),
+    [
+        *((layers, ["mlp"], "layers") for layers in (4, -1, 1.5, [0, 9], True, "3", None)),
+        ("all", ["dwn_proj"], "did you mean 'down_proj'"),
+        ("all", ["zzz"], "attention.*o_proj"),
+        ("all", [], "select no weight"),
+        ([], ["mlp"], "select no weight"),
+    ],
+)
+def test_a_selection_of_nothing_or_of_what_is_not_there_is_refused(tiny, layers, components, fault):
+    with pytest.raises(InputError, match=fault):
         select(tiny(), layers, components)
 
 

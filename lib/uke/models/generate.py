@@ -5,17 +5,16 @@ Prompts are sorted by length and padded left; rows that have ended are dropped f
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from uke.data.edits import Probe
 from uke.errors import InputError
@@ -23,17 +22,16 @@ from uke.files import write_atomic
 from uke.models.model import max_context, wide
 from uke.models.prompts import (
     Example,
-    collate,
     encode,
-    end_of_turn,
+    end_of_turn_id,
     example,
     group_by_length,
+    padded,
     question_of,
 )
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch has finished.
 DROP_SHARE = 1 / 8
-SPARE_TOKENS = 32  # free positions behind a layer's cached keys and values
 
 Prompt = tuple[int, ...]
 CachedAnswer = tuple[list[int], int]  # token ids of an answer, and its limit of tokens
@@ -47,22 +45,20 @@ class AnswerCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @cached_property
-    def _known(self) -> dict[Prompt, CachedAnswer]:
-        known: dict[Prompt, CachedAnswer] = {}
-        for path in sorted(self.folder.glob("*.json")):
+        self.folder, self._known = folder, {}
+        for path in sorted(folder.glob("*.json")):
             try:
                 for prompt, ids, limit in json.loads(path.read_text("utf-8")):
-                    new = list(map(int, ids)), int(limit)
-                    _keep_longer(known, tuple(map(int, prompt.split())), new)
-            except (ValueError, TypeError, AttributeError) as error:
+                    self._keep_longer(tuple(prompt), (ids, limit))
+            except (ValueError, TypeError) as error:
+                expected = "[prompt, ids, limit] each; delete it to generate the answers again"
                 raise InputError(
-                    f"{path}: not a file of cached answers ({error}); expected "
-                    "[prompt, ids, limit] each; delete it and the answers are generated again"
+                    f"{path}: not a file of cached answers ({error}); expected {expected}"
                 ) from None
-        return known
+
+    def _keep_longer(self, prompt: Prompt, new: CachedAnswer) -> None:
+        if self._known.get(prompt, ([], -1))[1] < new[1]:
+            self._known[prompt] = new
 
     def look_up(self, prompt: Prompt, limit: int) -> list[int] | None:
         """Return the answer of at most `limit` tokens, or None where none is that long."""
@@ -72,18 +68,12 @@ class AnswerCache:
 
     def add(self, answers: Mapping[Prompt, CachedAnswer]) -> None:
         """Keep these answers, in memory and on disk."""
-        if not answers:
-            return
         for prompt, new in answers.items():
-            _keep_longer(self._known, prompt, new)
-        content = json.dumps([[" ".join(map(str, one)), *new] for one, new in answers.items()])
-        name = hashlib.sha256(content.encode()).hexdigest()[:16]
-        write_atomic(self.folder / f"{name}.json", content)
-
-
-def _keep_longer(known: dict[Prompt, CachedAnswer], prompt: Prompt, new: CachedAnswer) -> None:
-    if prompt not in known or known[prompt][1] < new[1]:
-        known[prompt] = new
+            self._keep_longer(prompt, new)
+        if answers:
+            content = json.dumps([[prompt, *new] for prompt, new in answers.items()])
+            name = hashlib.sha256(content.encode()).hexdigest()[:16]
+            write_atomic(self.folder / f"{name}.json", content)
 
 
 @dataclass(frozen=True)
@@ -137,20 +127,16 @@ def answer(
         queries.append(Query(probe.edit if has_lanes else None, prompt))
         limit = min(chosen.limit(probe), context - len(prompt))
         limits[queries[-1]] = max(limits.get(queries[-1], 0), limit)
-    known = {
-        query: chosen.cache and chosen.cache.look_up(query.prompt, limit)
-        for query, limit in limits.items()
-    }
-    answers = {query: ids for query, ids in known.items() if ids is not None}
-    missing = {query: limit for query, limit in limits.items() if query not in answers}
+    look_up = chosen.cache.look_up if chosen.cache else lambda *_: None
+    answers = {query: look_up(query.prompt, limit) for query, limit in limits.items()}
+    missing = {query: limit for query, limit in limits.items() if answers[query] is None}
     endings = end_tokens(model, tokenizer)
     for batch in _batches(missing, chosen.batch_tokens):
         rows = _decode(model, batch, [limits[query] for query in batch], endings)
         answers.update(zip(batch, rows, strict=True))
     if chosen.cache:
-        chosen.cache.add(
-            {query.prompt: (answers[query], limit) for query, limit in missing.items()}
-        )
+        new = {query.prompt: (answers[query], limit) for query, limit in missing.items()}
+        chosen.cache.add(new)
     # A prompt may occur with two limits: greedy answers are prefixes of each other.
     return [
         tokenizer.decode(answers[query][: chosen.limit(probe)], skip_special_tokens=True).strip()
@@ -166,35 +152,31 @@ def select_lanes(model: nn.Module, edits: Sequence[str | None]) -> None:
 
 def _check_length(probe: Probe, needed: int, context: int) -> None:
     if needed > context:
-        raise InputError(
-            f"edit {probe.edit}, {probe.kind} {probe.number}: {needed} tokens; "
-            f"expected at most {context}, the model's context"
-        )
+        place = f"edit {probe.edit}, {probe.kind} {probe.number}"
+        raise InputError(f"{place}: {needed} tokens; expected at most {context}, the context")
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of the tokens that end an answer: of a turn or of the text."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *configured} - {None}
+    return {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *configured} - {None}
 
 
-def _batches(limits: Mapping[Query, int], tokens: int) -> Iterator[list[Query]]:
+def _batches(limits: Mapping[Query, int], tokens: int) -> list[list[Query]]:
     """Group prompts of similar length: at most `tokens` with their answers, but one prompt."""
-    batch: list[Query] = []
+    batches: list[list[Query]] = []
     longest = 0
     # Longest first: a batch that does not fit in memory fails at once.
     by_size = sorted(limits, key=lambda one: (len(one.prompt), limits[one], one), reverse=True)
     for query in by_size:
         needed = len(query.prompt) + limits[query]
-        size = max(longest, needed)
-        if batch and size * (len(batch) + 1) > tokens:
-            yield batch
-            batch, size = [], needed
-        batch.append(query)
-        longest = size
-    if batch:
-        yield batch
+        longest = max(longest, needed)
+        if not batches or longest * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+            longest = needed
+        batches[-1].append(query)
+    return batches
 
 
 # Not inference mode: rotary embeddings of some models renew buffers while reading, which training
@@ -205,17 +187,13 @@ def _decode(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, without the token that ended it."""
     answers: list[list[int]] = [[] for _ in queries]
-    rows = [row for row, limit in enumerate(limits) if limit > 0]
-    if not rows:
-        return answers
-    running, cache = set(rows), _empty_cache(model)
-    prompts = [list(queries[row].prompt) for row in rows]
-    batch = collate([Example(one, one, len(one)) for one in prompts], pad_id=0, side="left")
-    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
-    ids, mask = batch["input_ids"], batch["attention_mask"]  # (B, T)
+    rows = list(range(len(queries)))
+    running, cache = set(rows), DynamicCache(config=model.config)
+    ids = padded([query.prompt for query in queries], side="left").to(model.device)  # (B, T)
+    mask = padded([[1] * len(query.prompt) for query in queries], side="left").to(model.device)
     # Every prompt counts its positions from 0, whatever padding stands before it.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
-    select_lanes(model, [queries[row].lane for row in rows])
+    select_lanes(model, [query.lane for query in queries])
     while True:
         logits = model(
             input_ids=ids,
@@ -229,7 +207,7 @@ def _decode(
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in running and token not in endings:
                 answers[row].append(token)
-            if token in endings or len(answers[row]) == limits[row]:
+            if token in endings or len(answers[row]) >= limits[row]:
                 running.discard(row)
         if not running:
             return answers
@@ -243,49 +221,6 @@ def _decode(
         ids, positions = tokens[:, None], positions + 1
 
 
-def _device(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-class _SpareLayer(DynamicLayer):
-    """Keys and values of one layer, with free positions: one more token copies only itself."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-            self.stored = {"keys": self.keys, "values": self.values}
-        self.keys = self._append("keys", key_states)
-        self.values = self._append("values", value_states)
-        return self.keys, self.values
-
-    def _append(self, name: str, new: Tensor) -> Tensor:
-        old = getattr(self, name)  # (B, H, T, D)
-        end = old.shape[-2] + new.shape[-2]
-        if self.stored[name].shape[-2] < end:
-            self.stored[name] = new.new_empty(*new.shape[:-2], end + SPARE_TOKENS, new.shape[-1])
-            self.stored[name][..., : old.shape[-2], :] = old
-        self.stored[name][..., old.shape[-2] : end, :] = new
-        return self.stored[name][..., :end, :]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        for name, stored in self.stored.items():
-            end = getattr(self, name).shape[-2]
-            self.stored[name] = stored[indices]
-            setattr(self, name, self.stored[name][..., :end, :])
-
-
-def _empty_cache(model: nn.Module) -> DynamicCache:
-    """Return the model's own kind of cache; layers that keep every token get spare positions."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
-
-
 @torch.no_grad()
 def surprisals(
     model: nn.Module,
@@ -295,14 +230,12 @@ def surprisals(
 ) -> list[Tensor]:
     """Return -log p (nats) of each example's target tokens, teacher-forced, shape (its tokens,).
 
-    `edits` names the lane that reads each example, where the model has lanes; `tokens` limits one
-    forward pass.
+    `edits` names each example's lane, in a model with lanes; `tokens` limits one forward pass.
     """
     surprisal_of: dict[int, Tensor] = {}
     for rows in group_by_length([len(one.ids) for one in examples], tokens):
         select_lanes(model, [edits[row] for row in rows])
-        ids = collate([examples[row] for row in rows], pad_id=0)["input_ids"]  # (B, T)
-        ids = ids.to(_device(model))
+        ids = padded([examples[row].ids for row in rows]).to(model.device)  # (B, T)
         first = min(examples[row].prompt_length for row in rows)
         # Padding stands to the right: causality alone keeps it from what is read, without a mask.
         logits = model(
@@ -321,20 +254,14 @@ def _reference_surprisals(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     probes: Sequence[Probe],
-    options: Mapping[str, Any],
+    chosen: Generation,
 ) -> tuple[list[Example], list[Tensor]]:
     """Return each probe as an example with its reference, and the surprisals of its tokens."""
-    chosen = Generation(**options)
     examples: list[Example] = []
     for probe in probes:
         text, chat = question_of(model, probe), chosen.through_template(probe)
         examples.append(example(tokenizer, text, probe.reference, chat, False))
         _check_length(probe, len(examples[-1].ids), max_context(model))
-        if examples[-1].prompt_length == len(examples[-1].ids):
-            raise InputError(
-                f"edit {probe.edit}, {probe.kind} {probe.number}: "
-                "reference is empty; expected a text"
-            )
     edits = [probe.edit for probe in probes]
     return examples, surprisals(model, examples, edits, chosen.batch_tokens)
 
@@ -345,9 +272,9 @@ def target_log_probability(
     """Return, in order, the mean log-probability (nats) of a token of each probe's reference.
 
     `options` are the fields of `Generation`; the token that ends a turn is not counted. Raises
-    InputError where prompt and reference exceed the context, and for an empty reference.
+    InputError where prompt and reference exceed the context.
     """
-    _, values = _reference_surprisals(model, tokenizer, probes, options)
+    _, values = _reference_surprisals(model, tokenizer, probes, Generation(**options))
     return [-float(value.mean()) for value in values]
 
 
@@ -365,7 +292,7 @@ def token_probabilities(
 
     Options and errors are those of `target_log_probability`.
     """
-    examples, values = _reference_surprisals(model, tokenizer, probes, options)
+    examples, values = _reference_surprisals(model, tokenizer, probes, Generation(**options))
     return [
         list(map(Token, _pieces(tokenizer, one.ids[one.prompt_length :]), (-value).exp().tolist()))
         for one, value in zip(examples, values, strict=True)
@@ -374,12 +301,8 @@ def token_probabilities(
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Return what each token adds to the text, the last one where a character has several."""
-    pieces, text = [], ""
-    for end in range(1, len(ids) + 1):
-        longer = tokenizer.decode(
-            ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        longer = longer if end == len(ids) else longer.rstrip("\ufffd")
-        pieces.append(longer[len(text) :])
-        text = longer
-    return pieces
+    texts = [
+        tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+        for end in range(len(ids) + 1)
+    ]
+    return [longer[len(shorter) :] for shorter, longer in pairwise(texts)]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +48,8 @@ def load(
     # The readers of the files raise classes of their own, with no common base.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{name}: expected a causal language model with its tokenizer; {reason}"
-        ) from error
+        expected = "expected a causal language model with its tokenizer"
+        raise InputError(f"{name}: {expected}; {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{name}: the weights lack {missing[0]}; expected the whole model")
     return model.to(device).eval(), tokenizer
@@ -59,12 +57,10 @@ def load(
 
 def precision(device: str) -> torch.dtype:
     """Return the dtype that models are loaded in: bfloat16 where a GPU has it, else float32."""
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    warnings.warn("this GPU has no bfloat16: models take twice the memory in float32", stacklevel=1)
-    return torch.float32
+    has_bfloat16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _source(name: str) -> tuple[str, bool]:
@@ -75,42 +71,24 @@ def _source(name: str) -> tuple[str, bool]:
             raise InputError(f"{path}: no config.json; expected a model directory")
         return str(path), True
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or name == "embedded":
-        raise InputError(
-            f"{path}: no such directory; expected 'embedded', a model directory or a hub name"
-        )
+        expected = "expected 'embedded', a model directory or a hub name"
+        raise InputError(f"{path}: no such directory; {expected}")
     return name, False
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the decoder blocks with their names, first to last, found in the module tree.
-
-    Raises InputError where no list of modules is as long as the configuration says.
-    """
+    """Return the decoder blocks with their names, first to last; InputError where none is found."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and all(_part(kind, block) for block in module for kind in ("attention", "mlp"))
+        if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if not stacks:
-        raise InputError(
-            f"{type(model).__name__}: no list of {depth} decoder blocks in the module tree"
-        )
+        raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks")
     # A vision tower has blocks of its own, which are smaller.
     name, stack = max(stacks, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
     return [(f"{name}.{i}", block) for i, block in enumerate(stack)]
-
-
-def _linear(block: nn.Module) -> list[str]:
-    return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _part(kind: str, block: nn.Module) -> list[str]:
-    """Return the names, within the block, of its attention's or feed-forward's projections."""
-    attention = kind == "attention"
-    return [name for name in _linear(block) if ("att" in name.partition(".")[0]) == attention]
 
 
 Layers = str | int | float | Iterable[int | float]
@@ -128,39 +106,36 @@ def _indices(layers: Layers, depth: int) -> list[int]:
 
 
 def layer_index(layer: int | float, depth: int) -> int:
-    """Return the index of a block from its number or its fraction of the depth (1.0 the last).
-
-    Raises InputError where it is out of range.
-    """
+    """Return the index of a block from its number or its fraction of the depth (1.0 the last)."""
     if isinstance(layer, float) and 0 <= layer <= 1:
         return min(int(layer * depth), depth - 1)
     if type(layer) is int and 0 <= layer < depth:
         return layer
-    raise InputError(
-        f"layers: {layer!r} is out of range; expected a number 0-{depth - 1} or a fraction 0.0-1.0"
-    )
+    expected = f"expected a number 0-{depth - 1} or a fraction 0.0-1.0"
+    raise InputError(f"layers: {layer!r} is out of range; {expected}")
 
 
 def _inside(block: nn.Module, component: str) -> list[str]:
     """Return the names, within the block, of the projections that a component stands for."""
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     if component == "all":
-        return _linear(block)
+        return names
     if component in ("mlp", "attention"):
-        return _part(component, block)
-    last_names = {name: name.rpartition(".")[2] for name in _linear(block)}
-    if component not in last_names.values():
-        valid = {*last_names.values(), "all", "mlp", "attention"}
+        attention = component == "attention"
+        return [name for name in names if ("att" in name.partition(".")[0]) == attention]
+    last_names = [name.rpartition(".")[2] for name in names]
+    if component not in last_names:
+        valid = {*last_names, "all", "mlp", "attention"}
         raise InputError(f"components: unknown '{component}'{nearest(component, valid)}")
-    return [name for name, last in last_names.items() if last == component]
+    return [name for name, last in zip(names, last_names, strict=True) if last == component]
 
 
 def module_names(model: nn.Module, layers: Layers, components: str | Sequence[str]) -> list[str]:
     """Return the names of the linear projections that are selected, in the model's order.
 
-    `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth (0.0 the
-    first block, 1.0 the last), or a list of numbers and fractions. `components`: "mlp",
-    "attention", "all", or the name of a projection such as "down_proj". Raises InputError for a
-    layer out of range, an unknown component, and where nothing is selected.
+    `layers`: "all", "first_half", "second_half", a block's number, a fraction of the depth, or a
+    list of both. `components`: "mlp", "attention", "all", or a projection such as "down_proj".
+    Raises InputError for a layer out of range, an unknown component, and a selection of nothing.
     """
     decoder, names = blocks(model), []
     components = [components] if isinstance(components, str) else components
@@ -169,19 +144,16 @@ def module_names(model: nn.Module, layers: Layers, components: str | Sequence[st
         inside = dict.fromkeys(name for one in components for name in _inside(block, one))
         names += [f"{prefix}.{name}" for name in inside]
     if not names:
-        raise InputError(
-            f"layers {layers!r}, components {list(components)!r}: they select no weight"
-        )
+        raise InputError(f"layers {layers!r}, components {components!r}: they select no weight")
     return names
 
 
 def select(
     model: nn.Module, layers: Layers, components: str | Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """Return the weights and biases, by name, of the projections that `module_names` returns.
+    """Return weights and biases, by name, of what `module_names` selects, with its errors.
 
-    The component "all" stands for every parameter of a block, norms included. Raises InputError
-    like `module_names`.
+    The component "all" stands for every parameter of a block, norms included.
     """
     prefixes = module_names(model, layers, components)
     if "all" in components:

@@ -43,10 +43,8 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
     if not chat:
         return question
     if not tokenizer.chat_template:
-        raise InputError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; "
-            "expected one, or chat: false"
-        )
+        name = tokenizer.name_or_path or "tokenizer"
+        raise InputError(f"{name}: no chat template; expected one, or chat: false")
     # Templates of reasoning models read `enable_thinking`: a scored answer begins at once.
     turn = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(
@@ -55,10 +53,7 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
-    """Return the token ids of the prompt, with one beginning-of-text token.
-
-    Raises InputError for `chat` without a template in the tokenizer, and for an empty prompt.
-    """
+    """Return the token ids of the prompt, with one beginning-of-text token."""
     # A chat template writes its own special tokens.
     ids = _tokenize(tokenizer, render(tokenizer, question, chat), special=not chat)
     if not ids:
@@ -76,7 +71,7 @@ def example(
     """Join prompt and answer into one sequence whose labels are the answer.
 
     With `end_of_turn` the token that ends a turn is learned too. A raw prompt is continued after
-    one space. The prompt's ids are exactly those that `encode` returns.
+    one space.
     """
     prompt = encode(tokenizer, question, chat)
     text = render(tokenizer, question, chat)
@@ -89,31 +84,23 @@ def example(
     else:
         target = _tokenize(tokenizer, space + answer, special=False)
     if end_of_turn:
-        target.append(_end_of_turn(tokenizer))
+        target.append(end_of_turn_id(tokenizer))
     return Example(prompt + target, [IGNORED] * len(prompt) + target, len(prompt))
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that ends a turn in the chat template, or else the text.
-
-    Raises InputError where the tokenizer has neither.
-    """
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that ends a turn in the chat template, or else the text."""
     if tokenizer.chat_template:
         turns = [{"role": role, "content": PLACEHOLDER} for role in ("user", "assistant")]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        tail = text.rpartition(PLACEHOLDER)[2].lstrip()
-        ids = _tokenize(tokenizer, tail, special=False) if tail else []
+        ids = _tokenize(tokenizer, text.rpartition(PLACEHOLDER)[2].lstrip(), special=False)
         added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         if ids and ids[0] in added:
             return ids[0]
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no token ends a turn; expected an eos_token"
-        )
+        name = tokenizer.name_or_path or "tokenizer"
+        raise InputError(f"{name}: no token ends a turn; expected an eos_token")
     return tokenizer.eos_token_id
-
-
-_end_of_turn = end_of_turn  # `example` has an option of the same name
 
 
 def collate(
@@ -139,10 +126,9 @@ def training_tokens(device: torch.device) -> int:
 
 
 def group_by_length(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
-    """Split row indices into passes of similar length, longest first, with little padding.
+    """Split row indices into passes of similar length and little padding, longest first.
 
-    Each pass holds at most `tokens` tokens, padding included and never more than PASS_TOKENS, but
-    at least one row.
+    A pass holds one row, or at most `tokens` and PASS_TOKENS tokens, padding included.
     """
     tokens = PASS_TOKENS if tokens is None else min(tokens, PASS_TOKENS)
     passes: list[list[int]] = []
