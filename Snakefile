@@ -26,8 +26,7 @@ SHARED = {
 }
 NAMED = {kind: list(filter(None, str(config.get(kind, "")).split(","))) for kind in COLLECTIONS}
 FILES = {kind: list(map(str, find_collections(kind, NAMED[kind]))) for kind in COLLECTIONS}
-STUDIES_REPORTED = params.reported(ROOT, PROFILE, DATA, bool(FILES["documents"]))
-REPORTED = [study.notebook for study in STUDIES_REPORTED]
+REPORTED = params.reported(ROOT, PROFILE, DATA, bool(FILES["documents"]))
 TUNING = [name for name in STUDIES if name.startswith("tuning")]
 if "rows" in config:  # draw again: the searches too, where their rows are committed
     REPORTED += [name for name in TUNING if PATHS.exported(name).is_file()]

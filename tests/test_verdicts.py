@@ -237,8 +237,8 @@ def test_the_committed_files_are_sound():
 )
 def test_the_profile_of_another_world_names_one_seed_and_is_valid_for_every_notebook(profile):
     seed = int(profile.rpartition("-")[2])
-    for study in params.reported(ROOT, profile, "world"):
-        merged = params.merge(ROOT, study.notebook, profile, {})
+    for notebook in params.reported(ROOT, profile, "world"):
+        merged = params.merge(ROOT, notebook, profile, {})
         assert (
             merged.get("world_seed", seed) == seed
             and merged.get("model", f"./results/models/world-{seed}")

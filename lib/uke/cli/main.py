@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from uke.cli import params
 from uke.cli.execute import Failure, Job, execute, runs
@@ -26,7 +27,6 @@ from uke.project import Paths
 logger = logging.getLogger("uke")
 
 QUOTED = "embedded"  # the profile whose figures are committed and whose numbers README quotes
-DAY = 86400
 FACTORED = ("levels=", "methods=")  # shared parameters of which a factor takes its own
 
 
@@ -50,31 +50,28 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m uke", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-
-    def command(name, function, text):
-        found = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        found.set_defaults(command=function)
-        return found
-
     pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    profile = argparse.ArgumentParser(add_help=False)
+    profile.add_argument("--profile", required=True, help="a file of params/profiles")
+    profile.add_argument("--data", help="a benchmark's name instead of the profile's data")
+    profile.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
+    profile.add_argument(
+        "--rows", choices=["committed"], help="draw again from figures/<profile>/rows"
+    )
+
+    def command(name, function, text, parents=(profile,)):
+        added = commands.add_parser(name, help=text, allow_abbrev=False, parents=parents)
+        added.set_defaults(command=function, set=[], checked=False, cell_timeout=86400)
+        return added
+
     run = command("run", _run, "execute one notebook")
     run.add_argument("notebook", help="name of a notebook, for example 01_edits")
     run.add_argument("--set", **pair, help="a parameter of this notebook")
     run.add_argument("--checked", action="store_true", help="`check` has passed: start at once")
-    run.add_argument("--cell-timeout", type=int, default=DAY, help="seconds for one cell")
-    every = [
-        run,
-        command("check", _check, "check the parameters of every notebook, run nothing"),
-        command("report", _report, "compose numbers.json, report.html and report.pdf"),
-    ]
-    for each in every:
-        each.add_argument("--profile", required=True, help="a file of params/profiles")
-        each.add_argument("--data", help="a benchmark's name instead of the profile's data")
-        each.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
-        each.add_argument(
-            "--rows", choices=["committed"], help="draw again from figures/<profile>/rows"
-        )
-    measure = command("covariance", _covariance, "measure key covariances of a model")
+    run.add_argument("--cell-timeout", type=int, help="seconds for one cell, a day by default")
+    command("check", _check, "check the parameters of every notebook, run nothing")
+    command("report", _report, "compose numbers.json, report.html and report.pdf")
+    measure = command("covariance", _covariance, "measure key covariances of a model", ())
     measure.add_argument("model", help="embedded, a model directory or a hub name")
     measure.add_argument("texts", nargs="?", help="JSON list of texts; the world's for 'embedded'")
     measure.add_argument("--layers", type=int, nargs="+", help="blocks (default: every block)")
@@ -85,28 +82,29 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
     """Check everything that can be checked before a kernel starts; InputError otherwise."""
     home, name = Paths(options.profile).home, Path(notebook).stem
     data = params.dataset(home, options.profile, options.data)
-    own = getattr(options, "set", [])
-    parameters = params.merge(home, name, options.profile, options.shared, own)
-    given = {"profile": options.profile, "data": data}
-    parameters |= {key: value for key, value in given.items() if key in parameters}
+
+    def merged(shared: list[str]) -> dict[str, Any]:
+        return params.merge(home, name, options.profile, shared, options.set)
+
+    parameters = merged(options.shared)
+    parameters |= {"profile": options.profile, "data": data}
     if "data_file" in parameters:
         parameters["data_file"] = find_data(data, parameters["data_file"])
     for kind in COLLECTIONS:
         if kind in parameters and data != "world":
             parameters[kind] = [str(path) for path in find_collections(kind, parameters[kind])]
     # Torch comes with the methods: a run that needs no look at them does not wait for it.
-    if "levels" in parameters and any(pair.startswith(FACTORED) for pair in options.shared):
+    others = [pair for pair in options.shared if not pair.startswith(FACTORED)]
+    if "levels" in parameters and others != options.shared:
         from uke.cli.preflight import narrow
 
-        others = [pair for pair in options.shared if not pair.startswith(FACTORED)]
-        narrow(home, name, parameters, params.merge(home, name, options.profile, others, own))
-    if not (options.rows or getattr(options, "checked", False)):
+        narrow(home, name, parameters, merged(others)["levels"])
+    if not (options.rows or options.checked):
         from uke.cli.preflight import check
 
         check(home, data, parameters)
-    timeout = getattr(options, "cell_timeout", DAY)
-    notebook_file = home / "notebooks" / f"{name}.ipynb"
-    return Job(notebook_file, parameters, Paths(options.profile, data), timeout)
+    paths = Paths(options.profile, data)
+    return Job(home / "notebooks" / f"{name}.ipynb", parameters, paths, options.cell_timeout)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -124,22 +122,16 @@ def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
     paths = Paths(options.profile)
     data = params.dataset(paths.home, options.profile, options.data)
     given = dict(pair.partition("=")[::2] for pair in options.shared)
-    found = {
-        kind: find_collections(kind, filter(None, given.get(kind, "").split(",")))
-        for kind in COLLECTIONS
-    }
-    studies = params.reported(paths.home, options.profile, data, bool(found["documents"]))
-    return Paths(options.profile, data), [study.notebook for study in studies]
+    documents = find_collections("documents", params.items(given.get("documents", "")))
+    notebooks = params.reported(paths.home, options.profile, data, bool(documents))
+    return Paths(options.profile, data), notebooks
 
 
 def _check(options: argparse.Namespace) -> None:
     paths, notebooks = _reported(options)
     if paths.figures == paths.home / "figures" / QUOTED and options.shared:
-        changed = ", ".join(pair.partition("=")[0] for pair in options.shared)
-        raise InputError(
-            f"profile {QUOTED}: {changed}: this is the committed study, whose numbers README "
-            "quotes; change another profile (PROFILE=quick)"
-        )
+        quoted = "README quotes the numbers of this study; change another profile (PROFILE=quick)"
+        raise InputError(f"profile {QUOTED}: {', '.join(options.shared)}: {quoted}")
     for notebook in notebooks:
         job(options, notebook)
 

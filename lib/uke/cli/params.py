@@ -9,27 +9,19 @@ import ast
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter
 
-from uke.data.formats import DATA_FILES
+from uke.data.formats import DATA_FILES, located
 from uke.errors import InputError, nearest
-from uke.files import StrictLoader, read_yaml
+from uke.files import read_yaml
 
-Value = bool | int | float | str | list | None
+Parameters = dict[str, Any]
 
 # Chosen by the option of the same name, since they name the folder of the results.
 RESERVED = ("profile", "data")
 LOCALITY = "02_locality"  # the notebook that builds locality sets
-
-
-def _mapping(value: Any) -> Any:
-    return {} if value is None else value
-
-
-Parameters = Annotated[dict[str, Any], BeforeValidator(_mapping)]
 
 
 class Study(BaseModel):
@@ -42,7 +34,6 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    notebook: str
     after: tuple[str, ...] = ()
     priority: StrictInt = 0
     report: bool | str = True
@@ -52,52 +43,33 @@ class Study(BaseModel):
 
 def studies(root: Path) -> dict[str, Study]:
     """Read the study of every notebook by its name; InputError for a bad entry."""
-    path = root / "params" / "studies.yaml"
-    found = {}
+    path, found = root / "params" / "studies.yaml", {}
     for notebook, entry in read_yaml(path).items():
-        entry = entry or {}
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: {notebook}: expected a mapping, found {entry!r}")
-        if unknown := [key for key in entry if key not in Study.model_fields]:
-            fault = f"unknown key '{unknown[0]}'{nearest(unknown[0], Study.model_fields)}"
-            raise InputError(f"{path}: {notebook}: {fault}")
-        try:
-            study = Study(**{**entry, "notebook": notebook})
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            key = ".".join(map(str, fault["loc"]))
-            text = f"{key}: {fault['msg']} (found {fault['input']!r})"
-            raise InputError(f"{path}: {notebook}: {text}") from None
-        for profile in study.profiles:
+        with located(f"{path}: {notebook}", Study.model_fields):
+            found[notebook] = Study.model_validate(entry or {})
+        for profile in found[notebook].profiles:
             profile_file(root, profile, f"{path}: {notebook}: profiles")
-        found[notebook] = study
     return found
 
 
-def reported(root: Path, profile: str, data: str, documents: bool = True) -> list[Study]:
-    """List the studies in a report on `profile`: those made for it, or else all general ones.
+def reported(root: Path, profile: str, data: str, documents: bool = True) -> list[str]:
+    """List the notebooks in a report on `profile`: those made for it, or else all general ones.
 
     A benchmark's locality set is built from `documents`; without any, its notebook is left out.
     """
-    every = studies(root).values()
-    own = [study for study in every if study.report == profile]
+    every = studies(root)
+    own = [name for name, study in every.items() if study.report == profile]
+    general = [name for name, study in every.items() if study.report is True]
     buildable = data == "world" or documents
-    general = [
-        study
-        for study in every
-        if study.report is True and (study.notebook != LOCALITY or buildable)
-    ]
-    return own or general
+    return own or [name for name in general if name != LOCALITY or buildable]
 
 
 def profile_file(root: Path, profile: str, place: str = "") -> Path:
     """Find the file of a profile; InputError naming the nearest one where there is none."""
     path = root / "params" / "profiles" / f"{profile}.yaml"
     if not path.is_file():
-        valid = [other.stem for other in path.parent.glob("*.yaml")]
-        raise InputError(
-            f"{place or path.parent}: unknown profile '{profile}'{nearest(profile, valid)}"
-        )
+        hint = nearest(profile, (other.stem for other in path.parent.glob("*.yaml")))
+        raise InputError(f"{place or path.parent}: unknown profile '{profile}'{hint}")
     return path
 
 
@@ -110,89 +82,57 @@ def dataset(root: Path, profile: str, data: str | None = None) -> str:
     return chosen
 
 
-def declared(notebook: Path) -> dict[str, Value]:
+def declared(notebook: Path) -> Parameters:
     """Read names and defaults in the cell tagged `parameters`, without running anything."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        (cell,) = (one for one in cells if "parameters" in one["metadata"].get("tags", ()))
+        lines = ast.parse("".join(cell["source"])).body
+        return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
     except FileNotFoundError:
-        valid = [other.stem for other in notebook.parent.glob("*.ipynb")]
-        raise InputError(f"{notebook}: no such notebook{nearest(notebook.stem, valid)}") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{notebook}: expected a Jupyter notebook (JSON with 'cells')") from None
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", ())]
-    if len(tagged) != 1:
-        raise InputError(f"{notebook}: expected one cell tagged 'parameters', found {len(tagged)}")
-    return dict(_literals("".join(tagged[0]["source"]), f"{notebook}: parameters cell"))
+        hint = nearest(notebook.stem, (other.stem for other in notebook.parent.glob("*.ipynb")))
+        raise InputError(f"{notebook}: no such notebook{hint}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        expected = "expected one cell tagged 'parameters', each line of it `name = literal`"
+        raise InputError(f"{notebook}: {expected} ({error})") from None
 
 
-def _literals(source: str, place: str) -> Iterable[tuple[str, Value]]:
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise InputError(f"{place}, line {error.lineno}: not valid Python") from None
-    for statement in statements:
-        line = f"{place}, line {statement.lineno}"
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=expression):
-                pass
-            case _:
-                raise InputError(f"{line}: expected `name = literal`")
-        try:
-            value = ast.literal_eval(expression)
-        except ValueError:
-            raise InputError(f"{line}: {name}: expected a literal value") from None
-        if not isinstance(value, Value):
-            raise InputError(f"{line}: {name}: expected bool, int, float, str, list or None")
-        yield name, value
-
-
-def merge(root: Path, notebook: str, profile: str, shared=(), own=()) -> dict[str, Value]:
+def merge(root: Path, notebook: str, profile: str, shared=(), own=()) -> Parameters:
     """Merge all parameters of `notebook` on `profile`, but for `profile` and `data` themselves.
 
     `shared` and `own` are `name=value` texts of `--shared` (names that any notebook declares,
     skipped where this one does not) and `--set` (names that this notebook must declare).
     InputError names key, source and the nearest valid name.
     """
-    defaults = declared(root / "notebooks" / f"{notebook}.ipynb")
-    known = set(defaults)
+    merged = declared(root / "notebooks" / f"{notebook}.ipynb")
+    known = set(merged)
     anywhere = known.union(*map(declared, (root / "notebooks").glob("*.ipynb")))
     profile_path = profile_file(root, profile)
     values = {key: value for key, value in read_yaml(profile_path).items() if key != "data"}
-    study = studies(root).get(notebook, Study(notebook=notebook))
+    study = studies(root).get(notebook, Study())
     entry = f"{root / 'params' / 'studies.yaml'}: {notebook}"
-    merged = dict(defaults)
     for place, given, valid in (
         (str(profile_path), values, anywhere),
         (f"{entry}: fixed", study.fixed, known),
         (f"{entry}: profiles: {profile}", study.profiles.get(profile, {}), known),
-        ("--shared", dict(_pairs("--shared", shared, defaults)), anywhere),
-        ("--set", dict(_pairs("--set", own, defaults)), known),
+        ("--shared", _pairs("--shared", shared, merged), anywhere),
+        ("--set", _pairs("--set", own, merged), known),
     ):
         _check_names(place, given, valid)
-        merged |= {
-            name: check(place, name, value, defaults[name])
-            for name, value in given.items()
-            if name in defaults
-        }
+        for name in (name for name in given if name in known):
+            # On the command line everything is text, in which lax reading finds the type.
+            kind, strict = _kind(merged[name]), not place.startswith("--")
+            with located(f"{place}: {name}"):
+                merged[name] = TypeAdapter(kind).validate_python(given[name], strict=strict)
     return merged
 
 
-def check(place: str, name: str, value: Value, default: Value) -> Value:
-    """Return `value` as the type of `default` (an int passes for a float); InputError otherwise."""
-    if default is None:
-        return value
-    if isinstance(value, bool) == isinstance(default, bool):
-        if isinstance(value, list) and isinstance(default, list) and default:
-            return [check(place, f"{name}[{i}]", item, default[0]) for i, item in enumerate(value)]
-        if isinstance(value, type(default)):
-            return value
-        if isinstance(default, float) and isinstance(value, int):
-            return float(value)
-    expected, actual = type(default).__name__, type(value).__name__
-    raise InputError(f"{place}: {name}: expected {expected}, found {value!r} ({actual})")
+def _kind(default: Any) -> Any:
+    """Return the type of a default; an int passes for a float."""
+    return list[type(default[0])] if isinstance(default, list) and default else type(default)
 
 
-def _check_names(place: str, values: Mapping[str, Value], valid: set[str]) -> None:
+def _check_names(place: str, values: Mapping[str, Any], valid: set[str]) -> None:
     for name in values:
         if name in RESERVED:
             raise InputError(f"{place}: '{name}' is chosen by --{name}, not here")
@@ -200,23 +140,16 @@ def _check_names(place: str, values: Mapping[str, Value], valid: set[str]) -> No
             raise InputError(f"{place}: unknown parameter '{name}'{nearest(name, valid)}")
 
 
-def _pairs(option: str, texts: Iterable[str], defaults: Mapping[str, Value]):
+def _pairs(option: str, texts: Iterable[str], defaults: Mapping[str, Any]) -> Parameters:
+    found = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise InputError(f"{option} {text}: expected name=value")
-        yield name, parse(value, defaults.get(name))
+        found[name] = items(value) if isinstance(defaults.get(name), list) else value
+    return found
 
 
-def parse(text: str, default: Value) -> Value:
-    """Read a text of the command line as the type of `default`; commas separate list items."""
-    if isinstance(default, str):
-        return text
-    if isinstance(default, list):
-        items = [item.strip().strip("'\"") for item in text.strip("[]").split(",")]
-        return [parse(item, default[0] if default else "") for item in items if item]
-    try:
-        value = yaml.load(text, Loader=StrictLoader)
-    except (yaml.YAMLError, ValueError):
-        return text
-    return value if isinstance(value, Value) else text
+def items(text: str) -> list[str]:
+    """Split a list of the command line at its commas."""
+    return [*filter(None, (item.strip(" '\"") for item in text.strip("[]").split(",")))]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -30,16 +31,21 @@ def load(
 
     `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a
     directory is read without touching the network. By default `device` is CUDA where there is any,
-    and `dtype` its `precision`. Raises InputError where `name` is no complete causal model.
+    and `dtype` its `precision`; on "meta" no weights are read. Raises InputError where `name` is no
+    complete causal model.
     """
-    source, local = _source(name)
+    path, local = source(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = precision(device) if dtype == "auto" else dtype
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        if device == "meta":
+            config = AutoConfig.from_pretrained(path, local_files_only=local)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config), tokenizer
         model, report = AutoModelForCausalLM.from_pretrained(
-            source,
+            path,
             dtype=dtype,
             local_files_only=local,
             use_safetensors=True,
@@ -63,7 +69,7 @@ def precision(device: str) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _source(name: str) -> tuple[str, bool]:
+def source(name: str) -> tuple[str, bool]:
     """Return what `from_pretrained` reads, and whether it is a local directory."""
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
     if path.is_dir():
