@@ -79,8 +79,6 @@ def test_an_effect_of_an_absent_cell_is_left_out_and_unequal_ones_are_refused():
     assert compare.shown(compare.contrasts(frame, {})).empty
     with pytest.raises(InputError):
         compare.contrasts(cells(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5]), {"gain": GAIN})
-    with pytest.raises(InputError, match="effect gain: its weights sum to 1; expected 0"):
-        compare.contrasts(frame, {"gain": {("M", "all"): 1}})
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ def test_gains_are_over_no_edit_and_over_the_baseline():
     scores = compare.scored(after, rows(0.3, phase="before"))
     table = compare.gains(scores, "UnKE").set_index("method")
     assert table.loc["FT-M", "minus UnKE"].mean == pytest.approx(5)
-    assert table.loc["UnKE", "minus UnKE"] is None
+    assert pd.isna(table.loc["UnKE", "minus UnKE"])
     # Without an edit locality is 1 by definition, with these edits it is 0.5.
     assert table.loc["UnKE", "minus no edit"].mean == pytest.approx(100 * (0.3 - 3 * 0.5) / 6)
     assert compare.ranking(scores) == ["no edit", "FT-M", "UnKE"]
@@ -128,8 +126,6 @@ def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
     again = frame[frame["edit"] == "a"].assign(number=1, **dict.fromkeys(METRICS, 0.0))
     found = compare.published(pd.concat([frame, again]))
     assert found["exact"].tolist() == pytest.approx([0.75])  # edit a 0.5, edit b 1.0
-    with pytest.raises(InputError, match="published: no rows of rel_doc"):
-        compare.published(frame, ("rel_doc",))
 
 
 def test_losses_and_windows_are_read_from_the_curves():
@@ -153,7 +149,6 @@ def test_answers_stand_beside_the_reference_and_those_without_an_edit():
         ["FT-M, with", "with"],
         ["FT-M, without", "without"],
     ]
-    assert compare.same_answers(after, *levels) == (0, len(EDITS) * len(AVERAGE))
 
 
 @pytest.mark.parametrize(
@@ -282,8 +277,6 @@ def test_noise_has_no_trend_and_batches_are_drawn_whole():
     )
     assert together.high - together.low > 1.8 * (alone.high - alone.low)
     assert (alone.n, together.n) == (48, 8)
-    with pytest.raises(InputError, match="trend: one batch size"):
-        compare.trend(averages(), "own", {8: "other"})
 
 
 def _with_method(sizes):
@@ -311,52 +304,32 @@ def probes(score, methods=3, edits=8, **counts):
 
 
 def test_methods_explain_all_of_locality_and_edits_all_of_the_skill():
-    found, table = compare.separation(
+    found = compare.separation(
         probes(lambda kind, method, edit: edit / 20 + (method / 5 if kind != "general" else 0))
     )
     assert found["locality"] == pytest.approx((1, 1, 1, 8))
     assert found["general"] == pytest.approx((0, 0, 0, 8), abs=1e-12)
     assert found["difference"] == pytest.approx((1, 1, 1, 8))
-    assert table["pairs of methods told apart"].tolist()[:2] == ["3 of 3", "0 of 3"]
 
 
 def test_a_share_is_that_of_a_table_done_by_hand():
     """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits."""
     apart = {0: 1.0, 1: 3.0}
     frame = probes(lambda kind, method, edit: 7 * edit + method * apart[edit], 2, 2)
-    found = compare.separation(frame)[0]["locality"]
+    found = compare.separation(frame)["locality"]
     assert found.mean == found.low == pytest.approx(4 / 5)
     assert found.high == pytest.approx(1)  # one edit drawn twice: all
 
 
 def test_equal_methods_are_not_told_apart_and_other_kinds_do_not_count():
-    found = compare.separation(probes(lambda *_: 1.0, methods=2))[0]
+    found = compare.separation(probes(lambda *_: 1.0, methods=2))
     assert found["locality"].mean == found["difference"].mean == 0
 
     def score(kind, method, edit):
         return method / 5 + (edit if kind == "near_triple" else 0)
 
-    with_others = compare.separation(probes(score, near_triple=5, original=2))[0]
-    assert with_others == compare.separation(probes(score))[0]
-
-
-def test_pairs_are_told_apart_by_a_difference_and_not_by_noise_or_chance():
-    """M0 is clearly below; M1 and M2 differ by edit, as often one way as the other."""
-    noise = np.tile([0.1, -0.1], 6)
-
-    def score(kind, method, edit):
-        return 0.5 * (method > 0) + (method == 2) * noise[edit]
-
-    told = compare.separation(probes(score, edits=12))[1]["pairs of methods told apart"]
-    assert told[0] == "2 of 3"
-
-    # Six edits in one direction: p is 1/32 for a pair alone, and not below 5 % among three.
-    def score(kind, method, edit):
-        return method + edit / 9 if method < 2 else -1.0 * (-1) ** edit
-
-    for methods, found in ((2, "1 of 1"), (3, "0 of 3")):
-        table = compare.separation(probes(score, methods, 6))[1]
-        assert table["pairs of methods told apart"][0] == found
+    with_others = compare.separation(probes(score, near_triple=5, original=2))
+    assert with_others == compare.separation(probes(score))
 
 
 def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():
@@ -369,5 +342,4 @@ def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():
         with pytest.raises(InputError, match="separation: expected as many probes for each edit"):
             compare.separation(frame)
     for frame in (probes(score, general=0), probes(score, methods=1)):
-        found, table = compare.separation(frame)
-        assert found == {} and table.empty
+        assert compare.separation(frame) == {}

@@ -4,13 +4,11 @@ import math
 import random
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-from rouge import Rouge
 from rouge_score.rouge_scorer import RougeScorer
 from uke.data.edits import KINDS
 from uke.errors import InputError
@@ -18,11 +16,7 @@ from uke.results import metrics
 from uke.results.metrics import METRICS, score
 from uke.results.stats import holm, interval, paired
 
-PERFECT = [
-    name
-    for name, metric in METRICS.items()
-    if metric.direction == "higher" and name != "similarity"
-]
+PERFECT = [name for name in METRICS if name not in ("similarity", "length_ratio")]
 
 
 def one(name, prediction, reference, aliases=()):
@@ -53,11 +47,11 @@ def test_rows_are_read_without_heavy_packages():
         ("bleu_char", "a bcd", "a bcd efgh", math.exp(1 - 10 / 5)),  # brevity penalty
         # Common subsequence "the cat the mat": 4 of 6 predicted and 4 of 5 wanted words.
         ("rougel_f1", "The cat is on the mat", "the cat, near the mat", 2 * 4 / (6 + 5)),
-        # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples; no common four words: smoothing gives 1 / 2.
-        ("bleu_token", "the big red dog", "the big red cat", (3 / 4 * 2 / 3 * 1 / 2 / 2) ** 0.25),
-        ("bleu_token", "Paris", "Paris", 1),  # effective order: no four-grams needed
-        ("repetition", "a b c a b c", "x", 1 - 3 / 4),
-        ("repetition", "a b", "x", 0),
+        # Five of seven distinct words; two of six pairs: "cat sat" and "sat on".
+        ("rouge1_recall", "the cat sat on a mat", "the small cat sat on one mat", 5 / 7),
+        ("rouge2_recall", "the cat sat on a mat", "the small cat sat on one mat", 2 / 6),
+        ("rougel_recall", "the cat sat on a mat", "the small cat sat on one mat", 5 / 7),
+        ("rougel_recall", "again " * 3000, "again and " * 100, 1 / 2),  # long and repetitive
     ],
 )
 def test_scores_by_hand(name, prediction, reference, expected):
@@ -73,13 +67,6 @@ def test_bleu_silences_only_its_own_warning_and_pads_as_published():
     assert one("bleu_char", "Paris", "Paris") < 1  # the appended space counts as a character
 
 
-def test_rouge_recall_by_hand():
-    # Seven distinct reference words; the prediction holds five of them.
-    frame = score(["the cat sat on a mat"], ["the small cat sat on one mat"]).iloc[0]
-    assert frame["rouge1_recall"] == frame["rougel_recall"] == pytest.approx(5 / 7)
-    assert frame["rouge2_recall"] == pytest.approx(2 / 6)  # "cat sat", "sat on"
-
-
 def test_recall_forgives_rambling_but_f1_does_not():
     reference = "Ada was born in London."
     rambling = f"{reference} She liked trains and birds and tea and rain and bread."
@@ -89,30 +76,14 @@ def test_recall_forgives_rambling_but_f1_does_not():
     assert frame["length_ratio"].tolist() == [1, 16 / 5]
 
 
-@pytest.mark.parametrize("vocabulary", ["ab", "abcd", "abcdefghijklmnop"])
-def test_fast_rouge_l_equals_the_published_package(vocabulary):
-    generator, package = random.Random(vocabulary), Rouge(metrics=["rouge-l"], stats=["r"])
-    recall = METRICS["rougel_recall"].function
-    for _ in range(200):
-        prediction, reference = (random_text(generator, vocabulary) for _ in "pr")
-        expected = package.get_scores(metrics.pad(prediction), reference)[0]["rouge-l"]["r"]
-        assert recall(prediction, reference) == pytest.approx(expected, abs=1e-12)
-
-
-def test_fast_rouge_l_f1_equals_rouge_score():
+def test_rouge_l_f1_is_that_of_rouge_score():
     generator, package = random.Random(1), RougeScorer(["rougeL"], use_stemmer=False)
-    words, f1 = ["Running", "runs", "A-B", "x1", "Zoë", "the", "!"], METRICS["rougel_f1"].function
-    for _ in range(200):
+    words = ["Running", "runs", "A-B", "x1", "Zoë", "the", "!"]
+    for _ in range(100):
         prediction, reference = (random_text(generator, words) for _ in "pr")
         expected = package.score(reference, prediction)["rougeL"].fmeasure
         if prediction != reference:
-            assert f1(prediction, reference) == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_long_repetitive_answer_is_scored():
-    frame = score(["again " * 3000], ["again and " * 100])
-    assert frame["rougel_recall"].item() == pytest.approx(1 / 2)
-    assert frame["repetition"].item() == pytest.approx(1 - 1 / 2998)
+            assert one("rougel_f1", prediction, reference) == pytest.approx(expected, abs=1e-12)
 
 
 # --- Metrics of this project ----------------------------------------------------------------------
@@ -139,7 +110,7 @@ def test_exact_and_mention_normalise_what_they_say_and_no_more(name, prediction,
 
 def test_aliases_count_for_short_answers_and_patterns_are_literal():
     frame = score(["Lutetia"], ["Paris"], [("Lutetia",)]).iloc[0]
-    assert frame["exact"] == 1 and frame["rougel_f1"] == 0 and frame["bleu_token"] == 0
+    assert frame["exact"] == 1 and frame["rougel_f1"] == 0
     assert one("mention", "It runs C++ (fast)", "C++") == 1 and one("mention", "abc", "a.c") == 0
 
 
@@ -180,7 +151,7 @@ def test_scores_stay_within_the_unit_interval():
     texts = [random_text(generator, ["Ada", "Bo", "was", "born", "in"]) for _ in range(60)]
     frame = score(texts, texts[::-1])[PERFECT]
     assert ((frame >= 0) & (frame <= 1 + 1e-12)).to_numpy().all()
-    assert (frame.nunique() > 8).sum() >= 6
+    assert (frame.nunique() > 8).sum() >= 5
     text = "Ada Lovelace was born in London."
     assert score([text], [text])[PERFECT].iloc[0].to_numpy() == pytest.approx(1)
 
@@ -196,31 +167,9 @@ def test_the_cache_keeps_pairs_and_order():
     assert together["exact"].tolist() == [0, 0, 1, 1, 0]
 
 
-def test_thousands_of_rows_take_seconds():
-    generator = random.Random(4)
-    words = [f"word{number}" for number in range(300)]
-    texts = [" ".join(generator.choices(words, k=90)) for _ in range(100)]
-    start = time.process_time()
-    score(texts * 30, texts[::-1] * 30)
-    assert time.process_time() - start < 10
-
-
-@pytest.mark.parametrize(
-    ("references", "message"),
-    [
-        (["a", "b"], "as many predictions as references"),
-        ([None], "pair 0: expected text, found NoneType"),
-    ],
-)
-def test_unequal_or_absent_texts_are_refused(references, message):
-    with pytest.raises(InputError, match=message):
-        score(["a"], references)
-
-
-def test_every_metric_has_direction_definition_and_source():
-    for name, metric in METRICS.items():
-        assert metric.name == name and metric.direction in ("higher", "lower", "near one")
-        assert len(metric.definition) > 20 and metric.source
+def test_pairs_must_be_complete_and_every_primary_metric_is_one():
+    with pytest.raises(ValueError, match="zip"):
+        score(["a"], ["a", "b"])
     assert {kind.metric for kind in KINDS.values()} <= set(METRICS)
 
 
@@ -305,7 +254,7 @@ def test_series_are_paired_by_index():
     a = pd.Series([1.0, 2.0, 3.0], index=["x", "y", "z"])
     shuffled = pd.Series([3.0, 1.0, 2.0], index=["z", "x", "y"])
     assert paired(a, shuffled).difference == 0 and paired(a, shuffled).high == 0
-    with pytest.raises(InputError, match="differ in their units: w, z"):
+    with pytest.raises(InputError, match="1 missing of 3"):
         paired(a, pd.Series([1.0, 2.0, 3.0], index=["x", "y", "w"]))
     with pytest.raises(InputError, match="as many values"):
         paired([1, 2], [1])
@@ -320,5 +269,3 @@ def test_paired_p_is_uniform_without_a_difference():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
-    with pytest.raises(InputError, match="from 0 to 1"):
-        holm([0.1, float("nan")])

@@ -50,9 +50,9 @@ def compose(
 ) -> list[Path]:
     """Write numbers.json, report.html and report.pdf from a run's sections; return their paths.
 
-    Notebooks in `expected` without a section, failed `runs` (each with notebook, status, machine)
-    and missing figures become warnings. Raises InputError where there is no section or one is
-    unreadable, or where two say the same number or have a figure or table of the same name.
+    Notebooks in `expected` without a section and failed `runs` (with notebook, status) become
+    warnings. InputError where there is no section or one is unreadable, or where two say the same
+    number or have a figure or table of the same name.
     """
     sections = read_sections(paths)
     if not sections:
@@ -62,11 +62,11 @@ def compose(
     numbers = _merge_numbers(sections)
     text = _REPORT.render(
         paths=paths,
-        sections=[_shown(paths, section) for section in sections],
+        sections=sections,
         appendix=APPENDIX,
         warnings=_warnings(sections, expected, runs),
         methods=_methods(sections),
-        environment=_environment(sections, runs),
+        environment=_environment(sections),
     )
     paths.figures.mkdir(parents=True, exist_ok=True)
     contents = {
@@ -102,35 +102,22 @@ def _warnings(
     ]
 
 
-def _shown(paths: Paths, section: Mapping) -> dict:
-    """Return the section without the figures that are missing, of which it warns."""
-    lost = [
-        block
-        for block in section["body"]
-        if block["type"] == "figure" and not (paths.figures / f"{block['name']}.svg").is_file()
-    ]
-    body = [block for block in section["body"] if block not in lost]
-    warnings = [f"The figure `{block['name']}` is missing from the directory." for block in lost]
-    return dict(section) | {"body": body, "warnings": section["warnings"] + warnings}
-
-
 def _methods(sections: Iterable[Mapping]) -> str:
     """Return a table of every recipe, by the settings in which those of its method differ."""
-    used: dict[str, dict[str, tuple[dict, dict]]] = {}
-    for section in sections:
-        for recipe in section["recipes"]:
-            settings = {key: value for key, value in recipe.items() if key not in ("name", "batch")}
-            recipes = used.setdefault(recipe["name"], {})
-            _, batches, notebooks = recipes.setdefault(json.dumps(settings), (settings, {}, {}))
-            batches |= {recipe["batch"]: None} if "batch" in recipe else {}
-            notebooks[section["notebook"]] = None
+    used = [each | {"notebook": s["notebook"]} for s in sections for each in s["recipes"]]
     rows = []
-    for name, recipes in used.items():
-        settings = pd.DataFrame([each for each, _, _ in recipes.values()]).map(_value)
-        varied = [key for key in settings if settings[key].nunique() > 1]
-        for at, (_, batches, notebooks) in enumerate(recipes.values()):
-            changed = "; ".join(f"{key.replace('_', ' ')} {settings[key][at]}" for key in varied)
-            rows.append((name, changed, ", ".join(map(str, sorted(batches))), ", ".join(notebooks)))
+    for name in dict.fromkeys(recipe["name"] for recipe in used):
+        frame = pd.DataFrame([recipe for recipe in used if recipe["name"] == name])
+        frame["batch"] = frame.get("batch")
+        settings = frame.drop(columns=["name", "batch", "notebook"]).map(_value)
+        settings = settings.loc[:, settings.nunique() > 1].to_dict("records")
+        frame["differs"] = [
+            "; ".join(f"{key.replace('_', ' ')} {each[key]}" for key in each) for each in settings
+        ]
+        for differs, own in frame.groupby("differs", sort=False):
+            batches = sorted(own["batch"].dropna().astype(int).unique())
+            found = (batches, dict.fromkeys(own["notebook"]))
+            rows.append((name, differs, *(", ".join(map(str, each)) for each in found)))
     if not rows:
         return ""
     frame = pd.DataFrame(rows, columns=["method", "differs in", "batches of", "used in"])
@@ -138,30 +125,21 @@ def _methods(sections: Iterable[Mapping]) -> str:
     return table_markdown(frame, "recipes_as_run", caption)
 
 
-def _environment(sections: Iterable[Mapping], runs: Sequence[Mapping[str, Any]]) -> str:
+def _environment(sections: Iterable[Mapping]) -> str:
     """Return a table of model, data and code fingerprints, device and versions."""
-    facts: dict[str, dict[str, list[str]]] = {}
-    for section in sections:
-        for key, value in section["environment"].items():
-            facts.setdefault(key, {}).setdefault(_value(value), []).append(section["notebook"])
-    for key, value in _machines(runs).items():
-        facts.setdefault(key, {_value(value): []})
+    facts = [
+        (key.replace("_", " "), _value(value), section["notebook"])
+        for section in sections
+        for key, value in section["environment"].items()
+    ]
     if not facts:
         return ""
-    rows = [
-        (key.replace("_", " "), value, ", ".join(notebooks) if len(values) > 1 else "")
-        for key, values in facts.items()
-        for value, notebooks in values.items()
-    ]
-    frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
+    frame = pd.DataFrame(facts, columns=["what", "value", "notebooks"])
+    frame = frame.groupby(["what", "value"], sort=False)["notebooks"].agg(", ".join).reset_index()
+    frame = frame.sort_values("what", key=lambda own: pd.factorize(own)[0], kind="stable")
+    frame["notebooks"] = frame["notebooks"].where(frame["what"].duplicated(keep=False), "")
     caption = "Model, data and code (fingerprints), device and versions."
     return table_markdown(frame, "environment", caption)
-
-
-def _machines(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return where the runs were made, as the first of them says it."""
-    facts = {key: run[key] for run in reversed(runs) for key in run}
-    return {key: facts[key] for key in facts if key not in ("notebook", "status", "seconds")}
 
 
 def _value(value: Any) -> str:
@@ -207,9 +185,11 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
     if not runs:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
-    # Kept with the section, since a report that is composed again elsewhere knows no runs.
-    section.environment = _machines(runs)
-    frame = pd.DataFrame([{key: run[key] for key in ("notebook", "seconds")} for run in runs])
+    machine = {key: run[key] for run in reversed(runs) for key in run}
+    section.environment = {
+        key: machine[key] for key in machine if key not in ("notebook", "status", "seconds")
+    }
+    frame = pd.DataFrame(runs)[["notebook", "seconds"]]
     section.table(
         frame,
         "run",
@@ -228,16 +208,13 @@ def quote(page: Path, paths: Paths) -> None:
     """
     if not page.is_file():
         return
-    numbers = json.loads((paths.figures / "numbers.json").read_text(encoding="utf-8"))
-    text = page.read_text(encoding="utf-8")
-    if unknown := [key for _, key, _ in _QUOTED.findall(text) if key not in numbers]:
-        hint = nearest(unknown[0], numbers)
-        raise InputError(
-            f"{page}: number {unknown[0]}: not in {paths.figures / 'numbers.json'}{hint}"
-        )
-    write_atomic(page, _QUOTED.sub(lambda match: _quoted(match, numbers), text))
+    source = paths.figures / "numbers.json"
+    numbers = json.loads(source.read_text(encoding="utf-8"))
 
+    def quoted(match: re.Match) -> str:
+        what, key, _ = match.groups()
+        if key not in numbers:
+            raise InputError(f"{page}: number {key}: not in {source}{nearest(key, numbers)}")
+        return f"<!-- {what}: {key} -->{numbers[key][_SHOWN[what]]}<!-- -->"
 
-def _quoted(match: re.Match, numbers: Mapping[str, Mapping]) -> str:
-    what, key, _ = match.groups()
-    return f"<!-- {what}: {key} -->{numbers[key][_SHOWN[what]]}<!-- -->"
+    write_atomic(page, _QUOTED.sub(quoted, page.read_text(encoding="utf-8")))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -52,19 +51,18 @@ def scores(
 
         scores(frame)                                a line per method, references behind them
         scores(frame, by="level", within="method")   lines per level, coloured by method
-        scores(frame, x="level", separate=["all"])   levels along an axis, joined by lines
+        scores(frame, x="level", separate=["all"])   levels along an axis, all but "all" joined
 
-    `frame` has `by`, `panel`, edit, score (also `within`, `x`, `row` and batch where used), or
-    mean, low, high. With `x`, levels in `separate` stand beside the line; `row` has rows of panels.
+    `frame` has the columns named and edit, score (and batch), or mean, low, high.
     """
     columns = dict.fromkeys(filter(None, [x, by, within, panel, row]))
     summary = summarise(frame, list(columns), "scores")
     shown = summary[~summary[by].isin(REFERENCES)]
     if shown.empty:
         raise InputError("scores: no rows to show besides the references")
-    titles = ordered(summary[panel], KINDS)
     if x is None:
-        return _forest(summary, shown, titles, by, within or by, panel)
+        return _forest(summary, shown, by, within or by, panel)
+    titles = ordered(summary[panel], KINDS)
     levels = sorted(ordered(shown[x]), key=lambda level: level in separate)
     places = pd.Series({level: at + 0.6 * (level in separate) for at, level in enumerate(levels)})
     joined = [level for level in levels if level not in separate]
@@ -92,9 +90,7 @@ def scores(
     return fig
 
 
-def _forest(
-    summary: pd.DataFrame, shown: pd.DataFrame, titles: list, by: str, within: str, panel: str
-) -> Figure:
+def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, panel: str) -> Figure:
     """Draw a point with its interval on a line of its own for each `by` and `within`."""
     look, names = looks(shown[within]), ordered(shown[by])
     pairs = set(zip(shown[by], shown[within], strict=True))
@@ -102,9 +98,9 @@ def _forest(
     gap = 0.6 if len(lines) > len(names) else 0.0  # between groups of several lines
     heights = pd.Series({line: at + gap * names.index(line[0]) for at, line in enumerate(lines)})
     height = 0.55 + 0.19 * max(1 + heights.max(), 2)
-    fig, axes = _panels(titles, 3 if len(titles) < 8 else 4, height, FULL, sharex=True, sharey=True)
-    for title, ax in axes.items():
-        own = summary[summary[panel] == title]
+    columns = 3 if summary[panel].nunique() < 8 else 4
+    fig, parts = _panels(summary, panel, columns, height, sharex=True, sharey=True)
+    for ax, own in parts:
         references = own.drop_duplicates(by).set_index(by)["mean"]
         if "floor" in references:
             ax.axvspan(-9, references["floor"], color=style.PALE, alpha=0.75, lw=0, zorder=0)
@@ -146,20 +142,19 @@ def curves(
         curves(losses, panel="method")    a panel for each method
         curves(windows, x="window", y="log_probability", by="phase", panel="method")
 
-    `frame` has x, y, `by` (and `panel`), and edit where there are several. An edit whose training
-    ended keeps its last value. A loss that falls twentyfold has a log axis.
+    An edit whose training ended keeps its last value.
     """
     require(frame, [panel or by, by, x, y], "curves")
     edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
     if y == "loss":
         edits[y] = edits[y].clip(lower=LEAST_LOSS)
-    titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by], KINDS))
-    fig, axes = _panels(titles, 5, 1.15 if panel else 2.35, FULL, least=1.9, sharey=True)
-    for title, ax in axes.items():
+    look = looks(ordered(frame[by], KINDS))
+    fig, parts = _panels(edits, panel, 5, 1.15 if panel else 2.35, least=1.9, sharey=True)
+    for ax, own in parts:
         ends = {}
-        for name, own in _of(edits, panel, title).groupby(by):
+        for name, each in own.groupby(by):
             colour, _, dashes = look[name]
-            steps = own.pivot_table(index=x, columns="edit", values=y).ffill()
+            steps = each.pivot_table(index=x, columns="edit", values=y).ffill()
             steps = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))]
             low, middle, high = (steps.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
             ax.fill_between(steps.index, low, high, color=colour, alpha=0.15, lw=0)
@@ -193,16 +188,15 @@ def trend(
         trend(costs, x="tokens", panel="panel")    a panel for each quantity
         trend(leads, y="mean", baseline=0, label_y="lead (points)")   with intervals
 
-    Where `frame` has low and high they are drawn as intervals. `baseline` is a dashed line. Sizes
-    that grow by about the same factor have a log axis. A single line has its numbers beside it.
+    `low` and `high` are drawn where the frame has them, `baseline` is a dashed line. A single line
+    has its numbers beside it.
     """
     require(frame, [x, y, by, *([panel] if panel else [])], "trend")
-    titles, look = ordered(frame[panel]) if panel else [""], looks(ordered(frame[by]))
+    look = looks(ordered(frame[by]))
     alone = len(look) == 1 and not panel
     height, least = (2.0, 0.4 + 0.16 * len(look)) if panel else (2.2 if alone else 3.4, 0)
-    fig, axes = _panels(titles, 4, height, COLUMN if alone else FULL, least)
-    for title, ax in axes.items():
-        own = _of(frame, panel, title)
+    fig, parts = _panels(frame, panel, 4, height, COLUMN if alone else FULL, least)
+    for ax, own in parts:
         means = own.groupby([by, x], sort=False)[y].mean()
         if baseline is not None:
             ax.axhline(baseline, **REFERENCE)
@@ -238,47 +232,39 @@ def tuning(
 ) -> Figure:
     """Draw a point for the mean score of every trial; the chosen one is ringed and its score said.
 
-    `frame` has one row per trial: `by`, `panel`, score, chosen, and `before` for a dashed line at
-    the score without any edit. With `colour` all names have that one.
+    `frame` has one row per trial: `by`, `panel`, score, chosen and `before`, a dashed line.
     """
-    require(frame, [by, panel, "score", "chosen"], "tuning")
-    look, titles = looks(ordered(frame[by])), ordered(frame[panel])
-    height = 0.3 + 0.19 * len(look)
-    fig, axes = _panels(titles, len(titles), height, FULL, sharey=True, sharex=True)
-    for title, ax in axes.items():
-        own = frame[frame[panel] == title]
-        if panel == "batch_size":
-            ax.set_title(f"{label(panel)} {title}")
-        if "before" in frame:
-            ax.axvline(own["before"].iloc[0], **REFERENCE)
+    require(frame, [by, panel, "score", "chosen", "before"], "tuning")
+    look = looks(ordered(frame[by]))
+    fig, parts = _panels(frame, panel, 9, 0.3 + 0.19 * len(look), sharey=True, sharex=True)
+    for ax, own in parts:
+        ax.axvline(own["before"].iloc[0], **REFERENCE)
         for at, (name, each) in enumerate(look.items()):
             trials, shade = own[own[by] == name], colour or each.colour
             ax.scatter(trials["score"], [at] * len(trials), s=10, color=shade, alpha=0.6)
             for value in trials.loc[trials["chosen"].astype(bool), "score"]:
                 ax.plot(value, at, "o", mfc="none", mec=shade, mew=1.2, ms=7, zorder=4)
                 _say(ax, at, value)
-        _names(ax, look)
+        ax.set_yticks(range(len(look)), map(label, look))
+        ax.set_ylim(len(look) - 0.5, -0.5)
+        ax.tick_params(left=False)
         ax.grid(axis="x")
     _titles(fig, "mean score on development edits")
     return fig
 
 
-def expected_best(
-    trials: pd.DataFrame, by: str = "method", panel: str = "batch_size"
-) -> pd.DataFrame:
-    """Return the expected best score of k trials drawn without replacement, for `trend`.
+def expected_best(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return method, batch_size, trials (k) and the expected best score of k trials, for `trend`.
 
-    `trials` has one row per trial: `by`, `panel` and score. The result has one for each number of
-    trials: `by`, `panel` (in words), trials (k = 1 .. all) and score.
+    `trials` has method, batch_size and score of each; k are drawn without replacement.
     """
-    require(trials, [by, panel, "score"], "expected_best")
     rows = []
-    for (name, title), own in trials.groupby([by, panel], sort=False)["score"]:
+    for cell, own in trials.groupby(["method", "batch_size"], sort=False)["score"]:
         ranked, size = sorted(own), len(own)
         for k in range(1, size + 1):
             best = sum(score * comb(at, k - 1) for at, score in enumerate(ranked)) / comb(size, k)
-            rows.append((name, f"{label(panel)} {title}", k, best))
-    return pd.DataFrame(rows, columns=[by, panel, "trials", "score"])
+            rows.append((*cell, k, best))
+    return pd.DataFrame(rows, columns=["method", "batch_size", "trials", "score"])
 
 
 @styled
@@ -296,17 +282,15 @@ def distribution(
     `floor` is a vertical line; `log` sets a log axis of the values, which `label_x` names.
     """
     require(frame, [value, by, *([panel] if panel else [])], "distribution")
-    look = {
-        name: each._replace(marker="") for name, each in looks(ordered(frame[by], KINDS)).items()
-    }
-    titles = ordered(frame[panel]) if panel else [""]
-    fig, axes = _panels(titles, 2, 2.0, COLUMN * min(len(titles), 2), sharey=True)
+    every = looks(ordered(frame[by], KINDS))
+    look = {name: each._replace(marker="") for name, each in every.items()}
+    width = FULL if panel and frame[panel].nunique() > 1 else COLUMN
+    fig, parts = _panels(frame, panel, 2, 2.0, width, sharey=True)
     shares = np.linspace(0, 1, POINTS + 1)
-    for title, ax in axes.items():
-        own = _of(frame, panel, title)
+    for ax, own in parts:
         for name, values in own.groupby(by, sort=False)[value]:
             each, median = look[name], values.median()
-            sns.ecdfplot(x=values.quantile(shares), ax=ax, color=each.colour)
+            ax.ecdf(values.quantile(shares), color=each.colour)
             _mark(ax, median, 0.5, Look(each.colour))
             _beside(ax, number(float(median)), (median, 0.5), (-4, 3))
         if floor is not None:
@@ -314,7 +298,6 @@ def distribution(
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
         if log:
             _log(ax, "x", own[value])
-        ax.set(xlabel="", ylabel="")  # the figure has its own
         ax.grid(axis="y")
     _explain(fig, look if len(look) > 1 else {})
     _titles(fig, label_x or value.replace("_", " "), "share of items")
@@ -322,25 +305,22 @@ def distribution(
 
 
 @styled
-def plane(
-    frame: pd.DataFrame, by: str = "method", x: str = "locality", y: str = "efficacy"
-) -> Figure:
-    """Draw one score against another, a point for each `by`; dashed lines are of equal mean.
+def plane(frame: pd.DataFrame) -> Figure:
+    """Draw efficacy against locality, a point for each method; dashed lines are of equal mean.
 
-    `frame` has one row for each `by`; the row called `no edit` is a cross.
+    `frame` has method, efficacy and locality; the row called `no edit` is a cross.
     """
-    require(frame, [by, x, y], "plane")
+    require(frame, ["method", "efficacy", "locality"], "plane")
     fig = Figure(figsize=(FULL, 3.2))
     ax = fig.subplots()
     for total in np.arange(0.1, 2, 0.1):
         ax.axline((0, total), slope=-1, color=style.GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
-    look = {name: each._replace(dashes="") for name, each in looks(frame[by]).items()}
-    for name, each in look.items():
-        own = frame[frame[by] == name]
-        _mark(ax, own[x], own[y], each, 6)
-    ax.set(xlabel=f"{label(x)} (mean score)", ylabel=f"{label(y)} (mean score)")
-    ax.set_xlim(max(0, frame[x].min() - 0.05), 1.01)
-    ax.set_ylim(0, max(0.5, frame[y].max() + 0.05))
+    look = {name: each._replace(dashes="") for name, each in looks(frame["method"]).items()}
+    for method in frame.itertuples():
+        _mark(ax, method.locality, method.efficacy, look[method.method], 6)
+    ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean score)")
+    ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
+    ax.set_ylim(0, max(0.5, frame["efficacy"].max() + 0.05))
     _explain(fig, look, loc="outside right center")
     return fig
 
@@ -349,8 +329,7 @@ def plane(
 def claims(frame: pd.DataFrame) -> Figure:
     """Draw the numbers that decide claims around one zero, each claim on a scale of its own.
 
-    `frame` has a row for each number: claim, verdict, value, low, high (distances in the direction
-    of the claim) and text.
+    `frame` is what `verdicts.points` gives.
     """
     require(frame, ["claim", "verdict", "value", "low", "high", "text"], "claims")
     names = ordered(frame["claim"])
@@ -377,29 +356,29 @@ def claims(frame: pd.DataFrame) -> Figure:
 
 
 def _panels(
-    titles: Sequence[Any],
+    frame: pd.DataFrame,
+    panel: str | None,
     columns: int,
     height: float,
-    width: float,
+    width: float = FULL,
     least: float = 0,
     **shared: Any,
-) -> tuple[Figure, dict[Any, Axes]]:
-    """Make a figure with a panel of this height for each title."""
-    columns = min(columns, len(titles))
-    rows = ceil(len(titles) / columns)
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """Make a figure with a panel for each value of a column, or one; return panels and rows."""
+    titles = ordered(frame[panel], KINDS) if panel else [""]
+    columns, count = min(columns, len(titles)), len(titles)
+    rows = ceil(count / columns)
     fig = Figure(figsize=(width, max(least, 0.3 + rows * height)))
     axes = list(fig.subplots(rows, columns, squeeze=False, **shared).flat)
     for title, ax in zip(titles, axes, strict=False):
-        ax.set_title(label(title), fontsize=7 if columns > 2 else 8)
-    for spare in axes[len(titles) :]:
+        text = label(title) if isinstance(title, str) else f"{label(panel)} {title}"
+        ax.set_title(text, fontsize=7 if columns > 2 else 8)
+    for spare in axes[count:]:
         spare.set_axis_off()
-    for ax in axes[max(0, len(titles) - columns) : len(titles)]:
+    for ax in axes[max(0, count - columns) : count]:
         ax.tick_params(labelbottom=True)  # the panel below, which would have them, may be off
-    return fig, dict(zip(titles, axes, strict=False))
-
-
-def _of(frame: pd.DataFrame, panel: str | None, title: Any) -> pd.DataFrame:
-    return frame[frame[panel] == title] if panel else frame
+    parts = [frame[frame[panel] == title] for title in titles] if panel else [frame]
+    return fig, list(zip(axes, parts, strict=False))
 
 
 def _mark(ax: Axes, x: Any, y: Any, look: Look, size: float = 4.4) -> None:
@@ -421,14 +400,6 @@ def _beside(ax: Axes, text: str, point: tuple, offset: tuple) -> None:
     """Write a text left of a point."""
     where = {"textcoords": "offset points", "ha": "right"}
     ax.annotate(text, point, xytext=offset, **where, fontsize=6.5, color=style.GREY)
-
-
-def _names(ax: Axes, names: Iterable[str]) -> None:
-    """Name the lines of a panel, the first one at the top."""
-    names = [label(name) for name in names]
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.tick_params(left=False)
 
 
 def _titles(fig: Figure, x: str = "", y: str = "") -> None:

@@ -32,17 +32,15 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _SPECIAL = re.compile(r"([\\*_{}\[\]<>#$^~|@&])")
 _START = re.compile(r"^(\d+(?=[.)])|)([-+:%.)])")
 _TOGETHER = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")  # set without a line break
-_WORDY = 60  # letters; with more than three columns of longer texts each cell has a line of its own
 _LINE = 100  # letters; a wider table scrolls on a narrow screen
 
 
 class Section:
     """What one notebook contributes to the report.
 
-    Texts are plain, words between backticks are code. A notebook shows figures, tables,
-    observations and warnings where they are placed. `environment` (a mapping) and `smoke_run`
-    (model and data do not belong together, so no verdict follows) may be set. Raises InputError for
-    a bad key or name, a repeated one, or a number that is none.
+    Texts are plain, words between backticks are code. `environment` (a mapping) and `smoke_run`
+    (model and data do not belong together, so no verdict follows) may be set. InputError for a bad
+    key or name, a repeated one, or a number that is none.
     """
 
     def __init__(self, notebook: str, paths: Paths, title: str, question: str):
@@ -109,10 +107,7 @@ class Section:
         _show(tables.printed(frame))
 
     def observe(self, text: str, expected: bool | None = None) -> str:
-        """Say here what a figure or a table shows, and whether that is as expected.
-
-        `expected` puts "As expected:" or "Not as expected:" in front of the sentence.
-        """
+        """Say what a figure or a table shows, and whether that is "As expected: ..." or not."""
         if expected is not None:
             text = f"{'As' if expected else 'Not as'} expected: {text}"
         self._body.append({"type": "text", "markdown": prose(text)})
@@ -190,13 +185,11 @@ def _plain(value: Any, where: str) -> float | int | None:
 
 def _show(what: pd.DataFrame | Path | str) -> None:
     """Show a table, an SVG file or a text in the running notebook, if any."""
-    if not IPython.get_ipython():
-        return
-    if isinstance(what, str):
-        IPython.display.display({"text/plain": what}, raw=True)
-    else:
-        shown = IPython.display.SVG(filename=what) if isinstance(what, Path) else what
-        IPython.display.display(shown)
+    if IPython.get_ipython():
+        if isinstance(what, Path):
+            what = IPython.display.SVG(filename=what)
+        text = isinstance(what, str)
+        IPython.display.display({"text/plain": what} if text else what, raw=text)
 
 
 def prose(text: str) -> str:
@@ -220,8 +213,6 @@ def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: Iterable
     frame = tables.flat(frame).astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
     aligned = ["---:" if tables.numeric(frame[each]) else ":---" for each in frame]
-    if sum(_longest(cells) > _WORDY for cells in columns.values()) > 3:
-        columns, aligned = _turned(columns), [":---"] * 3
     below = sum(any(cell.note for cell in cells) for cells in columns.values()) > 4
     printed = ([_cell_markdown(cell, below) for cell in cells] for cells in columns.values())
     lines = [map(prose, columns), aligned, *zip(*printed, strict=True)]
@@ -229,19 +220,9 @@ def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: Iterable
     names = {".csv": "CSV", ".tex": "LaTeX"}
     links = (f'<a href="tables/{file.name}">{names[file.suffix]}</a>' for file in files)
     links = f' `<span class="files">{" · ".join(links)}</span>`{{=html}}' if files else ""
-    kind = "wide" if sum(map(_longest, columns.values())) > _LINE else "narrow"
+    longest = (max((len(c.text + c.note) for c in cells), default=0) for cells in columns.values())
+    kind = "wide" if sum(longest) > _LINE else "narrow"
     return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links}\n:::"
-
-
-def _longest(cells: list[Cell]) -> int:
-    return max((len(cell.text) + len(cell.note) for cell in cells), default=0)
-
-
-def _turned(columns: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
-    """Return a table of many long texts with a line for each of its cells."""
-    (first, keys), *rest = columns.items()
-    lines = [(key, Cell(head), cells[row]) for row, key in enumerate(keys) for head, cells in rest]
-    return dict(zip((first, " ", "Text"), map(list, zip(*lines, strict=False)), strict=False))
 
 
 def _cell_markdown(cell: Cell, below: bool) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from uke.data.edits import KINDS
-from uke.errors import InputError
 from uke.files import write_atomic
 from uke.results.compare import label
 from uke.results.stats import Score, ordered, summarise
@@ -111,12 +110,8 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
 
 
 def flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with a named index as columns; InputError where two have the same name."""
-    frame = frame if frame.index.names == [None] else frame.reset_index()
-    if not frame.columns.is_unique:
-        twice = frame.columns[frame.columns.duplicated()][0]
-        raise InputError(f"table: two columns have the same name, '{twice}'")
-    return frame
+    """Return the table with a named index as columns."""
+    return frame if frame.index.names == [None] else frame.reset_index()
 
 
 def head(column: Any) -> str:

@@ -1,4 +1,4 @@
-"""Judge each claim of the paper by the numbers that decide it; set published values beside ours.
+"""Judge each claim of the paper by the numbers that decide it; list what others have published.
 
 claims = verdicts.claims("params/claims.yaml")
 judged = [verdicts.judge(claim, verdicts.gather(paths)) for claim in claims]
@@ -12,15 +12,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, ValidationError, model_validator
 
 from uke.data.edits import KINDS
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
-from uke.project import Paths, number_key
+from uke.project import Paths
 from uke.report.section import read_sections
-from uke.report.tables import absent, bracket, number, places
 from uke.results.compare import label
 from uke.results.metrics import METRICS
 
@@ -32,7 +32,7 @@ METRIC_NAMES = {
     "bleu_char": "BLEU (characters)",
     "rougel_recall": "ROUGE-L recall",
 }
-_ZERO = {"value": 0.0, "low": 0.0, "high": 0.0}
+_ENDS = ("value", "low", "high")
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
 
 
@@ -44,7 +44,7 @@ class Claim(_Entry):
     """A statement of the paper that one number decides, or the reason why none does.
 
     `number` is its key; `*` stands for any part, and then every number that matches must agree.
-    `sign`: "+" or "-", above or below `than` (a bound, or the key of another number); "either", a
+    `sign`: "+" or "-", above or below `than` (a value, or the key of another number); "either", a
     difference in any direction; "opposite", `number` and the number `than` differ in sign.
     """
 
@@ -67,7 +67,7 @@ class Claim(_Entry):
 
 
 class Published(_Entry):
-    """Published values in percent, of one set, model and metric, and where they are from."""
+    """Published values (percent) of one set, model and metric, and their source."""
 
     set: str
     model: str
@@ -84,7 +84,6 @@ class Paper(_Entry):
     correspondence: list[dict[str, str]] = []  # where the paper shows what, and our notebook
 
 
-_FIELDS = {name for each in _Entry.__subclasses__() for name in each.model_fields}
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -95,17 +94,15 @@ def _valid(model: type[Model], place: str, content: Any) -> Model:
     except ValidationError as failure:
         # A misspelt key is the reason why another one is missing.
         error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    where = [f"entry {part + 1}" if isinstance(part, int) else part for part in error["loc"]]
-    message = error["msg"].removeprefix("Value error, ")
+    message = f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
     if error["type"] == "extra_forbidden":
-        message = f"unknown key{nearest(where[-1], _FIELDS)}"
-    elif error["type"] not in ("value_error", "missing"):
-        message += f", found {error['input']!r}"
-    raise InputError(": ".join([place, *where, message])) from None
+        fields = {name for each in _Entry.__subclasses__() for name in each.model_fields}
+        message = f"unknown key{nearest(error['loc'][-1], fields)}"
+    raise InputError(": ".join([place, *map(str, error["loc"]), message])) from None
 
 
 def claims(path: str | Path) -> list[Claim]:
-    """Return the claims of a file, in its order; InputError naming claim and key."""
+    """Read the claims of a file, in its order; InputError naming claim and key."""
     return [
         _valid(Claim, f"{path}: {name}", {"key": name} | given if type(given) is dict else given)
         for name, given in read_yaml(Path(path)).items()
@@ -113,20 +110,21 @@ def claims(path: str | Path) -> list[Claim]:
 
 
 def paper(path: str | Path) -> Paper:
-    """Return what others have published; InputError naming entry and key for whatever is wrong."""
+    """Read what others have published; InputError naming entry and key."""
     return _valid(Paper, str(path), read_yaml(Path(path)))
 
 
 class Evidence(NamedTuple):
-    """A number that counts for a claim; `state` is 1 or -1 if its interval excludes `against`."""
+    """A number that counts for a claim, as it was said, and how far it is on the claim's side.
+
+    `distance` is value, low and high (NaN for no interval); `state` 1 or -1 if the interval is on
+    one side of zero, else a half, or 0.
+    """
 
     world: str
     key: str
-    value: float
-    low: float | None
-    high: float | None
-    text: str
-    against: float
+    said: str
+    distance: np.ndarray
     state: float
 
 
@@ -148,9 +146,9 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 
     *holds*: the paper's sign, with an interval that excludes zero, in every world. *in part*: its
     sign, but an interval includes or touches zero or is missing, or not in every world. *does not
-    hold*: the other sign, or zero, in every world. A bound is met when it is reached. "either" has
-    no sign of its own: it holds if every interval excludes zero on the same side, in part if some
-    does, else not. Two numbers differ if their intervals do not overlap.
+    hold*: the other sign, or zero, in every world. "either" has no sign of its own: it holds if
+    every interval excludes zero on the same side, in part if some does, else not. Two numbers
+    differ if their intervals do not overlap.
     """
     evidence = () if claim.untestable else tuple(_evidence(claim, worlds))
     if not evidence:
@@ -164,56 +162,44 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 
 
 def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]:
-    """Yield the numbers of each world that decide a claim; none where one is not finite."""
-    named = isinstance(claim.than, str)
+    """Yield the numbers of each world that decide a claim."""
+    bound = None if isinstance(claim.than, str) else dict.fromkeys(_ENDS, claim.than)
     for world, numbers in worlds.items():
-        other = numbers.get(claim.than, {}) if named else dict.fromkeys(_ZERO, claim.than)
-        for key in _matching(numbers, claim.number) if _finite(other.get("value")) else ():
-            own, against = numbers[key], other["value"]
-            if claim.sign == "opposite":
-                state = -_state(own, _ZERO) * _state(other, _ZERO)
-                yield Evidence(world, key, *_ends(own), own["said"], 0, state)
-                yield Evidence(world, claim.than, *_ends(other), other["said"], 0, state)
+        other = bound or numbers.get(claim.than)
+        for key in _matching(numbers, claim.number) if other else ():
+            own = numbers[key]
+            if claim.sign != "opposite":
+                distance = _turned(_minus(own, other), -1 if claim.sign == "-" else 1)
+                yield Evidence(world, key, own["said"], distance, _state(distance))
                 continue
-            state = _state(own, other, bound=not named and claim.than != 0)
-            state = -state if claim.sign == "-" else state
-            text = own["said"] + (f" (against {other['said']})" if named else "")
-            yield Evidence(world, key, *_ends(own), text, against, state)
+            first, second = (_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other))
+            state, turn = -_state(first) * _state(second), first[0]
+            yield Evidence(world, key, own["said"], _turned(first, turn), state)
+            yield Evidence(world, claim.than, other["said"], _turned(second, turn), state)
 
 
-def _ends(entry: Mapping) -> tuple:
-    return entry["value"], entry.get("low"), entry.get("high")
+def _minus(own: Mapping, other: Mapping) -> np.ndarray:
+    """Return value, low and high of own minus other; intervals that overlap include zero."""
+    first = np.array([own[end] for end in _ENDS], dtype=float)
+    return first - np.array([other[end] for end in ("value", "high", "low")], dtype=float)
+
+
+def _turned(distance: np.ndarray, sign: float) -> np.ndarray:
+    return -distance[[0, 2, 1]] if sign < 0 else distance
+
+
+def _state(distance: np.ndarray) -> float:
+    value, low, high = distance
+    return 1 if low > 0 else -1 if high < 0 else np.sign(value) / 2
 
 
 def _matching(numbers: Numbers, pattern: str) -> list[str]:
-    """Return the keys of finite numbers that a pattern matches: batch.8 comes before batch.24."""
-    keys = [
-        key
-        for key, own in numbers.items()
-        if fnmatchcase(key, pattern) and key.count(".") == pattern.count(".")
-        if _finite(own.get("value"))
-    ]
+    """Return the keys that a pattern matches part by part: batch.8 comes before batch.24."""
+    keys = [key for key in numbers if fnmatchcase(key, pattern)]
+    keys = [key for key in keys if key.count(".") == pattern.count(".")]
     return sorted(
         keys, key=lambda key: [(len(p) if p.isdigit() else 99, p) for p in key.split(".")]
     )
-
-
-def _state(own: Mapping, other: Mapping, bound: bool = False) -> float:
-    """Return the direction of own minus other: 1 or -1 if intervals are disjoint, else half.
-
-    A `bound` is passed when it is reached.
-    """
-    ahead = own["value"] - other["value"]
-    direction = 1 if ahead > 0 or (bound and ahead == 0) else -1 if ahead < 0 else 0
-    near, far = ("low", "high") if direction > 0 else ("high", "low")
-    if not direction or not _finite(own.get(near)) or not _finite(other.get(far)):
-        return direction / 2
-    gap = direction * (own[near] - other[far])
-    return float(direction) if gap > 0 or (bound and gap == 0) else direction / 2
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def gather(paths: Paths) -> dict[str, Numbers]:
@@ -223,10 +209,10 @@ def gather(paths: Paths) -> dict[str, Numbers]:
     smoke runs, those of `figures/<run>-world-*` from their numbers.json.
     """
     own = paths.figures.name
-    folders = [paths.figures, *sorted(paths.figures.parent.glob(f"{own}-world-*"))]
-    files = [folder / "numbers.json" for folder in folders if (folder / "numbers.json").is_file()]
-    worlds = {own: {}}
-    worlds |= {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    files = [paths.figures / "numbers.json"]
+    files += sorted(paths.figures.parent.glob(f"{own}-world-*/numbers.json"))
+    found = {file.parent.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+    worlds = {own: {}} | {world: json.loads(text) for world, text in found.items()}
     if sections := read_sections(paths):
         counted = [s for s in sections if s["notebook"] != NOTEBOOK and not s["smoke_run"]]
         worlds[own] = {key: entry for s in counted for key, entry in s["numbers"].items()}
@@ -245,7 +231,7 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
         {
             "claim": each.claim.claim,
             "the paper": each.claim.paper,
-            "ours": "; ".join(_distinction(each, seen) + seen.text for seen in each.evidence),
+            "ours": "; ".join(_distinction(each, seen) + seen.said for seen in each.evidence),
             "verdict": f"{each.word}: {each.reason}" if each.reason else each.word,
             "worlds": each.worlds,
         }
@@ -267,56 +253,29 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """Return a row for each number that decides a claim, for `figures.claims`.
 
     Columns: claim (its label), verdict, value, low, high (the distance from what it is compared
-    with, in the direction of the claim) and text. Claims without a number have no row.
+    with, in the direction of the claim) and text.
     """
     rows = []
     for verdict in verdicts:
-        claim, evidence = verdict.claim, verdict.evidence
-        unsigned = claim.sign in ("either", "opposite")
-        turn = -1 if claim.sign == "-" or (unsigned and evidence and evidence[0].value < 0) else 1
-        for each in evidence:
-            low, high = (each.value if absent(end) else end for end in (each.low, each.high))
-            value, *ends = (turn * (end - each.against) for end in (each.value, low, high))
-            decimals = places(each.value, each.low, each.high)
-            text = _distinction(verdict, each) + number(float(each.value), decimals)
-            text += "" if absent(each.low) else f" {bracket(each.low, each.high, decimals)}"
-            rows.append((claim.label or claim.key, verdict.word, value, *sorted(ends), text))
+        claim, seen = verdict.claim, verdict.evidence
+        turn = seen[0].distance[0] if seen and claim.sign == "either" else 1
+        for each in seen:
+            value, *ends = _turned(each.distance, turn)
+            ends = [value if math.isnan(end) else end for end in ends]
+            text = _distinction(verdict, each) + each.said.partition(", n =")[0]
+            rows.append((claim.label or claim.key, verdict.word, value, *ends, text))
     return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
 
 
-def beside(published: Iterable[Published], numbers: Numbers) -> pd.DataFrame:
-    """Return published values beside ours of the same kind, in percent; None where we have none.
-
-    A published ROUGE-L recall stands beside our ROUGE-L F1, and a lead beside ours at the smallest
-    or the largest batch.
-    """
-    rows = [
-        {
-            "set": entry.set,
-            "model": entry.model,
-            "method": method,
-            "metric": METRIC_NAMES.get(entry.metric, entry.metric),
-            "question": f"{entry.batch} batch" if entry.batch else label(kind),
-            "published": f"{value:g}",
-            "ours": _ours(entry, method, kind, numbers),
-            "source": entry.source,
-        }
-        for entry in published
-        for method, values in entry.cells.items()
-        for kind, value in values.items()
-    ]
+def published(entries: Iterable[Published]) -> pd.DataFrame:
+    """Return a row for each published value: set, model, method, metric, question, percent."""
+    rows = []
+    for each in entries:
+        about = {"set": each.set, "model": each.model}
+        metric = METRIC_NAMES.get(each.metric, each.metric)
+        for method, values in each.cells.items():
+            for kind, value in values.items():
+                question = f"{each.batch} batch" if each.batch else label(kind)
+                own = {"method": method, "metric": metric, "question": question}
+                rows.append(about | own | {"percent": f"{value:g}", "source": each.source})
     return pd.DataFrame(rows)
-
-
-def _ours(entry: Published, method: str, kind: str, numbers: Numbers) -> str | None:
-    prefix = "akew." if entry.set.upper().startswith("AKEW") else ""
-    if entry.metric == "lead":
-        keys = _matching(numbers, f"{prefix}batch.*.lead_relative")
-        return numbers[keys[-1 if entry.batch == "largest" else 0]]["said"] if keys else None
-    key = f"{prefix}single.{number_key(method)}.{kind}"
-    same = numbers.get(key, {}) if entry.metric == "rougel_recall" else {}
-    own = numbers.get(f"{key}.{entry.metric}", same)
-    if not _finite(own.get("value")):
-        return None
-    ends = "" if absent(own.get("low")) else f" {bracket(100 * own['low'], 100 * own['high'], 1)}"
-    return number(100.0 * own["value"], 1) + ends

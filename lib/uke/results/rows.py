@@ -38,6 +38,7 @@ COLUMNS: dict[str, pa.DataType] = {
     **dict.fromkeys(("notes", "curve"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
 }
+SCHEMA = pa.schema(COLUMNS.items())
 REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference")
 REQUIRED += ("answer", "model", "data")
 # What tells one run from another: scores are never averaged over any of these.
@@ -60,71 +61,34 @@ def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
     """Write the rows of one unit to a parquet file of its own, in place of any it had.
 
     Absent columns become null, `study` and `code` are filled in. InputError, with nothing written,
-    for an unknown column, kind or phase, a required value that is absent, a wrong type, a repeated
-    probe, or unequal fingerprints.
+    for an unknown column, kind or phase, an absent value or a wrong type.
     """
     place = f"rows of study '{study}', unit '{check_name('unit', unit)}'"
-    frame = pd.DataFrame({"study": study, "code": code_fingerprint()}, frame.index).assign(**frame)
-    _check(place, study, frame)
-    path = paths.rows(study) / f"{unit}.parquet"
-    _write(_table(place, frame), path)
-    return path
-
-
-def _check(place: str, study: str, frame: pd.DataFrame) -> None:
-    if frame.empty:
-        raise InputError(f"{place}: expected at least one row")
+    frame = frame.assign(study=study, code=code_fingerprint())
     for name in frame.columns:
         if name not in COLUMNS:
             raise InputError(f"{place}: unknown column '{name}'{nearest(str(name), COLUMNS)}")
     for name in REQUIRED:
-        if name not in frame or frame[name].isna().any():
+        if frame.empty or name not in frame or frame[name].isna().any():
             raise InputError(f"{place}: column '{name}': a value is missing")
-    for name, valid in (("kind", KINDS), ("phase", PHASES), ("study", [study])):
+    for name, valid in (("kind", KINDS), ("phase", PHASES)):
         for value in set(frame[name]) - set(valid):
             hint = nearest(str(value), valid)
             raise InputError(f"{place}: column '{name}': unknown '{value}'{hint}")
-    for name in FINGERPRINTS:
-        if name in frame and frame[name].nunique(dropna=False) > 1:
-            raise InputError(f"{place}: column '{name}': expected one fingerprint, found several")
-    _refuse_repeats(place, frame)
+    return _write(place, frame, paths.rows(study) / f"{unit}.parquet")
 
 
-def _refuse_repeats(place: str, frame: pd.DataFrame) -> None:
-    repeated = frame[frame.duplicated([name for name in _PROBE if name in frame])]
-    if len(repeated):
-        first = repeated.iloc[0]
-        raise InputError(f"{place}: {_probe(first)}: the same probe twice ({first['phase']})")
-
-
-def _probe(row: pd.Series) -> str:
-    return f"{row['method']}, edit '{row['edit']}', {row['kind']} {row['number']}"
-
-
-def _table(place: str, frame: pd.DataFrame) -> pa.Table:
-    """Return the frame in the schema's own column order and types, free of anything pandas adds."""
-    arrays = {}
-    for name, kind in COLUMNS.items():
-        if name not in frame:
-            arrays[name] = pa.nulls(len(frame), kind)
-            continue
-        try:
-            if kind == _TEXT:
-                values = [None if pd.isna(value) else value for value in frame[name]]
-            else:
-                values = pd.to_numeric(frame[name]).to_numpy(float, na_value=float("nan"))
-            arrays[name] = pa.array(values, kind, from_pandas=True)
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            raise InputError(
-                f"{place}: column '{name}': expected {kind} ({str(error).splitlines()[0]})"
-            ) from None
-    return pa.table(arrays)
-
-
-def _write(table: pa.Table, path: Path) -> None:
+def _write(place: str, frame: pd.DataFrame, path: Path) -> Path:
+    """Write the frame in the schema's order and types, free of anything pandas adds."""
+    try:
+        table = pa.Table.from_pandas(frame.reindex(columns=SCHEMA.names), SCHEMA, False)
+    except pa.ArrowException as error:
+        raise InputError(f"{place}: {': '.join(map(str, error.args))}") from None
     options = {"compression": "zstd", "compression_level": 9}
     with replacing(path) as part:
+        table = table.replace_schema_metadata()
         pq.write_table(table, part, store_schema=False, write_statistics=False, **options)
+    return path
 
 
 def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | None]) -> bool:
@@ -145,27 +109,12 @@ def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
 
 
 def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
-    """Read the rows of these units, in a fixed order, with every column of COLUMNS.
-
-    InputError where a unit has no rows or other code wrote them, and where units do not belong
-    together: several models, data or codes, or several recipes under one method and level.
-    """
+    """Read the rows of these units, in a fixed order, with every column of COLUMNS."""
     folder = paths.rows(study)
     files = sorted(folder / f"{check_name('unit', unit)}.parquet" for unit in set(units))
     if not files:
         raise InputError(f"{folder}: no rows of study '{study}': run its notebook first")
     frame = pa.concat_tables(map(_read_file, files)).to_pandas()
-    for name in ("model", "data", "code"):
-        if frame[name].nunique(dropna=False) > 1:
-            found = ", ".join(map(str, frame[name].unique()))
-            raise InputError(f"{folder}: rows of several '{name}' fingerprints ({found})")
-    if frame["code"].iloc[0] != code_fingerprint():
-        raise InputError(f"{folder}: rows written by other code: run the notebook again")
-    run = [*(name for name in RUN if name not in FINGERPRINTS), "phase"]
-    recipes = frame.groupby(run, dropna=False)["recipe"].nunique(dropna=False)
-    if (recipes > 1).any():
-        method = recipes.idxmax()[run.index("method")]
-        raise InputError(f"{folder}: {method}: rows of several recipes; run the notebook again")
     return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
 
 
@@ -185,23 +134,21 @@ def _read_file(path: Path) -> pa.Table:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected a parquet file of rows ({reason})") from None
     # A column added since the file was written is null.
-    columns = {
-        name: table[name] if name in table.column_names else pa.nulls(len(table), kind)
-        for name, kind in COLUMNS.items()
-    }
-    return pa.table(columns, schema=pa.schema(list(COLUMNS.items())))
+    known = table.select([name for name in SCHEMA.names if name in table.column_names])
+    every = pa.concat_tables([SCHEMA.empty_table(), known], promote_options="permissive")
+    return every.cast(SCHEMA)
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
     """Write the committed form of the rows: all scores, and texts of five edits of each method.
 
-    Where rows are taken from the committed files, they stay as they are.
+    Committed rows that were asked for stay as they are.
     """
     path = paths.exported(study)
     if not use_committed():
         rank = frame.groupby("method")["edit"].rank("dense")  # in the order of the ids
         texts = frame[["answer", "before"]].where(rank <= TEXTS_EXPORTED, None)
-        _write(_table(f"rows of study '{study}'", frame.assign(**texts)), path)
+        _write(f"rows of study '{study}'", frame.assign(**texts), path)
     return path
 
 
@@ -211,26 +158,33 @@ def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
     Before the edit, a comparison with the answer before the edit is 1 by definition. InputError
     where a score is missing or a probe occurs twice.
     """
-    rows = frame[frame["phase"] == phase]
-    _refuse_repeats("primary", rows)
-    parts = []
+    rows, parts = frame[frame["phase"] == phase], []
+    for probe in rows[rows.duplicated(list(_PROBE))].itertuples():
+        raise InputError(f"primary: {_words(probe)}: the same probe twice")
     for name, kind in KINDS.items():
         own = rows[rows["kind"] == name]
         metric = kind.metric if kind.against == "reference" else f"{kind.metric}_before"
         unchanged = kind.against == "before" and phase == "before"
-        parts.append(own.assign(score=1.0 if unchanged else own[metric]))
-        if (absent := parts[-1]["score"].isna()).any():
-            where = f"primary: {_probe(own[absent].iloc[0])}"
-            raise InputError(f"{where}: no {kind.metric} against the {kind.against}")
+        own = own.assign(score=1.0 if unchanged else own[metric])
+        for probe in own[own["score"].isna()].itertuples():
+            missing = f"no {kind.metric} against the {kind.against}"
+            raise InputError(f"primary: {_words(probe)}: {missing}")
+        parts.append(own)
     groups = pd.concat(parts).groupby([*_EDIT, "kind"], dropna=False, as_index=False)
     return groups.agg(score=("score", "mean"), probes=("score", "size"))
 
 
-def average(frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE) -> pd.DataFrame:
+def _words(probe: Any) -> str:
+    return f"{probe.method}, edit '{probe.edit}', {probe.kind} {probe.number}"
+
+
+def average(
+    frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE, same_edits: bool = True
+) -> pd.DataFrame:
     """Return the average metric (`score`) by run, batch and edit: the plain mean over `kinds`.
 
     `frame` is what `primary` gives. InputError naming what is missing where an edit lacks a kind,
-    or runs that stand side by side differ in their edits.
+    or (`same_edits`) runs that stand side by side differ in their edits.
     """
     scores = frame[frame["kind"].isin(kinds)]
     if scores.empty:
@@ -240,12 +194,11 @@ def average(frame: pd.DataFrame, kinds: Sequence[str] = AVERAGE) -> pd.DataFrame
     for row in means[means["held"].map(len) < len(kinds)].itertuples():
         absent = ", ".join(kind for kind in kinds if kind not in row.held)
         raise InputError(f"average: {row.method}, edit '{row.edit}': no {absent}")
-    places = means.assign(place=list(zip(means["batch"], means["edit"], strict=True)))
-    for _, side in places.groupby(list(_COMPARED), dropna=False):
-        every = set(side["place"])
-        for _, run in side.groupby(list(RUN), dropna=False):
-            if absent := sorted(f"'{edit}'" for _, edit in every - set(run["place"])):
-                name = " ".join(run.iloc[0][["method", "level"]].dropna())
+    for _, compared in means.groupby(list(_COMPARED), dropna=False) if same_edits else ():
+        every = set(compared["edit"])
+        for (_, method, _, level, *_), own in compared.groupby(list(RUN), dropna=False):
+            if absent := sorted(every - set(own["edit"])):
+                name = method if pd.isna(level) else f"{method} {level}"
                 found = f"{len(absent)} of the {len(every)} edits beside it"
                 raise InputError(f"average: {name} lacks {found} ({', '.join(absent[:5])})")
     return means.drop(columns="held")

@@ -1,6 +1,6 @@
 """Bootstrap intervals, paired tests and the correction for many tests."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import pandas as pd
 
 from uke.errors import InputError, nearest
 
-RESAMPLES = 9999
+RESAMPLES, AT_ONCE = 9999, 1000
 SEED = 2024
 
 
@@ -43,13 +43,13 @@ class Score:
 
 
 def interval(values: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
-    """Return the mean of `values` (N,) with its percentile bootstrap interval (Efron 1979).
+    """Return the mean of `values` (N,) with its bootstrap interval.
 
     Units are drawn with replacement: values (edits), or whole `groups` of them (batches), so that
     the mean stays that of all values. InputError for no value, or one that is not finite.
     """
     sums, counts = units(values, groups)
-    return Interval(float(_mean(sums, counts)), *_bootstrap(sums, counts), len(sums))
+    return bootstrapped(lambda drawn: sums[drawn].sum(-1) / counts[drawn].sum(-1), len(sums))
 
 
 def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None) -> Paired:
@@ -61,7 +61,13 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
     """
     from scipy.stats import permutation_test
 
-    sums, counts = units(_differences(a, b), groups)
+    if len(a) != len(b):
+        found = f"{len(a)} and {len(b)}"
+        raise InputError(f"paired: expected as many values on both sides, found {found}")
+    if isinstance(a, pd.Series) and isinstance(b, pd.Series):
+        b = b.reindex(a.index)  # a unit that only one side has is NaN, which `units` refuses
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    sums, _ = units(differences, groups)
     p = 1.0
     if len(sums) > 1:
         p = permutation_test(
@@ -70,84 +76,53 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
             permutation_type="samples",
             n_resamples=RESAMPLES,
             vectorized=True,
-            batch=1000,
+            batch=AT_ONCE,
             rng=np.random.default_rng(SEED),
         ).pvalue
-    return Paired(float(_mean(sums, counts)), *_bootstrap(sums, counts), float(p), len(sums))
+    mean, low, high, n = interval(differences, groups)
+    return Paired(mean, low, high, float(p), n)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm(ps: Iterable[float]) -> list[float]:
     """Return adjusted p values in the order given, holding the family-wise error (Holm 1979)."""
-    ps = np.asarray(ps, dtype=float)
-    if not ((ps >= 0) & (ps <= 1)).all():
-        raise InputError("holm: expected p values from 0 to 1")
-    order = np.argsort(ps, kind="stable")
-    adjusted = np.empty(len(ps))
-    adjusted[order] = np.maximum.accumulate(ps[order] * np.arange(len(ps), 0, -1)).clip(max=1)
-    return adjusted.tolist()
-
-
-def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-    if isinstance(a, pd.Series) and isinstance(b, pd.Series):
-        if a.index.has_duplicates or b.index.has_duplicates or set(a.index) != set(b.index):
-            odd = sorted(map(str, set(a.index) ^ set(b.index)))[:3]
-            found = ", ".join(odd) or "repeated ones"
-            raise InputError(f"paired: the two sides differ in their units: {found}")
-        b = b.reindex(a.index)
-    if len(a) != len(b):
-        found = f"{len(a)} and {len(b)}"
-        raise InputError(f"paired: expected as many values on both sides, found {found}")
-    return np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    ranked = pd.Series(list(ps), dtype=float).sort_values(kind="stable")
+    adjusted = (ranked * np.arange(len(ranked), 0, -1)).cummax().clip(upper=1)
+    return adjusted.sort_index().tolist()
 
 
 def units(values: Sequence[float], groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return sum and count of the values of each unit: a value, or a group of them; (units,)."""
     values = np.asarray(values, dtype=float)
     absent = (~np.isfinite(values)).sum()
-    if values.ndim != 1 or not len(values) or absent:
+    if not len(values) or absent:
         found = f"{absent} missing of {values.size}"
         raise InputError(f"interval: expected finite values, found {found}")
     if groups is None:
         return values, np.ones_like(values)
     codes, names = pd.factorize(np.asarray(groups))
-    if len(codes) != len(values) or (codes < 0).any():
-        raise InputError(f"interval: expected a group for each of {len(values)} values")
     counts = np.bincount(codes, minlength=len(names)).astype(float)
     return np.bincount(codes, values, len(names)), counts
 
 
-def _mean(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
-    return sums.sum(axis=axis) / counts.sum(axis=axis)
+def bootstrapped(statistic: Callable[..., np.ndarray], *counts: int) -> Interval:
+    """Return a statistic with its 95 % percentile bootstrap interval (Efron 1979).
 
+        bootstrapped(lambda drawn: values[drawn].mean(-1), len(values))
 
-def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    from scipy.stats import bootstrap
-
-    if len(sums) < 2:
-        return float("nan"), float("nan")
-    low, high = bootstrap(
-        (sums, counts),
-        _mean,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        batch=1000,
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return float(low), float(high)
-
-
-def resampled(count: int, stream: int = 0) -> np.ndarray:
-    """Draw indices of units with replacement, (RESAMPLES, count): the same for the same stream."""
-    generator = np.random.default_rng([SEED, stream])
-    return generator.integers(0, count, (RESAMPLES, count))
-
-
-def percentiles(value: float, draws: np.ndarray, n: int) -> Interval:
-    """Return a statistic of `n` units with the 95 % percentile interval of its draws."""
-    low, high = np.quantile(draws, (0.025, 0.975)) if n > 1 else (np.nan, np.nan)
-    return Interval(float(value), float(low), float(high), n)
+    `statistic` takes the indices of the units drawn, (resamples, count) or all of them (count,);
+    of several independent samples of `counts` units one array for each.
+    """
+    value = statistic(*map(np.arange, counts))
+    if max(counts) < 2:
+        return Interval(float(value), np.nan, np.nan, sum(counts))
+    generators = [np.random.default_rng([SEED, stream]) for stream in range(len(counts))]
+    draws = []
+    for start in range(0, RESAMPLES, AT_ONCE):
+        rows = min(AT_ONCE, RESAMPLES - start)
+        drawn = zip(generators, counts, strict=True)
+        draws.append(statistic(*(each.integers(0, count, (rows, count)) for each, count in drawn)))
+    low, high = np.quantile(np.concatenate(draws), (0.025, 0.975))
+    return Interval(float(value), float(low), float(high), sum(counts))
 
 
 def share(hits: int, count: int) -> Interval:

@@ -11,7 +11,7 @@ from uke.methods import recipes
 from uke.methods.catalog import at_level, best_single, configured, differences, find, key
 from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS, Recipe
 from uke.results import compare
-from uke.results.stats import Interval, interval
+from uke.results.stats import Interval
 from uke.study.say import begin, say_means, warn_of_lacking
 from uke.study.study import Study
 
@@ -204,13 +204,6 @@ class FactorStudy:
                 if found := self.effect(contrast, kind):
                     name = self._effect_key(contrast, kind)
                     self.said[name] = section.say(name, *found[:3], n=found.n, unit="points")
-
-    def say_seconds(self, section: Any, level: str) -> None:
-        """Say how many seconds an edit takes at a level of the first method, if that was run."""
-        cell = (self.rows["method"] == self.methods[0]) & (self.rows["level"] == level)
-        units = compare.seconds(self.rows[cell])
-        if len(units):
-            section.say("cost.edit_seconds", *interval(units["score"]), unit="s")
 
     def _effect_key(self, contrast: str, kind: str) -> str:
         if self.study.chat is False:
