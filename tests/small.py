@@ -5,6 +5,7 @@ from conftest import SENTENCES
 from uke.data.edits import Edit
 from uke.methods.method import Method
 from uke.methods.recipes import BASELINES, RECIPES, Recipe
+from uke.models.generate import surprisals
 from uke.models.prompts import example
 
 EDITS = (
@@ -88,6 +89,21 @@ class Snapshot:
         assert all(now is old for now, old in zip(model.modules(), self.modules, strict=True))
         assert not any("forward" in vars(module) for module in model.modules())
         assert set(vars(model)) == self.attributes
+
+
+def by_window(model, located) -> list[list[float]]:
+    """The mean log-probability of a token of each window of each edit."""
+    found = surprisals(model, [one.example for one in located], [one.edit for one in located])
+    return [
+        [-float(of_window(values, one, window).mean()) for window in one.windows]
+        for values, one in zip(found, located, strict=True)
+    ]
+
+
+def of_window(values: torch.Tensor, one, window) -> torch.Tensor:
+    """The part of the values of an answer's tokens that a window holds."""
+    first = one.example.prompt_length
+    return values[window.start - first : window.stop - first]
 
 
 def logits(model, tokenizer, edit=EDITS[0]) -> torch.Tensor:

@@ -5,13 +5,13 @@ import small
 import torch
 from conftest import FAMILIES, SENTENCES
 from pydantic import ValidationError
-from small import baseline, hooks, moved, state
+from small import baseline, by_window, hooks, moved, state
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods.edited import edited
 from uke.methods.locate_edit import covariance
-from uke.methods.locate_edit.anchors import by_window, locate, look, sites, states
-from uke.methods.locate_edit.solvers import System, ridge
+from uke.methods.locate_edit.anchors import locate, look, sites, states
+from uke.methods.locate_edit.solvers import least_squares
 from uke.methods.locate_edit.targets import find_targets
 from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.models import prompts
@@ -136,37 +136,29 @@ def test_covariances_are_the_mean_outer_product_of_the_keys(tiny, tokenizer):
     assert hooks(model) == 0
 
 
-def test_a_layer_is_measured_once_and_again_where_its_file_is_damaged(tiny, tokenizer, monkeypatch):
+def test_a_layer_is_measured_once_on_the_same_texts(tiny, tokenizer, monkeypatch):
     model, looked = tiny(), []
     monkeypatch.setattr(prompts, "PADDING", 1.0)  # one pass, whatever the lengths
     monkeypatch.setattr(covariance, "look", lambda *seen: looked.append(seen) or look(*seen))
     covariance.measure(model, tokenizer, TEXTS, (1,))
-    (whole,) = covariance.covariances(model, sites(model, (1,)))
-    covariance.measure(model, tokenizer, TEXTS, (1,))
+    first, digest = covariance.covariances(model, sites(model, (1,))), covariance.digest(model)
     covariance.measure(model, tokenizer, TEXTS, (1, 2))
     assert [len(modules) for *_, modules in looked] == [1, 1]
-    path = next(covariance.folder(model).glob("*1*.safetensors"))
-    path.write_bytes(b"cut short")
-    with pytest.raises(InputError, match="no covariance"):
-        covariance.covariances(model, sites(model, (1,)))
-    covariance.measure(model, tokenizer, TEXTS, (1, 2))
-    assert len(looked) == 3
-    assert torch.equal(covariance.covariances(model, sites(model, (1,)))[0], whole)
-    assert not [part for part in covariance.folder(model).iterdir() if part.name.endswith(".part")]
+    covariance.measure(model, tokenizer, TEXTS[:3], (1,))
+    (other,) = covariance.covariances(model, sites(model, (1,)))
+    assert not torch.equal(*first, other) and covariance.digest(model) != digest
+    with pytest.raises(InputError, match="--layers 2$"):
+        covariance.covariances(model, sites(model, (1, 2)))
 
 
-def test_a_covariance_of_another_model_or_of_other_texts_is_not_used(ready, tiny, tokenizer):
-    model = ready()
+def test_a_covariance_of_another_model_is_not_used(ready, tiny, tokenizer):
+    ready()
     other = tiny()
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     lacking = "no covariance of this model; .*uke covariance MODEL TEXTS.json --layers 1 2"
     refused(other, tokenizer, EDITS, quick("memit"), lacking)
     lacking = "no preservation texts of this model; .*python -m uke covariance"
     refused(other, tokenizer, EDITS, quick("unke"), lacking)
-    covariance.measure(model, tokenizer, TEXTS[:3], (1,))
-    assert len(covariance.covariances(model, sites(model, (1,)))) == 1
-    with pytest.raises(InputError, match="--layers 2$"):
-        covariance.covariances(model, sites(model, (1, 2)))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '[""]', '[{"question": "a"}]', "[1]"])
@@ -208,7 +200,7 @@ def drawn(n: int = 7, wide: int = 12, deep: int = 5, kept: int = 4):
 def test_the_memit_solve_is_the_least_squares_solution():
     *drawn_states, moment = drawn()
     residual, keys, others = (one.float() for one in drawn_states)
-    change = ridge(residual, keys, others, System(2.5 * moment))
+    change = least_squares(residual, keys, others, 2.5 * moment)
     residual, keys, others = residual.double(), keys.double(), others.double()
     # |D K - R|^2 + |D K_p|^2 + 2.5 tr(D C D^T) as one least-squares problem.
     left = torch.cat([keys, others, torch.linalg.cholesky(2.5 * moment).T])
@@ -222,7 +214,7 @@ def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions
     values, vectors = torch.linalg.eigh(moment)
     null = vectors[:, values < values[6]] @ vectors[:, values < values[6]].T
     eye = torch.eye(12).double()
-    change = ridge(residual, keys, others, System(0.7 * eye, null))
+    change = least_squares(residual, keys, others, 0.7 * eye, null)
     inner = others.T @ others @ null + keys.T @ keys @ null + 0.7 * eye
     assert torch.allclose(change, residual.T @ keys @ null @ torch.linalg.inv(inner), atol=1e-10)
     kept = change @ vectors[:, values >= values[6]]
@@ -235,7 +227,7 @@ def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions
 def test_a_singular_or_broken_system_is_refused(moment):
     residual, keys, others, _ = drawn()
     with pytest.raises(ValueError, match="singular or not finite"):
-        ridge(residual, keys, others[:0], System(moment.double()))
+        least_squares(residual, keys, others[:0], moment.double())
 
 
 def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer):
@@ -277,12 +269,11 @@ def test_as_published_the_counter_of_edits_takes_the_place_of_that_of_layers(rea
     assert float(after / before) > 0.1  # a fifth of what is left at every layer, never all of it
     before, after, _ = distances(model, tokenizer, MANY[:20], recipe)
     assert float((after / before).min()) > 1  # divided by 5 - 19: away from the target
-    refused(model, tokenizer, MANY[:6], recipe, "batch of 6 edits: .*divided by 5 - 5 = 0")
+    refused(model, tokenizer, MANY[:6], recipe, "batch of 6 edits: .*divided by 0")
     recipe = quick("alphaedit", layers=(0, 1, 2, 3, 4), steps=1, as_published=True)
     with edited(model, tokenizer, MANY[:5], recipe) as m:
         assert all(norm > 0 for norm in m.edit_record.change_norm.values())
-    message = "batch of 7 edits: the projector is that of layer 6 of 5"
-    refused(model, tokenizer, MANY[:7], recipe, message)
+    refused(model, tokenizer, MANY[:7], recipe, "batch of 7 edits: .*projector is that of layer 6")
 
 
 def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):
@@ -312,14 +303,12 @@ def test_kept_keys_hold_the_other_positions(ready, tokenizer):
 
 
 @pytest.mark.parametrize(("name", "family"), [("unke", "llama"), ("anyedit_unke", "gemma3_text")])
-def test_unkes_loss_falls_and_no_other_block_moves(ready, tokenizer, name, family):
+def test_unke_makes_the_text_likelier_and_moves_no_other_block(ready, tokenizer, name, family):
     model, recipe = ready(family), quick(name)
     before, old = state(model), log_probabilities(model, tokenizer)
     with edited(model, tokenizer, EDITS, recipe) as m:
         block = {name for name in before if ".layers.2." in name}
         assert moved(m, before) <= block == set(m.edit_record.change_norm)
-        words = m.edit_record.notes[-1].split()
-        assert float(words[6]) < 0.9 * float(words[3])
         assert all(new > was for new, was in zip(log_probabilities(m, tokenizer), old, strict=True))
     assert not moved(model, before)
 
@@ -345,9 +334,7 @@ def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(
     for recipe in (quick(name), quick(name, anchors=anchors, window=99)):
         with edited(model, tokenizer, EDITS, recipe) as m:
             written.append(state(m))
-            notes = [note for note in m.edit_record.notes if "one window" in note]
     assert all(torch.equal(one, written[1][key]) for key, one in written[0].items())
-    assert [note.split("'")[1] for note in notes] == ["ada", "alan"]
 
 
 @pytest.mark.parametrize(("name", "family"), list(zip(WRITING, FAMILIES * 2, strict=False)))
@@ -362,7 +349,7 @@ def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace
         assert m is model and moved(m, snapshot.weights) == set(record.change_norm)
         assert min(record.change_norm.values()) > 0
         assert all(sum(one) > sum(was) for one, was in zip(by_window(m, located), old, strict=True))
-        assert record.steps and record.losses and record.seconds > 0 and record.stopped == "steps"
+        assert record.steps and record.losses and record.stopped == "steps"
         raise KeyError
     snapshot.check()
     assert hooks(model) == 0

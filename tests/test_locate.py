@@ -5,8 +5,8 @@ import itertools
 import pytest
 import small
 import torch
-from small import hooks
-from uke.methods.locate_edit.anchors import Located, by_window, locate, look, sites, states
+from small import by_window, hooks, of_window
+from uke.methods.locate_edit.anchors import Located, locate, look, sites, states
 from uke.methods.locate_edit.targets import _Chunk, find_targets, injected
 from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.models import prompts
@@ -23,7 +23,7 @@ def recipe(name: str = "anyedit_memit", **changes) -> LocateRecipe:
     return BASELINES[name].model_copy(update=choices)
 
 
-def located(model, tokenizer, choices: LocateRecipe, edits=EDITS) -> Located:
+def located(model, tokenizer, choices: LocateRecipe, edits=EDITS) -> list[Located]:
     return locate(model, choices.examples(model, tokenizer, edits), choices)
 
 
@@ -44,17 +44,12 @@ def nll_by_hand(model, site, one: Example, at: dict[int, torch.Tensor]) -> torch
     return -log_p[places - 1, torch.tensor(one.ids)[places]]
 
 
-def of_window(values: torch.Tensor, one: Example, window) -> torch.Tensor:
-    """The part of the values of an answer's tokens that a window holds."""
-    return values[window.start - one.prompt_length : window.stop - one.prompt_length]
-
-
 def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tiny, tokenizer):
     model = tiny()
     for name in ("memit", "anyedit_memit", "anyedit_pp", "muke"):
         choices = BASELINES[name]
         found = located(model, tokenizer, choices.model_copy(update={"window": 6}))
-        for one, windows in zip(found.examples, found.windows, strict=True):
+        for _, one, windows in found:
             assert windows[0].start == one.prompt_length and windows[-1].stop == len(one.ids)
             assert all(window.anchor == window.start - 1 for window in windows)
             assert all(one.stop == other.start for one, other in itertools.pairwise(windows))
@@ -66,28 +61,19 @@ def test_windows_cover_the_answer_and_each_anchor_stands_just_before_its_own(tin
                 assert set(sizes[:-1]) <= {6} and sizes[-1] <= 6
             else:
                 assert all(3 <= size <= 9 for size in sizes[:-1]) and sizes[-1] <= 6
-        assert found.nested == (name == "muke")
 
 
 def test_a_window_begins_where_surprisal_peaks(tiny, tokenizer):
     model, choices = tiny(), recipe("anyedit_pp")
     found = located(model, tokenizer, choices)
-    values, (site,) = surprisals(model, found.examples, found.ids), sites(model, (0,))
-    for one, windows, nll in zip(found.examples, found.windows, values, strict=True):
+    values = surprisals(model, [one.example for one in found], [one.edit for one in found])
+    (site,) = sites(model, (0,))
+    for (_, one, windows), nll in zip(found, values, strict=True):
         plain = nll_by_hand(model, site, one, {})
         assert nll.tolist() == pytest.approx(plain.tolist(), rel=1e-4)
         starts = [window.start - one.prompt_length for window in windows]
         for before, after in itertools.pairwise(starts):
             assert float(nll[after]) == float(nll[before + 3 : before + 10].max())
-
-
-def test_an_answer_shorter_than_a_window_is_one_window_and_is_noted(tiny, tokenizer):
-    found = located(tiny(), tokenizer, choices := recipe(window=13))
-    assert [len(windows) for windows in found.windows] == [2, 1, 2]
-    assert found.notes(choices) == [
-        "edit 'alan': the answer is shorter than a window of 13 tokens; one window"
-    ]
-    assert found.notes(recipe("memit", window=13)) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -96,9 +82,9 @@ def test_hidden_states_are_those_of_a_plain_forward_pass(tiny, tokenizer, family
     lower, upper = sites(model, (1, 2))
     found = located(model, tokenizer, recipe())
     read = states(model, found, lower, upper)
-    assert len(found.anchors) == len(read.keys) == sum(map(len, found.windows))
+    assert len(read.keys) == sum(len(one.windows) for one in found)
     place, others = 0, 0
-    for one, windows in zip(found.examples, found.windows, strict=True):
+    for _, one, windows in found:
         inner, outer = look(model, torch.tensor([one.ids]), (lower.projection, upper.block))
         for window in windows:
             assert torch.allclose(read.keys[place], inner.args[0][0, window.anchor], atol=1e-5)
@@ -118,19 +104,19 @@ def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(
 ):
     model = tiny(family).double()
     (site,) = sites(model, (1,))
-    found = located(model, tokenizer, recipe("muke"))
-    rows = [row for row, windows in enumerate(found.windows) if len(windows) > turn]
-    chunk = _Chunk(model, found, site, rows, turn)
-    earlier = [torch.randn(turn, 32).double() for _ in rows]
-    delta = torch.randn(len(rows), 32).double()
+    every = located(model, tokenizer, recipe("muke"))
+    found = [one for one in every if len(one.windows) > turn]
+    chunk = _Chunk(model, found, site, turn, recipe("muke"))
+    earlier = [torch.randn(turn, 32).double() for _ in found]
+    delta = torch.randn(len(found), 32).double()
     chunk.read_before(earlier)
     losses = chunk.losses(delta)
     again = chunk.losses(delta)
     assert torch.equal(losses, again) and hooks(model) == 0
-    for row, own, before, values in zip(rows, delta, earlier, losses, strict=True):
-        one, windows = found.examples[row], found.windows[row]
+    for one, own, before, values in zip(found, delta, earlier, losses, strict=True):
+        windows = one.windows
         at = {window.anchor: value for window, value in zip(windows, [*before, own], strict=False)}
-        nll = nll_by_hand(model, site, one, at)
+        nll = nll_by_hand(model, site, one.example, at)
         wanted = [float(of_window(nll, one, window).mean()) for window in windows[turn:]]
         assert values[: len(wanted)].tolist() == pytest.approx(wanted, rel=1e-9)
         assert not values[len(wanted) :].any()
@@ -175,14 +161,14 @@ def test_find_targets_make_the_text_likely_window_by_window(tiny, tokenizer, fam
         shares = added.norm(dim=-1) / before.hidden.norm(dim=-1)
         assert float(shares.max()) <= choices.clamp * 1.001
     old = by_window(model, found)
-    for row, (one, windows) in enumerate(zip(found.examples, found.windows, strict=True)):
-        first = sum(map(len, found.windows[:row]))
-        deltas = site.back(before.outputs, added)[first : first + len(windows)].float()
-        at = {window.anchor: delta for window, delta in zip(windows, deltas, strict=True)}
-        nll = nll_by_hand(model, site, one, at)
-        for window, was in zip(windows, old[row], strict=True):
+    deltas = site.back(before.outputs, added).float().split([len(one.windows) for one in found])
+    for one, own, likely, training in zip(found, deltas, old, values.trainings, strict=True):
+        at = {window.anchor: delta for window, delta in zip(one.windows, own, strict=True)}
+        nll = nll_by_hand(model, site, one.example, at)
+        for window, was in zip(one.windows, likely, strict=True):
             assert -float(of_window(nll, one, window).mean()) > was + 0.3
-    assert values.steps == 15 * max(map(len, found.windows)) and values.stopped == "steps"
+        assert training.steps == len(training.losses) == 15 * len(one.windows)
+        assert training.stopped == "steps"
     assert hooks(model) == 0
 
 
@@ -196,7 +182,8 @@ def test_an_edit_that_is_done_stays_while_the_others_go_on(tiny, tokenizer):
     moved = (values.hidden - states(model, found, site, site).hidden).norm(dim=-1)
     assert [bool(one > 0) for one in moved] == [bool(one >= done.stop_loss) for one in first]
     everyone = find_targets(model, found, site, choices.model_copy(update={"stop_loss": 99.0}))
-    assert everyone.steps == 0 and everyone.stopped == "loss" and len(everyone.losses) == 1
+    for training in everyone.trainings:
+        assert (training.steps, training.stopped, len(training.losses)) == (0, "loss", 1)
 
 
 def test_a_delta_is_held_to_the_clamp(tiny, tokenizer):
@@ -213,8 +200,8 @@ def test_a_later_window_counts_by_the_prefixes_that_hold_it_or_by_its_gradient(t
     model, choices = tiny().double(), recipe("muke")
     (site,) = sites(model, (1,))
     found = located(model, tokenizer, choices)
-    chunk = _Chunk(model, found, site, [0, 1, 2], 0)
-    counts = [len(windows) for windows in found.windows]
+    chunk = _Chunk(model, found, site, 0, choices)
+    counts = [len(one.windows) for one in found]
     prefix = chunk.weights(choices)
     for row, count in zip(prefix, counts, strict=True):
         wanted = [count - number for number in range(count)]
@@ -229,7 +216,7 @@ def test_a_later_window_counts_by_the_prefixes_that_hold_it_or_by_its_gradient(t
     unlike = 2 - torch.cosine_similarity(own, later, dim=0)
     assert float(gradient[0, 1] / gradient[0, 0]) == pytest.approx(float(unlike), rel=1e-6)
     assert gradient.sum(-1).tolist() == pytest.approx([1.0] * 3)
-    plain = _Chunk(model, located(model, tokenizer, recipe()), site, [0, 1, 2], 0)
+    plain = _Chunk(model, located(model, tokenizer, recipe()), site, 0, recipe())
     assert plain.weights(recipe()).tolist() == [[1.0]] * 3
 
 
@@ -238,7 +225,7 @@ def test_a_target_that_diverges_names_its_edit_alone_and_leaves_no_hook(
 ):
     model, choices = tiny(), recipe("memit", steps=3)
     (site,) = sites(model, (2,))
-    ada, alan, grace = (one.ids for one in located(model, tokenizer, choices).examples)
+    ada, alan, grace = (one.example.ids for one in located(model, tokenizer, choices))
     own = next(token for token in grace if token not in ada + alan)
     model.model.embed_tokens.weight.data[own] = float("nan")
     with pytest.raises(

@@ -71,7 +71,7 @@ def test_memory_that_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch):
 def gradients(model, tokens) -> dict[str, torch.Tensor]:
     """Gradients of a training's loss."""
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    finetune.loss(model, batch, "target_tokens").sum().backward()
+    finetune.LOSSES["target_tokens"](model, batch).sum().backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     return found

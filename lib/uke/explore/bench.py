@@ -228,10 +228,10 @@ class Bench:
         """Say why a level does not go with the method on this model; empty if it does."""
         if factor not in method.factors:
             return f"{method.name} ({method.family}) has no such choice"
-        if level not in levels(method, factor):
+        if level not in levels(method)[factor]:
             return "a choice of adapters only (LoRA, AdaLoRA)"
         try:
-            self.check(self.library.edits[0], vary(method, factor, level))
+            self.check(self.library.edits[0], vary(method, {factor: level}))
         except InputError as error:
             return str(error)
         return ""

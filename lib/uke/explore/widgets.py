@@ -20,7 +20,7 @@ from uke.explore import html
 from uke.explore.bench import Bench, Refused, Task, own_edit, refused
 from uke.methods.catalog import changed
 from uke.methods.method import Method
-from uke.methods.recipes import FACTORS, combined, vary
+from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, vary
 from uke.models.model import layer_index
 from uke.results.metrics import score
 
@@ -98,9 +98,9 @@ class Levels(w.HBox):
 
     def name(self, level: str, depth: int) -> str:
         """Return a level as a person reads it; one that trains a single block says which."""
-        layers = FACTORS[self.factor].levels[level].get("layers")
-        if isinstance(layers, float):
-            return f"block {layer_index(layers, depth)}"
+        layers = FACTORS[self.factor].levels[level]
+        if level in SINGLE_BLOCKS:
+            return f"block {layer_index(*layers, depth)}"
         return self.names.get(level, level.replace("_", " "))
 
     def refresh(self, bench: Bench, method: Method) -> None:
@@ -194,7 +194,7 @@ class Form(w.HBox):
 
     def _method(self) -> Method:
         chosen = {factor: levels.value for factor, levels in self.levels.items() if levels.value}
-        method = combined(self.bench.methods[self.method.value], chosen)
+        method = vary(self.bench.methods[self.method.value], chosen)
         for field, box in self.numbers.items():
             if box.disabled or (field == "layers" and not box.value.strip()):
                 continue
@@ -226,7 +226,7 @@ class Form(w.HBox):
             box.value = "" if field == "layers" or value is None else f"{value:g}"
         for factor, levels in self.levels.items():
             offered = levels.buttons if factor in method.factors else ()
-            same = (level for level in offered if vary(method, factor, level) == method)
+            same = (level for level in offered if vary(method, {factor: level}) == method)
             levels.own = levels.value = next(same, "")
         self._refresh()
 
@@ -355,7 +355,7 @@ class Panel(w.VBox):
             for factor, levels in self.form.levels.items()
             for level in levels.buttons
             if not self.bench.why_not(method, factor, level)
-            and vary(method, factor, level) != method
+            and vary(method, {factor: level}) != method
         ]
         self.level.index = 0 if self.level.options else None
 
@@ -378,7 +378,7 @@ class Panel(w.VBox):
         if not self.level.value:
             raise Refused("export", "This method has no factor to change.")
         task = self.bench.trials[self.repeated.value - 1].task
-        return self._write(replace(task, method=vary(task.method, *self.level.value)))
+        return self._write(replace(task, method=vary(task.method, dict([self.level.value]))))
 
     def _write(self, task: Task) -> str:
         self._losses, self._drawn, self.kept.value, self.reply.value = [], 0.0, "", ""

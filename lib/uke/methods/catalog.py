@@ -6,27 +6,25 @@ One YAML file a method:
     tuned: {embedded: {8: {learning_rate: 2e-3}}}  # by model and batch size, chosen by tuning
     trials: {embedded: [{learning_rate: 5e-4}]}    # by model, what tuning tries
     levels: {embedded: {layers: {all: {learning_rate: 1e-3, average: 0.72}}}}
+    level_rates: {embedded: [5e-4, 1e-3]}          # what every level of a factor is tried with
+    candidate_trials: {embedded: [{steps: 100}]}   # trials as a candidate for FT-UKE
 
 `levels` has, by model, factor and level, the tuned changes and their average metric on development
-edits. A method whose factors are studied also has `level_rates`, the learning rates that every
-level is tried with, and `candidate_trials`, those of the candidate for FT-UKE that it becomes.
-Published settings are for models of 7 to 8 billion parameters; a model that a file does not name
-uses them.
+edits. Published settings are for models of 7 to 8 billion parameters; a model that a file does not
+name uses them.
 """
 
-import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uke.errors import InputError, nearest
 from uke.files import read_yaml, write_atomic
@@ -62,6 +60,14 @@ def find(name: Any, among: Mapping[str, Named] = PUBLISHED, where: str = "") -> 
     return among[by_key[key(name)]]
 
 
+class Level(BaseModel):
+    """The changes that were best at a level of a factor, and their average metric."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    average: float | None = Field(default=None, strict=True)
+
+
 class MethodFile(BaseModel):
     """A file of `params/methods` as written; differing fields of the method are extra ones."""
 
@@ -70,29 +76,25 @@ class MethodFile(BaseModel):
     base: str | None = None
     tuned: dict[str, dict[Count, Changes]] = {}
     trials: dict[str, list[Changes]] = {}
-    levels: dict[str, dict[str, dict[str, Changes]]] = {}
+    levels: dict[str, dict[str, dict[str, Level]]] = {}
     level_rates: dict[str, list[Positive]] = {}
     candidate_trials: dict[str, list[Changes]] = {}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One method and everything that its `file` says of it, by model, as methods."""
+class Settings(NamedTuple):
+    """A method as its file describes it, and all that the file says of it by model."""
 
     path: Path
     file: MethodFile
     method: Method
-    tuned: Mapping[str, Mapping[int, Method]]
-    trials: Mapping[str, Sequence[Method]]
 
 
-def settings(path: str | Path) -> Settings:
+def settings(path: Path) -> Settings:
     """Read one file; InputError, in one line with the place, for anything in it that is no setting.
 
     Without a `base` the file stands on the defaults of `Recipe`. The method is called as its base,
     or else as its file, unless the file has a `name`.
     """
-    path = Path(path)
     stamp = path.stat() if path.is_file() else None
     return _settings(path, stamp and (stamp.st_mtime_ns, stamp.st_ino, stamp.st_size))
 
@@ -107,27 +109,7 @@ def _settings(path: Path, stamp: tuple | None) -> Settings:
     base = Recipe(name=path.stem)
     if file.base is not None:
         base = find(file.base, where=f"{path}: field base: ")
-    method = changed(base, file.model_extra, f"{path}", MethodFile.model_fields)
-    tuned = {
-        model: {
-            size: changed(method, own, f"{path}: tuned, {model}, {size}")
-            for size, own in sorted(by_size.items())
-        }
-        for model, by_size in file.tuned.items()
-    }
-    trials = {
-        model: _numbered(method, every, f"{path}: trials, {model}")
-        for model, every in file.trials.items()
-    }
-    for model, factors in file.levels.items():
-        for factor, levels in factors.items():
-            for level, own in levels.items():
-                _at_level(method, factor, level, own, f"{path}: levels, {model}, ")
-    return Settings(path, file, method, tuned, trials)
-
-
-def _numbered(method: Method, every: Sequence[Changes], where: str) -> list[Method]:
-    return [changed(method, own, f"{where}, {number}") for number, own in enumerate(every, 1)]
+    return Settings(path, file, changed(base, file.model_extra, f"{path}", MethodFile.model_fields))
 
 
 def _fault(error: ValidationError, depth: int | None = None) -> str:
@@ -148,21 +130,6 @@ def changed(method: Method, changes: Any, where: str, besides: Iterable[str] = (
         return type(method)(**{**method.model_dump(), **changes})
     except ValidationError as error:
         raise InputError(f"{where}: {_fault(error, depth=1)}") from None
-
-
-def _at_level(method: Method, factor: str, level: str, own: Changes, where: str) -> Recipe:
-    """Return the method at a level with the changes chosen there, all but their `average`."""
-    if not method.factors:
-        raise InputError(f"{where}{method.name}: it has no levels; expected a way to fine-tune")
-    average = own.get("average", 0.0)
-    if isinstance(average, bool) or not isinstance(average, int | float):
-        raise InputError(f"{where}{factor}, {level}: average: expected a number, found {average!r}")
-    try:
-        varied = vary(method, factor, level)
-    except InputError as error:
-        raise InputError(f"{where}{error}") from None
-    changes = {name: value for name, value in own.items() if name != "average"}
-    return changed(varied, changes, f"{where}{factor}, {level}")
 
 
 def changes(method: Method, base: Method) -> Changes:
@@ -195,11 +162,8 @@ def catalog(folder: Path) -> dict[str, Settings]:
 
 def _own_name(model: str) -> str:
     """Return a model's name in the files; what is chosen must not depend on the model's world."""
-    return "embedded" if _of_a_world(model) else model
-
-
-def _of_a_world(model: str) -> bool:
-    return (Path(model).expanduser() / "training.json").is_file()
+    of_a_world = (Path(model).expanduser() / "training.json").is_file()
+    return "embedded" if of_a_world else model
 
 
 def configured(
@@ -214,10 +178,11 @@ def configured(
     in METHODS are returned as they are. InputError for a bad file.
     """
     found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
-    for name, one in catalog(folder).items():
-        by_size = one.tuned.get(_own_name(model), {}) if tuned else {}
-        sizes = nearest_first(by_size, batch_size)
-        found[name] = by_size[sizes[0]] if sizes else one.method
+    for name, (path, file, method) in catalog(folder).items():
+        by_size = file.tuned.get(_own_name(model), {}) if tuned else {}
+        for size in nearest_first(by_size, batch_size)[:1]:
+            method = changed(method, by_size[size], f"{path}: tuned, {model}, {size}")
+        found[name] = method
     return found
 
 
@@ -230,30 +195,24 @@ def at_level(folder: Path, model: str, method_name: str, factor: str, level: str
     """
     one = find(method_name, catalog(folder))
     own = one.file.levels.get(_own_name(model), {}).get(factor, {}).get(level)
-    if own is not None:
-        return _at_level(one.method, factor, level, own, f"{one.path}: ")
-    return _at_level(configured(folder, model)[one.method.name], factor, level, {}, "")
+    method = one.method if own else configured(folder, model)[one.method.name]
+    if not method.factors:
+        raise InputError(f"{method.name}: it has no levels; expected a way to fine-tune")
+    changes = own.model_extra if own else {}
+    return changed(vary(method, {factor: level}), changes, f"{one.path}: {factor}, {level}")
 
 
 def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
     """Return, of these levels of `layers`, the single block with the best average.
 
     Averages are those of development edits in the method's file; without any it is the published
-    block, or else the last single one. InputError where no level trains a single block.
+    block.
     """
-    singles = [level for level in SINGLE_BLOCKS if level in among]
-    if not singles:
-        expected = ", ".join(SINGLE_BLOCKS)
-        raise InputError(
-            f"layers: {', '.join(among)}: none trains a single block; expected one of {expected}"
-        )
     own = find(method_name, catalog(folder)).file.levels.get(_own_name(model), {})
-    averages = {level: one.get("average") for level, one in own.get("layers", {}).items()}
-    known = [level for level in singles if averages.get(level) is not None]
-    if known:
-        return max(known, key=averages.__getitem__)
-    published = RECIPES["FT-M"].layers[0]
-    return next((one for one in singles if FACTORS["layers"].values[one] == published), singles[-1])
+    averages = {level: one.average or 0.0 for level, one in own.get("layers", {}).items()}
+    blocks, published = FACTORS["layers"].levels, RECIPES["FT-M"].layers
+    singles = [level for level in SINGLE_BLOCKS if level in among]
+    return max(singles, key=lambda one: (averages.get(one, 0.0), blocks[one] == published))
 
 
 def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
@@ -262,83 +221,74 @@ def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, lis
     Candidates for FT-UKE have those of their family's `candidate_trials`. InputError where there
     are none, or where one method has more than another: budgets are equal.
     """
-    every, found = catalog(folder), {}
+    every, name, found = catalog(folder), _own_name(model), {}
     families = {
-        candidate(one.method, {}).name: one
-        for one in every.values()
-        if one.method.factors and one.file.candidate_trials
+        candidate(one.method, {}).name: one for one in every.values() if one.file.candidate_trials
     }
     for method in methods:
-        one = families.get(method.name) or find(method.name, every)
-        block = "candidate_trials" if method.name in families else "trials"
-        place, by_model = f"{one.path}: {block}", getattr(one.file, block)
-        if not by_model.get(_own_name(model)):
-            known = f"; expected a list of trials, as for {', '.join(by_model)}" if by_model else ""
-            raise InputError(f"{place}: none for model '{model}'{known}")
-        base = method if method.name in families else one.method
-        own = found[method.name] = _numbered(base, by_model[_own_name(model)], place)
-        first, budget = next((name, len(own)) for name, own in found.items())
-        if not len({trial.fingerprint for trial in own}) == len(own) == budget:
-            raise InputError(
-                f"{place}: {len(own)} trials, {first} has {budget}; "
-                "expected different ones, as many for every method"
-            )
+        path, file, base = find(method.name, every | families)
+        block, own = "trials", file.trials
+        if method.name in families:
+            base, block, own = method, "candidate_trials", file.candidate_trials
+        tried = [
+            changed(base, changes, f"{path}: {block}, {number}")
+            for number, changes in enumerate(own.get(name, []), 1)
+        ]
+        found[method.name] = list({trial.fingerprint: trial for trial in tried}.values())
+    return _equal(found, f"{folder}/methods: different trials for model '{model}'")
+
+
+def _equal(found: dict[str, list], what: str) -> dict[str, list]:
+    """Return it; InputError where one method has nothing to try, or more than another."""
+    counts = {name: len(own) for name, own in found.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise InputError(f"{what}: {listed}; expected as many for every method, at least one")
     return found
 
 
 def tunable(folder: Path, model: str) -> list[str]:
     """Return the names of the methods that have trials for the model."""
-    return [name for name, one in catalog(folder).items() if _own_name(model) in one.trials]
+    return [name for name, one in catalog(folder).items() if _own_name(model) in one.file.trials]
 
 
 def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict[str, list[float]]:
     """Return, by family, the learning rates that every level of a factor is tried with.
 
     InputError where there are none, where one family has more than another, and, like `trials`,
-    where the candidate for FT-UKE that the family may become has none.
+    where the candidates for FT-UKE have none.
     """
-    families, found = list(families), {}
-    for recipe in families:
-        one = find(recipe.name, catalog(folder))
-        rates = one.file.level_rates.get(_own_name(model), [])
-        if not rates or len(rates) != len(next(iter(found.values()), rates)):
-            raise InputError(
-                f"{one.path}: level_rates: {len(rates)} for model '{model}'; "
-                "expected as many for every family"
-            )
-        found[recipe.name] = list(rates)
+    families, every = list(families), catalog(folder)
     trials(folder, model, [candidate(recipe, {}) for recipe in families])
-    return found
+    files = {recipe.name: find(recipe.name, every).file for recipe in families}
+    found = {name: list(file.level_rates.get(_own_name(model), [])) for name, file in files.items()}
+    return _equal(found, f"{folder}/methods: level_rates for model '{model}'")
 
 
 def tune(
     folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]
-) -> list[Path]:
-    """Write the changes chosen for methods at a batch size into their files; return the paths."""
-    return [
+) -> None:
+    """Write the changes chosen for methods at a batch size into their files."""
+    for name, own in chosen.items():
         _write(folder, model, name, "tuned", {batch_size: dict(own)})
-        for name, own in chosen.items()
-    ]
 
 
-def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> list[Path]:
+def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> None:
     """Write what was chosen at each level, by method and factor; other factors stay."""
-    return [_write(folder, model, name, "levels", own) for name, own in chosen.items()]
+    for name, own in chosen.items():
+        _write(folder, model, name, "levels", own)
 
 
-def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> Path:
+def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> None:
     """Update the model's part of one block of a method's file, and leave the rest as written."""
-    if _of_a_world(model):
+    if _own_name(model) != model:
         raise InputError(
             f"{model}: the model of another world has the settings of the embedded one; "
             "expected model embedded"
         )
     path = find(name, catalog(folder)).path
     # On this machine two notebooks may tune one model at once.
-    locks = Path(tempfile.gettempdir()) / f"uke-{os.getuid()}"
-    locks.mkdir(exist_ok=True)
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with FileLock(locks / f"{digest}.lock"):
+    with FileLock(Path(tempfile.gettempdir()) / f"uke-methods-{os.getuid()}.lock"):
         held = read_yaml(path).get(block, {})
         held[model] = dict(sorted({**held.get(model, {}), **new}.items()))
         text = path.read_text(encoding="utf-8").rstrip() + "\n"
@@ -346,4 +296,4 @@ def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> Pat
         # The key's line and the indented ones below it.
         pattern = re.compile(rf"^{block}:.*\n(?:[ \t].*\n|\n(?=[ \t]))*", re.MULTILINE)
         replaced, count = pattern.subn(lambda _: dumped, text, count=1)
-        return write_atomic(path, replaced if count else f"{text}\n{dumped}")
+        write_atomic(path, replaced if count else f"{text}\n{dumped}")

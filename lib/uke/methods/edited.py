@@ -1,7 +1,7 @@
 """The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; save and load."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from peft import (
     AdaLoraConfig,
     PeftConfig,
     PeftModel,
+    get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -22,7 +23,6 @@ from transformers import PreTrainedModel
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import METHODS, find
-from uke.methods.finetune import with_adapter
 from uke.methods.method import (
     EditRecord,
     Edits,
@@ -39,7 +39,8 @@ from uke.models.model import fingerprint, kept
 LANE_MIB = 64  # what a lane's activations and cache take at least
 LOGITS = 3 * 128  # logits held for an answer, with their gradients
 
-RECORD, WEIGHTS, ADAPTER = "edit.json", "edit.safetensors", "adapter_model.safetensors"
+RECORD, WEIGHTS = "edit.json", "edit.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @contextmanager
@@ -84,8 +85,8 @@ def edited_each(
 
     A lane is one of N independent copies of the edited weights in one forward pass; every probe is
     answered by the lane of its `edit`, but for rounding as `edited` answers it. `edit_records` has
-    an EditRecord by the edit's id, in which seconds are an equal share; `failed` says of an edit
-    that diverged why it has no lane. Raises as `edited` does, Diverged where no edit is left.
+    an EditRecord by the edit's id; `failed` says of an edit that diverged why it has no lane.
+    Raises as `edited` does, Diverged where no edit is left.
     """
     method = _method(method, model, tokenizer, edits)
     if not method.moves_weights:
@@ -209,54 +210,39 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
         raise InputError(f"{path}: not a record written by save(...) ({error})") from None
     if _unchanged(model, changed) != unchanged:
         raise InputError(f"{path}: field unchanged: this edit was made on another model")
-    if content["form"] == "weights":
-        loaded = _load_weights(model, path.with_name(WEIGHTS), changed)
+    # Without these files peft would look for a pickle, and then on the hub.
+    for name in [WEIGHTS] if changed else [ADAPTER_CONFIG, ADAPTER]:
+        path = path.with_name(name)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected one of save(...)")
+    try:
+        saved = load_file(path)
+        config = None if changed else PeftConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: no readable file, or no configuration ({reason})") from None
+    if changed:
+        parameters = {name: model.get_parameter(name) for name in changed}
+        if _shapes(saved) != _shapes(parameters):
+            raise InputError(f"{path}: expected the weights of {RECORD}, in the model's shapes")
+        for name, tensor in saved.items():
+            parameters[name].data.copy_(tensor)
+        loaded = model
     else:
-        loaded = _load_adapter(model, path.parent)
+        with kept(model, {}):
+            loaded = get_peft_model(model, config).eval()
+            if _shapes(saved) != _shapes(
+                get_peft_model_state_dict(loaded, save_embedding_layers=False)
+            ):
+                loaded.unload()
+                raise InputError(f"{path}: not the weights that adapter_config.json describes")
+            set_peft_model_state_dict(loaded, saved)
     loaded.edit_record = record
     return loaded
 
 
-def _load_weights(model: PreTrainedModel, path: Path, names: Collection[str]) -> PreTrainedModel:
-    parameters = dict(model.named_parameters())
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no readable safetensors file ({error})") from None
-    shapes = {name: parameters[name].shape for name in names}
-    found = {name: tensor.shape for name, tensor in saved.items()}
-    if wrong := sorted(name for name, _ in shapes.items() ^ found.items()):
-        raise InputError(
-            f"{path}: weight {wrong[0]}: expected each weight of {RECORD}, in the model's shape"
-        )
-    for name, tensor in saved.items():
-        parameters[name].data.copy_(tensor)
-    return model
-
-
-def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    path = directory / ADAPTER
-    # Without these files peft would look for a pickle, and then on the hub.
-    for file in (directory / "adapter_config.json", path):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; expected a peft adapter directory")
-    try:
-        config, saved = PeftConfig.from_pretrained(directory), load_file(path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{directory}: no readable peft adapter ({reason})") from None
-    with kept(model, {}):
-        try:
-            wrapped = with_adapter(model, config)
-        except ValueError:
-            raise InputError(f"{directory}: the model lacks the adapter's target_modules") from None
-        expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        shapes = [{name: t.shape for name, t in one.items()} for one in (expected, saved)]
-        if shapes[0] != shapes[1]:
-            wrapped.unload()
-            raise InputError(f"{path}: not the weights that adapter_config.json describes")
-        set_peft_model_state_dict(wrapped, saved)
-    return wrapped.eval()
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _unchanged(model: PreTrainedModel, changed: Collection[str]) -> str:

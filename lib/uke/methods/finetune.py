@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from uke.data.edits import Edit
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
-from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written
+from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written, one_by_one
 from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
 
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 # AdaLoRA starts with half as many ranks again and prunes them in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
 DROP_SHARE = 1 / 8  # ended lanes leave the batch when they are at least this share of it
-
-# --- Losses: which positions predict the answer's tokens ---
+# peft asks transformers for this under its old name.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def target_tokens_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -75,14 +77,6 @@ LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-def loss(model: nn.Module, batch: Mapping[str, Tensor], scope: str) -> Tensor:
-    """Return the loss of each edit of a right-padded batch (`collate`): (B,), nats per token."""
-    return LOSSES[scope](model, batch)
-
-
-# --- Training: many edits together, or each alone ---
-
-
 def train(
     model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, progress: Progress = None
 ) -> Training:
@@ -92,10 +86,9 @@ def train(
     the training. `progress(passes, loss)` follows each pass. InputError as `Method.examples`,
     before any weight moves; Diverged names the edits whose loss is not finite.
     """
-    started, lane = time.perf_counter(), _Lane(recipe)
     examples = recipe.examples(model, tokenizer, edits)
     passes = _passes(examples, recipe, tokenizer, model.device)
-    weights = trained(model, recipe)
+    weights, lane = trained(model, recipe), _Lane(recipe)
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
     once = lower_blocks_once(model, list(weights)) if same else nullcontext(LowerBlocks())
@@ -108,7 +101,6 @@ def train(
         _descend(model, [lane], passes, optimiser, lower, progress=progress)
     if lane.error:
         raise lane.error
-    lane.training.seconds = time.perf_counter() - started
     return lane.training
 
 
@@ -120,7 +112,7 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
     """
     if recipe.adapter == "adalora":
         return _train_one_by_one(model, tokenizer, edits, recipe)
-    started, examples = time.perf_counter(), recipe.examples(model, tokenizer, edits)
+    examples = recipe.examples(model, tokenizer, edits)
     lanes = {edit: _Lane(recipe) for edit in examples}
     for batch in _batches(list(examples), examples, tokenizer, model.device):
         stacks = _stacks(model, recipe, batch.ids)
@@ -129,17 +121,31 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
         model.requires_grad_(False)
         once = lower_blocks_once(model, (*stacks.weights, *stacks.low_rank))
         with once as lower, stacks.laid():
-            optimiser = _Optimiser(stacks.stacks, recipe)
-            _descend(model, group, passes, optimiser, lower, stacks)
+            _descend(model, group, passes, _Optimiser(stacks.stacks, recipe), lower, stacks)
     failed = {edit: str(lane.error) for edit, lane in lanes.items() if lane.error}
     written = {edit: lane for edit, lane in lanes.items() if not lane.error}
     if not written:
         raise Diverged("; ".join(failed.values()), failed)
     columns = zip(*(lane.weights for lane in written.values()), strict=True)
     stacks.hold(list(written), [torch.stack(column) for column in columns])
-    for lane in written.values():
-        lane.training.seconds = (time.perf_counter() - started) / len(edits)
     return Written(stacks, [lane.training for lane in written.values()], failed)
+
+
+def _train_one_by_one(
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe
+) -> Written:
+    def attempt(edit: Edit) -> tuple[Training, dict[str, LowRank]]:
+        with adapted(model, tokenizer, [edit], recipe) as applied:
+            return applied.training, adapter(applied.model)
+
+    trainings, adapters, failed = one_by_one({edit.id: partial(attempt, edit) for edit in edits})
+    low_rank = {}
+    for name in adapters[0]:
+        each = [one[name] for one in adapters]  # pruning leaves each a scale of its own
+        up = torch.cat([one.scale * one.up for one in each])
+        low_rank[name] = LowRank(torch.cat([one.down for one in each]), up, 1.0)
+    lanes = Lanes(model, list(trainings), {}, low_rank)
+    return Written(lanes, list(trainings.values()), failed)
 
 
 # --- The loop ---
@@ -159,10 +165,6 @@ class _Lane:
     def active(self) -> bool:
         return self.error is None and self.training.stopped == "steps"
 
-    def learns(self, losses: Sequence[float]) -> bool:
-        """Return whether these losses of its edits in one batch ask for a step."""
-        return self.active and _mean(losses) >= self.recipe.stop_loss
-
     def note(self, ids: Sequence[str], losses: Sequence[float]) -> bool:
         """Note the losses of its edits in one batch; return whether they ask for a step."""
         broken = [edit for edit, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
@@ -173,23 +175,19 @@ class _Lane:
                 f"{self.recipe.learning_rate:g}",
                 broken,
             )
-        step = self.learns(losses)
+        step = self.active and fmean(losses) >= self.recipe.stop_loss
         self.seen += losses
         self.training.steps += step
         return step
 
     def end_pass(self, progress: Progress) -> None:
         """Note the mean loss of the pass, and end the training where it is low enough."""
-        mean, self.seen = _mean(self.seen), []
-        self.training.losses.append(mean)
+        loss, self.seen = fmean(self.seen), []
+        self.training.losses.append(loss)
         if progress:
-            progress(len(self.training.losses), mean)
-        if mean < self.recipe.stop_loss:
+            progress(len(self.training.losses), loss)
+        if loss < self.recipe.stop_loss:
             self.training.stopped = "loss"
-
-
-def _mean(losses: Sequence[float]) -> float:
-    return sum(losses) / len(losses)
 
 
 def _descend(
@@ -208,15 +206,18 @@ def _descend(
     """
     for batches in passes:
         for batch in batches:
-            losses = _backward(model, lanes, batch, lower)
-            ids = _split(batch.ids, len(lanes))
-            steps = [lane.note(*own) for lane, *own in zip(lanes, ids, losses, strict=True)]
+            losses, size = [], len(batch.ids) // len(lanes)
+            for lower.part, part in enumerate(batch.parts):
+                each = LOSSES[lanes[0].recipe.loss](model, part)  # (B,)
+                (each.sum() / size).backward()
+                losses += each.tolist()
+            steps = []
             for row, lane in enumerate(lanes):
+                own = slice(row * size, (row + 1) * size)
+                steps.append(lane.note(batch.ids[own], losses[own]))
                 if stacks and lane.active and not steps[row]:
                     lane.weights = stacks.weights_of(row)
-            if any(steps):
-                optimiser.step()
-            optimiser.clear()
+            optimiser.step(any(steps))
         for lane in lanes:
             if lane.active:
                 lane.end_pass(progress)
@@ -231,26 +232,6 @@ def _descend(
     for row, lane in enumerate(lanes):
         if stacks and lane.active:
             lane.weights = stacks.weights_of(row)
-
-
-def _backward(
-    model: nn.Module, lanes: Sequence[_Lane], batch: _Batch, lower: LowerBlocks
-) -> list[list[float]]:
-    """Add up the gradients of a batch, part by part; return the losses of each lane's edits."""
-    losses: list[float] = []
-    for lower.part, part in enumerate(batch.parts):
-        each = loss(model, part, lanes[0].recipe.loss)  # (B,)
-        losses += each.tolist()
-        whole = len(losses) == len(batch.ids)
-        # The last part is where it shows that nothing is left to learn.
-        if not whole or any(map(_Lane.learns, lanes, _split(losses, len(lanes)))):
-            (each.sum() / (len(batch.ids) // len(lanes))).backward()
-    return _split(losses, len(lanes))
-
-
-def _split(values: Sequence, count: int) -> list[Sequence]:
-    size = len(values) // count
-    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 @dataclass
@@ -312,21 +293,20 @@ class _Optimiser:
         rates = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         self.adam = torch.optim.Adam(self.masters, fused=True, **rates)
 
-    def step(self) -> None:
-        """Take one step on the parameters' gradients; AdaLoRA counts it for its pruning."""
-        if self.adalora:
-            _orthogonality(self.adalora).backward()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        self.adam.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter.dtype != master.dtype:
-                parameter.data.copy_(master)
-        self.steps += 1
-        if self.adalora:
-            self.adalora.update_and_allocate(self.steps)
-
-    def clear(self) -> None:
+    def step(self, wanted: bool) -> None:
+        """Take one step on the gradients if `wanted`, and drop them; AdaLoRA counts its steps."""
+        if wanted:
+            if self.adalora:
+                _orthogonality(self.adalora).backward()
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            self.adam.step()
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if parameter.dtype != master.dtype:
+                    parameter.data.copy_(master)
+            self.steps += 1
+            if self.adalora:
+                self.adalora.update_and_allocate(self.steps)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
 
@@ -376,40 +356,22 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
 
     InputError where layers and components select no projection, or the steps are too few to prune.
     """
-    common = {
-        "target_modules": module_names(model, recipe.layers, recipe.components),
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": 0.0,
-    }
+    names = module_names(model, recipe.layers, recipe.components)
+    common = {"target_modules": names, "lora_alpha": recipe.alpha, "lora_dropout": 0.0}
     if recipe.adapter == "lora":
         config = LoraConfig(r=recipe.rank, **common)
     else:
         steps = recipe.steps * math.ceil(count / (recipe.batch_size or count))
         if steps < 3:
             raise InputError(
-                f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 steps or more, "
-                f"not {steps}"
+                f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 or more"
             )
-        config = AdaLoraConfig(
-            init_r=math.ceil(SPARE_RANK * recipe.rank),
-            target_r=recipe.rank,
-            total_step=steps,
-            tinit=int(WARM_UP * steps),
-            tfinal=int(FINISH * steps),
-            **common,
-        )
+        schedule = {"tinit": int(WARM_UP * steps), "tfinal": int(FINISH * steps)}
+        ranks = {"init_r": math.ceil(SPARE_RANK * recipe.rank), "target_r": recipe.rank}
+        config = AdaLoraConfig(total_step=steps, **schedule, **ranks, **common)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return with_adapter(model, config).eval()
-
-
-def with_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a model in a peft adapter."""
-    with warnings.catch_warnings():
-        # peft asks transformers for this under its old name.
-        message = "`is_gradient_checkpointing` is deprecated"
-        warnings.filterwarnings("ignore", message, FutureWarning)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config).eval()
 
 
 def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
@@ -435,37 +397,13 @@ def adapted(
     wrapped = adapt(model, recipe, len(edits))
     try:
         training = train(wrapped, tokenizer, edits, recipe, progress)
-        norms = {
-            f"{name}.weight": relative_norm(
-                layer.get_delta_weight(wrapped.active_adapter).detach(), layer.weight.detach()
-            )
-            for name, layer in _adapted_layers(wrapped).items()
-        }
+        norms = {}
+        for name, layer in _adapted_layers(wrapped).items():
+            delta = layer.get_delta_weight(wrapped.active_adapter)
+            norms[f"{name}.weight"] = relative_norm(delta.detach(), layer.weight.detach())
         yield Applied(wrapped, training, norms)
     finally:
         wrapped.unload()
-
-
-def _train_one_by_one(
-    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe
-) -> Written:
-    trainings, adapters, failed = {}, [], {}
-    for edit in edits:
-        try:
-            with adapted(model, tokenizer, [edit], recipe) as applied:
-                trainings[edit.id] = applied.training
-                adapters.append(adapter(applied.model))
-        except Diverged as error:
-            failed[edit.id] = str(error)
-    if not adapters:
-        raise Diverged("; ".join(failed.values()), failed)
-    low_rank = {}
-    for name in adapters[0]:
-        each = [one[name] for one in adapters]  # pruning leaves each a scale of its own
-        up = torch.cat([one.scale * one.up for one in each])
-        low_rank[name] = LowRank(torch.cat([one.down for one in each]), up, 1.0)
-    lanes = Lanes(model, list(trainings), {}, low_rank)
-    return Written(lanes, list(trainings.values()), failed)
 
 
 def _adapted_layers(wrapped: PeftModel) -> dict[str, LoraLayer]:

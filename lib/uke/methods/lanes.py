@@ -129,17 +129,14 @@ class Lanes:
     @contextmanager
     def laid(self) -> Iterator[nn.Module]:
         """Put the lanes in place of the model's weights; undone on exit, also by an exception."""
+        if "lanes" in vars(self.model):
+            raise RuntimeError("the model has lanes already; expected one set of them at a time")
         names = [*self.low_rank, *(name.rpartition(".")[0] for name in self.weights)]
-        modules = {name: self.model.get_submodule(name) for name in dict.fromkeys(names)}
-        taken = [name for name, module in modules.items() if "forward" in vars(module)]
-        if taken or "lanes" in vars(self.model):
-            raise RuntimeError(
-                f"{''.join(taken[:1]) or 'the model'}: another call has replaced its forward pass"
-            )
-        forwards = {
-            module: partial(self._linear if isinstance(module, nn.Linear) else self._each, name)
-            for name, module in modules.items()
-        }
+        forwards = {}
+        for name in dict.fromkeys(names):
+            module = self.model.get_submodule(name)
+            forward = self._linear if isinstance(module, nn.Linear) else self._each
+            forwards[module] = partial(forward, name)
         with replaced(forwards):
             self.model.lanes = self
             try:
@@ -151,9 +148,6 @@ class Lanes:
         """Return the part of a stack that the lanes in use hold."""
         if self.grouping.active is None:
             return stack
-        if torch.is_grad_enabled():
-            # Used once in a forward pass. If held, it would not be taken anew by checkpointing.
-            return stack[self.grouping.active]
         if name not in self._chosen:
             self._chosen[name] = stack[self.grouping.active]
         return self._chosen[name]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -22,6 +22,7 @@ from uke.models.prompts import Example, example
 
 Tokenizer = PreTrainedTokenizerBase
 Edits = Sequence[Edit]
+Left = TypeVar("Left")  # what an edit leaves behind when it is undone
 # Called after every step with the steps so far and the loss (nats per token).
 Progress = Callable[[int, float], None] | None
 
@@ -32,23 +33,22 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 @dataclass
 class Training:
-    """What a training did: mean loss of each pass (nats per token), optimiser steps, wall seconds.
-
-    `stopped` says why it ended; `notes` what else a reader must know, such as a fallback.
-    """
+    """What a training did: mean loss of each pass (nats per token), steps, and why it ended."""
 
     losses: list[float] = field(default_factory=list)
     steps: int = 0
-    seconds: float = 0.0
     stopped: Literal["loss", "steps"] = "steps"
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class EditRecord(Training):
-    """What an edit did: its training, and the relative Frobenius norm of each weight's change."""
+    """What an edit did: its training, and the relative Frobenius norm of each weight's change.
+
+    `notes` is what else a reader must know, such as a fallback.
+    """
 
     change_norm: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Applied(NamedTuple):
@@ -165,25 +165,35 @@ def write_one_by_one(
     weights: Mapping[str, nn.Parameter],
     writes: Mapping[str, Callable[[], Training]],
 ) -> Written:
-    """Write each edit by its own call, and keep the weights it left as its lane.
+    """Write each edit by its own call, and keep the weights it left as its lane."""
 
-    An edit that is not finite gets no lane; Diverged where that is every edit.
-    """
-    trainings, failed = {}, {}
-    stacks: dict[str, list[Tensor]] = {name: [] for name in weights}
-    for edit, write in writes.items():
+    def attempt(write: Callable[[], Training]) -> tuple[Training, list[Tensor]]:
         with restored(model, weights):
-            try:
-                trainings[edit] = write()
-            except FloatingPointError as error:
-                failed[edit] = str(error)
-                continue
-            for name, weight in weights.items():
-                stacks[name].append(weight.detach().clone())
+            return write(), [weight.detach().clone() for weight in weights.values()]
+
+    attempts = {edit: partial(attempt, write) for edit, write in writes.items()}
+    trainings, left, failed = one_by_one(attempts)
+    stacks = dict(zip(weights, map(torch.stack, zip(*left, strict=True)), strict=True))
+    return Written(Lanes(model, list(trainings), stacks), list(trainings.values()), failed)
+
+
+def one_by_one(
+    attempts: Mapping[str, Callable[[], tuple[Training, Left]]],
+) -> tuple[dict[str, Training], list[Left], dict[str, str]]:
+    """Return the training of each edit and what it left, and why others failed.
+
+    An edit that is not finite fails; Diverged where that is every edit.
+    """
+    trainings, left, failed = {}, [], {}
+    for edit, attempt in attempts.items():
+        try:
+            trainings[edit], own = attempt()
+            left.append(own)
+        except FloatingPointError as error:
+            failed[edit] = str(error)
     if not trainings:
         raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
-    lanes = Lanes(model, list(trainings), {name: torch.stack(s) for name, s in stacks.items()})
-    return Written(lanes, list(trainings.values()), failed)
+    return trainings, left, failed
 
 
 @contextmanager

@@ -10,7 +10,6 @@ setting was not available to us.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
@@ -251,24 +250,19 @@ BASELINES: Mapping[str, Method] = {
 
 
 class Factor(NamedTuple):
-    """One choice under study: a field of the recipe, with its value at each level.
+    """One choice under study: a field of the recipe, and its value at each level.
 
     Levels in `of_adapters` are studied on adapters alone.
     """
 
     field: str
-    values: Mapping[str, Any]
+    levels: Mapping[str, Any]
     of_adapters: tuple[str, ...] = ()
-
-    @property
-    def levels(self) -> dict[str, dict[str, Any]]:
-        """The changes to a recipe that each level makes."""
-        return {level: {self.field: value} for level, value in self.values.items()}
 
 
 # One block in each eighth of the depth, the middle one; where the published block is, that one.
-_EIGHTHS = {f"eighth_{number}": (number - 0.5) / 8 for number in range(1, 9)}
-_EIGHTHS[f"eighth_{int(_SINGLE * 8) + 1}"] = _SINGLE
+_EIGHTHS = {f"eighth_{number}": ((number - 0.5) / 8,) for number in range(1, 9)}
+_EIGHTHS[f"eighth_{int(_SINGLE * 8) + 1}"] = (_SINGLE,)
 SINGLE_BLOCKS = tuple(_EIGHTHS)  # levels of the factor `layers` that train one block
 
 FACTORS: Mapping[str, Factor] = {
@@ -294,145 +288,78 @@ FACTORS: Mapping[str, Factor] = {
 FAMILIES = ("FT-M", "LoRA")
 
 
-class Cell(NamedTuple):
-    """One level of one factor of a recipe; cells with equal recipes are one training."""
-
-    factor: str
-    level: str
-    recipe: Recipe
-
-
-def vary(recipe: Recipe, factor: str, level: str) -> Recipe:
-    """Set one factor of the recipe to a level; InputError for an unknown factor or level."""
-    known = _factor(factor).levels
-    if level not in known:
-        raise InputError(f"factor {factor}: unknown level '{level}'{nearest(level, known)}")
-    return Recipe(**{**recipe.model_dump(), **known[level]})
+def vary(recipe: Recipe, levels: Mapping[str, str]) -> Recipe:
+    """Set factors of the recipe to a level each; InputError for an unknown factor or level."""
+    changes = {}
+    for name, level in levels.items():
+        if name not in FACTORS:
+            raise InputError(f"unknown factor '{name}'{nearest(name, FACTORS)}")
+        known = FACTORS[name].levels
+        if level not in known:
+            raise InputError(f"factor {name}: unknown level '{level}'{nearest(level, known)}")
+        changes[FACTORS[name].field] = known[level]
+    return recipe.model_copy(update=changes)
 
 
-def _factor(name: str) -> Factor:
-    if name not in FACTORS:
-        raise InputError(f"unknown factor '{name}'{nearest(name, FACTORS)}")
-    return FACTORS[name]
+def levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return by factor the levels that are studied on the recipe: all, or those of these names.
 
-
-def levels(recipe: Recipe, factor: str) -> list[str]:
-    """Return the levels of a factor that are studied on the recipe."""
-    known = _factor(factor)
-    return [level for level in known.values if recipe.adapter or level not in known.of_adapters]
-
-
-def studied_levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return the levels of every factor, by factor: all, or those of these names.
-
-    A factor without any of the names is not studied. InputError for a name that no factor has.
+    A factor without any of the names is left out. InputError for a name that no factor has.
     """
-    known = {level for factor in FACTORS.values() for level in factor.values}
+    known = {level for factor in FACTORS.values() for level in factor.levels}
     for name in names:
         if name not in known:
             raise InputError(f"levels: unknown level '{name}'{nearest(name, known)}")
-    wanted = set(names) or known
-    every = {factor: levels(recipe, factor) for factor in FACTORS}
-    named = {factor: [one for one in own if one in wanted] for factor, own in every.items()}
-    return {factor: own for factor, own in named.items() if own}
-
-
-def evenly(values: Sequence, count: int) -> list:
-    """Return `count` of the values, first and last among them; the middle one of 1, all of 0."""
-    if not count or count >= len(values):
-        return list(values)
-    if count == 1:
-        return [values[len(values) // 2]]
-    return [values[index * (len(values) - 1) // (count - 1)] for index in range(count)]
-
-
-def cells(recipe: Recipe, names: Sequence[str] = ()) -> list[Cell]:
-    """Vary one factor at a time through its levels (`names`: see `studied_levels`)."""
-    return [
-        Cell(factor, level, vary(recipe, factor, level))
-        for factor, own in studied_levels(recipe, names).items()
-        for level in own
-    ]
-
-
-def grid(
-    recipe: Recipe, choices: Mapping[str, Sequence[str]]
-) -> list[tuple[dict[str, str], Recipe]]:
-    """Combine these levels, by factor, in every way, each with the recipe that has them."""
-    every = [dict(zip(choices, chosen, strict=True)) for chosen in product(*choices.values())]
-    return [(chosen, combined(recipe, chosen)) for chosen in every]
-
-
-def combined(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
-    """Set several factors of the recipe to a level each."""
-    for factor, level in chosen.items():
-        recipe = vary(recipe, factor, level)
-    return recipe
+    wanted, found = set(names) or known, {}
+    for name, factor in FACTORS.items():
+        left_out = () if recipe.adapter else factor.of_adapters
+        own = [level for level in factor.levels if level in wanted and level not in left_out]
+        if own:
+            found[name] = own
+    return found
 
 
 def candidate(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
     """Return the recipe with the chosen level of every factor, as a candidate for FT-UKE."""
-    return combined(recipe, chosen).model_copy(update={"name": f"FT-UKE ({recipe.name})"})
+    return vary(recipe, chosen).model_copy(update={"name": f"FT-UKE ({recipe.name})"})
 
 
 def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Return, by method and factor, the level with the highest mean score on development edits.
 
-    Of equal ones the first listed is taken. `frame` has a row for each cell and edit, at the
-    level's tuned rate: split, method, factor, level, edit, score. Raises InputError for a row of
-    another split, and for a cell of `cells(recipe, names)` that lacks edits or has one twice.
+    Of equal ones the first listed is taken. `frame` has a row for each level and edit, at the
+    level's tuned rate: split, method, factor, level, edit, score. InputError for a row of another
+    split, and for a level (of these `names`, all if none) without one score for every edit.
     """
-    _check_split(frame)
+    means = _means(frame, ["method", "factor", "level"])
     chosen: dict[str, dict[str, str]] = {}
-    for method, rows in frame.groupby("method", sort=False):
-        if method not in RECIPES:
-            known = nearest(str(method), RECIPES)
-            raise InputError(f"recipe rule: unknown method '{method}'{known}")
-        for factor, studied in studied_levels(RECIPES[method], names).items():
-            cell = rows[rows["factor"] == factor]
-            means = _means(cell, studied, set(rows["edit"]), f"{method}, {factor}")
-            chosen.setdefault(method, {})[factor] = max(studied, key=means.__getitem__)
+    for method in frame["method"].unique():
+        for factor, studied in levels(RECIPES[method], names).items():
+            own = {level: means.get((method, factor, level)) for level in studied}
+            if lacking := [level for level, mean in own.items() if mean is None]:
+                raise InputError(f"recipe rule: {method}, {factor}, {lacking[0]}: no scores")
+            chosen.setdefault(method, {})[factor] = max(own, key=own.__getitem__)
     return chosen
 
 
 def best_trial(frame: pd.DataFrame) -> tuple[str, str]:
     """Return method and level of the trial with the highest mean score on development edits.
 
-    Of equal ones the first listed is taken. `frame` has a row for each trial and edit: split,
-    method, level, edit, score. Raises InputError like `choose`.
+    `frame` has a row for each trial and edit: split, method, level, edit, score. Ties and errors
+    are as in `choose`.
     """
-    _check_split(frame)
-    means = {}
-    for method, rows in frame.groupby("method", sort=False):
-        tried = list(dict.fromkeys(rows["level"]))
-        of_method = _means(rows, tried, set(frame["edit"]), method)
-        means |= {(method, level): mean for level, mean in of_method.items()}
-    return max(means, key=means.__getitem__)
+    return _means(frame, ["method", "level"]).idxmax()
 
 
-def _means(rows: pd.DataFrame, levels: Sequence[str], edits: set, place: str) -> dict[str, float]:
-    """Return the mean score of each level, to nine decimals: a rounding error breaks no tie."""
-    means = {}
-    for level in levels:
-        own, where = rows[rows["level"] == level], f"recipe rule: {place}: level '{level}'"
-        if absent := sorted(f"'{edit}'" for edit in edits - set(own["edit"])):
-            some = ", ".join(absent[:5])
-            raise InputError(f"{where} lacks {len(absent)} of {len(edits)} edits ({some})")
-        if own["edit"].duplicated().any() or own["score"].isna().any():
-            raise InputError(f"{where}: expected one score for each edit, that of the tuned rate")
-        means[level] = round(float(own["score"].mean()), 9)
-    return means
-
-
-def _check_split(frame: pd.DataFrame) -> None:
-    """Only development rows may choose, and there must be some."""
+def _means(frame: pd.DataFrame, by: Sequence[str]) -> pd.Series:
+    """Return the mean score of each cell, to nine decimals: a rounding error breaks no tie."""
     others = frame.loc[frame["split"] != "development", "split"]
-    if len(others):
-        split = others.iloc[0]
-        what = "Test rows" if split == "test" else "Rows of no development split"
-        raise InputError(
-            f"{what} offered to the recipe rule: refused ({len(others)} of {len(frame)} rows have "
-            f"split {split!r}; it sees rows of split 'development' alone)"
-        )
-    if frame.empty:
-        raise InputError("recipe rule: no rows")
+    if len(others) or frame.empty:
+        found = f"{len(others)} of {others.iloc[0]!r}" if len(others) else "none"
+        raise InputError(f"recipe rule: expected rows of split 'development' alone, found {found}")
+    edits, scores = frame["edit"].nunique(), frame.dropna(subset="score").groupby(by, sort=False)
+    counts = scores["edit"].agg(["nunique", "size"])
+    if len(uneven := counts[(counts != edits).any(axis=1)]):
+        cell = ", ".join(uneven.index[0])
+        raise InputError(f"recipe rule: {cell}: expected one score for each of {edits} edits")
+    return scores["score"].mean().round(9)

@@ -70,7 +70,7 @@ class FactorStudy:
             if name not in factor.levels:
                 hint = nearest(name, factor.levels)
                 raise InputError(f"factor {self.factor}: unknown level '{name}'{hint}")
-        studied = recipes.levels(self._tuned[method], self.factor)
+        studied = recipes.levels(self._tuned[method])[self.factor]
         chosen = [name for name in studied if not names or name in names]
         if len(chosen) < 2:
             where = f"factor {self.factor}, {method}: {', '.join(chosen) or 'none'}"

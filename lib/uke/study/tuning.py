@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -199,7 +200,7 @@ class LevelTrials:
         levels.run(section)
         levels.chosen    # by family and factor, the best level at its best rate
 
-    `names` names the levels (all if none; see `recipes.studied_levels`). Cells that are the same
+    `names` names the levels (all if none; see `recipes.levels`). Cells that are the same
     recipe are one training. The best rate has the best mean of the average metric; of equal ones it
     is the lower.
     """
@@ -216,11 +217,13 @@ class LevelTrials:
         tried: dict[str, list[Recipe]] = {name: [] for name in families}
         cells = []
         for name, recipe in families.items():
-            for cell in recipes.cells(recipe, names):
-                for rate in rates[name]:
-                    trial = cell.recipe.model_copy(update={"learning_rate": rate})
-                    tried[name].append(trial)
-                    cells.append((name, cell.factor, cell.level, rate, differences(trial, recipe)))
+            studied = recipes.levels(recipe, names).items()
+            pairs = [(factor, level) for factor, own in studied for level in own]
+            for (factor, level), rate in product(pairs, rates[name]):
+                varied = recipes.vary(recipe, {factor: level})
+                trial = varied.model_copy(update={"learning_rate": rate})
+                tried[name].append(trial)
+                cells.append((name, factor, level, rate, differences(trial, recipe)))
         self._cells = pd.DataFrame(cells, columns=[*CELL, "learning_rate", "trial"])
         self.trials = Trials(study, tried, families, limit=limit)
         self.run = self.trials.run
@@ -340,7 +343,9 @@ class GridTrials:
             if tried := [level for level in own if (factor, level) in best.index]:
                 self.choices[factor] = tried
         ladder, self._cells, trials = sorted(levels.rates[self.family]), [], []
-        for number, (combination, varied) in enumerate(recipes.grid(recipe, self.choices)):
+        for number, chosen in enumerate(product(*self.choices.values())):
+            combination = dict(zip(self.choices, chosen, strict=True))
+            varied = recipes.vary(recipe, combination)
             known = [rates[cell] for cell in combination.items() if cell[0] in _RATED]
             first = max(min(map(ladder.index, known), default=1) - 1, 0)
             for rate in ladder[first : first + 2]:

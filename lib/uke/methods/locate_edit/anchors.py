@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,8 +37,7 @@ class Site(NamedTuple):
     def back(self, output: Tensor, change: Tensor) -> Tensor:
         """Return the change of the projection's output (n, D) that adds `change` to the block's.
 
-        A norm gives every output the same length. Behind one, the direction is met exactly and the
-        length as far as possible.
+        Behind a norm, which fixes the length, the direction is met exactly.
         """
         if self.norm is None:
             return change
@@ -57,10 +55,12 @@ def sites(model: nn.Module, layers: Sequence[int | float]) -> list[Site]:
     every, found = blocks(model), []
     for name in module_names(model, layers, ("down_proj",)):
         block = next(block for prefix, block in every if name.startswith(f"{prefix}."))
-        parts = dict(block.named_children())
-        norms = [part for part in parts if re.match("post_.*(feedforward|mlp)", part)]
-        norm = parts[norms[0]] if norms else None
-        found.append(Site(name, block, model.get_submodule(name), norm))
+        norms = [
+            part
+            for own, part in block.named_children()
+            if re.match("post_.*(feedforward|mlp)", own)
+        ]
+        found.append(Site(name, block, model.get_submodule(name), next(iter(norms), None)))
     return found
 
 
@@ -72,48 +72,22 @@ class Window(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class Located:
-    """Edits as token ids, with the windows of each; anchors are numbered through, edit by edit.
+class Located(NamedTuple):
+    """An edit by its id, as token ids, with its windows in order."""
 
-    `nested`: the loss of an anchor covers every later window too.
-    """
-
-    ids: list[str]
-    examples: list[Example]
-    windows: list[list[Window]]
-    nested: bool = False
-
-    @property
-    def anchors(self) -> list[tuple[int, int]]:
-        """Index of the edit and position of each anchor."""
-        return [
-            (edit, window.anchor) for edit, windows in enumerate(self.windows) for window in windows
-        ]
-
-    def split(self) -> Iterator[Located]:
-        """Yield each edit alone."""
-        for edit, one, windows in zip(self.ids, self.examples, self.windows, strict=True):
-            yield Located([edit], [one], [windows], self.nested)
-
-    def notes(self, recipe: LocateRecipe) -> list[str]:
-        """Name the edits whose answer is too short for the method's rule: one window holds it."""
-        if recipe.anchors == "last":
-            return []
-        return [
-            f"edit '{edit}': the answer is shorter than a window of {recipe.window} tokens; "
-            "one window"
-            for edit, one in zip(self.ids, self.examples, strict=True)
-            if len(one.ids) - one.prompt_length < recipe.window
-        ]
+    edit: str
+    example: Example
+    windows: list[Window]
 
 
-def locate(model: nn.Module, examples: Mapping[str, Example], recipe: LocateRecipe) -> Located:
+def locate(
+    model: nn.Module, examples: Mapping[str, Example], recipe: LocateRecipe
+) -> list[Located]:
     """Find anchors and windows of every edit by the recipe's rule; `examples` by id of the edit."""
-    every, windows = list(examples.values()), []
+    found = []
     if recipe.anchors == "surprisal":
-        values = surprisals(model, every, list(examples))
-    for number, one in enumerate(every):
+        values = surprisals(model, list(examples.values()), list(examples))
+    for number, (edit, one) in enumerate(examples.items()):
         span = range(one.prompt_length, len(one.ids))
         if recipe.anchors == "last":
             starts = [span.start]
@@ -121,11 +95,9 @@ def locate(model: nn.Module, examples: Mapping[str, Example], recipe: LocateReci
             starts = _peaks(values[number], recipe.window, span.start)
         else:
             starts = list(span[:: recipe.window])
-        stops = [*starts[1:], span.stop]
-        windows.append(
-            [Window(start - 1, start, stop) for start, stop in zip(starts, stops, strict=True)]
-        )
-    return Located(list(examples), every, windows, recipe.anchors == "nested")
+        spans = zip(starts, [*starts[1:], span.stop], strict=True)
+        found.append(Located(edit, one, [Window(start - 1, start, stop) for start, stop in spans]))
+    return found
 
 
 def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
@@ -141,26 +113,30 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
     return [first + start for start in starts]
 
 
-def by_window(model: nn.Module, located: Located) -> list[list[float]]:
+def by_window(model: nn.Module, located: Sequence[Located]) -> list[list[float]]:
     """Return the mean log-probability (nats) of a token of each window of each edit."""
-    values, found = surprisals(model, located.examples, located.ids), []
-    for surprisal, one, windows in zip(values, located.examples, located.windows, strict=True):
-        spans = [
-            (start - one.prompt_length, stop - one.prompt_length) for _, start, stop in windows
-        ]
-        found.append([-float(surprisal[start:stop].mean()) for start, stop in spans])
+    examples = [one.example for one in located]
+    values, found = surprisals(model, examples, [one.edit for one in located]), []
+    for surprisal, (_, example, windows) in zip(values, located, strict=True):
+        first = example.prompt_length
+        found.append(
+            [-float(surprisal[start - first : end - first].mean()) for _, start, end in windows]
+        )
     return found
 
 
 def chunks(
     sequences: Sequence[Sequence[int]], device: torch.device
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield indices of sequences of similar length with their ids (B, T), padded right.
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield indices of sequences of similar length, their ids (B, T), and which are no padding.
 
-    Causality alone keeps padding from what is read.
+    Padding stands to the right: causality alone keeps it from what is read.
     """
     for rows in group_by_length([len(sequence) for sequence in sequences]):
-        yield rows, padded([sequences[row] for row in rows]).to(device)
+        ids = padded([sequences[row] for row in rows])
+        lengths = torch.tensor([[len(sequences[row])] for row in rows])
+        real = torch.arange(ids.shape[1]) < lengths  # (B, T)
+        yield rows, ids.to(device), real.to(device)
 
 
 class Call(NamedTuple):
@@ -177,10 +153,7 @@ class _AllSeen(Exception):
 
 @torch.no_grad()
 def look(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) -> list[Call]:
-    """Return the call of each module in one forward pass over `ids` (B, T).
-
-    The pass ends as soon as all of them were called.
-    """
+    """Return the call of each module in one forward pass over `ids` (B, T)."""
     seen: dict[nn.Module, Call] = {}
 
     def keep(module, args, kwargs, output):
@@ -210,20 +183,18 @@ class States(NamedTuple):
     others: Tensor
 
 
-def states(model: nn.Module, located: Located, site: Site, last: Site) -> States:
-    """Read the states with the weights as they are, in the order of `located.anchors`."""
-    at_anchor: dict[tuple[int, int], list[Tensor]] = {}
+def states(model: nn.Module, located: Sequence[Located], site: Site, last: Site) -> States:
+    """Read the states with the weights as they are, edit by edit and window by window."""
+    at_anchors: dict[int, tuple[Tensor, ...]] = {}
     others = []
-    for rows, ids in chunks([one.ids for one in located.examples], model.device):
+    for rows, ids, real in chunks([one.example.ids for one in located], model.device):
         inner, outer = look(model, ids, (site.projection, last.block))
         keys = inner.args[0]
-        lengths = torch.tensor([[len(located.examples[row].ids)] for row in rows])
-        rest = torch.arange(ids.shape[1])[None] < lengths  # (B, T)
         for index, row in enumerate(rows):
-            for window in located.windows[row]:
-                at = (index, window.anchor)
-                rest[at] = False
-                at_anchor[row, window.anchor] = [keys[at], inner.output[at], outer.output[at]]
-        others.append(keys[rest.to(ids.device)])
-    columns = zip(*(at_anchor[anchor] for anchor in located.anchors), strict=True)
-    return States(*(torch.stack(column) for column in columns), torch.cat(others))
+            anchors = [window.anchor for window in located[row].windows]
+            real[index, anchors] = False
+            read = (keys, inner.output, outer.output)
+            at_anchors[row] = tuple(tensor[index, anchors] for tensor in read)
+        others.append(keys[real])
+    columns = zip(*(at_anchors[row] for row in range(len(located))), strict=True)
+    return States(*map(torch.cat, columns), torch.cat(others))

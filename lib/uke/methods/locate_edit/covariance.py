@@ -11,14 +11,14 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -32,13 +32,13 @@ from uke.project import EMBEDDED, Paths
 from uke.world import files as world_files
 from uke.world.files import card
 
-TEXTS = "texts.json"
+TEXTS = "corpus.json"
 LAYERS = tuple(block / 32 for block in range(4, 9))  # published blocks of MEMIT and AlphaEdit
-AT_ONCE = 1000  # texts that are sorted by length together
 # By object, so that a model edited on top of an edit still finds the files of the unedited model.
 _FINGERPRINTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
-Text = str | dict[str, str]
+
+Text = str | dict[str, str]  # or a chat turn: question and answer
 
 
 def folder(model: nn.Module | str) -> Path:
@@ -61,19 +61,17 @@ def world_texts(seed: int | None = None) -> list[Text]:
 
 def read_texts(path: str | Path) -> list[Text]:
     """Read a corpus: a JSON list of texts, or of objects with `question` and `answer`."""
+    wanted = f"{path}: expected a JSON list of texts, or of objects with question and answer"
     try:
         texts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: expected a JSON list of texts ({reason})") from None
+        raise InputError(f"{wanted} ({' '.join(str(error).split())})") from None
     if not isinstance(texts, list) or not texts:
-        raise InputError(f"{path}: expected a JSON list of at least one text")
+        raise InputError(f"{wanted}, at least one")
     for number, text in enumerate(texts):
-        pair = isinstance(text, dict) and {"question", "answer"} <= set(text)
-        if not pair and not (isinstance(text, str) and text):
-            raise InputError(
-                f"{path}: entry {number}: expected a text, or an object with question and answer"
-            )
+        keys = text if isinstance(text, dict) else ()
+        if not (text and isinstance(text, str)) and not {"question", "answer"} <= set(keys):
+            raise InputError(f"{wanted}; entry {number} is neither")
     return texts
 
 
@@ -91,41 +89,34 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
     layers: Sequence[int | float] = LAYERS,
-) -> Path:
+) -> None:
     """Measure E[k k^T] over all tokens of the texts at the `down_proj` of each layer.
 
-    A layer that was measured on the same tokens is not measured again. Returns the folder, which
-    also keeps the texts.
+    The model's folder keeps them with the texts. A layer that was measured on the same tokens is
+    not measured again; what was measured on others is removed.
     """
     target = folder(model)
     sequences = [_ids(model, tokenizer, text) for text in texts]
-    digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]
-    content = {"digest": digest, "texts": list(texts)}
-    write_atomic(target / TEXTS, json.dumps(content, ensure_ascii=False))
-    lacking = [site for site in sites(model, layers) if not _measured(_path(model, site))]
+    content = {"digest": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]}
+    if digest(model) != content["digest"]:
+        shutil.rmtree(target, ignore_errors=True)
+        for cached in (_covariance, _projector, _corpus):
+            cached.cache_clear()
+        content["texts"] = list(texts)
+        write_atomic(target / TEXTS, json.dumps(content, ensure_ascii=False))
+    lacking = [site for site in sites(model, layers) if not _path(model, site).is_file()]
     if not lacking:
-        return target
-    weights = [site.projection.weight for site in lacking]  # (D, W)
-    sums = [one.new_zeros(one.shape[1], one.shape[1], dtype=torch.float64) for one in weights]
-    for start in tqdm(range(0, len(texts), AT_ONCE), desc="covariance", disable=None):
-        _add(model, sequences[start : start + AT_ONCE], lacking, sums)
-    labels = {"digest": digest, "tokens": str(sum(map(len, sequences)))}
-    for site, total in zip(lacking, sums, strict=True):
-        with replacing(_path(model, site)) as part:
-            save_file({"sum": total}, part, metadata=labels | {"layer": site.name})
-    return target
-
-
-def _add(
-    model: nn.Module, sequences: Sequence[Sequence[int]], chosen: Sequence[Site], sums: list[Tensor]
-) -> None:
-    projections = [site.projection for site in chosen]
-    for rows, ids in chunks(sequences, model.device):
-        lengths = torch.tensor([len(sequences[row]) for row in rows], device=ids.device)
-        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
+        return
+    projections = [site.projection for site in lacking]
+    widths = [projection.weight.shape[1] for projection in projections]
+    sums = [torch.zeros(w, w, dtype=torch.float64, device=model.device) for w in widths]
+    for _, ids, real in tqdm(chunks(sequences, model.device), desc="covariance", disable=None):
         for call, total in zip(look(model, ids, projections), sums, strict=True):
             keys = call.args[0][real].double()  # (tokens, W)
             total += keys.T @ keys
+    for site, total in zip(lacking, sums, strict=True):
+        with replacing(_path(model, site)) as part:
+            save_file({"covariance": total / sum(map(len, sequences))}, part)
 
 
 def covariances(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
@@ -133,7 +124,7 @@ def covariances(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
 
     InputError, with the command that measures them, where one is missing.
     """
-    return [_covariance(*file).to(model.device) for file in _files(model, chosen)]
+    return [_covariance(path).to(model.device) for path in _paths(model, chosen)]
 
 
 def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> list[Tensor]:
@@ -142,7 +133,8 @@ def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> li
     In float64. InputError where there is no such direction, so that AlphaEdit could write nothing,
     and where a covariance is missing.
     """
-    found = [_null_space(*file, threshold, model.device) for file in _files(model, chosen)]
+    paths = _paths(model, chosen)
+    found = [_projector(path, threshold, model.device) for path in paths]
     for site, projector in zip(chosen, found, strict=True):
         if not projector.any():
             raise InputError(
@@ -156,10 +148,9 @@ def preservation(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
 ) -> list[list[int]]:
     """Draw `count` of the texts that the covariance was measured on, as token ids; all if fewer."""
-    path = folder(model) / TEXTS
-    if not path.is_file():
+    if digest(model) is None:
         raise InputError(_missing(model, "preservation texts"))
-    texts = _texts(path, path.stat().st_mtime_ns)["texts"]
+    texts = _corpus(folder(model) / TEXTS)["texts"]
     drawn = random.Random(seed).sample(texts, min(count, len(texts)))
     return [_ids(model, tokenizer, text) for text in drawn]
 
@@ -167,30 +158,20 @@ def preservation(
 def digest(model: nn.Module | str) -> str | None:
     """Return 16 hex digits of the texts that this model was measured on; None before that."""
     path = folder(model) / TEXTS
-    return _texts(path, path.stat().st_mtime_ns)["digest"] if path.is_file() else None
+    return _corpus(path)["digest"] if path.is_file() else None
 
 
 def _path(model: nn.Module, site: Site) -> Path:
     return folder(model) / f"{site.name}.safetensors"
 
 
-def _files(model: nn.Module, chosen: Sequence[Site]) -> list[tuple[Path, int]]:
-    """Return the file of each site and its time of writing; InputError if missing."""
-    paths = {site: _path(model, site) for site in chosen}
-    if missing := [site for site, path in paths.items() if not _measured(path)]:
-        layers = [re.findall(r"\d+", site.name)[0] for site in missing]
-        raise InputError(_missing(model, "covariance", f" --layers {' '.join(layers)}"))
-    return [(path, path.stat().st_mtime_ns) for path in paths.values()]
-
-
-def _measured(path: Path) -> bool:
-    """Whether the file is whole, and of the texts beside it."""
-    texts = path.with_name(TEXTS)
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata()["digest"] == _texts(texts, texts.stat().st_mtime_ns)["digest"]
-    except (OSError, SafetensorError, KeyError):
-        return False
+def _paths(model: nn.Module, chosen: Sequence[Site]) -> list[Path]:
+    """Return the file of each site; InputError if one is missing."""
+    lacking = [site for site in chosen if not _path(model, site).is_file()]
+    if lacking:
+        layers = " ".join(re.findall(r"\d+", site.name)[0] for site in lacking)
+        raise InputError(_missing(model, "covariance", f" --layers {layers}"))
+    return [_path(model, site) for site in chosen]
 
 
 def _missing(model: nn.Module, what: str, layers: str = "") -> str:
@@ -201,18 +182,17 @@ def _missing(model: nn.Module, what: str, layers: str = "") -> str:
 
 
 @lru_cache(maxsize=16)
-def _covariance(path: Path, written: int) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("sum") / int(file.metadata()["tokens"])
+def _covariance(path: Path) -> Tensor:
+    return load_file(path)["covariance"]
 
 
 @lru_cache(maxsize=16)
-def _null_space(path: Path, written: int, threshold: float, device: torch.device) -> Tensor:
-    variances, directions = torch.linalg.eigh(_covariance(path, written).to(device))
+def _projector(path: Path, threshold: float, device: torch.device) -> Tensor:
+    variances, directions = torch.linalg.eigh(_covariance(path).to(device))
     null = directions[:, variances < threshold]
     return null @ null.T
 
 
 @lru_cache(maxsize=2)
-def _texts(path: Path, written: int) -> dict:
+def _corpus(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,29 +1,25 @@
 """Solve for weights that give the anchors their target vectors.
 
-MEMIT and AlphaEdit do so in closed form, UnKE by gradient steps on one block. A solver writes edits
-together (`solve`), or finds the weights (N, ...) of N edits of which each is written alone
-(`solve_each`).
+MEMIT and AlphaEdit do so in closed form, UnKE by gradient steps on one block.
 """
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from uke.errors import Diverged, InputError
-from uke.methods.lanes import Lanes
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
 from uke.methods.locate_edit.targets import Targets, find_targets
 from uke.methods.method import Edits, Progress, Tokenizer, Training, Written, write_one_by_one
-from uke.models.model import wide
-from uke.models.prompts import PASS_TOKENS
+from uke.models.model import kept, wide
 
 if TYPE_CHECKING:
     from uke.methods.recipes import LocateRecipe
@@ -44,15 +40,20 @@ def write(
     """Write the edits together into the model, in place: locate, find targets, solve.
 
     `progress(steps, loss)` follows the search for targets, whose losses (nats per token) the
-    training records. InputError, before any weight moves, for an edit longer than the context, a
-    missing covariance or preservation text and a layer out of range; later, for a singular system
-    and, as published, a division by zero. Raises Diverged for targets that are not finite.
+    training records: the mean over the edits, of which each counts with its last loss when it has
+    ended. InputError, before any weight moves, for an edit longer than the context, a missing
+    covariance or preservation text and a layer out of range; later, for a singular system and, as
+    published, a division by zero. Raises Diverged for targets that are not finite.
     """
-    started = time.perf_counter()
     solver, located, targets = _prepare(model, tokenizer, edits, recipe, progress)
-    training = solver.solve(located, targets)
-    training.seconds = time.perf_counter() - started
-    return training
+    each = targets.trainings
+    losses = [
+        sum(one.losses[min(step, len(one.losses) - 1)] for one in each) / len(each)
+        for step in range(max(len(one.losses) for one in each))
+    ]
+    steps = max(one.steps for one in each) + solver.solve(located, targets.hidden)
+    ended = all(one.stopped == "loss" for one in each)
+    return Training(losses, steps, "loss" if ended else "steps")
 
 
 def write_each(
@@ -60,23 +61,26 @@ def write_each(
 ) -> Written:
     """Write each edit alone: the targets of all are found together, then each is solved.
 
-    Edits that diverge are left out, and the others begin anew.
+    Edits whose targets diverge are left out, and the others begin anew.
     """
     failed: dict[str, str] = {}
     while True:
-        started = time.perf_counter()
         left = [edit for edit in edits if edit.id not in failed]
         try:
             solver, located, targets = _prepare(model, tokenizer, left, recipe)
-            written = solver.solve_each(list(targets.split(located)))
             break
         except Diverged as error:
             failed |= dict.fromkeys(error.edits, str(error))
             if len(failed) == len(edits):
                 raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
-    for training in written.trainings:
-        training.seconds = (time.perf_counter() - started) / len(left)
-    return written._replace(failed=failed)
+
+    def solve(one: Located, hidden: Tensor, training: Training) -> Training:
+        training.steps += solver.solve([one], hidden)
+        return training
+
+    writes = {each[0].edit: partial(solve, *each) for each in targets.split(located)}
+    written = write_one_by_one(model, weights(model, recipe), writes)
+    return written._replace(failed=failed | written.failed)
 
 
 def _prepare(
@@ -85,39 +89,27 @@ def _prepare(
     edits: Edits,
     recipe: LocateRecipe,
     progress: Progress = None,
-) -> tuple[ClosedForm | BlockSteps, Located, Targets]:
+) -> tuple[ClosedForm | BlockSteps, list[Located], Targets]:
     chosen = sites(model, recipe.layers)
     solver = SOLVERS[recipe.solver](model, tokenizer, chosen, recipe)
     located = locate(model, recipe.examples(model, tokenizer, edits), recipe)
     return solver, located, find_targets(model, located, chosen[-1], recipe, progress)
 
 
-def _training(
-    recipe: LocateRecipe, located: Located, targets: Targets, steps: int = 0, note: str = ""
-) -> Training:
-    notes = [*located.notes(recipe), *filter(None, [note])]
-    return Training(targets.losses, targets.steps + steps, stopped=targets.stopped, notes=notes)
-
-
-class System(NamedTuple):
-    """What the keys of one layer meet: a ridge (W, W), and AlphaEdit's null-space projector."""
-
-    ridge: Tensor
-    projector: Tensor | None = None
-
-
-def ridge(residual: Tensor, keys: Tensor, others: Tensor, system: System) -> Tensor:
+def least_squares(
+    residual: Tensor, keys: Tensor, others: Tensor, ridge: Tensor, projector: Tensor | None = None
+) -> Tensor:
     """Return the change D (d, W) = R K^T (ridge + K K^T + K_p K_p^T)^-1, in float64.
 
-    For residuals R (n, d), keys K (n, W) and kept keys K_p (m, W), D minimises |D K - R|^2 +
-    |D K_p|^2 + tr(D ridge D^T): MEMIT (arXiv 2210.07229) with a ridge of lambda C. With keys
-    projected by P and a ridge of L2 I it is AlphaEdit's R K^T P (K_p K_p^T P + K K^T P + L2 I)^-1
-    (arXiv 2410.02355). ValueError for a singular system.
+    For residuals R (n, d), keys K (n, W), kept keys K_p (m, W) and a ridge (W, W), D minimises
+    |D K - R|^2 + |D K_p|^2 + tr(D ridge D^T): MEMIT (arXiv 2210.07229) with a ridge of lambda C.
+    With keys projected by P and a ridge of L2 I it is AlphaEdit's R K^T P (K_p K_p^T P + K K^T P +
+    L2 I)^-1 (arXiv 2410.02355). ValueError for a singular system.
     """
     keys, others, residual = keys.double(), others.double(), residual.double()
-    if system.projector is not None:
-        keys, others = keys @ system.projector, others @ system.projector
-    matrix = system.ridge + keys.T @ keys + others.T @ others  # (W, W)
+    if projector is not None:
+        keys, others = keys @ projector, others @ projector
+    matrix = ridge + keys.T @ keys + others.T @ others  # (W, W)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     solved = torch.cholesky_solve(keys.T, factor)  # (W, n)
     change = (solved @ residual).T  # (d, W)
@@ -137,70 +129,44 @@ class ClosedForm:
         self.model, self.sites, self.recipe = model, chosen, recipe
         if recipe.solver == "memit":
             found = covariance.covariances(model, chosen)
-            self.systems = [System(recipe.memit_lambda * one) for one in found]
+            self.systems = [(recipe.memit_lambda * one, None) for one in found]
         else:
             found = covariance.projectors(model, chosen, recipe.null_threshold)
             self.systems = [
-                System(recipe.alphaedit_l2 * torch.eye(len(one)).to(one), one) for one in found
+                (recipe.alphaedit_l2 * torch.eye(len(one)).to(one), one) for one in found
             ]
 
     @torch.no_grad()
-    def solve(self, located: Located, targets: Targets) -> Training:
+    def solve(self, located: Sequence[Located], hidden: Tensor) -> int:
+        """Write the wanted states `hidden` (n, D) of all anchors; return the steps taken: none."""
         for number, site in enumerate(self.sites):
-            share, system = self._share(number, len(located.ids))
+            share, system = self._share(number, len(located))
             now = states(self.model, located, site, self.sites[-1])
-            residual = (targets.hidden - now.hidden.double()) / share  # (n, D)
+            residual = (hidden - now.hidden.double()) / share  # (n, D)
             others = now.others if self.recipe.keep_keys else now.others[:0]
             try:
-                change = ridge(site.back(now.outputs, residual), now.keys, others, system)
+                change = least_squares(site.back(now.outputs, residual), now.keys, others, *system)
             except ValueError as error:
                 raise InputError(
                     f"{self.recipe.name}: the system of {site.name} is {error}; "
                     "expected the covariance of more texts, or a larger ridge"
                 ) from None
             site.projection.weight.copy_(site.projection.weight.double() + change)
-        return _training(self.recipe, located, targets)
+        return 0
 
-    def solve_each(self, alone: Sequence[tuple[Located, Targets]]) -> Written:
-        """Solve one after another: the systems take a small part of an edit's time."""
-        writes = {one.ids[0]: partial(self.solve, one, targets) for one, targets in alone}
-        return write_one_by_one(self.model, weights(self.model, self.recipe), writes)
-
-    def _share(self, number: int, edits: int) -> tuple[int, System]:
-        """Return what a layer divides the residual by, and its system.
-
-        As published, both follow the number of edits, by the overwritten counter.
-        """
-        recipe, depth = self.recipe, len(self.sites)
+    def _share(self, number: int, edits: int) -> tuple[int, tuple[Tensor, Tensor | None]]:
+        """Return what a layer divides the residual by, and its ridge and projector."""
+        recipe, depth, counter = self.recipe, len(self.sites), edits - 1
         if not recipe.as_published:
             return depth - number, self.systems[number]
-        where, counter = f"{recipe.name} as published: batch of {edits} edits", edits - 1
-        if counter == depth:
+        alphaedit = recipe.solver == "alphaedit"
+        if counter == depth or (alphaedit and counter > depth):
             raise InputError(
-                f"{where}: the counter of layers is overwritten by that of edits, so the residual "
-                f"is divided by {depth} - {counter} = 0; expected another batch size, or "
-                "as_published: false"
+                f"{recipe.name} as published: batch of {edits} edits: their counter overwrites "
+                f"that of {depth} layers, so a residual is divided by {depth - counter} and the "
+                f"projector is that of layer {counter}; expected fewer edits"
             )
-        if recipe.solver == "alphaedit" and edits > depth:
-            raise InputError(
-                f"{where}: the projector is that of layer {counter} of {depth}, which is none; "
-                f"expected at most {depth} edits, or as_published: false"
-            )
-        return depth - counter, self.systems[number if recipe.solver == "memit" else counter]
-
-
-class _Part(NamedTuple):
-    """Calls of the block to reproduce: R rows of T positions.
-
-    `lanes`: the lane of each row. `wanted`: outputs (R, T, D). `share` (R, T): what the error at a
-    position counts in its lane.
-    """
-
-    lanes: list[int]
-    args: tuple
-    kwargs: dict
-    wanted: Tensor
-    share: Tensor
+        return depth - counter, self.systems[counter if alphaedit else number]
 
 
 class BlockSteps:
@@ -208,161 +174,93 @@ class BlockSteps:
 
     Elsewhere its outputs stay. The loss is the squared error, mean over positions and width: over
     the edits up to their last anchor, and over the preservation texts, with equal weight (arXiv
-    2405.15349). Edits written alone are trained side by side, each in its own lane: AdamW is
-    element-wise.
+    2405.15349).
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, chosen: Sequence[Site], recipe: LocateRecipe
     ) -> None:
-        self.model, self.site, self.recipe, self.texts = model, chosen[-1], recipe, []
+        self.model, self.block, self.recipe, self.texts = model, chosen[-1].block, recipe, []
         if recipe.preservation:
             drawn = recipe.preservation, recipe.seed
             self.texts = covariance.preservation(model, tokenizer, *drawn)
 
-    def solve(self, located: Located, targets: Targets) -> Training:
-        stacks, (curve,) = self._fit([(located, targets)], self._preserved())
-        with torch.no_grad():
-            for name, weight in weights(self.model, self.recipe).items():
-                weight.copy_(stacks[name][0])
-        return self._training(located, targets, curve)
-
-    def solve_each(self, alone: Sequence[tuple[Located, Targets]]) -> Written:
-        """Fit as many lanes at once as a pass holds, all the preservation texts in each of them."""
-        preserved = self._preserved()
-        longest = max(len(one.ids) for located, _ in alone for one in located.examples)
-        count = max(1, PASS_TOKENS // max([longest, *(part.share.numel() for part in preserved)]))
-        starts = range(0, len(alone), count)
-        fits = [self._fit(alone[start : start + count], preserved) for start in starts]
-        stacks = {
-            name: torch.cat([stack[name].to(weight.dtype) for stack, _ in fits])
-            for name, weight in weights(self.model, self.recipe).items()
-        }
-        curves = [curve for _, every in fits for curve in every]
-        trainings = [self._training(*one, curve) for one, curve in zip(alone, curves, strict=True)]
-        lanes = Lanes(self.model, [located.ids[0] for located, _ in alone], stacks)
-        return Written(lanes, trainings, {})
-
-    def _training(self, located: Located, targets: Targets, curve: Sequence[float]) -> Training:
-        note = (
-            f"block: squared error {curve[0]:.3g} at first, {curve[-1]:.3g} before the last "
-            f"of {len(curve)} steps"
-        )
-        return _training(self.recipe, located, targets, len(curve), note)
-
-    def _preserved(self) -> list[_Part]:
-        """Return the block's calls on the preservation texts, the same for every edit."""
-        return list(self._parts([0] * len(self.texts), self.texts, {}))
-
-    def _fit(
-        self, alone: Sequence[tuple[Located, Targets]], preserved: Sequence[_Part]
-    ) -> tuple[dict[str, Tensor], list[list[float]]]:
-        """Return the block's weights (N, *shape), a lane for each entry, and the errors of each.
-
-        Weights are float32 or better, whatever the model's precision.
-        """
-        lanes_of, texts, wanted = [], [], {}
-        for lane, (located, targets) in enumerate(alone):
-            for (row, position), value in zip(located.anchors, targets.hidden, strict=True):
-                wanted.setdefault(len(texts) + row, []).append((position, value))
-            lanes_of += [lane] * len(located.ids)
-            for one, windows in zip(located.examples, located.windows, strict=True):
-                texts.append(one.ids[: windows[-1].anchor + 1])
-        parts = list(self._parts(lanes_of, texts, wanted))
-        parts += [_repeated(part, len(alone)) for part in preserved]
-        leaves = {
-            name: nn.Parameter(wide(weight.detach()).expand(len(alone), *weight.shape).clone())
-            for name, weight in weights(self.model, self.recipe).items()
-        }
-        lanes = Lanes(self.model, [str(lane) for lane in range(len(alone))], leaves)
-        errors = self._descend(lanes, parts, [located.ids for located, _ in alone])
-        stacks = {name: leaf.detach() for name, leaf in leaves.items()}
-        return stacks, torch.stack(errors).T.tolist()
+    def solve(self, located: Sequence[Located], hidden: Tensor) -> int:
+        """Train the block, in float32 or better, and return the steps taken."""
+        texts = [one.example.ids[: one.windows[-1].anchor + 1] for one in located]
+        wanted = hidden.split([len(one.windows) for one in located])
+        parts = [*self._parts(texts, located, wanted), *self._parts(self.texts)]
+        storages = {weight: weight.data for weight in self.block.parameters()}
+        with kept(self.model, {}):
+            for weight, storage in storages.items():
+                weight.data = wide(storage)
+            self.model.requires_grad_(False)
+            self.block.requires_grad_(True)
+            self._descend(parts, [one.edit for one in located])
+            for weight, storage in storages.items():
+                storage.copy_(weight.data)
+                weight.data = storage
+        return self.recipe.unke_steps
 
     def _parts(
         self,
-        lanes: Sequence[int],
         texts: Sequence[Sequence[int]],
-        wanted: Mapping[int, Sequence[tuple[int, Tensor]]],
+        located: Sequence[Located] = (),
+        wanted: Sequence[Tensor] = (),
     ) -> Iterator[_Part]:
-        """Yield the block's calls on texts, one lane for each; `wanted` outputs by text."""
-        tokens = Counter()
-        for lane, text in zip(lanes, texts, strict=True):
-            tokens[lane] += len(text)
-        for rows, ids in chunks(texts, self.model.device):
-            (call,) = look(self.model, ids, (self.site.block,))
-            output = wide(call.output).clone()  # (R, T, D)
-            share = torch.zeros(ids.shape, dtype=output.dtype)
+        """Yield the block's calls on texts; those of edits with `wanted` outputs at the anchors."""
+        tokens = sum(map(len, texts))
+        for rows, ids, real in chunks(texts, self.model.device):
+            (call,) = look(self.model, ids, (self.block,))
+            output = wide(call.output).clone()  # (B, T, D)
             for index, row in enumerate(rows):
-                share[index, : len(texts[row])] = 1 / (tokens[lanes[row]] * output.shape[-1])
-                for position, value in wanted.get(row, ()):
-                    output[index, position] = value.to(output.dtype)
-            args, kwargs = _map((call.args, call.kwargs), _widened)
-            yield _Part([lanes[row] for row in rows], args, kwargs, output, share.to(ids.device))
+                if located:
+                    anchors = [window.anchor for window in located[row].windows]
+                    output[index, anchors] = wanted[row].to(output)
+            args, kwargs = tree_map(_widened, (call.args, call.kwargs))
+            yield _Part(args, kwargs, output, real.to(output) / (tokens * output.shape[-1]))
 
-    def _descend(
-        self, lanes: Lanes, parts: Sequence[_Part], ids: Sequence[Sequence[str]]
-    ) -> list[Tensor]:
-        """Return the error of each lane (N,) before each step; Diverged if one is not finite."""
+    def _descend(self, parts: Sequence[_Part], edits: Sequence[str]) -> None:
+        recipe = self.recipe
         groups = [
-            {"params": [leaf], "weight_decay": 0.0 if "norm" in name else self.recipe.unke_decay}
-            for name, leaf in lanes.weights.items()
+            {"params": [weight], "weight_decay": 0.0 if "norm" in name else recipe.unke_decay}
+            for name, weight in self.block.named_parameters()
         ]
-        adam = torch.optim.AdamW(groups, lr=self.recipe.unke_rate, fused=True)
-        errors: list[Tensor] = []
-        with lanes.laid():
-            for _ in range(self.recipe.unke_steps):
-                adam.zero_grad()
-                error = torch.zeros(len(ids))
-                for part in parts:
-                    lanes.read([lanes.ids[lane] for lane in part.lanes])
-                    output = self.site.block(*part.args, **part.kwargs)
-                    output = output[0] if isinstance(output, tuple) else output
-                    squares = (output - part.wanted).square().sum(-1)  # (R, T)
-                    by_row = (squares * part.share).sum(-1)  # (R,)
-                    by_row.sum().backward()
-                    error.index_add_(0, torch.tensor(part.lanes), by_row.detach().to(error))
-                self._check_finite(error, ids, len(errors))
-                errors.append(error)
-                adam.step()
-        return errors
-
-    def _check_finite(self, error: Tensor, ids: Sequence[Sequence[str]], steps: int) -> None:
-        pairs = zip(ids, error.isfinite().tolist(), strict=True)
-        if broken := [edit for own, finite in pairs if not finite for edit in own]:
-            raise Diverged(
-                f"{self.recipe.name}: the block's error of edit {', '.join(map(repr, broken))} is "
-                f"not finite after {steps} steps; expected an unke_rate below "
-                f"{self.recipe.unke_rate:g}",
-                broken,
-            )
+        adam = torch.optim.AdamW(groups, lr=recipe.unke_rate, fused=True)
+        for step in range(recipe.unke_steps):
+            adam.zero_grad()
+            error = 0.0
+            for part in parts:
+                output = self.block(*part.args, **part.kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                squares = (output - part.wanted).square().sum(-1)  # (B, T)
+                loss = (squares * part.share).sum()
+                loss.backward()
+                error += loss.item()
+            if not math.isfinite(error):
+                raise Diverged(
+                    f"{recipe.name}: the block's error of edit {', '.join(map(repr, edits))} is "
+                    f"not finite after {step} steps; expected an unke_rate below "
+                    f"{recipe.unke_rate:g}",
+                    edits,
+                )
+            adam.step()
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return wide(tensor) if tensor.is_floating_point() else tensor
+class _Part(NamedTuple):
+    """A call of the block to reproduce on B texts of T tokens, in float32 or better.
+
+    `wanted`: outputs (B, T, D). `share` (B, T): what the error at a position counts.
+    """
+
+    args: tuple
+    kwargs: dict
+    wanted: Tensor
+    share: Tensor
 
 
-def _repeated(part: _Part, count: int) -> _Part:
-    """Return the same rows for `count` lanes, lane after lane; what rows share stays shared."""
-    rows = len(part.lanes)
-
-    def repeat(one: Tensor) -> Tensor:
-        by_row = one.dim() > 1 and len(one) == rows
-        return one.repeat(count, *[1] * (one.dim() - 1)) if by_row else one
-
-    lanes = [lane for lane in range(count) for _ in range(rows)]
-    return _Part(lanes, *_map(tuple(part[1:]), repeat))
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return tuple(_map(one, change) for one in value)
-    if isinstance(value, dict):
-        return {name: _map(one, change) for name, one in value.items()}
-    return value
+def _widened(value: Any) -> Any:
+    return wide(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 SOLVERS = {"memit": ClosedForm, "alphaedit": ClosedForm, "unke": BlockSteps}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,8 @@ from transformers import DynamicCache
 
 from uke.errors import Diverged
 from uke.methods.lanes import LowerBlocks, lower_blocks_once
-from uke.methods.locate_edit.anchors import Located, Site, states
+from uke.methods.locate_edit.anchors import Located, Site, Window, states
+from uke.methods.method import Training
 from uke.models.model import kept, wide
 from uke.models.prompts import group_by_length, padded
 
@@ -26,53 +25,25 @@ if TYPE_CHECKING:
     from uke.methods.recipes import LocateRecipe
 
 
-@dataclass
-class Targets:
-    """Wanted hidden states after the last site (n, D), and how they were found.
+class Targets(NamedTuple):
+    """Wanted hidden states after the last site (n, D), and how those of each edit were found.
 
-    `losses`: mean over the edits, for each step of each round of windows. `stopped` is "loss" if
-    every anchor ended below the recipe's `stop_loss`. `curves` has each edit's own losses by id,
-    and `ended` how many of its anchors ended so.
+    A training has the losses of its edit in all steps, window by window; it is stopped by the
+    "loss" if every anchor ended below the recipe's `stop_loss`.
     """
 
     hidden: Tensor
-    losses: list[float] = field(default_factory=list)
-    steps: int = 0
-    stopped: str = "loss"
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    ended: Counter[str] = field(default_factory=Counter)
-    progress: Callable[[int, float], None] | None = None
+    trainings: list[Training]
 
-    def record(self, curves: Mapping[str, Sequence[float]], ended: Collection[str]) -> None:
-        """Add one round: the losses of each edit, and the edits that ended below `stop_loss`.
-
-        An edit that has ended counts with its last loss.
-        """
-        for edit, curve in curves.items():
-            self.curves.setdefault(edit, []).extend(curve)
-        self.ended.update(ended)
-        self.steps += max(len(curve) - (edit in ended) for edit, curve in curves.items())
-        every = list(curves.values())
-        self.losses += [
-            sum(curve[min(step, len(curve) - 1)] for curve in every) / len(every)
-            for step in range(max(map(len, every)))
-        ]
-
-    def split(self, located: Located) -> Iterator[tuple[Located, Targets]]:
-        """Yield each edit with its own anchors, target vectors and loss curve."""
-        first = 0
-        for one in located.split():
-            count, (edit,) = len(one.anchors), one.ids
-            curve, ended = self.curves[edit], self.ended[edit]
-            stopped = "loss" if ended == count else "steps"
-            hidden, steps = self.hidden[first : first + count], len(curve) - ended
-            yield one, replace(self, hidden=hidden, losses=curve, steps=steps, stopped=stopped)
-            first += count
+    def split(self, located: Sequence[Located]) -> Iterator[tuple[Located, Tensor, Training]]:
+        """Yield each edit with its own target vectors and training."""
+        hidden = self.hidden.split([len(one.windows) for one in located])
+        yield from zip(located, hidden, self.trainings, strict=True)
 
 
 def find_targets(
     model: nn.Module,
-    located: Located,
+    located: Sequence[Located],
     site: Site,
     recipe: LocateRecipe,
     progress: Callable[[int, float], None] | None = None,
@@ -87,36 +58,49 @@ def find_targets(
     here = states(model, located, site, site)
     # What a delta is measured against, (n, D).
     state = wide(here.hidden if site.norm is None else here.outputs)
-    targets = Targets(state, progress=progress)
-    deltas = torch.zeros_like(state)
-    first = [0, *itertools.accumulate(map(len, located.windows))]  # anchor of each edit
+    trainings = {one.edit: Training(stopped="loss") for one in located}
+    deltas, steps = torch.zeros_like(state), itertools.count(1)
+    counts = [len(one.windows) for one in located]
+    first = [0, *itertools.accumulate(counts)]  # anchor of each edit
+
+    def follow(loss: float) -> None:
+        if progress:
+            progress(next(steps), loss)
+
     with kept(model, {}):
         model.requires_grad_(False)
-        for turn in range(max(map(len, located.windows))):
-            chunks: list[_Chunk] = []
-            for rows in _rows(located, turn):
-                chunks.append(chunk := _Chunk(model, located, site, rows, turn))
+        for turn in range(max(counts)):
+            for rows in _rows(located, turn, recipe):
+                chunk = _Chunk(model, [located[row] for row in rows], site, turn, recipe)
                 chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
-                anchors = [first[row] + turn for row in rows]
+                anchors, scale = [first[row] + turn for row in rows], state.norm(dim=-1)
                 with lower_blocks_once(model, [site.name]) as chunk.lower:
-                    deltas[anchors] = _optimise(chunk, state[anchors].norm(dim=-1), recipe, targets)
-            curves = {edit: curve for chunk in chunks for edit, curve in chunk.curves.items()}
-            targets.record(curves, [edit for chunk in chunks for edit in chunk.ended])
+                    deltas[anchors] = _optimise(chunk, scale[anchors], recipe, trainings, follow)
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
-    targets.hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
-    return targets
+    hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
+    return Targets(hidden, list(trainings.values()))
 
 
-def _rows(located: Located, turn: int) -> Iterator[list[int]]:
+def _in_loss(one: Located, turn: int, recipe: LocateRecipe) -> list[Window]:
+    """Return the window of this number and, if nested, all later ones."""
+    return one.windows[turn : None if recipe.anchors == "nested" else turn + 1]
+
+
+def _rows(located: Sequence[Located], turn: int, recipe: LocateRecipe) -> Iterator[list[int]]:
     """Yield the edits that have a window of this number, as many as one forward pass holds."""
-    rows = [row for row, windows in enumerate(located.windows) if len(windows) > turn]
-    # What an edit's rows end with: the last window in the loss.
-    ends = [located.windows[row][-1 if located.nested else turn].stop for row in rows]
-    return ([rows[index] for index in group] for group in group_by_length(ends))
+    windows = {row: _in_loss(one, turn, recipe) for row, one in enumerate(located)}
+    ends = {row: own[-1].stop for row, own in windows.items() if own}
+    return ([list(ends)[index] for index in group] for group in group_by_length([*ends.values()]))
 
 
-def _optimise(chunk: _Chunk, scale: Tensor, recipe: LocateRecipe, targets: Targets) -> Tensor:
+def _optimise(
+    chunk: _Chunk,
+    scale: Tensor,
+    recipe: LocateRecipe,
+    trainings: Mapping[str, Training],
+    follow: Callable[[float], None],
+) -> Tensor:
     """Return deltas (B, D) of one chunk; `scale` (B,) is the norm of the state each is added to."""
     weights = chunk.weights(recipe)  # (B, M)
     delta = torch.zeros(len(scale), chunk.width, device=scale.device, dtype=scale.dtype)
@@ -124,21 +108,19 @@ def _optimise(chunk: _Chunk, scale: Tensor, recipe: LocateRecipe, targets: Targe
     adam = torch.optim.Adam([delta], lr=recipe.learning_rate, fused=True)
     last = torch.full_like(scale, math.inf)  # (B,) the loss each row had when it was last read
     running = torch.arange(len(scale), device=scale.device)
-    for step in range(recipe.steps):
+    for _ in range(recipe.steps):
         here = delta[running]
         decay = recipe.decay * here.norm(dim=-1) / scale[running] ** 2
         losses = (chunk.losses(here) * weights[running]).sum(-1) + decay  # (R,)
         _check_finite(chunk, losses, recipe)
         last[running] = losses.detach()
-        for edit, value in zip(chunk.ids, losses.tolist(), strict=True):
-            chunk.curves[edit].append(value)
-        if targets.progress:
-            targets.progress(len(targets.losses) + step + 1, last.mean().item())
-        delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         stay = losses.detach() >= recipe.stop_loss
+        for edit, loss, stays in zip(chunk.ids, losses.tolist(), stay.tolist(), strict=True):
+            trainings[edit].losses.append(loss)
+            trainings[edit].steps += stays
+        follow(last.mean().item())
+        delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         if not stay.all():
-            pairs = zip(chunk.ids, stay.tolist(), strict=True)
-            chunk.ended += [edit for edit, stays in pairs if not stays]
             running = running[stay]
             if not len(running):
                 return delta.detach()
@@ -152,7 +134,8 @@ def _optimise(chunk: _Chunk, scale: Tensor, recipe: LocateRecipe, targets: Targe
             shrink = (longest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
             # An edit that has ended stays: what Adam adds by momentum is taken back.
             delta.copy_(before.index_copy(0, running, delta[running] * shrink[:, None]))
-    targets.stopped = "steps"
+    for edit in chunk.ids:
+        trainings[edit].stopped = "steps"
     return delta.detach()
 
 
@@ -174,38 +157,35 @@ class _Chunk:
     """
 
     def __init__(
-        self, model: nn.Module, located: Located, site: Site, rows: Sequence[int], turn: int
+        self,
+        model: nn.Module,
+        located: Sequence[Located],
+        site: Site,
+        turn: int,
+        recipe: LocateRecipe,
     ) -> None:
-        self.model, self.site, self.ids = model, site, [located.ids[row] for row in rows]
+        self.model, self.site, self.ids = model, site, [one.edit for one in located]
         self.width = site.projection.weight.shape[0]
-        self.earlier = [[window.anchor for window in located.windows[row][:turn]] for row in rows]
-        last = None if located.nested else turn + 1
-        self.windows = [located.windows[row][turn:last] for row in rows]
-        texts = [located.examples[row].ids for row in rows]
-        ends = [(windows[0].anchor, windows[-1].stop) for windows in self.windows]
-        spans = [(ids, start, stop) for ids, (start, stop) in zip(texts, ends, strict=True)]
+        self.earlier = [[window.anchor for window in one.windows[:turn]] for one in located]
+        windows = [_in_loss(one, turn, recipe) for one in located]
+        spans = [
+            (one.example.ids, own[0].anchor, own[-1].stop)
+            for one, own in zip(located, windows, strict=True)
+        ]
         tokens = padded([ids[start : stop - 1] for ids, start, stop in spans])  # (B, S)
         labels = padded([ids[start + 1 : stop] for ids, start, stop in spans])  # (B, S)
         before = padded([ids[:start] for ids, start, _ in spans], side="left")  # (B, P)
-        lengths = torch.tensor([start for start, _ in ends])  # (B,)
-        self.tokens, self.labels, self.before, self.lengths = (
-            one.to(model.device) for one in (tokens, labels, before, lengths)
-        )
-        self.shares = self._shares()
-        self.cache = DynamicCache()
-        self.lower = LowerBlocks()
-        self.curves: dict[str, list[float]] = {edit: [] for edit in self.ids}
-        self.ended: list[str] = []
-
-    def _shares(self) -> Tensor:
-        """Return what each label counts in the mean of each window, (B, M, S)."""
-        shape = len(self.windows), max(map(len, self.windows)), self.labels.shape[1]
-        shares = torch.zeros(shape, dtype=torch.float64)
-        for row, windows in enumerate(self.windows):
-            for number, (_, start, stop) in enumerate(windows):
-                first = windows[0].start
+        lengths = torch.tensor([start for _, start, _ in spans])  # (B,)
+        # What each label counts in the mean of each window, (B, M, S).
+        shares = torch.zeros(len(spans), max(map(len, windows)), labels.shape[1]).double()
+        for row, own in enumerate(windows):
+            for number, (_, start, stop) in enumerate(own):
+                first = own[0].start
                 shares[row, number, start - first : stop - first] = 1 / (stop - start)
-        return shares.to(self.labels.device)
+        self.tokens, self.labels, self.before, self.lengths, self.shares = (
+            one.to(model.device) for one in (tokens, labels, before, lengths, shares)
+        )
+        self.cache, self.lower = DynamicCache(), LowerBlocks()
 
     @torch.no_grad()
     def read_before(self, deltas: Sequence[Tensor]) -> None:
