@@ -8,9 +8,10 @@ from uke.data import edits, formats
 from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.locality.card import settings
+from uke.methods import recipes
 from uke.methods.catalog import configured, find, trials
 from uke.methods.method import Method
-from uke.methods.recipes import FACTORS, RECIPES, studied_levels
+from uke.methods.recipes import FACTORS, RECIPES
 from uke.models.model import load, source
 from uke.results.metrics import encoder_folder
 
@@ -35,7 +36,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
         encoder_folder()
     methods = list(_methods(home, parameters, split))
     if "levels" in parameters:
-        studied_levels(RECIPES["FT-M"], parameters["levels"])
+        recipes.levels(RECIPES["FT-M"], parameters["levels"])
         if without := [method.name for method in methods if not method.factors]:
             fault = "it has no levels of factors; expected a way to fine-tune"
             raise InputError(f"methods: {without[0]}: {fault}")
@@ -75,7 +76,7 @@ def narrow(home: Path, notebook: str, parameters: dict[str, Any], usual: list[st
     Methods without factors go, and levels of other factors; where nothing is left, the methods stay
     (and are refused by `check`) and the levels are the `usual` ones.
     """
-    studied_levels(RECIPES["FT-M"], parameters["levels"])
+    recipes.levels(RECIPES["FT-M"], parameters["levels"])
     known = configured(home / "params", parameters.get("model", "embedded"))
     names = parameters["methods"]
     factored = [name for name in names if find(name, known, "methods: ").factors]
