@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -237,16 +236,6 @@ def test_every_trial_is_a_point_and_the_chosen_one_is_ringed_even_if_another_sco
     ]
     assert rings == [{(0.5, 0), (0.4, 1)}, {(0.65, 0), (0.5, 1)}]
     assert [len(cloud.get_offsets()) for ax in axes for cloud in ax.collections] == [2] * 4
-
-
-def test_the_expected_best_of_k_is_the_mean_over_all_choices_of_k_trials():
-    trials = pd.DataFrame({"score": [0.3, 0.1, 0.8, 0.8, 0.5]}).assign(method="FT-M", batch_size=1)
-    expected = [np.mean([max(s) for s in combinations(trials["score"], k)]) for k in range(1, 6)]
-    assert figures.expected_best(trials)["score"].tolist() == pytest.approx(expected)
-    few = TRIALS[(TRIALS["batch_size"] == 1) | (TRIALS["method"] == "FT-M")]
-    fig = figures.trend(figures.expected_best(few), "trials", panel="batch_size")
-    assert [len(lines(ax)) for ax in fig.axes] == [2, 1]
-    assert list(panels(fig)) == ["batch size 1", "batch size 8"]
 
 
 def test_a_distribution_rises_to_one_and_says_its_medians():

@@ -322,15 +322,11 @@ def test_missing_sections_and_failed_runs_are_warned_of(paths):
     text = words(paths)
     assert "Notebook 02_locality has no section" in text
     assert "Notebook 03_factor_loss_scope has" not in text
-    assert "last run of notebook 08_batch_size failed" in text
+    assert "last run of 08_batch_size failed" in text
 
 
-@pytest.mark.parametrize("content", ["{'notebook'", "[1]", '{"notebook": "a", "title": "b"}'])
-def test_no_sections_and_an_unreadable_one_are_named(paths, content):
+def test_a_report_needs_sections(paths):
     with pytest.raises(InputError, match="no sections; run the notebooks"):
-        compose.compose(paths)
-    section(paths).save().write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="03_factor_loss_scope.json: not a section"):
         compose.compose(paths)
 
 

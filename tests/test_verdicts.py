@@ -8,6 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 from uke.cli import params
 from uke.errors import InputError
+from uke.files import read_yaml
 from uke.report import figures, verdicts
 from uke.report.verdicts import FAILS, HOLDS, IN_PART, UNTESTABLE, Claim, judge
 
@@ -165,50 +166,13 @@ def test_a_claim_written_wrongly_is_named(tmp_path, text, message):
         verdicts.claims(tmp_path / "claims.yaml")
 
 
-ENTRY = """published:
-- {set: S, model: M, metric: similarity, source: T, cells: {UnKE: {original: 97.4}}}
-"""
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("model: M", "modle: M", "published: 0: modle: unknown key; did you mean 'model'"),
-        ("source: T, ", "", "0: source: Field required"),
-        ("similarity", "similarty", "0: metric: Input should be .*, found 'similarty'"),
-        ("original", "orignal", "cells: UnKE: orignal: .*Input should be 'original'"),
-        ("97.4", "much", "cells: UnKE: original: Input should be a valid number.*found 'much'"),
-        ("published:", "publishd:", "publishd: unknown key; did you mean 'published'"),
-        ("source: T", "source: T, batch: 8", "batch: Input should be .*, found 8"),
-    ],
-)
-def test_a_published_value_written_wrongly_is_named(tmp_path, old, new, message):
-    path = tmp_path / "paper.yaml"
-    path.write_text(ENTRY)
-    (entry,) = verdicts.paper(path).published
-    assert entry.cells == {"UnKE": {"original": 97.4}}
-    path.write_text(ENTRY.replace(old, new))
-    with pytest.raises(InputError, match="paper.yaml.*" + message):
-        verdicts.paper(path)
-
-
-def test_published_values_have_a_row_each():
-    cells = {"UnKE": {"original": 97.4, "paraphrase": 90.1}}
-    entry = {"set": "S", "model": "M", "metric": "similarity", "source": "T", "cells": cells}
-    lead = entry | {"metric": "lead", "batch": "largest", "cells": {"FT-UKE": {"average": 10.8}}}
-    frame = verdicts.published(verdicts.Published(**each) for each in (entry, lead))
-    shown = ["UnKE", "BERT score (MiniLM cosine)", "Paraphrase", "90.1"]
-    assert frame[["method", "metric", "question", "percent"]].values.tolist()[1] == shown
-    assert frame["question"].tolist()[2] == "largest batch"
-
-
 def test_the_committed_files_are_sound():
     claims = verdicts.claims(ROOT / "params" / "claims.yaml")
     assert len({claim.label for claim in claims}) == len(claims) >= 15
     assert all(claim.paper for claim in claims)
-    paper = verdicts.paper(ROOT / "params" / "paper.yaml")
-    assert sum(len(values) for each in paper.published for values in each.cells.values()) >= 30
-    assert {"Table 4", "Table 5"} <= {each["paper"] for each in paper.correspondence}
+    paper = read_yaml(ROOT / "params" / "paper.yaml")
+    assert len(paper["published"]) >= 30 and len({tuple(each) for each in paper["published"]}) == 1
+    assert {"Table 4", "Table 5"} <= {each["paper"] for each in paper["correspondence"]}
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def compose(
     """Write numbers.json, report.html and report.pdf from a run's sections; return their paths.
 
     Notebooks in `expected` without a section and failed `runs` (with notebook, status) become
-    warnings. InputError where there is no section or one is unreadable, or where two say the same
-    number or have a figure or table of the same name.
+    warnings. InputError where there is no section, or where two say the same number or have a
+    figure or table of the same name.
     """
     sections = read_sections(paths)
     if not sections:
@@ -91,15 +91,13 @@ def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
 
 
 def _warnings(
-    sections: Sequence[Mapping], expected: Iterable[str], runs: Sequence[Mapping[str, Any]]
+    sections: Iterable[Mapping], expected: Iterable[str], runs: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-    present = {section["notebook"] for section in sections}
-    missing = [name for name in expected if name not in present]
+    missing = set(expected) - {section["notebook"] for section in sections}
     failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
-    return [
-        *(f"Notebook `{name}` has no section: it was not run." for name in missing),
-        *(f"The last run of notebook `{name}` failed: its section is older." for name in failed),
-    ]
+    texts = [f"Notebook `{name}` has no section: it was not run." for name in sorted(missing)]
+    texts += [f"The last run of `{name}` failed: its section is older." for name in failed]
+    return texts
 
 
 def _methods(sections: Iterable[Mapping]) -> str:

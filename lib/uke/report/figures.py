@@ -8,7 +8,7 @@ and a shaded range. Every function raises InputError for a missing column or a f
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil, comb
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -253,20 +253,6 @@ def tuning(
     return fig
 
 
-def expected_best(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return method, batch_size, trials (k) and the expected best score of k trials, for `trend`.
-
-    `trials` has method, batch_size and score of each; k are drawn without replacement.
-    """
-    rows = []
-    for cell, own in trials.groupby(["method", "batch_size"], sort=False)["score"]:
-        ranked, size = sorted(own), len(own)
-        for k in range(1, size + 1):
-            best = sum(score * comb(at, k - 1) for at, score in enumerate(ranked)) / comb(size, k)
-            rows.append((*cell, k, best))
-    return pd.DataFrame(rows, columns=["method", "batch_size", "trials", "score"])
-
-
 @styled
 def distribution(
     frame: pd.DataFrame,
@@ -440,8 +426,7 @@ def _sizes(ax: Axes, values: list[float]) -> None:
 
 def _log_if_wide(ax: Axes, values: pd.Series) -> bool:
     """Set a log axis of y where the values span a factor of more than twenty."""
-    wide = bool(values.min() > 0 and values.max() > 20 * values.min())
-    if wide:
+    if wide := bool(values.min() > 0 and values.max() > 20 * values.min()):
         _log(ax, "y", values)
     return wide
 

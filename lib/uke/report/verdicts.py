@@ -1,4 +1,4 @@
-"""Judge each claim of the paper by the numbers that decide it; list what others have published.
+"""Judge each claim of the paper by the numbers that decide it.
 
 claims = verdicts.claims("params/claims.yaml")
 judged = [verdicts.judge(claim, verdicts.gather(paths)) for claim in claims]
@@ -10,43 +10,33 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, ValidationError, model_validator
 
-from uke.data.edits import KINDS
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
 from uke.project import Paths
 from uke.report.section import read_sections
-from uke.results.compare import label
-from uke.results.metrics import METRICS
 
 HOLDS, IN_PART, FAILS, UNTESTABLE = "holds", "in part", "does not hold", "not testable here"
 WORDS = {HOLDS: 1, IN_PART: 0.5, FAILS: 0, UNTESTABLE: None}  # a verdict as a number
 NOTEBOOK = "11_verdicts"
-METRIC_NAMES = {
-    "similarity": "BERT score (MiniLM cosine)",
-    "bleu_char": "BLEU (characters)",
-    "rougel_recall": "ROUGE-L recall",
-}
 _ENDS = ("value", "low", "high")
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Claim(_Entry):
+class Claim(BaseModel):
     """A statement of the paper that one number decides, or the reason why none does.
 
     `number` is its key; `*` stands for any part, and then every number that matches must agree.
     `sign`: "+" or "-", above or below `than` (a value, or the key of another number); "either", a
     difference in any direction; "opposite", `number` and the number `than` differ in sign.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str
     claim: StrictStr
@@ -66,52 +56,23 @@ class Claim(_Entry):
         return self
 
 
-class Published(_Entry):
-    """Published values (percent) of one set, model and metric, and their source."""
-
-    set: str
-    model: str
-    metric: Literal[*METRICS, "lead"]
-    source: str
-    batch: Literal["", "smallest", "largest"] = ""
-    cells: dict[str, dict[Literal[*KINDS, "average"], FiniteFloat]]
-
-
-class Paper(_Entry):
-    """What others have published: `params/paper.yaml`."""
-
-    published: list[Published] = []
-    correspondence: list[dict[str, str]] = []  # where the paper shows what, and our notebook
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def _valid(model: type[Model], place: str, content: Any) -> Model:
-    """Validate; InputError with file, entry and key for the first thing that is wrong."""
-    try:
-        return model.model_validate(content)
-    except ValidationError as failure:
-        # A misspelt key is the reason why another one is missing.
-        error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    message = f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
-    if error["type"] == "extra_forbidden":
-        fields = {name for each in _Entry.__subclasses__() for name in each.model_fields}
-        message = f"unknown key{nearest(error['loc'][-1], fields)}"
-    raise InputError(": ".join([place, *map(str, error["loc"]), message])) from None
-
-
 def claims(path: str | Path) -> list[Claim]:
     """Read the claims of a file, in its order; InputError naming claim and key."""
-    return [
-        _valid(Claim, f"{path}: {name}", {"key": name} | given if type(given) is dict else given)
-        for name, given in read_yaml(Path(path)).items()
-    ]
-
-
-def paper(path: str | Path) -> Paper:
-    """Read what others have published; InputError naming entry and key."""
-    return _valid(Paper, str(path), read_yaml(Path(path)))
+    found = []
+    for name, given in read_yaml(Path(path)).items():
+        try:
+            found.append(
+                Claim.model_validate(given | {"key": name} if type(given) is dict else given)
+            )
+        except ValidationError as failure:
+            # A misspelt key is the reason why another one is missing.
+            error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
+            message = f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
+            if error["type"] == "extra_forbidden":
+                message = f"unknown key{nearest(error['loc'][-1], Claim.model_fields)}"
+            where = ": ".join([str(path), name, *map(str, error["loc"])])
+            raise InputError(f"{where}: {message}") from None
+    return found
 
 
 class Evidence(NamedTuple):
@@ -265,17 +226,3 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
             text = _distinction(verdict, each) + each.said.partition(", n =")[0]
             rows.append((claim.label or claim.key, verdict.word, value, *ends, text))
     return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
-
-
-def published(entries: Iterable[Published]) -> pd.DataFrame:
-    """Return a row for each published value: set, model, method, metric, question, percent."""
-    rows = []
-    for each in entries:
-        about = {"set": each.set, "model": each.model}
-        metric = METRIC_NAMES.get(each.metric, each.metric)
-        for method, values in each.cells.items():
-            for kind, value in values.items():
-                question = f"{each.batch} batch" if each.batch else label(kind)
-                own = {"method": method, "metric": metric, "question": question}
-                rows.append(about | own | {"percent": f"{value:g}", "source": each.source})
-    return pd.DataFrame(rows)

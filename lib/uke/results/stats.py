@@ -68,17 +68,10 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
         b = b.reindex(a.index)  # a unit that only one side has is NaN, which `units` refuses
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     sums, _ = units(differences, groups)
-    p = 1.0
+    p, options = 1.0, {"n_resamples": RESAMPLES, "vectorized": True, "batch": AT_ONCE}
     if len(sums) > 1:
-        p = permutation_test(
-            (sums,),
-            np.sum,
-            permutation_type="samples",
-            n_resamples=RESAMPLES,
-            vectorized=True,
-            batch=AT_ONCE,
-            rng=np.random.default_rng(SEED),
-        ).pvalue
+        options |= {"permutation_type": "samples", "rng": np.random.default_rng(SEED)}
+        p = permutation_test((sums,), np.sum, **options).pvalue
     mean, low, high, n = interval(differences, groups)
     return Paired(mean, low, high, float(p), n)
 
