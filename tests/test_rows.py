@@ -1,7 +1,6 @@
 """Rows: written whole or not at all, stale or foreign ones refused, averages over what compares."""
 
 import itertools
-import multiprocessing
 import os
 
 import numpy as np
@@ -71,12 +70,6 @@ def test_names_that_leave_the_folder_are_refused(here, name):
     for call in (Paths, here.rows, lambda name: rows.append(here, "s", name, unit())):
         with pytest.raises(InputError, match="expected a name"):
             call(name)
-
-
-def test_a_home_that_does_not_exist_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("UKE_HOME", str(tmp_path / "gone"))
-    with pytest.raises(InputError, match="UKE_HOME"):
-        _ = Paths("smoke").results
 
 
 def test_unit_keys_are_equal_for_equal_choices_only():
@@ -183,28 +176,6 @@ def test_a_truncated_file_is_not_done_and_one_without_a_new_column_is_read(here)
     assert not rows.done(here, "s", "one", MARKS)
     with pytest.raises(InputError, match="one.parquet: expected a parquet file"):
         read(here)
-
-
-def _append_many(home, worker):
-    os.environ["UKE_HOME"] = home
-    for number in range(3):
-        own = unit(method=f"M{worker}", batch=number)
-        rows.append(Paths("smoke"), "s", f"unit-{worker}-{number}", own)
-        rows.append(Paths("smoke"), "s", "shared", unit(method="shared"))
-
-
-def test_two_processes_keep_each_others_rows(here, tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    home = str(tmp_path)
-    workers = [spawn.Process(target=_append_many, args=(home, number)) for number in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(180)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    found = read(here).groupby("method")["batch"].nunique().to_dict()
-    assert found == {"M0": 3, "M1": 3, "shared": 1}
-    assert all(name.endswith(".parquet") for name in files(here.rows("s")))
 
 
 # --- The committed form ---------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     section.figure(figures.scores, scores, "layers", caption, alt, x="level", by="method")
 
 Frames have a row per observation (or `mean`, `low`, `high`). `by` names what has a colour: a method
-has the same one in every figure. Rows called `no edit` and `floor` are references: a dashed line
-and a shaded range. Every function raises InputError for a missing column or a frame without rows.
+has the same one in every figure. Rows called `no edit` are a dashed line. Every function raises
+InputError for a missing column or a frame without rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +16,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from uke.data.edits import KINDS
-from uke.errors import InputError
 from uke.report import style
 from uke.report.style import COLUMN, FULL, LOOKS, REFERENCE, Look, label_ends, looks, styled
 from uke.report.tables import REFERENCES, number, printed_score
@@ -57,9 +55,8 @@ def scores(
     """
     columns = dict.fromkeys(filter(None, [x, by, within, panel, row]))
     summary = summarise(frame, list(columns), "scores")
-    shown = summary[~summary[by].isin(REFERENCES)]
-    if shown.empty:
-        raise InputError("scores: no rows to show besides the references")
+    shown = summary[summary[by] != NO_EDIT]
+    require(shown, [], "scores")
     if x is None:
         return _forest(summary, shown, by, within or by, panel)
     titles = ordered(summary[panel], KINDS)
@@ -101,11 +98,8 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
     columns = 3 if summary[panel].nunique() < 8 else 4
     fig, parts = _panels(summary, panel, columns, height, sharex=True, sharey=True)
     for ax, own in parts:
-        references = own.drop_duplicates(by).set_index(by)["mean"]
-        if "floor" in references:
-            ax.axvspan(-9, references["floor"], color=style.PALE, alpha=0.75, lw=0, zorder=0)
-        if NO_EDIT in references:
-            ax.axvline(references[NO_EDIT], **REFERENCE)
+        for mean in own.loc[own[by] == NO_EDIT, "mean"]:
+            ax.axvline(mean, **REFERENCE)
         cells = own.set_index([by, within])[["mean", "low", "high"]].astype(float)
         for line, at in heights.items():
             mean, low, high = cells.loc[line] if line in cells.index else [np.nan] * 3
@@ -116,13 +110,8 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
         ax.set_ylim(heights.max() + 0.6, -0.6)
         ax.tick_params(left=False)
         ax.grid(axis="x")
-    values = summary[["mean", "low", "high"]].to_numpy(float)
-    if np.nanmin(values) >= 0 and np.nanmax(values) <= 1:
-        ax.set_xlim(-0.03, 1.03)
-        ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    else:
-        margin = 0.05 * np.ptp(values[np.isfinite(values)])
-        ax.set_xlim(np.nanmin(values) - margin, np.nanmax(values) + margin)
+    ax.set_xlim(-0.03, 1.03)
+    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     _explain(fig, look if within != by else {}, summary[by])
     _titles(fig, x="score, mean and 95 % interval")
     return fig
@@ -400,16 +389,14 @@ def _explain(
     names: Iterable[str] = (),
     loc: str = "outside upper right",
 ) -> None:
-    """Explain colours, marks and those references that are among `names`."""
+    """Explain colours, marks and, if it is among `names`, the line of no edit."""
     look = dict(look)
-    if NO_EDIT in (names := set(names)):
+    if NO_EDIT in set(names):
         look[NO_EDIT] = LOOKS[NO_EDIT]._replace(marker="")
-    handles: list = [
+    handles = [
         Line2D([], [], color=each.colour, marker=each.marker, ls=each.dashes, label=label(name))
         for name, each in look.items()
     ]
-    if "floor" in names:
-        handles.append(Patch(color=style.PALE, alpha=0.75, lw=0, label="below the floor"))
     if handles:
         columns = 1 if "right center" in loc else 2 if fig.get_figwidth() < 5 else 5
         fig.legend(handles=handles, loc=loc, ncols=columns)

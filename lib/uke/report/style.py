@@ -16,7 +16,7 @@ from uke.files import write_atomic
 from uke.results.compare import label
 
 COLUMN, FULL = 3.4, 6.8  # widths in inches of a figure in one column and across a page
-INK, GREY, PALE, BLUE, RED = "#1b1b1b", "#6f6f6f", "#e4e4e4", "#0072b2", "#d55e00"
+INK, GREY, BLUE, RED = "#1b1b1b", "#6f6f6f", "#0072b2", "#d55e00"
 REFERENCE = {"color": GREY, "lw": 1, "ls": (0, (3, 2)), "zorder": 1}  # a line to compare with
 VARIANT = " (at once)"  # after the name of a method that the same figure also shows without it
 RC = matplotlib.rc_params_from_file(
