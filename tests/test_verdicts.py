@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def said(value, low=None, high=None):
-    return {"value": value, "low": low, "high": high, "said": f"{value}, n = 40"}
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "unit": "points",
+        "said": f"{value} points, n = 40",
+    }
 
 
 def word(sign, *numbers, than=0.0, key="a.b"):
@@ -101,7 +107,9 @@ def test_every_number_that_a_pattern_matches_must_agree_and_deeper_keys_do_not_m
     verdict = judge(claim, {"w": numbers})
     assert verdict.word == HOLDS
     assert [each.key for each in verdict.evidence] == ["batch.8.lead", "batch.24.lead"]
-    assert verdicts.table([verdict])["ours"].item() == "8: 3.0, n = 40; 24: 3.0, n = 40"
+    assert (
+        verdicts.table([verdict])["ours"].item() == "8: 3.0 points, n = 40; 24: 3.0 points, n = 40"
+    )
     assert judge(claim, {"w": numbers | {"batch.40.lead": said(*AGAINST)}}).word == IN_PART
 
 

@@ -76,15 +76,16 @@ def claims(path: str | Path) -> list[Claim]:
 
 
 class Evidence(NamedTuple):
-    """A number that counts for a claim, as it was said, and how far it is on the claim's side.
+    """A number that counts for a claim, as it is said (`short`: without unit) in the report.
 
-    `distance` is value, low and high (NaN for no interval); `state` 1 or -1 if the interval is on
-    one side of zero, else a half, or 0.
+    `distance`: value, low and high (NaN for no interval) from what it is compared with, on the
+    claim's side. `state`: 1 or -1 if the interval is on one side of zero, else a half, or 0.
     """
 
     world: str
     key: str
     said: str
+    short: str
     distance: np.ndarray
     state: float
 
@@ -130,13 +131,20 @@ def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]
         for key in _matching(numbers, claim.number) if other else ():
             own = numbers[key]
             if claim.sign != "opposite":
+                against = "" if bound else f" (against {other['said']})"
                 distance = _turned(_minus(own, other), -1 if claim.sign == "-" else 1)
-                yield Evidence(world, key, own["said"], distance, _state(distance))
+                said = own["said"] + against
+                yield Evidence(world, key, said, _short(own), distance, _state(distance))
                 continue
-            first, second = (_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other))
-            state, turn = -_state(first) * _state(second), first[0]
-            yield Evidence(world, key, own["said"], _turned(first, turn), state)
-            yield Evidence(world, claim.than, other["said"], _turned(second, turn), state)
+            pair = [_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other)]
+            state = -_state(pair[0]) * _state(pair[1])
+            for name, each, distance in zip((key, claim.than), (own, other), pair, strict=True):
+                distance = _turned(distance, pair[0][0])
+                yield Evidence(world, name, each["said"], _short(each), distance, state)
+
+
+def _short(entry: Mapping) -> str:
+    return entry["said"].partition(", n =")[0].removesuffix(f" {entry['unit']}")
 
 
 def _minus(own: Mapping, other: Mapping) -> np.ndarray:
@@ -223,6 +231,6 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
         for each in seen:
             value, *ends = _turned(each.distance, turn)
             ends = [value if math.isnan(end) else end for end in ends]
-            text = _distinction(verdict, each) + each.said.partition(", n =")[0]
+            text = _distinction(verdict, each) + each.short
             rows.append((claim.label or claim.key, verdict.word, value, *ends, text))
     return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
