@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from uke.cli import params
-from uke.data.documents import COLLECTIONS, find_collections
-from uke.data.formats import find_data
+from uke.data.find import COLLECTIONS, find_data, find_files
 from uke.project import Paths
 
 ROOT = Path(workflow.basedir)
@@ -25,7 +24,7 @@ SHARED = {
     if key not in ("profile", "data", "rows", "threads")
 }
 NAMED = {kind: list(filter(None, str(config.get(kind, "")).split(","))) for kind in COLLECTIONS}
-FILES = {kind: list(map(str, find_collections(kind, NAMED[kind]))) for kind in COLLECTIONS}
+FILES = {kind: list(map(str, find_files(kind, NAMED[kind]))) for kind in COLLECTIONS}
 REPORTED = params.reported(ROOT, PROFILE, DATA, bool(FILES["documents"]))
 TUNING = [name for name in STUDIES if name.startswith("tuning")]
 if "rows" in config:  # draw again: the searches too, where their rows are committed

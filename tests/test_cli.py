@@ -14,8 +14,7 @@ import yaml
 from uke.cli import execute, params
 from uke.cli.main import _parser, job, main
 from uke.cli.preflight import check
-from uke.data.documents import find_collections
-from uke.data.formats import find_data
+from uke.data.find import find_data, find_files
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import key
@@ -88,8 +87,8 @@ def merge(project: Path, profile: str = "quick", notebook: str = "01_small", **g
         (["--set", "methods=FT-M,FT-Q"], "methods: unknown method 'FT-Q'; did you mean"),
         (["--set", "data=zsre"], "--set: 'data' is chosen by --data"),
         (["--data", "unkebensh"], "data: unknown dataset 'unkebensh'; did you mean 'unkebench'?"),
-        (["--data", "unkebench"], "data: unkebench needs a file, and UKE_DATA is not set"),
-        (["--data", "unkebench", "--set", "data_file=no.json"], "data_file: no.json: no such file"),
+        (["--data", "unkebench"], "in the folder UKE_DATA (not set), found none"),
+        (["--data", "unkebench", "--set", "data_file=no.json"], "unkebench: no.json: no such file"),
         (["--set", "model=./nowhere"], "nowhere: no such directory"),
         (["--profile", "quik"], "unknown profile 'quik'; did you mean 'quick'?"),
     ],
@@ -107,23 +106,23 @@ def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
     ("file", "content", "expected"),
     [
         ("profiles/quick.yaml", "limt: 3", "unknown parameter 'limt'; did you mean 'limit'?"),
-        ("profiles/quick.yaml", "limit: many", "limit: expected a whole number, found 'many'"),
+        ("profiles/quick.yaml", "limit: many", "limit: Input should be a valid integer"),
         ("profiles/quick.yaml", "limit: 1\nlimit: 2", "key 'limit' is written twice"),
         ("profiles/quick.yaml", "limit: [1", "line 2: not valid YAML"),
         ("profiles/quick.yaml", "- limit", "expected a mapping of names to values, found list"),
         ("profiles/quick.yaml", "profile: smoke", "'profile' is chosen by --profile"),
         ("studies.yaml", "01_small: {fixt: {}}", "did you mean 'fixed'?"),
-        ("studies.yaml", "01_small: [1]", "01_small: expected an object"),
+        ("studies.yaml", "01_small: [1]", "01_small: Input should be a valid dictionary"),
         (
             "studies.yaml",
             "01_small: {priority: high}",
-            "01_small, field 'priority': expected a whole number",
+            "01_small, field 'priority': Input should be a valid integer",
         ),
         ("studies.yaml", "01_small: {fixed: {rat: 1.0}}", "did you mean 'rate'?"),
         (
             "studies.yaml",
             "01_small: {fixed: {methods: [1]}}",
-            "methods, field '[0]': expected text, found 1",
+            "methods, field '0': Input should be a valid string; found 1",
         ),
         ("studies.yaml", "01_small: {profiles: {smok: {}}}", "did you mean 'smoke'?"),
     ],
@@ -217,16 +216,16 @@ def test_data_is_found_by_folder_or_by_file_and_never_guessed(project, monkeypat
 
 
 def test_collections_are_those_given_else_those_of_the_folder(project, monkeypatch):
-    assert find_collections("documents") == ()
+    assert find_files("documents") == ()
     (project / "wikipedia").mkdir()
     for name in ("b.jsonl", "a.jsonl", ".hidden"):
         (project / "wikipedia" / name).write_text("{}")
     monkeypatch.setenv("UKE_DATA", str(project))
-    assert [path.name for path in find_collections("documents")] == ["a.jsonl", "b.jsonl"]
+    assert [path.name for path in find_files("documents")] == ["a.jsonl", "b.jsonl"]
     given = [str(project / "wikipedia/b.jsonl")]
-    assert [path.name for path in find_collections("documents", given)] == ["b.jsonl"]
+    assert [path.name for path in find_files("documents", given)] == ["b.jsonl"]
     with pytest.raises(InputError, match="documents: nowhere.jsonl: no such file"):
-        find_collections("documents", ["nowhere.jsonl"])
+        find_files("documents", ["nowhere.jsonl"])
 
 
 def test_a_profile_of_its_own_has_its_own_report_and_a_locality_set_needs_documents(project):

@@ -16,7 +16,7 @@ from uke.explore import html as page
 from uke.explore import widgets
 from uke.explore.bench import AROUND, Bench, Library, Refused, Stopped, Task, own_edit
 from uke.files import read_yaml
-from uke.locality.facts import EXTRACTORS, edit_facts, facts, shared
+from uke.locality.facts import edit_facts, facts, names, shared
 from uke.methods.catalog import METHODS
 from uke.methods.method import Method, Training
 from uke.methods.recipes import FACTORS, RECIPES, vary
@@ -179,10 +179,9 @@ def test_questions_around_an_edit_of_ones_own_share_no_fact_with_it(library):
     assert paraphrases == [OWN.paraphrase, "And who was she?"]
     around = {one.kind: one for one in probes if one.kind in AROUND}
     assert set(around) == set(AROUND)
-    extract = EXTRACTORS["offline"]()
     for one in around.values():
         text = f"{one.question} {one.reference}"
-        assert not shared(edit_facts(OWN, extract), facts(text, extract(text)))
+        assert not shared(edit_facts(OWN), facts(text, names(text)))
     assert library.probes(OWN) == library.probes(OWN)
 
 

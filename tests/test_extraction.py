@@ -2,15 +2,13 @@
 
 import itertools
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from uke.data.edits import Edit
 from uke.data.formats import load
-from uke.errors import InputError
-from uke.locality.facts import EXTRACTORS, Facts, edit_facts, facts, names, normal, shared, union
+from uke.locality.facts import Facts, edit_facts, facts, names, normal, shared, union
 
 AKEW = ("akew-mquake", "akew/MQuAKE-CF_first177.json")
 UNKEBENCH = ("unkebench", "unkebench/final_data_v2_first500.json")
@@ -246,23 +244,7 @@ def test_an_edit_states_its_facts_and_names_its_details():
         details=({"question": "Where?", "answer": "In a large meadow."},),
     )
     expected = {"balmora club", "cricket", "Seyda", "large meadow"}
-    assert expected <= edit_facts(edit, names).names
-
-
-def test_spacy_gives_the_entities_of_its_model(tmp_path):
-    spacy = pytest.importorskip("spacy")
-    model = spacy.blank("en")
-    rules = model.add_pipe("entity_ruler")
-    rules.add_patterns([{"label": "PERSON", "pattern": "Marie Curie"}])
-    model.to_disk(tmp_path / "model")
-    assert EXTRACTORS["spacy"](tmp_path / "model")("Marie Curie sang.") == ["Marie Curie"]
-
-
-def test_spacy_without_its_model_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    message = "no_such_model.* cannot be loaded.* `pip install spacy && .* no_such_model`"
-    with pytest.raises(InputError, match=message):
-        EXTRACTORS["spacy"]("no_such_model")
+    assert expected <= edit_facts(edit).names
 
 
 def test_every_question_of_unkebench_shares_a_fact_with_its_answer():

@@ -18,8 +18,7 @@ from typing import Any
 
 from uke.cli import params
 from uke.cli.execute import Failure, Job, execute, runs
-from uke.data.documents import COLLECTIONS, find_collections
-from uke.data.formats import find_data
+from uke.data.find import COLLECTIONS, find_data, find_files
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.project import Paths
@@ -92,7 +91,7 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
         parameters["data_file"] = find_data(data, parameters["data_file"])
     for kind in COLLECTIONS:
         if kind in parameters and data != "world":
-            parameters[kind] = [str(path) for path in find_collections(kind, parameters[kind])]
+            parameters[kind] = [str(path) for path in find_files(kind, parameters[kind])]
     # Torch comes with the methods: a run that needs no look at them does not wait for it.
     others = [pair for pair in options.shared if not pair.startswith(FACTORED)]
     if "levels" in parameters and others != options.shared:
@@ -122,7 +121,7 @@ def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
     paths = Paths(options.profile)
     data = params.dataset(paths.home, options.profile, options.data)
     given = dict(pair.partition("=")[::2] for pair in options.shared)
-    documents = find_collections("documents", params.items(given.get("documents", "")))
+    documents = find_files("documents", params.items(given.get("documents", "")))
     notebooks = params.reported(paths.home, options.profile, data, bool(documents))
     return Paths(options.profile, data), notebooks
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter
 
-from uke.data.formats import DATA_FILES, located
+from uke.data.formats import FORMATS, located
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
 
@@ -76,7 +76,7 @@ def profile_file(root: Path, profile: str, place: str = "") -> Path:
 def dataset(root: Path, profile: str, data: str | None = None) -> str:
     """Name the dataset of a run: `data` if given, otherwise the profile's, otherwise the world."""
     chosen = data or read_yaml(profile_file(root, profile)).get("data", "world")
-    valid = ["world", *DATA_FILES]
+    valid = ["world", *FORMATS]
     if chosen not in valid:
         raise InputError(f"data: unknown dataset '{chosen}'{nearest(str(chosen), valid)}")
     return chosen

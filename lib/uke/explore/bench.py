@@ -43,8 +43,7 @@ from uke.world import files as world_files
 OWN_ID = "mine"
 AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
 MAX_NEW_TOKENS = 160  # of an answer whose reference is not longer
-# BM25 needs no index on disk; documents as long as the world's texts, however short the edit is.
-_SETTINGS = Settings(retriever="bm25", words=60)
+WORDS = 60  # of a document's text: as the world's texts, however short the edit is
 
 
 class Refused(InputError):
@@ -166,13 +165,16 @@ class Library:
     @cached_property
     def _builder(self) -> Builder:
         """Holds the facts of documents and triples, which are the same for every edit."""
-        return Builder(self.order.sources(), _SETTINGS, self.order.edit_file.parent)
+        return Builder(
+            self.order.sources(), Settings(retriever="bm25"), self.order.edit_file.parent
+        )
 
     def _build_around(self, edit: Edit) -> tuple[Probe, ...]:
         known = self._builder
         alone = Sources(((edit,),), known.sources.documents, known.sources.clozes)
         builder = Builder(alone, known.settings, known.folder)
         builder.document_facts, builder.cloze_facts = known.document_facts, known.cloze_facts
+        builder.words = WORDS
         first = self._exercises[0].edit
         exercises = [one for one in self._exercises if one.edit == first and edit not in self.edits]
         renamed = (probe.model_copy(update={"edit": edit.id}) for probe in exercises)

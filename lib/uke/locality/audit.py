@@ -1,41 +1,33 @@
-"""Audit a locality set with evidence that was not used to build it.
+"""Audit a locality set by facts known from elsewhere: those of the world, or that records state.
 
-That is ground-truth facts of the world, facts that records state, and a reading of both texts.
+    >>> frame = assess_run(Paths("quick"))
+    >>> leak_counts(frame)   # items, and those that share a fact with an edit
 
-    >>> frame = assess(items, sources, settings.batch, *known_of_world(1, "test", sources))
-    >>> leak_counts(frame, ["kind"])   # items, and those that share a fact with an edit
-
-Every table and figure is made from the rows of `assess`, which hold none of the texts.
+Tables and figures are made from the rows of `assess`, which hold none of the texts.
 """
 
-import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from uke.data.documents import Document
 from uke.data.edits import Edit, Item
 from uke.data.formats import load, load_locality
-from uke.errors import InputError
-from uke.files import read_yaml, sha256
-from uke.locality.build import Settings, Sources, text_of, unfiltered
-from uke.locality.card import SetFiles, built, ensure, of_files, of_world
+from uke.files import sha256
+from uke.locality.build import Sources, text_of, unfiltered
+from uke.locality.card import built, ensure, of_files, of_world
 from uke.locality.card import settings as read_settings
 from uke.locality.facts import facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
 from uke.results.metrics import Encoder, cosines, load_encoder
-from uke.results.stats import Interval, interval, share
+from uke.results.stats import Interval, interval
 from uke.world import files as world_files
 from uke.world import generate as world
 
 SHORT = 5  # words: a longer object is a clause, which no other text repeats word for word
 USED, ALONE, UNFILTERED = "texts and what records state", "texts alone", "no filter"  # filters
-BENCHMARKS = ("unkebench", "akew-mquake")  # whose published locality sets are built anew
 LIKENESS = {"overlap": "share of longer words in common", "similarity": "cosine of embeddings"}
 Names = Mapping[str, Sequence[str]]
 
@@ -43,8 +35,7 @@ Names = Mapping[str, Sequence[str]]
 def known_of_world(seed: int, split: str, sources: Sources) -> tuple[Names, Names]:
     """Look up the true subjects and objects of every edit, and of every document and triple, by id.
 
-    `sources` are those of a file of this split, whose edits stand in the world's order whatever
-    their ids are.
+    `sources`: those of a file of this split, whose edits stand in the world's order.
     """
     made = world.build(seed)
     pairs = zip(sources.edits, world_files.shuffled(made, split), strict=True)
@@ -57,9 +48,8 @@ def known_of_world(seed: int, split: str, sources: Sources) -> tuple[Names, Name
 def stated_names(edits: Iterable[Edit]) -> Names:
     """Look up the named subjects and objects of the facts that each record states, by id.
 
-    "He", "the series" and "many" are subjects in AKEW's triplets, but another text that has these
-    words names nothing by them: a name has a capital or a digit, at most SHORT words, and a normal
-    form.
+    "He", "the series" and "many" are subjects in AKEW's triplets, but name nothing in another text:
+    a name has a capital or a digit, at most SHORT words, and a normal form.
     """
     found = {}
     for edit in edits:
@@ -73,10 +63,10 @@ def stated_names(edits: Iterable[Edit]) -> Names:
 
 
 def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
-    """Look for every stated name among the names that the extractor finds in the edit's answer.
+    """Look for every stated name among the names that are found in the edit's answer.
 
-    One row per stated name: `edit`, whether it is `found`, in the sense in which two texts share
-    it, and `half`: the records at even places were looked at when the extractor was written.
+    One row per stated name: `edit`, whether it is `found`, and `half`: the records at even places
+    were looked at when the extractor was written.
     """
     rows = []
     for place, edit in enumerate(edits):
@@ -88,28 +78,16 @@ def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
 
 
 def leaks(
-    items: Sequence[Item],
-    sources: Sources,
-    batch: int,
-    known: Names,
-    known_documents: Names | None = None,
+    items: Sequence[Item], sources: Sources, batch: int, known: Names, of_documents: Names
 ) -> pd.DataFrame:
     """List for every item the names it shares with its `own` edit and with any edit of its `batch`.
 
     A name is shared where the item's text (of a document all of it) has a known subject or object
     of the edit, or the edit's text one of the document's: whole words, in any case, and not as part
-    of a longer known name ("swan" in "glass swan"). Columns: edit, kind, source, own, batch. Where
-    the documents' facts are known, those of every edit must be, else InputError: what is not looked
-    for is not found.
+    of a longer known name ("swan" in "glass swan"). Columns: edit, kind, source, own, batch.
     """
-    missing = sorted(edit.id for edit in sources.edits if edit.id not in known)
-    if known_documents and missing:
-        raise InputError(
-            f"audit: nothing is known of {len(missing)} edits ({', '.join(missing[:3])}); "
-            "expected the facts of every edit"
-        )
     patterns = defaultdict(lambda: re.compile("(?!)"))  # nothing is known: nothing is found
-    for name, phrases in (*known.items(), *(known_documents or {}).items()):
+    for name, phrases in (*known.items(), *of_documents.items()):
         longest_first = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
         patterns[name] = re.compile(rf"(?<!\w)(?:{longest_first or '(?!)'})(?!\w)", re.I)
     block = {edit.id: edits for edits in sources.blocks(batch) for edit in edits}
@@ -150,19 +128,18 @@ def assess(
     sources: Sources,
     batch: int,
     known: Names,
-    known_documents: Names | None = None,
+    of_documents: Names,
     encoder: Encoder | None = None,
 ) -> pd.DataFrame:
     """Assess every item: one row each, without its text.
 
-    Columns: edit, kind, source, rank, words (of the reference), own and batch (how many names it
-    shares with its edit and with any edit of its batch, missing where nothing is known of its
-    edit), and for documents how like their edit they are: overlap (the share of the reference's
-    words of four letters or more that the answer has) and similarity (the cosine of their
-    embeddings; only with an encoder).
+    Columns: edit, kind, source, rank, words (of the reference), own and batch (numbers of names as
+    in `leaks`, missing where nothing is known of the edit), and for documents overlap (the share of
+    the reference's words of four letters or more that the answer has) and, with an encoder,
+    similarity (the cosine of their embeddings).
     """
     answers = {edit.id: edit.answer for edit in sources.edits}
-    frame = leaks(items, sources, batch, known, known_documents)
+    frame = leaks(items, sources, batch, known, of_documents)
     judged = frame["edit"].isin(known)
     for column in ("own", "batch"):
         frame[column] = frame[column].str.len().astype("Int64").where(judged)
@@ -179,28 +156,40 @@ def assess(
     return frame
 
 
-def assess_sets(
-    sets: Sequence[SetFiles],
-    settings: Settings,
-    folder: Path,
-    known_of: Callable[[Sources], tuple[Names, Names | None]],
+def assess_run(
+    paths: Paths,
+    split: str = "test",
+    world_seed: int = 1,
+    data_file: str = "",
+    documents: Sequence[str] = (),
+    structured: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Build sets and assess their items as they are used, by texts alone, and without any filter.
+    """Build and assess the set of a benchmark's file, or both forms of one split of the world.
 
-    A set as it is used is filtered by what records state, too, which is what leaks are counted by;
-    so the set filtered by texts alone is what is judged. `known_of` looks up what is known of
-    sources; where it knows nothing, only the set as used is assessed. Columns of `assess`, and set,
-    filter, and of the set edits, documents, triples and sha256.
+    Items are assessed as they are used, by texts alone, and without any filter: a set as it is used
+    is filtered by what records state, which is what leaks of a benchmark are counted by. There,
+    records at odd places count: the others were looked at when names were first found. Columns of
+    `assess`, and set, filter, and of the set edits, documents, triples and sha256.
     """
-    frames, encoder = [], load_encoder()
+    if paths.data == "world":
+        home = world_files.ensure(paths.home / "results", world_seed)
+        sets = [of_world(home, split, form) for form in ("unkebench", "akew-counterfact")]
+        folder = home / split / "locality"
+    else:
+        sets = [of_files(paths.data, data_file, documents, structured)]
+        folder = built(paths).parent
+    settings, encoder = read_settings(paths.home, paths.data), load_encoder()
+    blind = settings.model_copy(update={"stated": False})
+    frames = []
     for files in sets:
-        path, sources = ensure(files, settings, folder), files.sources()
-        known = known_of(sources)
+        sources, path = files.sources(), ensure(files, settings, folder)
+        if files.generated:
+            known = known_of_world(world_seed, split, sources)
+        else:
+            known = stated_names(load(files.dataset, files.edit_file)[1::2]), {}
         made = {USED: load_locality(path, sources.edits)}
         if known[0]:
-            blind = settings.model_copy(update={"stated": False})
-            alone = ensure(files, blind, folder / "blind", folder / "retrieval")
-            made[ALONE] = load_locality(alone, sources.edits)
+            made[ALONE] = load_locality(ensure(files, blind, folder), sources.edits)
             made[UNFILTERED] = unfiltered(sources, blind, folder / "retrieval")
         described = {
             "set": files.name,
@@ -215,84 +204,23 @@ def assess_sets(
     return pd.concat(frames, ignore_index=True)
 
 
-def assess_run(
-    paths: Paths,
-    settings: Settings,
-    split: str = "test",
-    world_seed: int = 1,
-    data_file: str = "",
-    documents: Sequence[str] = (),
-    structured: Sequence[str] = (),
-) -> pd.DataFrame:
-    """Assess the set of a benchmark's file, or those of one split of the world in both forms."""
-    if paths.data != "world":
-        files = of_files(paths.data, data_file, documents, structured)
-        folder = built(paths).parent
-        return assess_sets([files], settings, folder, lambda of: (stated_names(of.edits), None))
-    world = world_files.ensure(paths.home / "results", world_seed)
-    sets = [of_world(world, split, form) for form in ("unkebench", "akew-counterfact")]
-    known_of = partial(known_of_world, world_seed, split)
-    return assess_sets(sets, settings, world / split / "locality", known_of)
-
-
-def assess_benchmarks(paths: Paths, documents: Sequence[str] = ()) -> pd.DataFrame:
-    """Assess UnKEBench-Loc and AKEW-Loc-MQuAKE, built from the files in the folder UKE_DATA.
-
-    Leaks are counted by what the records at odd places of the file state: the others were looked at
-    when the extractor was written.
-    """
-    frames = []
-    for data in BENCHMARKS:
-        files = of_files(data, "", documents)
-        known = stated_names(load(data, files.edit_file)[1::2]), None
-        chosen, folder = read_settings(paths.home, data), paths.results / "locality"
-        frames.append(assess_sets([files], chosen, folder, lambda _, known=known: known))
-    return pd.concat(frames, ignore_index=True)
-
-
-def fingerprint(edit: Edit, document: Document) -> str:
-    """Compute 8 hex digits of the texts of a RelDoc: a verdict holds for these and no others."""
-    texts = "\n".join((text_of(edit), document.heading, document.text))
-    return hashlib.sha256(texts.encode()).hexdigest()[:8]
-
-
-def read_verdicts(paths: Paths, documents: Sequence[str] = ()) -> pd.DataFrame:
-    """Read what a reader said of RelDocs of both benchmarks, from `params/audit/reading.yaml`.
-
-    Columns set, edit, source, texts, shares, why, and holds: whether the set has this RelDoc with
-    just the texts that were read.
-    """
-    verdicts = pd.DataFrame(read_yaml(paths.home / "params/audit/reading.yaml")["verdicts"])
-    held = set()
-    for data in BENCHMARKS:
-        files = of_files(data, "", documents)
-        path = ensure(files, read_settings(paths.home, data), paths.results / "locality")
-        sources = files.sources()
-        known = {each.id: each for each in sources.documents}
-        edits = {edit.id: edit for edit in sources.edits}
-        for item in load_locality(path, sources.edits):
-            if item.kind == "rel_doc":
-                texts = fingerprint(edits[item.edit], known[item.source])
-                held.add((files.name, item.edit, item.source, texts))
-    keys = verdicts[["set", "edit", "source", "texts"]].itertuples(index=False, name=None)
-    return verdicts.assign(holds=[key in held for key in keys])
-
-
-def shape(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Describe assessed items: sources, edits of the most used one, words, ranks."""
+def shape(frame: pd.DataFrame) -> pd.DataFrame:
+    """Describe the items of each set and kind: sources, words of the references, ranks."""
     columns = {
         "items": ("source", "size"),
         "sources": ("source", "nunique"),
-        "edits of the most used": ("source", lambda sources: sources.value_counts().iloc[0]),
-        "words": ("words", lambda words: int(words.median())),
-        "fewest words": ("words", "min"),
-        "most words": ("words", "max"),
+        "words": ("words", "median"),
         "lowest rank": ("rank", "min"),
         "median rank": ("rank", "median"),
         "highest rank": ("rank", "max"),
     }
-    table = frame.groupby(list(by), sort=False).agg(**columns).reset_index()
-    return table.assign(**{"median rank": table["median rank"].round().astype("Int64")})
+    return (
+        frame.groupby(["set", "kind"], sort=False)
+        .agg(**columns)
+        .round()
+        .convert_dtypes()
+        .reset_index()
+    )
 
 
 def describe(frame: pd.DataFrame) -> pd.DataFrame:
@@ -304,40 +232,24 @@ def describe(frame: pd.DataFrame) -> pd.DataFrame:
 
 def likeness(frame: pd.DataFrame) -> pd.DataFrame:
     """List how like its edit every document is: columns of `frame`, measure and score."""
-    documents = frame[frame["kind"].str.endswith("doc")].rename(columns=LIKENESS)
-    measures = [name for name in LIKENESS.values() if name in documents]
     kept = [column for column in frame.columns if column not in LIKENESS]
+    measures = [column for column in LIKENESS if column in frame]
+    documents = frame[frame["kind"].str.endswith("doc")]
     return documents.melt(kept, measures, "measure", "score").dropna(subset="score")
 
 
 def mean_likeness(frame: pd.DataFrame, by: str = "edit") -> dict[tuple[str, str], Interval]:
     """Average the likeness of documents by (kind, measure); intervals are over edits or sources."""
     return {
-        (kind, measure): interval(part[measure].to_numpy(float), part[by].tolist())
-        for kind, part in frame[frame["kind"].str.endswith("doc")].groupby("kind", sort=False)
-        for measure in LIKENESS
-        if measure in part and part[measure].notna().all()
+        key: interval(part["score"].to_numpy(float), part[by].tolist())
+        for key, part in likeness(frame).groupby(["kind", "measure"], sort=False)
     }
 
 
-def first_set(frame: pd.DataFrame) -> pd.DataFrame:
-    """Select the items of the first set."""
-    return frame[frame["set"] == frame["set"].iloc[0]]
-
-
-def disjoint(frame: pd.DataFrame, filter: str) -> Interval:
-    """Compute the share of the first set's RelDocs without a fact of any edit of their batch."""
-    related = first_set(frame).query("kind == 'rel_doc' and filter == @filter")
-    return share(int((related["batch"] == 0).sum()), len(related))
-
-
-def leak_counts(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Count items that share a fact with their own edit and with any edit of their batch.
-
-    Items of edits of which nothing is known are left out.
-    """
+def leak_counts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Count the judged items that share a fact with their own edit and with any of their batch."""
     names = {"own": "share a fact with their edit", "batch": "with any edit of the batch"}
     judged = frame.dropna(subset="own")
     leaking = judged.assign(items=1, own=judged["own"] > 0, batch=judged["batch"] > 0)
-    counts = leaking.groupby(list(by), sort=False)[["items", *names]].sum()
-    return counts.rename(columns=names).reset_index()
+    groups = leaking.groupby(["set", "filter", "kind"], sort=False)
+    return groups[["items", *names]].sum().rename(columns=names).reset_index()

@@ -8,14 +8,11 @@ RandDoc is drawn from those ranked below a floor. What the paper leaves open is 
 
 import random
 import re
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, StrictBool, StrictInt
@@ -26,9 +23,8 @@ from uke.data.edits import Cloze, Edit, Frozen, Item, in_group
 from uke.data.formats import is_question
 from uke.errors import InputError
 from uke.locality import retrieval
-from uke.locality.facts import EXTRACTORS, SENTENCE, Facts, edit_facts, facts, shared, union
+from uke.locality.facts import SENTENCE, Facts, edit_facts, facts, names, shared, union
 
-LEAST_QUESTIONS = 100  # fewer teach a retriever nothing
 PROBE_KINDS = in_group("locality", "nearby")
 TITLE, SECTION = "Tell me about {title}.", "Tell me about {title}, in particular: {section}."
 
@@ -36,26 +32,20 @@ TITLE, SECTION = "Tell me about {title}.", "Tell me about {title}, in particular
 class Settings(Frozen):
     """Every choice of a locality set; of these the paper states a trained retriever and the floor.
 
-    - `retriever`: ranks documents by the edit's question; MiniLM as it comes. The published one is
-      trained, which needs documents that bring questions: where those are too few, "dense-trained"
-      falls back to "dense", and the card says so.
-    - `extractor`: the one that needs no download. `stated`: whether what a record states beside its
-      text (subject, triples, short answers) counts as its facts, which is surer than any extractor.
+    - `retriever`: ranks documents by the edit's question: "bm25", "dense" (MiniLM as it comes) or
+      the directory of a sentence encoder, as tools/train_retriever.py makes one.
+    - `stated`: whether what a record states beside its text (subject, triples, short answers)
+      counts as its facts, which is surer than what is found in the text.
     - `batch`: edits that may be written together, consecutive ones of a split; no document shares a
       fact with any of them. 0 is all of a split, so that a set serves every batch size.
-    - `floor`: RandDoc stands below this rank. `candidates`: documents looked through for RelDoc.
-    - `words`: length of a reference, 0 for the median of the answers to write, so that both cost a
-      model as much.
+    - `floor`: RandDoc stands below this rank.
     - `seed`: of every draw.
     """
 
-    retriever: Literal["bm25", "dense", "dense-trained"] = "dense"
-    extractor: Literal["offline", "spacy"] = "offline"
+    retriever: str = "dense"
     stated: StrictBool = True
     batch: StrictInt = Field(default=0, ge=0)
     floor: StrictInt = Field(default=100, ge=1)
-    candidates: StrictInt = Field(default=1000, ge=1)
-    words: StrictInt = Field(default=0, ge=0)
     seed: StrictInt = 1
 
 
@@ -84,8 +74,7 @@ class Sources:
 class Builder:
     """Sources with what is computed once: facts, rankings, lengths.
 
-    `folder` keeps embeddings and a trained retriever. `refused`: the edits left without an item, by
-    kind.
+    `folder` keeps embeddings. `refused`: the edits left without an item, by kind.
     """
 
     sources: Sources
@@ -94,13 +83,9 @@ class Builder:
     refused: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     @cached_property
-    def extract(self) -> Callable[[str], list[str]]:
-        return EXTRACTORS[self.settings.extractor]()
-
-    @cached_property
     def document_facts(self) -> list[Facts]:
         texts = [(retrieval.passage(each), each.title) for each in self.sources.documents]
-        return [facts(text, self.extract(text), [title]) for text, title in texts]
+        return [facts(text, names(text), [title]) for text, title in texts]
 
     @cached_property
     def cloze_facts(self) -> list[Facts]:
@@ -111,35 +96,29 @@ class Builder:
 
     @cached_property
     def words(self) -> int:
-        lengths = [len(edit.answer.split()) for edit in self.sources.edits]
-        return self.settings.words or round(median(lengths))
+        """Length of a reference: the median of the answers, so that both cost a model as much."""
+        return round(median(len(edit.answer.split()) for edit in self.sources.edits))
 
     @cached_property
     def ranked(self) -> dict[str, np.ndarray]:
         """For every edit the indices (N,) of the documents, the most relevant to it first."""
-        documents = self.sources.documents
-        index = retrieval.over(documents, self.settings.retriever, self.folder)
-        order, _ = index.top([edit.question for edit in self.sources.edits], len(documents))
-        return self.by_edit(order)
+        edits, documents = self.sources.edits, self.sources.documents
+        passages = list(map(retrieval.passage, documents))
+        index = retrieval.build(self.settings.retriever, passages, self.folder)
+        order, _ = index.top([edit.question for edit in edits], len(documents))
+        return dict(zip((edit.id for edit in edits), order, strict=True))
 
     @cached_property
     def near(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For every edit the triples by how like their relation is to one of its own, best first.
-
-        Indices and scores, (M,) each.
-        """
+        """For every edit the triples, most like it in relation first: indices and scores, (M,)."""
         name = "bm25" if self.settings.retriever == "bm25" else "dense"
         relations = [
             without(cloze.question or cloze.prompt, cloze.subject) for cloze in self.sources.clozes
         ]
-        index = retrieval.build(name, relations, self.folder)
-        asked = [self.relation(edit) for edit in self.sources.edits]
-        indices, scores = index.top(asked, len(relations))
-        return self.by_edit(zip(indices, scores, strict=True))
-
-    def by_edit(self, values: Iterable) -> dict[str, Any]:
-        """Key values, one for each edit, by the edits' ids."""
-        return dict(zip((edit.id for edit in self.sources.edits), values, strict=True))
+        index, edits = retrieval.build(name, relations, self.folder), self.sources.edits
+        indices, scores = index.top(list(map(self.relation, edits)), len(relations))
+        pairs = zip(indices, scores, strict=True)
+        return dict(zip((edit.id for edit in edits), pairs, strict=True))
 
     def relation(self, edit: Edit) -> str:
         """Find a relation that the edit states, without its subject."""
@@ -147,20 +126,15 @@ class Builder:
             return edit.facts[0].relation.replace("{}", "")
         questions = [detail.question for detail in edit.details] or [edit.question]
         question = self.rng("relation", edit).choice(questions)
-        return without(question, edit.subject, *self.extract(text_of(edit)))
+        return without(question, edit.subject, *names(text_of(edit)))
 
     def rng(self, use: str, edit: Edit) -> random.Random:
         """Make a generator for one draw of one edit: what is drawn for others does not matter."""
         return random.Random(f"{use}-{self.settings.seed}-{edit.id}")
 
-    def facts_of(self, edit: Edit) -> Facts:
-        """Collect the facts of an edit: what its record states, and what is found in its text."""
-        bare = edit.model_copy(update={"subject": None, "facts": (), "details": ()})
-        return edit_facts(edit if self.settings.stated else bare, self.extract)
-
     def block(self, edits: Sequence[Edit]) -> Iterator[Item]:
         """Make the items of edits that may be written together, edit by edit."""
-        together = union(map(self.facts_of, edits))
+        together = union(edit_facts(edit, self.settings.stated) for edit in edits)
         spelled_out = " ".join(("", *map(spelled, map(text_of, edits)), ""))
         free = np.array([not shared(together, each) for each in self.document_facts])
         apart = [not shared(together, each) for each in self.cloze_facts]
@@ -173,17 +147,14 @@ class Builder:
 
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
         """Choose RelDoc and RandDoc of an edit from the documents marked `free` (N,)."""
-        ranked, settings = self.ranked[edit.id], self.settings
-        related = next((int(one) for one in ranked[: settings.candidates] if free[one]), None)
+        ranked = self.ranked[edit.id]
+        related = next((int(index) for index in ranked if free[index]), None)
         below = free.copy()
-        below[ranked[: settings.floor]] = False
+        below[ranked[: self.settings.floor]] = False
         if related is not None:
             below[related] = False
-        random_ = self.draw("rand_doc", edit, np.flatnonzero(below))
-        for kind, index in (("rel_doc", related), ("rand_doc", random_)):
-            if index is None:
-                self.refused.setdefault(kind, []).append(edit.id)
-                continue
+        drawn = self.draw("rand_doc", edit, np.flatnonzero(below))
+        for kind, index in self.kept(edit, rel_doc=related, rand_doc=drawn):
             document = self.sources.documents[index]
             question, aliases = question_for(document)
             yield Item(
@@ -207,10 +178,7 @@ class Builder:
         # Triples of one relation differ in the subject, which was taken out: equally near.
         nearest = ranked[left & (scores == scores[left].max(initial=-np.inf))]
         near = self.draw("near_triple", edit, nearest)
-        for kind, index in (("struct_trip", drawn), ("near_triple", near)):
-            if index is None:
-                self.refused.setdefault(kind, []).append(edit.id)
-                continue
+        for kind, index in self.kept(edit, struct_trip=drawn, near_triple=near):
             cloze = self.sources.clozes[index]
             own = [probe.number for probe in edit.extra if probe.kind == kind]
             as_question = kind == "near_triple"
@@ -228,6 +196,14 @@ class Builder:
     def draw(self, kind: str, edit: Edit, indices: np.ndarray) -> int | None:
         """Draw one of these indices for an edit; None where there is none."""
         return int(self.rng(kind, edit).choice(indices)) if len(indices) else None
+
+    def kept(self, edit: Edit, **chosen: int | None) -> Iterator[tuple[str, int]]:
+        """Yield kinds with what was chosen for them; note the kinds left without anything."""
+        for kind, index in chosen.items():
+            if index is None:
+                self.refused.setdefault(kind, []).append(edit.id)
+            else:
+                yield kind, index
 
 
 def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
@@ -250,21 +226,18 @@ def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...
     blocks = tqdm(sources.blocks(settings.batch), desc="locality", mininterval=5)
     items = [item for block in blocks for item in builder.block(block)]
     for kind, edits in builder.refused.items():
-        documents = f"{len(sources.documents)} documents"
-        among = documents if kind.endswith("doc") else f"{len(sources.clozes)} triples"
-        named = ", ".join(map(repr, edits[:5])) + (" ..." if len(edits) > 5 else "")
         raise InputError(
-            f"{kind}: none of {among} is left for {len(edits)} of {len(sources.edits)} edits "
-            f"({named}): each shares a fact with an edit that may be written in one batch with it, "
-            f"or is ranked out; add more, or lower batch ({settings.batch or 'all'}) or floor "
-            f"({settings.floor})"
+            f"{kind}: nothing is left for {len(edits)} of {len(sources.edits)} edits, first "
+            f"{edits[0]!r}, among {len(sources.documents)} documents and {len(sources.clozes)} "
+            "triples: each shares a fact with an edit of its batch or is ranked out; "
+            f"add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
         )
     return tuple(items)
 
 
 def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
     """Choose RelDocs as if a shared fact did not matter: the control of an audit."""
-    builder = Builder(sources, fitted(settings, sources), folder)
+    builder = Builder(sources, settings, folder)
     every = np.ones(len(sources.documents), dtype=bool)
     items = (item for edit in sources.edits for item in builder.documents_of(edit, every))
     return tuple(item for item in items if item.kind == "rel_doc")
@@ -272,37 +245,16 @@ def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item
 
 def check(sources: Sources, settings: Settings) -> None:
     """Raise InputError where no set can be made of these sources."""
-    if not sources.edits:
-        raise InputError("locality: there is no edit to build probes for")
-    if len(sources.documents) < settings.floor + 2:
-        raise InputError(
-            f"locality: {len(sources.documents)} documents are too few for the floor "
-            f"{settings.floor}: RandDoc is drawn from those ranked below it; "
-            f"expected {settings.floor + 2} or more"
-        )
-    counts = Counter(cloze.id for cloze in sources.clozes)
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise InputError(
-            f"locality: {len(repeated)} triples share an id ({repeated[0]!r}); "
-            "expected structured sets whose files have different names"
-        )
-    if len(sources.clozes) < 2:
-        raise InputError(
-            f"locality: {len(sources.clozes)} triples in the structured set; expected 2 or more"
-        )
-
-
-def fitted(settings: Settings, sources: Sources) -> Settings:
-    """Fall back to MiniLM as it comes where questions are too few to learn from; warn of it."""
-    questions = sum(len(document.questions) for document in sources.documents)
-    if settings.retriever != "dense-trained" or questions >= LEAST_QUESTIONS:
-        return settings
-    warnings.warn(
-        f"the documents bring {questions} questions, too few to train a retriever on "
-        f"({LEAST_QUESTIONS}); MiniLM is used as it comes",
-        stacklevel=2,
-    )
-    return settings.model_copy(update={"retriever": "dense"})
+    triples = len(sources.clozes)
+    for found, least, what in (
+        (len(sources.edits), 1, "edits"),
+        (len(sources.documents), settings.floor + 2, f"documents for floor {settings.floor}"),
+        (triples, 2, "triples of structured sets"),
+    ):
+        if found < least:
+            raise InputError(f"locality: expected {least} or more {what}, found {found}")
+    if len({cloze.id for cloze in sources.clozes}) < triples:
+        raise InputError("locality: triples share ids; expected structured files of unlike names")
 
 
 def text_of(edit: Edit) -> str:

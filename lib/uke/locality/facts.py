@@ -5,29 +5,32 @@
     frozenset({'Rome'})
 
 Two texts share a fact if either contains, as whole words, something that the other names. Relations
-are not compared: texts that state the same relation of an entity both name the entity. The offline
-extractor goes by capitals, digits and the word classes in `facts.yaml`, without a model or a
-download; languages written without spaces or capitals are out of its reach.
+are not compared: texts that state the same relation of an entity both name the entity. Names are
+found by capitals, digits and the word classes in `facts.yaml`, without a model; languages written
+without spaces or capitals are out of reach.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 from uke.data.edits import Edit
-from uke.errors import InputError
 from uke.files import read_yaml
 
 # Words of a name that are compared. A longer phrase is a clause, which no other text repeats word
 # for word: only the names inside it count. A longer name or title is known by its first words.
 LONGEST = 5
 REACH = 12  # words in a name at most: beyond that stand lists and running heads
-SPACY_MODEL = "en_core_web_sm"
-
-Extractor = Callable[[str], list[str]]
+CLASSES = {
+    name: frozenset(listed.split())
+    for name, listed in read_yaml(Path(__file__).with_name("facts.yaml")).items()
+}
+FUNCTION, CALENDAR, GENERIC = (CLASSES[name] for name in ("function", "calendar", "generic"))
+UNNAMED = FUNCTION | CALENDAR
+MUTE = UNNAMED | GENERIC  # words that alone name nothing
 
 LETTERS = str.maketrans({"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "ß": "ss"})
 LETTERS |= str.maketrans("łŁøØđĐðÐı’‘ʼ`“”„«»", "lLoOdDdDi''''" + 5 * '"')
@@ -59,10 +62,9 @@ class Facts:
 
 
 def facts(text: str, found: Iterable[str], given: Iterable[str] = ()) -> Facts:
-    """Collect what `text` states from the names found in it and from names given beside it.
+    """Collect what `text` states from names `found` in it and phrases `given` beside it.
 
-    `found` come from an extractor; `given` from a record (its subject, its short answers). A short
-    phrase among `given` counts as the text writes it, whether or not it has a capital.
+    A short phrase among `given`, as a record's subject, counts whether or not it has a capital.
     """
     text = plain(text)
     every = [_forms(plain(phrase)) for phrase in found]
@@ -74,12 +76,14 @@ def facts(text: str, found: Iterable[str], given: Iterable[str] = ()) -> Facts:
     return Facts(frozenset().union(*every) - {""}, _grams(text))
 
 
-def edit_facts(edit: Edit, extract: Extractor) -> Facts:
-    """Collect what an edit states: the names in its text, and what its record states beside it."""
+def edit_facts(edit: Edit, stated: bool = True) -> Facts:
+    """Collect the names in an edit's text and, if `stated`, what its record states beside it."""
     text = f"{edit.question}\n{edit.answer}"
-    stated = [phrase for fact in edit.facts for phrase in (fact.subject, fact.object)]
+    if not stated:
+        return facts(text, names(text))
+    phrases = [phrase for fact in edit.facts for phrase in (fact.subject, fact.object)]
     answers = [fact.object for fact in edit.facts] + [detail.answer for detail in edit.details]
-    return facts(text, [*extract(text), *stated], [edit.subject or "", *answers])
+    return facts(text, [*names(text), *phrases], [edit.subject or "", *answers])
 
 
 def union(many: Iterable[Facts]) -> Facts:
@@ -105,7 +109,6 @@ def names(text: str) -> list[str]:
 
 def _names(sentence: str, lower: frozenset[str] = frozenset()) -> list[str]:
     tokens, found = TOKEN.findall(sentence), []
-    function = language()["function"]
     index, opens, number = 0, True, False  # `number`: the last word was a bare number
     while index < len(tokens):
         token, end, counted = tokens[index], index + 1, number
@@ -113,11 +116,12 @@ def _names(sentence: str, lower: frozenset[str] = frozenset()) -> list[str]:
         number = False
         if token[0] == '"' and len(token) > 1:
             title = token[1:-1].strip(" ,.;")
-            found += [title] if _is_title(title) else _names(title, lower)
+            lesser = [word for word in words(title) if word not in FUNCTION and not _marked(word)]
+            found += _names(title, lower) if lesser else [title]
         elif token[0].isdigit() or " " in token:
             found.append(token)
             number = token.isdigit() and not normal(token)
-        elif token[0].isalnum() and has_capital(token) and token.casefold() not in function:
+        elif token[0].isalnum() and has_capital(token) and token.casefold() not in FUNCTION:
             end = _reach(tokens, index)
             name = " ".join(tokens[index:end]).removesuffix("'").removesuffix("'s")
             if end > index + 1 or _is_name(name, opens, lower, follower):
@@ -129,74 +133,39 @@ def _names(sentence: str, lower: frozenset[str] = frozenset()) -> list[str]:
     return found
 
 
-def _is_title(quoted: str) -> bool:
-    """Tell whether a quotation is a title: all its words but function words have a capital."""
-    function = language()["function"]
-    return all(has_capital(word) or word[0].isdigit() or word in function for word in words(quoted))
-
-
 def _is_name(word: str, opens: bool, lower: frozenset[str], follower: str) -> bool:
     """Tell whether a single capitalised word is a name; `opens`: whether it opens a sentence."""
-    known, low = language(), word.casefold()
-    if low in known["calendar"]:
+    low = word.casefold()
+    verb = low.endswith(("ly", "ing", "ed")) or low in CLASSES["past"]
+    if low in CALENDAR or opens and (low in lower or verb):
         return False
-    if opens and (low in lower or low.endswith(("ly", "ing", "ed")) or low in known["past"]):
-        return False
-    adjective = low in known["demonyms"] or low.endswith(("ian", "ean", "ish", "ese"))
+    adjective = low in CLASSES["demonyms"] or low.endswith(("ian", "ean", "ish", "ese"))
     return not (adjective and follower.islower() and _is_content(follower))
 
 
 def _is_content(word: str) -> bool:
     """Tell whether a word in lower case is neither a function word nor an adverb."""
-    known = language()
-    adverb = word.endswith("ly") and word not in known["generic"]
-    return word not in known["function"] and word != "to" and not adverb
+    return word not in FUNCTION and (not word.endswith("ly") or word in GENERIC)
 
 
 def _reach(tokens: list[str], start: int) -> int:
     """Find the end of the name that begins at `start`."""
-    known, end = language(), start + 1
+    end = start + 1
     while end < min(len(tokens), start + REACH):
-        ahead, joins = end, known["joins"] | ({"and"} if "of" in tokens[start:end] else set())
+        joins = CLASSES["joins"] | ({"and"} if "of" in tokens[start:end] else set())
+        ahead = end
         while ahead < len(tokens) - 1 and tokens[ahead] in joins:
             ahead, joins = ahead + 1, joins | {"the"}
         token = tokens[ahead]
-        if tokens[end - 1].endswith(("'s", "'")) and token.casefold() not in known["generic"]:
+        if tokens[end - 1].endswith(("'s", "'")) and token.casefold() not in GENERIC:
             break
-        if has_capital(token) and token.casefold() not in known["function"] and " " not in token:
+        if has_capital(token) and token.casefold() not in FUNCTION and " " not in token:
             end = ahead + 1
         elif ahead == end and token.isdigit() and len(token) < 4:
             end += 1
         else:
             break
     return end
-
-
-def spacy_names(model: str = SPACY_MODEL) -> Extractor:
-    """Make an extractor of the entities that an installed spaCy model finds; InputError if none."""
-    try:
-        import spacy
-
-        pipeline = spacy.load(model)
-    except (ImportError, OSError) as error:
-        fault = " ".join(str(error).split()).split(". ")[0]
-        raise InputError(
-            f"extractor 'spacy': model {model!r} cannot be loaded ({fault}); "
-            f"expected it after `pip install spacy && python -m spacy download {model}`"
-        ) from None
-    return lambda text: [entity.text for entity in pipeline(text).ents]
-
-
-EXTRACTORS: dict[str, Callable[[], Extractor]] = {"offline": lambda: names, "spacy": spacy_names}
-
-
-@cache
-def language() -> dict[str, frozenset[str]]:
-    """Load the word classes of `facts.yaml`; `mute` are all that name nothing."""
-    listed = read_yaml(Path(__file__).with_name("facts.yaml"))
-    classes = {name: frozenset(words.split()) for name, words in listed.items()}
-    mute = classes["function"] | classes["calendar"] | classes["generic"]
-    return classes | {"mute": mute}
 
 
 def plain(text: str) -> str:
@@ -228,15 +197,14 @@ def normal(name: str) -> str:
     Without case, diacritics, punctuation, possessive, and leading article, title or preposition.
     Only a name of a single word keeps its capital, which tells "Brown" from "brown".
     """
-    known, kept = language(), trimmed(name)
-    neither = known["function"] | known["calendar"]
-    capitals = [word for word in kept if has_capital(word) and word.casefold() not in neither]
+    kept = trimmed(name)
+    capitals = sum(has_capital(word) and word.casefold() not in UNNAMED for word in kept)
     # "World War" is a name, though neither word alone is one.
-    if len(capitals) < 2 and not any(map(_tells, kept)):
+    if capitals < 2 and not any(map(_tells, kept)):
         return ""
     if len(kept) > 1:
         return " ".join(kept).casefold()
-    return proper(kept[0]) if has_capital(kept[0]) else kept[0]
+    return kept[0].capitalize() if has_capital(kept[0]) else kept[0]
 
 
 def trimmed(name: str) -> list[str]:
@@ -244,7 +212,7 @@ def trimmed(name: str) -> list[str]:
     kept = words(plain(name))
     while len(kept) > 1 and _is_empty(kept[0], kept[1]):
         kept = kept[1:]
-    while len(kept) > 1 and kept[-1] in language()["function"]:
+    while len(kept) > 1 and kept[-1] in FUNCTION:
         kept = kept[:-1]
     return kept
 
@@ -254,25 +222,24 @@ def has_capital(word: str) -> bool:
     return word != word.lower()
 
 
-def proper(word: str) -> str:
-    """Write a single word as a name: "Croatia" for "CROATIA"."""
-    return word[:1].upper() + word[1:].casefold()
+def _marked(word: str) -> bool:
+    return has_capital(word) or word[0].isdigit()
 
 
 def _is_empty(word: str, follower: str) -> bool:
     """Tell whether the first word of a phrase is no part of its name: "the", "Dr", "in 1998"."""
-    known, low = language(), word.casefold()
-    if low in known["honorifics"] and len(follower) > 1:
+    low = word.casefold()
+    if low in CLASSES["honorifics"] and len(follower) > 1:
         return True
     # "Several novels", but not "Of Mice and Men".
-    weak = word == low or not has_capital(follower) or follower.casefold() in known["calendar"]
-    return weak and low in known["function"] - known["calendar"]
+    weak = word == low or not has_capital(follower) or follower.casefold() in CALENDAR
+    return weak and low in FUNCTION - CALENDAR
 
 
 def _tells(word: str) -> bool:
     """Tell whether a word can distinguish one name from another."""
     if not word[0].isdigit():
-        return len(word) > 1 and word.casefold() not in language()["mute"]
+        return len(word) > 1 and word.casefold() not in MUTE
     if not re.fullmatch(r"\d+(?:\.\d+)?", word):
         return True
     # Round numbers are no years: "1000 soldiers".
@@ -286,8 +253,9 @@ def _forms(phrase: str) -> frozenset[str]:
     The phrase itself counts if it is short and has a capital or digit of its own; names count with
     and without initials and what stands before "of", dates with the day before and after the month.
     """
-    parts = _names(phrase)
-    if _is_marked(phrase) and len(trimmed(phrase)) <= LONGEST:
+    parts, kept = _names(phrase), trimmed(phrase)
+    # "The Tokyo area", but not "Friday".
+    if len(kept) <= LONGEST and any(_marked(w) and w.casefold() not in CALENDAR for w in kept):
         parts.append(phrase)
     split = [part.partition(" of ") for part in parts]  # "Rivals of O'Brien"
     parts += [
@@ -299,15 +267,6 @@ def _forms(phrase: str) -> frozenset[str]:
     found |= {f"{date[2]} {date[1]} {date[3]}" for date in dates if date}
     split_names = [name.split() for name in found]
     return frozenset(" ".join(name[:LONGEST]) for name in split_names if "unk" not in name) - {""}
-
-
-def _is_marked(phrase: str) -> bool:
-    """Tell whether a phrase has a capital or digit of a name: "the Tokyo area", not "Friday"."""
-    calendar = language()["calendar"]
-    return any(
-        word[0].isdigit() or has_capital(word) and word.casefold() not in calendar
-        for word in trimmed(phrase)
-    )
 
 
 def _as_written(phrase: str, text: str) -> str:
@@ -328,7 +287,7 @@ def _grams(text: str) -> frozenset[str]:
     for sentence in SENTENCE.split(text):
         own = words(sentence)
         uncased = sentence.islower()
-        found.update(proper(word) for word in own if uncased or has_capital(word))
+        found.update(word.capitalize() for word in own if uncased or has_capital(word))
         every += [word.casefold() for word in own]
     for length in range(1, LONGEST + 1):
         found.update(map(" ".join, zip(*(every[start:] for start in range(length)), strict=False)))

@@ -1,35 +1,30 @@
 """The world on disk, in the formats of published benchmarks, as the loaders of real data expect.
 
 For both splits: edits as UnKEBench v3 and as AKEW CounterFact, triples of the locality pool as
-KnowEdit, exercises as a locality file, documents as JSON lines; and the texts of the preservation
-pool. `card` reads how a model of a world was made.
+KnowEdit, exercises as a locality file, and documents; and the texts of the preservation pool.
 """
 
-import hashlib
 import json
 import random
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from uke.errors import InputError
-from uke.files import replacing
-from uke.world.generate import EDITED, SPLITS, Entity, World, build, choice, exercise, hop, language
+from uke.files import replacing, sha256, write_atomic
+from uke.project import code_fingerprint, digest
+from uke.world.generate import SPLITS, Entity, World, build, choice, exercise, hop, language
 
 UNKEBENCH, AKEW, KNOWEDIT = "UnKEBench.json", "AKEW-CounterFact.json", "KnowEdit.json"
-GENERAL, DOCUMENTS, PRESERVATION = "general.json", "documents.jsonl", "preservation.json"
+GENERAL, DOCUMENTS, PRESERVATION = "general.json", "documents.json", "preservation.json"
 CARD = "training.json"  # how a model of a world was made
 
 
 def card(directory: Path) -> dict[str, Any]:
-    """Read how the model of a directory was made: settings, seconds, parameters, SHA-256.
-
-    Raises InputError for a directory without a card.
-    """
+    """Read how the model of a directory was made; InputError for a directory without a card."""
     path = Path(directory) / CARD
     if not path.is_file():
         expected = "expected the directory of a model made by tools/train_world_model.py"
@@ -39,7 +34,9 @@ def card(directory: Path) -> dict[str, Any]:
 
 def ensure(folder: Path, seed: int) -> Path:
     """Return the folder `world-<seed>-<digest of its sources>` below `folder`, made if missing."""
-    target = Path(folder) / f"world-{seed}-{digest()}"
+    words = sha256(Path(__file__).with_name("world.yaml"))
+    sources = digest("world", code=code_fingerprint(("world",)), words=words)
+    target = Path(folder) / f"world-{seed}-{sources}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.is_dir():
@@ -48,19 +45,8 @@ def ensure(folder: Path, seed: int) -> Path:
     return target
 
 
-@cache
-def digest() -> str:
-    """Return 8 hex digits of the sources that decide a world's files beside the seed."""
-    names = ("generate.py", "world.yaml", "files.py")
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
-    return hashlib.sha256(sources).hexdigest()[:8]
-
-
 def shuffled(world: World, split: str) -> list[tuple[str, Entity, Entity]]:
-    """List the edits of a split as (id, entity as trained, entity as edited), kinds mixed.
-
-    So any first few are a fair sample.
-    """
+    """List the edits of a split, (id, entity as trained, as edited), kinds mixed by chance."""
     rng = random.Random(f"order-{world.seed}-{split}")
     pairs = rng.sample(world.edits[split], len(world.edits[split]))
     return [(f"{split}-{number}", old, new) for number, (old, new) in enumerate(pairs)]
@@ -68,29 +54,20 @@ def shuffled(world: World, split: str) -> list[tuple[str, Entity, Entity]]:
 
 def write(world: World, folder: Path) -> None:
     """Write every file of a world, a subfolder per split; the same world gives the same bytes."""
-    for split in SPLITS:
-        (folder / split).mkdir(parents=True)
-        _save(unkebench(world, split), folder / split / UNKEBENCH)
-        _save(akew(world, split), folder / split / AKEW)
-        _save(knowedit(world, split), folder / split / KNOWEDIT)
-        _save(general(world, split), folder / split / GENERAL)
-        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in documents(world, split))
-        (folder / split / DOCUMENTS).write_text("".join(lines), encoding="utf-8")
+    makers = {UNKEBENCH: unkebench, AKEW: akew, KNOWEDIT: knowedit}
+    makers |= {GENERAL: general, DOCUMENTS: documents}
     texts = [
         {"question": entity.introduce(), "answer": entity.text}
         for entity in world.pools["preservation"]
     ]
-    _save(texts, folder / PRESERVATION)
-
-
-def _save(records: list[dict], path: Path) -> None:
-    path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    made = {f"{split}/{name}": makers[name](world, split) for split in SPLITS for name in makers}
+    for name, records in (made | {PRESERVATION: texts}).items():
+        write_atomic(folder / name, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
 
 
 def unkebench(world: World, split: str) -> list[dict]:
-    """Write edits as UnKEBench v3; two-hop questions under the keys that MQuAKE has for them."""
+    """Write edits as UnKEBench v3; two-hop questions under the keys of MQuAKE."""
     rng = random.Random(f"unkebench-{world.seed}-{split}")
-    by_name = world.named()
     records = []
     for name, _, new in shuffled(world, split):
         question, choices, answer = choice(rng.sample(range(10, 100), 4), rng)
@@ -105,50 +82,38 @@ def unkebench(world: World, split: str) -> list[dict]:
             "mmlu_choices": [choices],
             "mmlu_answer": [answer],
         }
-        if pair := hop(new, by_name, rng):
+        if pair := hop(new, world.named(), rng):
             record |= {"questions": [pair[0]], "new_answer": pair[1]}
         records.append(record)
     return records
 
 
 def akew(world: World, split: str) -> list[dict]:
-    """Write edits as AKEW CounterFact: one cloze stands for the whole new text."""
+    """Write edits as AKEW CounterFact, without what no loader reads: a cloze asks for the text."""
     rng = random.Random(f"akew-{world.seed}-{split}")
-    return [_akew_record(name, old, new, rng) for name, old, new in shuffled(world, split)]
-
-
-def _akew_record(name: str, old: Entity, new: Entity, rng: random.Random) -> dict:
-    split, number = name.split("-")
-    relation = rng.choice(list(new.objects))
-    prompts = {name: entry["cloze"].replace("{s}", "{}") for name, entry in new.relations.items()}
-    after, before = new.objects[relation], old.objects[relation]
-    rewrite = {
-        "prompt": prompts[relation],
-        "relation_id": relation,
-        "target_new": {"str": after, "id": after},
-        "target_true": {"str": before, "id": before},
-        "subject": new.name,
-        "prompt_full": new.cloze(relation),
-        "fact_new": f"{new.cloze(relation)} {after}.",
-        "question": new.ask(relation),
-        "answer_new": after,
-        "answer_new_aliases": [],
-        "answer_true": before,
-        "answer_true_aliases": [],
-        "fact_new_uns": new.text,
-        "verify_unsfact_GPT": True,
-        "unsfact_triplets_GPT": [
-            {"subject": new.name, "prompt": prompts[name], "target": target}
-            for name, target in new.objects.items()
-        ],
-    }
-    return {
-        "case_id": int(number),
-        "pararel_idx": int(number),
-        "requested_rewrite": rewrite,
-        "paraphrase_prompts": [new.ask(relation, split)],
-        "neighborhood_prompts": [],
-    }
+    records = []
+    for name, _, new in shuffled(world, split):
+        relation = rng.choice(list(new.objects))
+        prompts = {key: new.cloze(key).replace(new.name, "{}") for key in new.objects}
+        rewrite = {
+            "prompt": prompts[relation],
+            "target_new": {"str": new.objects[relation]},
+            "subject": new.name,
+            "prompt_full": new.cloze(relation),
+            "fact_new_uns": new.text,
+            "unsfact_triplets_GPT": [
+                {"subject": new.name, "prompt": prompts[key], "target": target}
+                for key, target in new.objects.items()
+            ],
+        }
+        records.append(
+            {
+                "case_id": int(name.split("-")[1]),
+                "requested_rewrite": rewrite,
+                "paraphrase_prompts": [new.ask(relation, split)],
+            }
+        )
+    return records
 
 
 def knowedit(world: World, split: str) -> list[dict]:
@@ -158,11 +123,8 @@ def knowedit(world: World, split: str) -> list[dict]:
         {
             "subject": entity.name,
             "prompt": entity.cloze(relation),
-            "target_new": entity.objects[relation],
             "ground_truth": [entity.objects[relation]],
             "rephrase_prompt": entity.ask(relation),
-            "portability": {},
-            "locality": {},
         }
         for entity in world.pools[f"{split}_locality"]
         for relation in rng.sample(list(entity.objects), 2)
@@ -175,9 +137,8 @@ def general(world: World, split: str) -> list[dict]:
     probes = []
     for name, _, _ in shuffled(world, split):
         for number, skill in enumerate(("sum", "sort"), start=1):
-            question, answer = exercise(rng, skill)
-            probe = {"edit": name, "kind": "general", "number": number}
-            probes.append(probe | {"question": question, "reference": answer})
+            task = dict(zip(("question", "reference"), exercise(rng, skill), strict=True))
+            probes.append({"edit": name, "kind": "general", "number": number, **task})
     return probes
 
 
@@ -202,21 +163,15 @@ def collection(world: World, split: str) -> list[Entity]:
     Beside the probed pool they are what an encyclopedia would hold and no probe may be made of: the
     stale texts of the very subjects that are edited, and those of the entities that edits point at.
     """
-    pools = (split, f"{split}_locality", "held_out")
-    return [
-        entity
-        for pool in pools
-        for entity in world.pools[pool]
-        if pool in EDITED or not ambiguous().intersection(entity.objects.values())
-    ]
+    unclear, probed = ambiguous(), world.pools[f"{split}_locality"]
+    clear = [entity for entity in probed if not unclear.intersection(entity.objects.values())]
+    return [*world.pools[split], *clear, *world.pools["held_out"]]
 
 
-@cache
-def ambiguous() -> frozenset[str]:
-    """Return values that the language also uses otherwise: in a wording or in another value.
+def ambiguous() -> set[str]:
+    """Return values that the language also uses in a wording or another value ("glass swan").
 
-    "A dancing bear", "glass swan": a document with such a value may not be asked for, since its
-    words do not tell whether another text names the value.
+    The words of a document with such a value do not tell whether another text names the value.
     """
     kinds, values = language()["kinds"].values(), language()["values"].values()
     listed = [value for group in values if isinstance(group, list) for value in group]
@@ -225,4 +180,4 @@ def ambiguous() -> frozenset[str]:
     texts = [text.casefold() for text in (*wordings, *listed)]
     counts = Counter(word for text in texts for word in set(re.findall(r"\w+", text)))
     as_value = Counter(value.casefold() for value in listed)
-    return frozenset(v for v in listed if counts[v.casefold()] > as_value[v.casefold()])
+    return {value for value in listed if counts[value.casefold()] > as_value[value.casefold()]}

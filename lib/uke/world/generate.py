@@ -1,9 +1,8 @@
 """The fictional world: entities whose every fact is known, texts and questions about them, edits.
 
-A seed decides everything. Entities live in six pools that never refer to each other. Edits replace
-every fact of their subject and point only at the pool `held_out`, and literal values of edits never
-occur in a probed pool, so no locality probe can touch a fact of any edit. The language (names,
-values, phrasings) is data: `world.yaml`.
+A seed decides everything but the language, `world.yaml`. Entities live in six pools that never
+refer to each other. Edits replace every fact of their subject and point only at the pool
+`held_out`; their literal values occur in no probed pool, so no locality probe touches their facts.
 """
 
 import random
@@ -12,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import pandas as pd
-
+from uke.data.edits import SPLITS
 from uke.files import read_yaml
 
 POOLS = {
@@ -25,7 +23,6 @@ POOLS = {
     "held_out": 80,
 }
 EDITED = ("development", "test", "held_out")  # pools whose literal values belong to the edits' side
-SPLITS = ("development", "test")
 
 
 @cache
@@ -78,12 +75,6 @@ class World:
         """Map names to entities."""
         return {entity.name: entity for entity in self.entities}
 
-    def census(self) -> pd.DataFrame:
-        """Count the entities: a row for each pool, a column for each kind and for all of them."""
-        frame = pd.DataFrame([(entity.pool, entity.kind) for entity in self.entities])
-        counts = pd.crosstab(frame[0], frame[1], margins=True, margins_name="entities")
-        return counts.loc[list(POOLS)].rename_axis(index="pool", columns=None).reset_index()
-
 
 def build(seed: int = 1) -> World:
     """Build the world of this seed, the same at every call."""
@@ -111,21 +102,15 @@ def kinds(size: int) -> Iterator[str]:
     return (kind for kind, count in counts.items() for _ in range(count))
 
 
-def invent(kind: str, rng: random.Random, used: set[str]) -> str:
-    """Invent an unused name and add it to `used`; surnames are unique, given names repeat."""
+def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
+    """Begin an entity without facts; its name is added to `used`, of a person the surname."""
     names = language()["names"]
     parts = names["surname" if kind == "person" else kind]
     while (name := "".join(rng.choice(parts[part]) for part in ("start", "middle", "end"))) in used:
         pass
     used.add(name)
-    return f"{rng.choice(names['first'])} {name}" if kind == "person" else name
-
-
-def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
-    """Begin an entity of a kind for a pool, without facts, under an unused name."""
-    name = invent(kind, rng, used)
-    pronouns = tuple(rng.choice(language()["kinds"][kind]["pronouns"]))
-    return Entity(name, kind, pool, pronouns)
+    full_name = f"{rng.choice(names['first'])} {name}" if kind == "person" else name
+    return Entity(full_name, kind, pool, tuple(rng.choice(language()["kinds"][kind]["pronouns"])))
 
 
 def literals(value: str, pool: str) -> list[str]:
@@ -152,22 +137,15 @@ def settle(entity: Entity, referred: tuple | list, rng: random.Random) -> Entity
 
 def describe(entity: Entity, rng: random.Random) -> str:
     """State all facts in random order and wording, 60 to 120 words; the first names the subject."""
-    relations = rng.sample(list(entity.objects), len(entity.objects))
-    sentences = [
-        sentence(entity, relation, rng, first=not place) for place, relation in enumerate(relations)
-    ]
-    return " ".join(sentences)
-
-
-def sentence(entity: Entity, relation: str, rng: random.Random, first: bool) -> str:
     name = f"The {entity.name}" if entity.kind == "event" else entity.name
-    subject, possessive = (
-        (name, f"{name}'" if name.endswith("s") else f"{name}'s")
-        if first or rng.random() < 0.25
-        else entity.pronouns
-    )
-    wording = rng.choice(entity.relations[relation]["wordings"])
-    return wording.format(S=subject, P=possessive, o=entity.objects[relation])
+    named = name, f"{name}'" if name.endswith("s") else f"{name}'s"
+    sentences = []
+    for relation in rng.sample(list(entity.objects), len(entity.objects)):
+        by_name = not sentences or rng.random() < 0.25
+        subject, possessive = named if by_name else entity.pronouns
+        wording = rng.choice(entity.relations[relation]["wordings"])
+        sentences.append(wording.format(S=subject, P=possessive, o=entity.objects[relation]))
+    return " ".join(sentences)
 
 
 def hop(entity: Entity, by_name: dict[str, Entity], rng: random.Random) -> tuple[str, str] | None:
