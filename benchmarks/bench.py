@@ -23,7 +23,7 @@ import torch
 from shapes import QWEN, TINY, random_qwen, random_words, repeated, widened
 from tqdm import tqdm
 from uke.cli.execute import processor
-from uke.data.edits import Edit
+from uke.data.edits import Edit, fingerprint
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import PUBLISHED, at_level, configured, find
@@ -260,7 +260,7 @@ def _points(study: Study, grow: Mapping[str, Any]) -> Iterator[tuple[str, float,
     for count in grow["edits"]:
         yield "edits", count, replace(study, dataset=study.dataset.first(count))
     for share in grow["length"]:
-        cut = study.dataset.with_length(share, grow["at"])
+        cut = with_length(study.dataset, share, grow["at"])
         texts = [edit.answer for edit in cut.edits]
         ids = study.tokenizer(texts, add_special_tokens=False)["input_ids"]
         tokens = round(sum(map(len, ids)) / len(ids))
@@ -272,6 +272,22 @@ def _points(study: Study, grow: Mapping[str, Any]) -> Iterator[tuple[str, float,
         pair = (model, study.tokenizer)
         at = replace(study, subject=pair, dataset=few, max_new_tokens=48)
         yield "parameters (millions)", size, at
+
+
+def with_length(whole: dataset.Dataset, share: float, count: int) -> dataset.Dataset:
+    """Return the first `count` edits with answers of `share` of their length.
+
+    The next edit's text continues where one ends. Only the original probe of each is kept.
+    """
+    words = [edit.answer.split() for edit in whole.edits]
+    edits = []
+    for index, edit in enumerate(whole.edits[:count]):
+        longer = words[index] + words[(index + 1) % len(words)]
+        text = " ".join(longer[: max(1, round(share * len(words[index])))])
+        edits.append(edit.model_copy(update={"answer": text}))
+    probes = {edit.id: edit.probes[:1] for edit in edits}
+    changed = fingerprint(edits, [edit.probes[0] for edit in edits])
+    return replace(whole, edits=tuple(edits), probes=probes, fingerprint=changed)
 
 
 if __name__ == "__main__":

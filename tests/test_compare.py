@@ -128,14 +128,12 @@ def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
     assert found["exact"].tolist() == pytest.approx([0.75])  # edit a 0.5, edit b 1.0
 
 
-def test_losses_and_windows_are_read_from_the_curves():
-    curve = {"losses": [2.0, 0.5], "windows": [[[-3.0, -2.0], [-1.0, -0.5]]]}
+def test_losses_are_read_from_the_curves():
+    curve = {"losses": [2.0, 0.5]}
     frame = rows(1.0, kinds=("original",), edits=("a", "b"))
     frame["curve"] = [json.dumps(curve), None]
     losses = compare.curves(frame)[["edit", "step", "loss"]]
     assert losses.values.tolist() == [["a", 0, 2.0], ["a", 1, 0.5]]
-    found = compare.windows(frame).set_index(["phase", "window"])["log_probability"].to_dict()
-    assert found == {("no edit", 1): -3, ("no edit", 2): -2, ("edited", 1): -1, ("edited", 2): -0.5}
 
 
 def test_answers_stand_beside_the_reference_and_those_without_an_edit():

@@ -9,7 +9,7 @@ from uke.errors import InputError
 from uke.project import Paths
 from uke.results import compare
 from uke.results.metrics import METRICS
-from uke.study import FactorStudy, MethodStudy, SequenceStudy, sequential
+from uke.study import FactorStudy, MethodStudy, SequenceStudy, say_leads, sequential
 
 KINDS = (*AVERAGE, "general")
 BLANK = ("split", "seed", "model", "data", "code", "peak_mib", "curve", "notes")
@@ -88,22 +88,43 @@ def ran(factor, levels=(), methods=("FT-M", "LoRA"), **invented):
     return study, section
 
 
+BOTH = "second_half_minus_first_half"
+
+
 @pytest.mark.parametrize(
-    ("factor", "levels", "expected"),
+    ("factor", "given", "levels", "pairs"),
     [
-        ("layers", ["all", "eighth_3"], {"FT-M": ["eighth_3", "all"], "LoRA": ["eighth_3", "all"]}),
+        ("end_of_turn", "", "with without", {"": ("with", "without")}),
+        ("layers", "all eighth_3", "eighth_3 all", {"": ("all", "eighth_3")}),
+        (
+            "layers",
+            "second_half first_half",
+            "first_half second_half",
+            {BOTH: ("second_half", "first_half")},
+        ),
+        ("components", "both query_value mlp", "mlp both", {"both": ("both", "mlp")}),
         (
             "components",
-            ["query_value", "both", "mlp"],
-            {"FT-M": ["mlp", "both"], "LoRA": ["mlp", "both", "query_value"]},
+            "mlp down_proj",
+            "down_proj mlp",
+            {"mlp_minus_down_proj": ("mlp", "down_proj")},
         ),
-        ("end_of_turn", [], {"FT-M": ["with", "without"], "LoRA": ["with", "without"]}),
     ],
 )
-def test_levels_come_in_the_order_of_the_factor(factor, levels, expected):
-    study = FactorStudy(factor, ["FT-M", "lora"], levels, Invented())
-    assert study.levels == expected
-    assert list(study.recipes) == [(name, one) for name, own in expected.items() for one in own]
+def test_levels_come_in_the_order_of_the_factor_with_the_contrasts_they_allow(
+    factor, given, levels, pairs
+):
+    study = FactorStudy(factor, ["FT-M", "lora"], given.split(), Invented())
+    adapter = ["query_value"] if "query_value" in given else []
+    assert study.levels == {"FT-M": levels.split(), "LoRA": levels.split() + adapter}
+    assert study.cells == [(name, one) for name, own in study.levels.items() for one in own]
+    assert study.pairs["FT-M"] == pairs
+
+
+def test_all_blocks_are_compared_with_the_best_single_one_of_the_methods_file():
+    assert FactorStudy("layers", ["FT-M"], [], Invented()).pairs["FT-M"] == {
+        "": ("all", "eighth_7")
+    }
 
 
 @pytest.mark.parametrize(
@@ -111,7 +132,7 @@ def test_levels_come_in_the_order_of_the_factor(factor, levels, expected):
     [
         ("layer", ["FT-M"], [], "unknown factor 'layer'; did you mean 'layers'?"),
         ("layers", ["FTM"], [], "unknown method 'FTM'; did you mean 'FT-M'?"),
-        ("layers", ["FT-M"], ["eigth_3"], "layers: unknown level 'eigth_3'; did you mean"),
+        ("layers", ["FT-M"], ["eigth_3"], "levels: unknown level 'eigth_3'; did you mean"),
         ("layers", ["FT-M"], ["all"], "layers, FT-M: all: expected two or more levels"),
         ("components", ["FT-M"], ["mlp", "query_value"], "components, FT-M: mlp: expected two"),
         ("layers", ["MEMIT"], [], "MEMIT: it has no levels"),
@@ -120,25 +141,6 @@ def test_levels_come_in_the_order_of_the_factor(factor, levels, expected):
 def test_what_cannot_be_compared_is_refused_by_name(factor, methods, levels, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         FactorStudy(factor, methods, levels, Invented())
-
-
-@pytest.mark.parametrize(
-    ("factor", "levels", "pairs"),
-    [
-        ("loss_scope", [], {"": ("target_tokens", "last_prompt_token")}),
-        ("layers", [], {"": ("all", "eighth_7")}),  # the best one in params/methods/ft-m.yaml
-        ("layers", ["eighth_3", "all"], {"": ("all", "eighth_3")}),
-        (
-            "layers",
-            ["first_half", "second_half"],
-            {"second_half_minus_first_half": ("second_half", "first_half")},
-        ),
-        ("components", ["mlp", "both"], {"both": ("both", "mlp")}),
-        ("components", ["down_proj", "mlp"], {"mlp_minus_down_proj": ("mlp", "down_proj")}),
-    ],
-)
-def test_a_selection_of_levels_has_the_contrasts_it_allows(factor, levels, pairs):
-    assert FactorStudy(factor, ["FT-M"], levels, Invented()).pairs == {"FT-M": pairs}
 
 
 def test_effects_are_said_with_the_interaction_and_quoted_in_sentences():
@@ -152,7 +154,7 @@ def test_effects_are_said_with_the_interaction_and_quoted_in_sentences():
     assert not section.warnings and len(section.recipes) == 4
     template = "{method}: {level} over {against} {average}, from {against_original}."
     assert study.sentences(template).startswith("FT-M: all over eighth 3 10.00 points, from 0.21")
-    assert study.gained("FT-M") and not study.gained() and not study.lost("FT-M")
+    assert study.gained("FT-M") and not study.gained() and not study.gained("FT-M", sign=-1)
     assert not study.gained("AdaLoRA")
     assert study.best() == {"FT-M": "all", "LoRA": "eighth_3"}
     assert study.mean("no edit", "original") == pytest.approx(0.115)
@@ -169,21 +171,18 @@ def test_raw_prompts_have_keys_of_their_own():
 
 def test_a_level_that_fails_is_warned_of_and_has_no_effect():
     study, section = ran("loss_scope", methods=["FT-M"], fails=["last_prompt_token"])
-    assert section.warnings == [
-        "FT-M, last prompt token: failed (loss is not finite)",
-        "FT-M, last prompt token: 0 of 4 edits have rows.",
-    ]
+    assert section.warnings == ["FT-M, last prompt token: failed (loss is not finite)"]
     assert study.effects.empty and not study.gained()
     assert study.sentences("{method}") == "No method has both levels, so nothing can be compared."
 
 
-def test_checks_see_missing_edits_and_levels_that_are_one_recipe():
+def test_checks_see_levels_that_are_one_recipe():
     study, section = ran("end_of_turn", methods=["FT-M"])
     study.check(section)
-    assert len(section.checks) == 3 and all(section.checks.values())
-    study.rows = study.rows[study.rows["edit"] != "edit-0"].assign(recipe="same")
+    assert len(section.checks) == 2 and all(section.checks.values())
+    study.rows = study.rows.assign(recipe="same")
     study.check(again := Recorder())
-    assert list(again.checks.values()) == [False, True, False]
+    assert list(again.checks.values()) == [False, True]
 
 
 # --- methods at several batch sizes ---------------------------------------------------------------
@@ -228,12 +227,10 @@ def test_without_development_rows_the_best_baseline_is_said_to_be_flattered(monk
     study.run(section)
     assert study.best == {1: "UnKE"} and "flatters" in section.warnings[0]
     study.say(section, "single", ["method", "kind"], ["average"])
-    assert study.say_lead(section, "single").mean == pytest.approx(5)
+    assert say_leads(section, "single.lead", study.leads()) == {1: "5.00 points, n = 4"}
     assert {"single.memit.average", "single.lead", "single.lead_relative"} < set(section.numbers)
     study.check(section)
     assert all(section.checks.values())
-    leads = compare.leads(study.averages, study.leader, study.best)
-    assert study.say_leads(section, "batch", leads) == {1: "5.00 points, n = 4"}
 
 
 @pytest.mark.parametrize(("names", "what"), [(["FT-M"], "no base"), (["MEMIT"], "only base")])
@@ -248,7 +245,7 @@ def test_a_lead_needs_fine_tuning_and_a_baseline(names, what):
 def test_a_sequence_warns_of_a_breakdown_and_names_what_is_written_at_once(monkeypatch):
     study = Invented(edits=4)
 
-    def run(_, method, counts, queried, together):
+    def run(_, method, counts, queried, together=False):
         for count in counts if method.name != "MEMIT" else counts[:1]:
             labels = {"factor": "count", "level": f"after {count}", "recipe": method.fingerprint}
             names = [edit.id for edit in sequential.first_and_last(study.dataset.edits[:count], 1)]
@@ -266,7 +263,6 @@ def test_a_sequence_warns_of_a_breakdown_and_names_what_is_written_at_once(monke
     sequences.check(section)
     assert all(section.checks.values())
     assert set(sequences.final()["method"]) == {"FT-M", "FT-M (at once)", "no edit"}
-    assert sequences.costs().set_index("method").loc["FT-M", "edits"] == 4
     views = sequences.views().query("method == 'FT-M'").groupby(["count", "view"])["edit"].agg(set)
     assert views[1, "first edits"] == views[1, "last edits"] == {"edit-0"}
     assert views[4, "first edits"] == {"edit-0"} and views[4, "last edits"] == {"edit-3"}

@@ -2,15 +2,13 @@
 changed."""
 
 import sys
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from uke.methods import finetune
 from uke.study import memory
-from uke.study.memory import MIB, MemoryFallbacks, Peak
+from uke.study.memory import MIB, Peak
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -36,26 +34,6 @@ def test_the_highest_point_since_the_start_is_seen_and_nothing_before_it():
 def test_a_system_that_does_not_say_gives_no_number(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "none" / "clear_refs")
     assert Peak(CPU).mib() is None
-
-
-@pytest.mark.parametrize("limited", ["job", "job/step", None])
-def test_a_job_takes_what_its_cluster_leaves_it(monkeypatch, tmp_path, limited):
-    """The limit may stand on any group above the process; pages of files that can be dropped are
-    free."""
-    for group in ("job", "job/step"):
-        folder = tmp_path / group
-        folder.mkdir()
-        (folder / "memory.max").write_text(f"{64 * MIB}\n" if group == limited else "max\n")
-        (folder / "memory.current").write_text(f"{24 * MIB}\n")
-        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {4 * MIB}\n")
-    (tmp_path / "membership").write_text("2:devices:/\n0::/job/step\n")
-    monkeypatch.setattr(memory, "GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
-    free = SimpleNamespace(available=500 * MIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert memory.free_mib(CPU) == (44 if limited else 500)
-    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "absent")
-    assert memory.free_mib(CPU) == 500
 
 
 def test_memory_that_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch):
@@ -116,41 +94,3 @@ def test_what_reads_with_a_cache_reads_once(tiny):
         out = model(input_ids=torch.arange(12)[None], use_cache=True)
         out.logits.sum().backward()
     assert out.past_key_values.get_seq_length() == 12 and len(read) == len(model.model.layers)
-
-
-def test_all_fallbacks_together_offload_the_inputs_of_blocks_and_no_weight(example, monkeypatch):
-    """A linear layer stores its weight beside its input: the whole model would travel at every
-    step."""
-    model, sent, host = example[0], {}, memory.save_on_cpu
-
-    class Watched(host):
-        def __init__(self, **given):
-            super().__init__(**given)
-            pack = self.pack_hook
-
-            def watch(tensor):
-                sent[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-                return pack(tensor)
-
-            self.pack_hook = watch
-
-    monkeypatch.setattr(memory, "save_on_cpu", Watched)
-    before = gradients(*example)
-    with MemoryFallbacks(model, list(memory.FALLBACKS)).active():
-        after = gradients(*example)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert sent and not sent.keys() & {w.untyped_storage().data_ptr() for w in model.parameters()}
-    with memory.checkpointed(model):
-        assert sum(sent.values()) <= stored(*example)[1]
-    sent.clear()
-    gradients(*example)
-    assert not sent
-
-
-@pytest.mark.parametrize(("device", "count"), [("cpu", 1), ("cuda", 2)])
-def test_fallbacks_are_enabled_once_and_none_offloads_to_where_it_is(device, count):
-    fallbacks = MemoryFallbacks(SimpleNamespace(device=torch.device(device)))
-    assert fallbacks.notes == []
-    names = [fallbacks.enable_next() for _ in range(3)]
-    assert names == [*memory.FALLBACKS][:count] + [None] * (3 - count)
-    assert [note.partition(": ")[2] for note in fallbacks.notes] == names[:count]

@@ -215,7 +215,7 @@ def test_texts_of_random_words_have_the_length_that_is_asked_for(toy):
 
 
 def test_answers_are_cut_or_lengthened_by_the_next_text(toy):
-    half, double = (toy.dataset.with_length(share, 1) for share in (0.5, 2))
+    half, double = (bench.with_length(toy.dataset, share, 1) for share in (0.5, 2))
     assert half.edits[0].answer == "Ada wrote in" and len(half.every_probe) == 1
     assert double.edits[0].answer.startswith("Ada wrote in London in 1815. Alan wrote")
     assert half.probes["Ada"][0].reference == half.edits[0].answer

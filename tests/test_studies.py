@@ -18,17 +18,16 @@ from uke.models.model import load
 from uke.project import Paths
 from uke.results import rows
 from uke.study import dataset as datasets
-from uke.study import score
 from uke.study import study as studies
 from uke.study.dataset import Dataset, batched
 from uke.study.study import Study
+from uke.study.unedited import floor
 
 FT_M = catalog.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
 QUICK = FT_M.model_copy(update={"steps": 2})
 LORA = catalog.find("LoRA").model_copy(update={"steps": 4, "learning_rate": 1e-2})
 SHORT = {"layers": (1, 2), "steps": 3, "memit_lambda": 1e-2}
 MEMIT = catalog.find("memit").model_copy(update=SHORT)
-IN_CONTEXT = catalog.find("in-context")
 ANSWERS = {
     "Ada": "in Philadelphia",
     "Grace": "in Maida Vale",
@@ -97,20 +96,12 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
         for frame, phase in ((before, "before"), (after, "after"))
     ]
     assert means[1] > means[0] + 0.2 and study.unchanged() and not study.smoke_run()
-    floor = score.floor(before)
-    assert set(floor["kind"]) == {"original", "paraphrase", "rel_doc", "rand_doc"}
-    assert floor["score"].between(0, 0.7).all()
+    chance = floor(before)
+    assert set(chance["kind"]) == {"original", "paraphrase", "rel_doc", "rand_doc"}
+    assert chance["score"].between(0, 0.7).all()
     for seed in (None, 2):
         study.dataset = dataclasses.replace(edits, world_seed=seed)
         assert study.smoke_run()
-    # Fingerprints are remembered by the files of the model, so nothing is loaded for known rows.
-    named = Study("trial", edits, "embedded", False, max_new_tokens=130)
-    assert named.fingerprints == study.fingerprints and "loaded" in vars(named.subject)
-    again = Study("trial", edits, "embedded", False, max_new_tokens=130)
-    again.run(FT_M)
-    pd.testing.assert_frame_equal(again.read(), after)
-    assert again.environment["device"] and again.unchanged()
-    assert len(again.before) == len(before) and "loaded" not in vars(again.subject)
 
 
 def test_a_killed_study_resumes_where_it_stopped(toy):
@@ -134,29 +125,21 @@ def test_a_killed_study_resumes_where_it_stopped(toy):
     assert len(written) == 1
 
 
-@pytest.mark.parametrize(
-    "change", [None, "recipe", "windows", "tokens", "chat", "template", "kinds"]
-)
-def test_rows_of_the_same_work_are_copied_and_those_of_other_work_are_not(toy, change, monkeypatch):
+@pytest.mark.parametrize("change", [None, "recipe", "tokens", "chat", "template", "kinds"])
+def test_rows_of_the_same_work_are_not_made_again_and_others_are(toy, change, monkeypatch):
     first = toy()
     first.run(QUICK, factor="one", level="with")
-    changes = {"windows": {"windows": 5}, "tokens": {"max_new_tokens": 3}, "chat": {"chat": False}}
+    changes = {"tokens": {"max_new_tokens": 3}, "chat": {"chat": False}}
     if change == "template":
         monkeypatch.setattr(first.tokenizer, "chat_template", first.tokenizer.chat_template + " ")
-    other = toy("other", **changes.get(change, {}))
+    other = toy(**changes.get(change, {}))
     if change == "kinds":
         other.dataset = other.dataset.only(["struct_trip"])
-    method = FT_M if change == "recipe" else QUICK.model_copy(update={"name": "another name"})
     written = batches_of(other)
-    other.run(method, factor="two")
+    other.run(FT_M if change == "recipe" else QUICK, factor="one", level="with")
     assert written == ([list(ANSWERS)] if change else [])
-    found, labels = other.read(), ["study", "method", "factor", "level"]
-    assert set(found["factor"]) == {"two"} and found["level"].isna().all()
-    if not change:
-        assert set(found["method"]) == {"another name"}
-        pd.testing.assert_frame_equal(found.drop(columns=labels), first.read().drop(columns=labels))
     if change == "kinds":
-        assert set(found["kind"]) == set(other.before["kind"]) == {"struct_trip"}
+        assert set(other.read()["kind"]) == set(other.before["kind"]) == {"struct_trip"}
 
 
 def test_rows_of_locate_methods_are_those_of_their_covariance_texts(toy, tokenizer):
@@ -191,44 +174,34 @@ def test_batches_are_written_together_and_a_rest_is_left_out(toy):
 
 
 def test_the_record_of_a_batch_stands_in_its_rows(toy, tokenizer):
-    study = toy(windows=5)
+    study = toy()
     covariance.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
     study.run(catalog.find("anyedit_memit").model_copy(update=SHORT | {"window": 200}), 2, 2)
     found = study.read()
     [curve] = curves(found)
-    assert len(curve["losses"]) == 3 and len(curve["norms"]) == 2 and len(curve["windows"]) == 2
-    for then, now in curve["windows"]:
-        assert len(then) == len(now) > 1 and then != now and max(then + now) < 0
+    assert len(curve["losses"]) == 3 and len(curve["norms"]) == 2
     assert found["change_norm"].gt(0).all() and found["seed"].eq(2024).all()
     assert found[["train_seconds", "answer_seconds"]].gt(0).all(axis=None)
 
 
-@pytest.mark.parametrize("method", [FT_M, LORA, MEMIT, IN_CONTEXT], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [FT_M, MEMIT], ids=lambda method: method.name)
 def test_rows_written_side_by_side_are_those_written_one_by_one(toy, tokenizer, method):
-    frames = {}
-    for lanes in (1, 3):
-        study = toy(lanes=lanes, windows=5)
+    frames = []
+    for lanes, groups in ((1, [1, 1, 1, 1]), (3, [3, 1])):
+        study = toy(lanes=lanes)
         covariance.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
         written = batches_of(study)
         study.run(method)
-        assert [len(group) for group in written] == {1: [1] * 4, 3: [3, 1]}[lanes]
-        frames[lanes] = study.read()
+        assert [len(group) for group in written] == groups
+        frames.append(study.read())
         shutil.rmtree(study.paths.rows("toy"))
-    alone, together = frames[1], frames[3]
-    rounded = ["curve", "change_norm", "log_probability"]
-    if method.factors:
-        assert together["steps"].tolist() == alone["steps"].tolist()
-    pd.testing.assert_frame_equal(
-        together.drop(columns=[*MEASURED, *rounded, "steps"]),
-        alone.drop(columns=[*MEASURED, *rounded, "steps"]),
-    )
-    for name in ("change_norm", "log_probability"):
-        wanted = pytest.approx(alone[name].tolist(), rel=1e-2, nan_ok=True)
-        assert together[name].tolist() == wanted
+    alone, together = frames
+    rounded = ["change_norm", "log_probability"]
+    lost = [*MEASURED, *rounded, "curve", "steps"]
+    pd.testing.assert_frame_equal(together.drop(columns=lost), alone.drop(columns=lost))
+    pd.testing.assert_frame_equal(together[rounded], alone[rounded], rtol=1e-2)
     for one, other in zip(curves(together), curves(alone), strict=True):
         assert one["norms"] == pytest.approx(other["norms"], rel=1e-2)
-        assert len(one["windows"]) == len(other["windows"]) == method.moves_weights
-    assert not hasattr(study.model, "passages")
 
 
 def test_a_raw_prompt_is_used_for_every_probe_before_and_after(toy):
@@ -246,8 +219,8 @@ def test_a_raw_prompt_is_used_for_every_probe_before_and_after(toy):
 def test_the_floor_never_compares_a_question_with_itself():
     frame = pd.DataFrame({"edit": ["a", "b", "c"], "kind": "rel_doc", "reference": ""})
     frame = frame.assign(question=["Q1", "Q1", "Q2"], before=["one two", "one two", "three four"])
-    assert score.floor(frame)["score"].tolist() == [0, 0, 0]
-    assert score.floor(frame[:2]).empty  # one question only: nothing to compare with
+    assert floor(frame)["score"].tolist() == [0, 0, 0]
+    assert floor(frame[:2]).empty  # one question only: nothing to compare with
 
 
 # --- failures -------------------------------------------------------------
@@ -287,45 +260,29 @@ def test_an_edit_that_diverges_has_no_rows_and_the_others_have(toy, monkeypatch)
 # --- memory ---------------------------------------------------------------
 
 
-def test_where_memory_runs_out_half_as_many_edits_are_written_at_once(toy, caplog):
-    study, write, sizes = toy(lanes=16), Study.write, []
+def test_where_memory_runs_out_less_is_written_at_once_and_then_with_checkpointing(toy, caplog):
+    study, write, tried = toy("short"), Study.write, []
 
     def full(method, group):
-        sizes.append(len(group))
-        if len(group) > 2:
+        tried.append((len(group), study.subject.checkpointing))
+        if not study.subject.checkpointing:
             raise torch.OutOfMemoryError("out of memory")
         return write(study, method, group)
 
     study.write = full
     study.run(QUICK)
-    study.run(LORA)
-    assert sizes == [4, 2, 2, 2, 2] and study.lanes == 2  # what is known holds for the next method
-    assert set(study.read()["edit"]) == set(ANSWERS)
+    assert tried == [(4, False), (2, False), (1, False)] + 4 * [(1, True)]
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["toy: FT-M: out of memory with 4 edits side by side; going on with 2"]
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_single_edit_or_batch_is_tried_with_every_fallback_and_scores_the_same(toy, size):
-    study, write, tried = toy("short", lanes=1), Study.write, []
-
-    def full(method, group):
-        tried.append(list(study.subject.fallbacks.enabled))
-        if not tried[-1]:
-            raise torch.OutOfMemoryError("out of memory")
-        return write(study, method, group)
-
-    study.write = full
-    study.run(QUICK, batch_size=size, limit=2)
-    plain = toy("plain", lanes=1)
-    plain.windows = 5  # other work, so that no rows are copied
-    plain.run(QUICK, batch_size=size, limit=2)
+    assert messages[0] == "short: FT-M: out of memory with 4 edits side by side; going on with 2"
+    assert len(messages) == 3 and "computed again" in messages[2]
+    plain = toy("plain")
+    plain.run(QUICK)
     mine, others = study.read(), plain.read()
     assert mine["answer"].tolist() == others["answer"].tolist()
     assert mine["notes"].str.contains("computed again").all() and others["notes"].isna().all()
     study.write = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to try on a CPU
-        study.run(FT_M, batch_size=size)
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to try
+        study.run(FT_M, batch_size=2)
 
 
 def test_only_as_many_edits_as_fit_are_written_at_once(toy, monkeypatch):
@@ -368,30 +325,23 @@ def test_committed_rows_are_taken_without_a_model_whatever_code_wrote_them(toy, 
     assert study.export(found) == path and path.read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "missing"),
-    [
-        (MEMIT, {}, "MEMIT, batch 0 of size 1, split test"),
-        (QUICK, {"level": "one"}, "FT-M, one, batch 0 of size 1, split test"),
-        (QUICK, {"batch_size": 2}, "FT-M, batch 0 of size 2, split test"),
-    ],
-)
-def test_a_missing_committed_unit_is_named_with_the_command_that_makes_it(
-    toy, monkeypatch, method, options, missing
-):
+def test_a_missing_committed_unit_is_named(toy, monkeypatch):
     study = toy()
-    study.run(QUICK)
+    study.run(QUICK, limit=1)
     study.export(study.read())
     monkeypatch.setenv("UKE_ROWS", "committed")
     again = toy()
-    message = (
-        f"toy.parquet: no rows of {missing} on these edits; make them with `python -m uke run toy"
-    )
-    with pytest.raises(InputError, match=message):
-        again.run(method, **options)
-    with pytest.raises(InputError, match=message):  # a missing unit is no failed trial
-        again.attempt(method, **options)
-    assert not again.units
+    for method, options, missing in (
+        (MEMIT, {}, "method MEMIT, batch_size 1, split test, batch 0"),
+        (QUICK, {"level": "one"}, "method FT-M, level one, batch_size 1, split test, batch 0"),
+        (QUICK, {"batch_size": 2}, "method FT-M, batch_size 2, split test, batch 0"),
+        (QUICK, {}, "method FT-M, batch_size 1, split test, batch 1"),
+    ):
+        message = f"toy.parquet: no rows of {missing} on these edits; run the notebook without"
+        for run in (again.run, again.attempt):  # a missing unit is no failed trial
+            with pytest.raises(InputError, match=message):
+                run(method, **options)
+    assert not again.taken
     monkeypatch.setenv("UKE_ROWS", "comitted")
     with pytest.raises(InputError, match="UKE_ROWS: unknown 'comitted'; did you mean 'committed'"):
         toy().run(QUICK)

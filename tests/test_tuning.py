@@ -23,6 +23,7 @@ class Fake:
         self.dataset = SimpleNamespace(split=split, world_seed=1)
         self.paths = SimpleNamespace(profile="quick", data="world")
         self.name, self.environment, self.score, self.found = "tuning", {}, score, []
+        self.before = pd.DataFrame({"score": [0.3]})
 
     def smoke_run(self):
         return False
@@ -56,21 +57,21 @@ class Notes(SimpleNamespace):
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    monkeypatch.setattr(tuning.rows, "primary", lambda frame: frame)
+    monkeypatch.setattr(tuning.rows, "primary", lambda frame, phase="after": frame)
     monkeypatch.setattr(tuning.rows, "average", lambda frame: frame)
-    monkeypatch.setattr(tuning, "untouched", lambda study: 0.3)
 
 
 def test_the_last_of_three_sizes_tries_the_finalists_and_single_edits_no_minibatches():
     study, notes = Fake(lambda trial, size: trial.steps / 10), Notes()
     trials = Trials(study, TRIED, BASE, [1, 2, 4], limit=3)
     trials.run(notes)
-    made = {(size, level) for size, name, level in trials.planned if name == "FT-M"}
-    assert made == {(size, f"steps {steps}") for size in (1, 2) for steps in (1, 2, 3)} | {
+    made = {(row["method"], row["batch_size"], row["level"]) for row in study.found}
+    assert {cell[1:] for cell in made if cell[0] == "FT-M"} == {
+        *((size, f"steps {steps}") for size in (1, 2) for steps in (1, 2, 3)),
         (4, "steps 2"),
         (4, "steps 3"),
     }
-    assert {size for size, name, _ in trials.planned if name == "LocFT-BF"} == {2, 4}
+    assert {size for name, size, _ in made if name == "LocFT-BF"} == {2, 4}
     assert trials.chosen(4)["FT-M"] == {"steps": 3} and [trials.edits(n) for n in (1, 2, 4)] == [
         3,
         2,
@@ -80,7 +81,6 @@ def test_the_last_of_three_sizes_tries_the_finalists_and_single_edits_no_minibat
     assert all(ok for ok, _ in notes.checks) and not notes.warnings
     trials.say(notes, {"FT-M": "mine"})
     assert notes.said["tuning.1.mine.average"] == 0.3 and "tuning.4.locft_bf.average" in notes.said
-    assert trials.last_gains()["FT-M, batch size 1"] == pytest.approx(0.1 / 3)
     assert not trials.decides
 
 
@@ -108,10 +108,10 @@ def test_every_level_gets_its_best_rate_and_the_rule_chooses_among_them():
     assert kept["layers"]["all"] == {"learning_rate": 2e-3, "average": 0.7}
     assert kept["layers"]["eighth_6"]["learning_rate"] == 1e-3
     chosen = {"layers": "all", "chat_template": "with", "end_of_turn": "with"}
-    assert levels.chosen == {"FT-M": chosen}
+    assert levels.rule() == {"FT-M": chosen}
     assert levels.candidates()["FT-M"].layers == "all"
     levels.check(notes)
-    assert all(ok for ok, _ in notes.checks) and "layers eighth 6 (0.001)" in notes.warnings[0]
+    assert all(ok for ok, _ in notes.checks) and "layers, eighth_6 (0.001)" in notes.warnings[0]
 
 
 def test_other_edits_than_development_ones_choose_nothing():

@@ -129,7 +129,6 @@ def curves(
 
         curves(losses)                    one panel, names at the lines' ends
         curves(losses, panel="method")    a panel for each method
-        curves(windows, x="window", y="log_probability", by="phase", panel="method")
 
     An edit whose training ended keeps its last value.
     """

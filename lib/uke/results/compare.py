@@ -363,21 +363,6 @@ def costs(after: pd.DataFrame, by: Sequence[str] = ("method", "level")) -> pd.Da
     return batches.groupby(by, sort=False)[COSTS].mean().reset_index()
 
 
-def windows(after: pd.DataFrame) -> pd.DataFrame:
-    """Return the answers' log-probability (nats per token) by window (from 1), before and after.
-
-    Columns: method, edit, window, phase (`no edit` or `edited`), log_probability.
-    """
-    found = [
-        (row.method, row.edit, number, phase, value)
-        for row in after.dropna(subset="curve").itertuples()
-        for pair in json.loads(row.curve)["windows"]
-        for phase, values in zip((BEFORE, "edited"), pair, strict=True)
-        for number, value in enumerate(values, 1)
-    ]
-    return pd.DataFrame(found, columns=["method", "edit", "window", "phase", "log_probability"])
-
-
 def answers(after: pd.DataFrame, edit: str, kinds: Sequence[str]) -> pd.DataFrame:
     """Return kind, question, source and answer of an edit's first question of each kind.
 

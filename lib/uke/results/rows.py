@@ -102,12 +102,6 @@ def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | N
     return found == [wanted]
 
 
-def by_work(paths: Paths) -> dict[str, tuple[str, str]]:
-    """Return study and unit of every file of this run's rows, by the digest its name ends in."""
-    files = sorted((paths.results / "rows").glob("*/*.parquet"))
-    return {path.stem.rpartition("-")[2]: (path.parent.name, path.stem) for path in files}
-
-
 def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
     """Read the rows of these units, in a fixed order, with every column of COLUMNS."""
     folder = paths.rows(study)

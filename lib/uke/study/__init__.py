@@ -1,23 +1,23 @@
 """Run studies: ask, edit, ask again, score, and keep the rows; compare levels, methods,
 sequences."""
 
+from uke.study.comparison import say_leads, say_means
 from uke.study.dataset import Dataset, load
 from uke.study.factor import FactorStudy
 from uke.study.methods import MethodStudy
-from uke.study.say import say_means
 from uke.study.sequential import SequenceStudy
 from uke.study.study import Study
-from uke.study.tuning import GridTrials, LevelTrials, Trials
+from uke.study.tuning import LevelTrials, Trials
 
 __all__ = [
     "Dataset",
     "FactorStudy",
-    "GridTrials",
     "LevelTrials",
     "MethodStudy",
     "SequenceStudy",
     "Study",
     "Trials",
     "load",
+    "say_leads",
     "say_means",
 ]

@@ -1,7 +1,8 @@
-"""Take the committed rows of a study in place of new ones, unit by unit, without a model."""
+"""Take the committed rows of a study in place of new ones, without a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
@@ -9,8 +10,6 @@ from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.project import Paths
 from uke.results import rows
-
-UNIT = ["method", "factor", "level", "batch_size", "split", "batch"]
 
 
 class MissingRows(InputError):
@@ -20,9 +19,8 @@ class MissingRows(InputError):
 class Committed:
     """The committed rows of a study.
 
-    committed = Committed(paths, "07_recipe")
-    unit = committed.unit("FT-M", None, None, 1, "test", 0, edits[:1])
-    committed.read([unit])
+    labels = {"method": "FT-M", "factor": None, "level": None, "batch_size": 1, "split": "test"}
+    Committed(paths, "07_recipe").take(labels, {0: edits[:1], 1: edits[1:2]})
     """
 
     def __init__(self, paths: Paths, study: str) -> None:
@@ -30,15 +28,8 @@ class Committed:
 
     @cached_property
     def after(self) -> pd.DataFrame:
-        """All rows after edits, each with the name of its unit."""
-        frame = rows.committed(self.paths, self.study)
-        frame = frame.astype({"batch": int, "batch_size": int})  # the unedited rows have none
-        names = [_name(*values) for values in frame[UNIT].itertuples(index=False)]
-        return frame.assign(unit=names)
-
-    @cached_property
-    def _edits(self) -> dict[str, set[str]]:
-        return self.after.groupby("unit")["edit"].agg(set).to_dict()
+        """All rows after edits."""
+        return rows.committed(self.paths, self.study)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -47,26 +38,23 @@ class Committed:
         first = pd.concat(frame.head(1) for frame in frames).iloc[0]
         return {name: first[name] for name in ("model", "data", "code")}
 
-    def unit(
-        self,
-        method: str,
-        factor: str | None,
-        level: str | None,
-        batch_size: int,
-        split: str,
-        batch: int,
-        edits: Iterable[Edit],
-    ) -> str:
-        """Return the name of a unit for `read`; MissingRows where it has not these very edits."""
-        unit = _name(method, factor, level, batch_size, split, batch)
-        if self._edits.get(unit) != {edit.id for edit in edits}:
-            raise self._missing(unit)
-        return unit
+    def take(
+        self, labels: Mapping[str, Any], batches: Mapping[int, Sequence[Edit]]
+    ) -> pd.DataFrame:
+        """Return the rows with these labels of these batches, by their number.
 
-    def read(self, units: Iterable[str]) -> pd.DataFrame:
-        """Return the rows of these units."""
-        chosen = self.after["unit"].isin(list(units))
-        return self.after[chosen].drop(columns="unit").reset_index(drop=True)
+        MissingRows where a batch has no rows, or those of other edits.
+        """
+        own = self.after
+        for column, value in labels.items():
+            own = own[own[column].isna() if value is None else own[column] == value]
+        own = own[own["batch"].isin(list(batches))]
+        found = own.groupby("batch")["edit"].agg(set).to_dict()
+        for batch, edits in batches.items():
+            if found.get(batch) != {edit.id for edit in edits}:
+                names = [f"{name} {value}" for name, value in labels.items() if value is not None]
+                raise self._missing(f"{', '.join(names)}, batch {batch}")
+        return own
 
     def before(self, probes: Iterable[Probe]) -> pd.DataFrame:
         """Return the rows of the unedited model on these probes."""
@@ -78,16 +66,6 @@ class Committed:
         return frame[found].assign(before=frame["answer"]).reset_index(drop=True)
 
     def _missing(self, what: str) -> MissingRows:
-        notebooks = [path.stem for path in (self.paths.home / "notebooks").glob("*.ipynb")]
-        notebook = max(filter(self.study.startswith, notebooks), key=len, default=self.study)
-        run = f"python -m uke run {notebook} --profile {self.paths.profile}"
-        run += "" if self.paths.data == "world" else f" --data {self.paths.data}"
         path = self.paths.exported(self.study)
-        return MissingRows(f"{path}: no rows of {what} on these edits; make them with `{run}`")
-
-
-def _name(
-    method: str, factor: str | None, level: str | None, batch_size: int, split: str, batch: int
-) -> str:
-    labels = [label for label in (factor, level) if not pd.isna(label)]
-    return ", ".join([method, *labels, f"batch {batch} of size {batch_size}, split {split}"])
+        run = "run the notebook without UKE_ROWS=committed"
+        return MissingRows(f"{path}: no rows of {what} on these edits; {run}")

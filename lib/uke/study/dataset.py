@@ -47,21 +47,6 @@ class Dataset:
         changed = hashlib.sha256(f"{self.fingerprint} {sorted(kinds)}".encode()).hexdigest()[:16]
         return replace(self, probes=probes, fingerprint=changed)
 
-    def with_length(self, share: float, count: int) -> "Dataset":
-        """Return the first `count` edits with answers of `share` of their length.
-
-        The next edit's text continues where one ends. Only the original probe of each is kept.
-        """
-        words = [edit.answer.split() for edit in self.edits]
-        edits = []
-        for index, edit in enumerate(self.edits[:count]):
-            longer = words[index] + words[(index + 1) % len(words)]
-            text = " ".join(longer[: max(1, round(share * len(words[index])))])
-            edits.append(edit.model_copy(update={"answer": text}))
-        probes = {edit.id: edit.probes[:1] for edit in edits}
-        changed = fingerprint(edits, [edit.probes[0] for edit in edits])
-        return replace(self, edits=tuple(edits), probes=probes, fingerprint=changed)
-
 
 def load(
     profile: str,
@@ -89,7 +74,13 @@ def load(
     if split not in SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
     if data == "world":
-        edits, locality = of_world(paths, split, world_seed, form)
+        folder = world_files.ensure(paths.home / "results", world_seed)
+        order = card.of_world(folder, split, form)
+        edits = formats.load(order.dataset, order.edit_file)
+        settings = card.settings(paths.home, "world")
+        sets = [card.ensure(order, settings, folder / split / "locality")]
+        sets += [folder / split / world_files.GENERAL] if form == "unkebench" else []
+        locality = tuple(probe for path in sets for probe in load_locality(path, edits))
     else:
         edits, locality = formats.load(data, data_file), ()
         if (built := card.built(paths)).is_file():
@@ -108,18 +99,6 @@ def load(
         split,
         world_seed if data == "world" else None,
     )
-
-
-def of_world(
-    paths: Paths, split: str, seed: int, form: str = "unkebench"
-) -> tuple[tuple[Edit, ...], tuple[Probe, ...]]:
-    """Load all edits of a split of a world, its locality set and exercises of a general skill."""
-    folder = world_files.ensure(paths.home / "results", seed)
-    order = card.of_world(folder, split, form)
-    edits = formats.load(order.dataset, order.edit_file)
-    built = card.ensure(order, card.settings(paths.home, "world"), folder / split / "locality")
-    sets = [built, folder / split / world_files.GENERAL] if form == "unkebench" else [built]
-    return edits, tuple(probe for path in sets for probe in load_locality(path, edits))
 
 
 def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:

@@ -8,11 +8,11 @@ import pandas as pd
 
 from uke.errors import InputError, nearest
 from uke.methods import recipes
-from uke.methods.catalog import at_level, best_single, configured, differences, find, key
+from uke.methods.catalog import at_level, best_single, configured, find, key
 from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS, Recipe
 from uke.results import compare
 from uke.results.stats import Interval
-from uke.study.say import begin, say_means, warn_of_lacking
+from uke.study.comparison import Comparison, say_means
 from uke.study.study import Study
 
 BEST_SINGLE = "best single block"  # the one that was best on development edits
@@ -28,7 +28,7 @@ SAID = ("average", "original")  # the kinds whose effects are said
 RAW = "asked_without"  # in keys: every probe was asked through a raw prompt
 
 
-class FactorStudy:
+class FactorStudy(Comparison):
     """Compare the levels of one factor on the same edits, each at its own tuned rate.
 
         layers = FactorStudy("layers", ["FT-M", "LoRA"], [], Study("04_factor_layers", dataset))
@@ -43,35 +43,31 @@ class FactorStudy:
     that is left with fewer than two levels.
     """
 
+    by = ["method", "level"]
+
     def __init__(self, factor: str, methods: Sequence[str], levels: Sequence[str], study: Study):
+        super().__init__(study)
         if factor not in FACTORS:
             raise InputError(f"unknown factor '{factor}'{nearest(factor, FACTORS)}")
-        self.factor, self.study, self.said = factor, study, {}
-        self._params, self._model = study.paths.home / "params", study.subject.name
-        self._tuned = configured(self._params, self._model)
+        self.factor, self._raw = factor, study.chat is False
+        self._params = study.paths.home / "params", study.subject.name
+        self._tuned = configured(*self._params)
         self.methods = [find(name, self._tuned).name for name in methods or FAMILIES]
         self.levels = {method: self._levels(method, levels) for method in self.methods}
         self.pairs = {method: self._pairs(method) for method in self.methods}
-        self.recipes: dict[tuple[str, str], Recipe] = {
-            (method, level): at_level(self._params, self._model, method, factor, level)
-            for method, chosen in self.levels.items()
-            for level in chosen
-        }
-        raw = study.chat is False
-        self.title = compare.label(factor) + (", asked through raw prompts" if raw else "")
-        self._prefix = f"factor.{factor}_{RAW}" if raw else f"factor.{factor}"
+        self.cells = [(name, level) for name, own in self.levels.items() for level in own]
+        self.runs = [
+            (at_level(*self._params, name, factor, level), {"factor": factor, "level": level})
+            for name, level in self.cells
+        ]
+        self.title = compare.label(factor) + (", asked through raw prompts" if self._raw else "")
+        self._prefix = f"factor.{factor}_{RAW}" if self._raw else f"factor.{factor}"
 
     def _levels(self, method: str, names: Sequence[str]) -> list[str]:
         """Return the levels compared on a method, in the order of the factor."""
-        factor = self._tuned[method].factors.get(self.factor)
-        if not factor:
+        if not self._tuned[method].factors:
             raise InputError(f"{method}: it has no levels of factors; expected a way to fine-tune")
-        for name in names:
-            if name not in factor.levels:
-                hint = nearest(name, factor.levels)
-                raise InputError(f"factor {self.factor}: unknown level '{name}'{hint}")
-        studied = recipes.levels(self._tuned[method])[self.factor]
-        chosen = [name for name in studied if not names or name in names]
+        chosen = recipes.levels(self._tuned[method], names).get(self.factor, [])
         if len(chosen) < 2:
             where = f"factor {self.factor}, {method}: {', '.join(chosen) or 'none'}"
             raise InputError(f"{where}: expected two or more levels to compare")
@@ -82,46 +78,22 @@ class FactorStudy:
         levels, pairs = self.levels[method], {}
         for end, (level, against) in CONTRASTS[self.factor].items():
             if against == BEST_SINGLE and set(SINGLE_BLOCKS) & set(levels):
-                against = best_single(self._params, self._model, method, levels)
+                against = best_single(*self._params, method, levels)
             if {level, against} <= set(levels):
                 pairs[end] = (level, against)
         return pairs or {f"{levels[-1]}_minus_{levels[0]}": (levels[-1], levels[0])}
 
-    def run(self, section: Any) -> None:
-        """Write the rows of every cell that has none; warn of what failed or is missing."""
-        begin(self.study, section)
-        for (method, level), recipe in self.recipes.items():
-            section.method(recipe.model_dump())
-            if fault := self.study.attempt(recipe, factor=self.factor, level=level):
-                section.warn(f"{method}, {compare.label(level)}: failed ({fault})")
-        edits = len(self.study.dataset.edits)
-        counts = self.rows.groupby(["method", "level"])["edit"].nunique()
-        for method, level in self.recipes:
-            if (found := counts.get((method, level), 0)) < edits:
-                cell = f"{method}, {compare.label(level)}"
-                section.warn(f"{cell}: {found} of {edits} edits have rows.")
-        warn_of_lacking(self.rows, section)
+    def attempt(self, method: Recipe, options: dict[str, Any]) -> str | None:
+        return self.study.attempt(method, **options)
 
-    @cached_property
-    def rows(self) -> pd.DataFrame:
-        """The rows of all cells, in the order of methods and levels."""
+    def read(self) -> pd.DataFrame:
         every = self.study.read()
-        cells = dict(list(every[every["factor"] == self.factor].groupby(["method", "level"])))
-        return pd.concat([cells[cell] for cell in self.recipes if cell in cells])
+        return every[every["factor"] == self.factor]
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Primary metrics and the average metric by cell, edit and kind, also without any edit."""
         return compare.scored(self.rows, self.study.before)
-
-    def comparison(self) -> pd.DataFrame:
-        """Return how each cell differs from the method as tuned, and what an edit costs there."""
-        found = [
-            (method, level, differences(recipe, self._tuned[method]))
-            for (method, level), recipe in self.recipes.items()
-        ]
-        found = pd.DataFrame(found, columns=["method", "level", "differs from the method"])
-        return found.merge(compare.costs(self.rows), on=["method", "level"], how="left")
 
     def mean(self, level: str, kind: str = "average") -> float:
         """Return the mean score at a level (or of `no edit`) over edits and methods."""
@@ -164,35 +136,23 @@ class FactorStudy:
             name = _contrast(name, next(iter(self.pairs[name])))
         return compare.effect(self.effects, self.contrasts.get(name, ("", {}))[0], kind)
 
-    def gained(self, *methods: str) -> bool:
+    def gained(self, *methods: str, sign: int = 1) -> bool:
         """Whether the first contrast of these methods (all, if none) raises the average metric.
 
-        That is, its whole interval lies above zero.
+        That is, its whole interval lies above zero; with `sign` -1, below.
         """
         found = [self.effect(name) for name in methods or self.methods]
-        return all(effect is not None and effect.low > 0 for effect in found)
-
-    def lost(self, *methods: str) -> bool:
-        """Whether that contrast lowers the average metric of each of these methods."""
-        found = [self.effect(name) for name in methods or self.methods]
-        return all(effect is not None and effect.high < 0 for effect in found)
+        return all(one is not None and min(sign * one.low, sign * one.high) > 0 for one in found)
 
     def check(self, section: Any) -> None:
         """Check in a section what the conclusion needs."""
-        cells, edits = self.rows.groupby(["method", "level"]), len(self.study.dataset.edits)
         recipes = self.rows.groupby("method")[["recipe", "level"]].nunique()
+        of_each = self.rows.groupby(self.by)["recipe"].nunique()
         section.check(
-            cells["edit"].nunique().eq(edits).all(),
-            f"{self.title}: every level that has rows has all {edits} edits",
-        )
-        section.check(
-            self.rows["log_probability"].dropna().le(0).all(),
-            f"{self.title}: no log-probability is above 0",
-        )
-        section.check(
-            cells["recipe"].nunique().eq(1).all() and recipes["recipe"].eq(recipes["level"]).all(),
+            of_each.eq(1).all() and recipes["recipe"].eq(recipes["level"]).all(),
             f"{self.title}: each level of a method is one recipe, and no two are the same",
         )
+        super().check(section)
 
     def say(self, section: Any) -> None:
         """Say every score (`factor.<factor>.<method>.<level>.<kind>`) and the effects
@@ -206,7 +166,7 @@ class FactorStudy:
                     self.said[name] = section.say(name, *found[:3], n=found.n, unit="points")
 
     def _effect_key(self, contrast: str, kind: str) -> str:
-        if self.study.chat is False:
+        if self._raw:
             kind = RAW if kind == "average" else f"{RAW}_{kind}"
         return f"effect.{self.factor}.{contrast}.{kind}"
 

@@ -7,24 +7,23 @@ from typing import Any
 import pandas as pd
 
 from uke.errors import InputError
-from uke.methods.catalog import METHODS, configured, differences, find
+from uke.methods.catalog import METHODS, configured, find
 from uke.methods.method import Method
 from uke.project import Paths
 from uke.results import compare
-from uke.results.stats import Interval
-from uke.study.say import begin, check_unchanged, say_means, warn_of_lacking
+from uke.study.comparison import Comparison, say_means
 from uke.study.study import Study
 
 LEADER = "FT-UKE"  # whose lead over the best baseline is measured, if it is among the methods
 BASELINES = ("locate-then-edit", "in-context")  # families of methods it is compared with
 
 
-class MethodStudy:
+class MethodStudy(Comparison):
     """Compare methods on the same edits, and one of them with the best baseline.
 
         single = MethodStudy(Study("07_recipe", dataset), ["FT-UKE", "AnyEdit++"])
-        single.run(section)                 # writes what has no rows yet
-        single.say_lead(section, "single")  # FT-UKE minus the best baseline on development edits
+        single.run(section)  # writes what has no rows yet
+        single.leads()       # FT-UKE minus the best baseline on development edits
 
     `methods` are names or keys, none for every method that writes a single edit into the weights.
     Each has the settings tuned at the nearest batch size. At the sizes in `full` (all, if None)
@@ -42,12 +41,12 @@ class MethodStudy:
         limit: int | None = None,
         batches: int = 1,
     ):
-        self.study, self.sizes, self.said = study, list(sizes), {}
-        self._full = set(sizes if full is None else full)
+        super().__init__(study)
+        self.sizes, self._full = list(sizes), set(sizes if full is None else full)
         self._limit, self._batches = limit or len(study.dataset.edits), batches
         self.published = self._configured(1, tuned=False)
         names = methods or [name for name in METHODS if _writes_one(self.published[name])]
-        self.names = [find(name, self.published).name for name in names]
+        self.cells = self.names = [find(name, self.published).name for name in names]
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
         self.leader = LEADER if LEADER in others else next(iter(others), None)
@@ -55,6 +54,10 @@ class MethodStudy:
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
         places = [study.paths, Paths("embedded")] if of_world else [study.paths]
         self.best = compare.best_baselines(places, self.sizes, self.baselines)
+        self.runs = [
+            (self._configured(size)[name], {"batch_size": size, "limit": count})
+            for (size, name), count in self.plan.items()
+        ]
 
     def _configured(self, size: int, tuned: bool = True) -> dict[str, Method]:
         return configured(self.study.paths.home / "params", self.study.subject.name, size, tuned)
@@ -86,43 +89,14 @@ class MethodStudy:
             what = "no baseline" if self.leader else "only baselines"
             raise InputError(f"methods: {', '.join(self.names)}: {what}; expected both kinds")
 
-    def settings(self) -> pd.DataFrame:
-        """Return the settings that tuning changed, as published and as chosen.
-
-        Chosen are those of the first batch size that each method is run at.
-        """
-        chosen = {name: self._configured(size)[name] for size, name in reversed(self.plan)}
-        found = []
-        for name in self.names:
-            both = self.published[name], chosen[name]
-            found.append((name, differences(*both), differences(*reversed(both))))
-        return pd.DataFrame(found, columns=["method", "published", "chosen here"])
-
-    def run(self, section: Any, backwards: bool = False) -> None:
-        """Write the rows that are missing, and warn in a section of what a reader must know.
-
-        `backwards` begins with the last method, for where another notebook may be writing the same
-        rows from the first on.
-        """
-        begin(self.study, section)
-        plan = list(self.plan.items())
-        for (size, name), count in reversed(plan) if backwards else plan:
-            method = self._configured(size)[name]
-            section.method(method.model_dump() | {"batch": size})
-            self.study.run(method, size, count)
-        warn_of_lacking(self.rows, section)
+    def run(self, section: Any) -> None:
+        super().run(section)
         if self.baselines and not self.best:
             self.best = compare.best_here(self.averages, self.baselines)
             section.warn(
                 "No development rows of the baselines: the best is the best on these very edits, "
                 "which flatters it."
             )
-
-    @cached_property
-    def rows(self) -> pd.DataFrame:
-        """The rows of all methods, in their order."""
-        every = self.study.read()
-        return pd.concat([every[every["method"] == name] for name in self.names])
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -134,30 +108,14 @@ class MethodStudy:
         """The average metric of every edit."""
         return self.scores[self.scores["kind"] == "average"]
 
+    def leads(self) -> pd.DataFrame:
+        """Return the lead over the best baseline at each batch size (see `compare.leads`)."""
+        return compare.leads(self.averages, self.leader, self.best)
+
     def say(self, section: Any, prefix: str, by: Sequence[str], kinds: Sequence[str] = ()) -> None:
         """Say the mean of every method on these kinds of probe (all, if none), for `said`."""
         own = self.scores[self.scores["kind"].isin(kinds or self.scores["kind"].unique())]
         self.said |= say_means(section, prefix, own, by)
-
-    def say_lead(self, section: Any, prefix: str) -> Interval:
-        """Say the lead over the best baseline on single edits, and return it in points.
-
-        It is said in points, and in percent of the baseline's average metric.
-        """
-        points, percent = compare.lead(self.averages, self.leader, self.best[1])
-        self.said["lead"] = section.say(f"{prefix}.lead", *points, unit="points")
-        section.say(f"{prefix}.lead_relative", *percent, unit="%")
-        return points
-
-    def say_leads(self, section: Any, prefix: str, leads: pd.DataFrame) -> dict[int, str]:
-        """Say the lead at each batch size (`compare.leads`); return what was said of points."""
-        said = {}
-        for row in leads.itertuples():
-            name, n = f"{prefix}.{row.batch_size}.lead", row.batches
-            points, percent = row[3:6], row[6:9]
-            said[row.batch_size] = section.say(name, *points, n=n, unit="points")
-            section.say(f"{name}_relative", *percent, n=n, unit="%")
-        return said
 
     def check(self, section: Any) -> None:
         """Check in a section what the conclusion needs."""
@@ -165,7 +123,7 @@ class MethodStudy:
         section.check(counts == self.plan, "every method wrote all edits that it was asked for")
         split = self.study.dataset.split
         section.check(set(self.rows["split"]) == {split}, f"every row is of the split `{split}`")
-        check_unchanged(self.study, section)
+        super().check(section)
 
 
 def _writes_one(method: Method) -> bool:

@@ -65,31 +65,3 @@ def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, sho
     return max(
         most, len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"]) * 3 // 2
     )
-
-
-def floor(before: pd.DataFrame) -> pd.DataFrame:
-    """Return the chance level of texts: the primary metric of answers paired with the wrong
-    question.
-
-    An edit's own text is replaced by another edit's text, a document by what the unedited model
-    answers about another document. Columns: method (`floor`), edit, kind, score; a kind with a
-    single question has no row.
-    """
-    parts = [pd.DataFrame(columns=["method", "edit", "kind", "score"])]
-    for kind in TEXTS:
-        rows = before[before["kind"] == kind].reset_index(drop=True)
-        compared_with = "before" if KINDS[kind].against == "before" else "reference"
-        texts, questions = rows[compared_with].tolist(), rows["question"].tolist()
-        others = [_other_question(questions, index) for index in rows.index]
-        if rows.empty or None in others:
-            continue
-        scores = score([texts[index] for index in others], texts)[KINDS[kind].metric]
-        columns = {"method": "floor", "edit": rows["edit"], "kind": kind}
-        parts.append(pd.DataFrame(columns | {"score": scores.to_numpy()}))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
-
-
-def _other_question(questions: Sequence[str], index: int) -> int | None:
-    """Return the next index, going round, whose question is another one."""
-    turned = [*range(index + 1, len(questions)), *range(index)]
-    return next((other for other in turned if questions[other] != questions[index]), None)

@@ -7,10 +7,11 @@ import hashlib
 import json
 import logging
 import time
-import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,49 +21,43 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Edit, Probe
 from uke.errors import Diverged, InputError
-from uke.files import write_atomic
 from uke.methods.edited import edited, edited_each, lane_mib
 from uke.methods.locate_edit import covariance
-from uke.methods.locate_edit.anchors import by_window, locate
 from uke.methods.method import EditRecord, Method
-from uke.methods.recipes import BASELINES
 from uke.models.generate import AnswerCache, Generation
-from uke.models.model import blocks, fingerprint, load, precision
-from uke.project import EMBEDDED, Paths, code_fingerprint, digest, unit_key
+from uke.models.model import blocks, fingerprint, load
+from uke.project import EMBEDDED, Paths, code_fingerprint, unit_key
 from uke.results import rows
-from uke.results.metrics import METRICS, Encoder, encoder_folder, load_encoder
+from uke.results.metrics import METRICS, Encoder, load_encoder
 from uke.study.committed import Committed, MissingRows
 from uke.study.dataset import Dataset, batched
-from uke.study.memory import MemoryFallbacks, Peak, free_mib
+from uke.study.memory import Peak, checkpointed, free_mib
 from uke.study.score import answer_and_score, token_limit, with_before
 from uke.world.files import CARD, card
 
 logger = logging.getLogger(__name__)
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
+CHECKPOINTED = "activations are computed again where no cache is read"
 
 
 class Subject:
     """The model under study, by name or as a loaded pair; a name is loaded when first needed.
 
-    Fingerprints are remembered in `folder` by the stats of the model's files, so that a study whose
-    units all have rows loads no model.
+    `checkpointing`: trainings compute activations again, since memory ran out.
     """
 
-    def __init__(
-        self, model: str | tuple[nn.Module, PreTrainedTokenizerBase], folder: Path
-    ) -> None:
+    def __init__(self, model: str | tuple[nn.Module, PreTrainedTokenizerBase]) -> None:
         if isinstance(model, str):
             self.name = model
         else:
             self.name, self.loaded = model[0].config.name_or_path, model
         self.directory = EMBEDDED if self.name == "embedded" else Path(self.name)
-        # A name on the hub may mean other files another day.
-        self._folder = folder if isinstance(model, str) and self.directory.is_dir() else None
+        self.checkpointing = False
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -70,41 +65,25 @@ class Subject:
         measure_world(model, tokenizer)
         return model, tokenizer
 
-    @property
-    def is_loaded(self) -> bool:
-        return "loaded" in vars(self)
-
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if not self.is_loaded and self.directory.is_dir():
-            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
-        return self.loaded[1]
+    def fingerprint(self) -> str:
+        """16 hex digits of all that decides an answer, when first asked for."""
+        return self.fingerprint_now()
 
-    @cached_property
-    def fallbacks(self) -> MemoryFallbacks:
-        return MemoryFallbacks(self.loaded[0])
-
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """16 hex digits of the `weights`, and of all that decides an answer: the `model`."""
-        path = self._folder and self._folder / f"{self._files()}.json"
-        if path and path.is_file():
-            return json.loads(path.read_text())
+    def fingerprint_now(self) -> str:
         model, tokenizer = self.loaded
-        weights, vocabulary = fingerprint(model), sorted(tokenizer.get_vocab().items())
-        whole = repr([weights, tokenizer.chat_template, vocabulary, str(model.dtype)])
-        found = {"weights": weights, "model": hashlib.sha256(whole.encode()).hexdigest()[:16]}
-        if path:
-            write_atomic(path, json.dumps(found))
-        return found
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        whole = repr([fingerprint(model), tokenizer.chat_template, vocabulary, str(model.dtype)])
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
-    def _files(self) -> str:
-        """Return a digest of the names, sizes and times of the model's files."""
-        stats = [(path.name, path.stat()) for path in sorted(self.directory.iterdir())]
-        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        code = [code_fingerprint(("models", "study.study")), transformers.__version__]
-        dtype = str(precision("cuda" if torch.cuda.is_available() else "cpu"))
-        return digest(str(self.directory.resolve()), files=files, code=code, dtype=dtype)
+    def trainable(self) -> AbstractContextManager[None]:
+        """Return the context in which its trainings fit into memory."""
+        return checkpointed(self.loaded[0]) if self.checkpointing else nullcontext()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the record of an edit says of memory."""
+        return [f"memory was short: {CHECKPOINTED}"] if self.checkpointing else []
 
 
 class Unit(NamedTuple):
@@ -113,14 +92,6 @@ class Unit(NamedTuple):
     key: str
     edits: tuple[Edit, ...]
     columns: dict[str, Any]
-
-    @property
-    def ids(self) -> list[str]:
-        return [edit.id for edit in self.edits]
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {name: self.columns[name] for name in ("model", "data", "recipe")}
 
 
 @dataclass
@@ -131,10 +102,9 @@ class Study:
         study.run(METHODS["FT-M"])
         scores = rows.average(rows.primary(study.read()))
 
-    `subject`: a model's name, or model and tokenizer. `windows`: the target's log-probability is
-    read before and after every edit, by windows of so many tokens. `chat` False asks every probe
-    through a raw prompt, before and after. `lanes`: at most so many single edits are written side
-    by side; they are halved where memory runs out.
+    `subject`: a model's name, or model and tokenizer. `chat` False asks every probe through a raw
+    prompt, before and after. `lanes`: at most so many single edits are written side by side; they
+    are halved where memory runs out.
 
     With UKE_ROWS=committed in the environment `run` and `before` take their rows from the committed
     file of the study, whatever code wrote them, and no model is loaded.
@@ -145,14 +115,14 @@ class Study:
     subject: Subject | str | tuple[nn.Module, PreTrainedTokenizerBase] = "embedded"
     similarity: bool = True
     max_new_tokens: int = 160
-    windows: int | None = None
     chat: bool | None = None
     lanes: int = 16
     units: list[str] = field(default_factory=list, init=False)
+    taken: list[pd.DataFrame] = field(default_factory=list, init=False)  # of committed rows
 
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
-            self.subject = Subject(self.subject, self.paths.home / "results" / "fingerprints")
+            self.subject = Subject(self.subject)
         self.committed = Committed(self.paths, self.name) if rows.use_committed() else None
 
     @property
@@ -161,7 +131,7 @@ class Study:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.subject.tokenizer
+        return self.subject.loaded[1]
 
     @property
     def paths(self) -> Paths:
@@ -170,14 +140,14 @@ class Study:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What tells rows of this model and dataset from those of others."""
-        return {"model": self.subject.fingerprints["model"], "data": self.dataset.fingerprint}
+        return {"model": self.subject.fingerprint, "data": self.dataset.fingerprint}
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
         """What else tells units apart: rows made under other conditions are other rows."""
-        chat = {} if self.chat is None else {"chat": self.chat}
-        limits = {"tokens": self.max_new_tokens, "similarity": self.similarity and has_encoder()}
-        return {"split": self.dataset.split} | chat | limits
+        similarity = self.similarity and encoder() is not None
+        limits = {"tokens": self.max_new_tokens, "similarity": similarity}
+        return {"split": self.dataset.split, "chat": self.chat} | limits
 
     @property
     def environment(self) -> dict[str, str]:
@@ -185,9 +155,8 @@ class Study:
         if self.committed:
             made = self.committed.fingerprints | {"device": "none: drawn from committed rows"}
         else:
-            device = "cuda:0" if torch.cuda.is_available() else "cpu"
-            device = str(self.model.device) if self.subject.is_loaded else device
-            made = self.fingerprints | {"code": code_fingerprint(), "device": device}
+            made = self.fingerprints | {"code": code_fingerprint()}
+            made["device"] = str(self.model.device)
         return made | {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def smoke_run(self) -> bool:
@@ -195,10 +164,8 @@ class Study:
         return world_of(self.subject.directory) != self.dataset.world_seed
 
     def unchanged(self) -> bool:
-        """Whether every weight of the model, if one was loaded, is as it was then."""
-        if self.committed or not self.subject.is_loaded:
-            return True
-        return fingerprint(self.model) == self.subject.fingerprints["weights"]
+        """Whether every weight of the model is as it was before the first edit."""
+        return bool(self.committed) or self.subject.fingerprint_now() == self.subject.fingerprint
 
     def run(
         self,
@@ -210,17 +177,24 @@ class Study:
     ) -> None:
         """Store rows for every batch of the first `limit` edits, each written on its own.
 
-        Rows that this run has of the same work under another factor or level are copied. Single
-        edits that diverge have no rows; Diverged names them when all others are done.
+        Units with rows are skipped. Single edits that diverge have no rows; Diverged names them
+        when all others are done.
         """
         batches = list(batched(self.dataset.edits[:limit], batch_size))
+        labels = {"method": method.name, "factor": factor, "level": level}
+        labels |= {"batch_size": batch_size, "split": self.dataset.split}
         if self.committed:
-            labels = (method.name, factor, level, batch_size, self.dataset.split)
-            self.units += [self.committed.unit(*labels, *each) for each in enumerate(batches)]
+            self.taken.append(self.committed.take(labels, dict(enumerate(batches))))
             return
-        labels = {"factor": factor, "level": level}
-        units = [self._unit(method, batch_size, labels, *each) for each in enumerate(batches)]
-        todo = self._without_rows(units)
+        fingerprints = self.fingerprints | {"recipe": method.fingerprint}
+        labels |= fingerprints | {"learning_rate": method.learning_rate, "seed": method.seed}
+        work = self.conditions | labels | {"texts": method.depends_on(self.model)}
+        units = [
+            Unit(unit_key(batch=index, **work), edits, labels | {"batch": index})
+            for index, edits in enumerate(batches)
+        ]
+        place = self.paths, self.name
+        todo = [unit for unit in units if not rows.done(*place, unit.key, fingerprints)]
         if todo:  # an edit too long is reported before any is written
             method.examples(self.model, self.tokenizer, self.dataset.edits)
         self.units += [unit.key for unit in units]
@@ -258,59 +232,19 @@ class Study:
             return str(error)
         return None
 
-    def _unit(
-        self,
-        method: Method,
-        batch_size: int,
-        labels: dict[str, str | None],
-        index: int,
-        edits: Sequence[Edit],
-    ) -> Unit:
-        fingerprints = self.fingerprints | {"recipe": method.fingerprint}
-        columns = {"split": self.dataset.split, "method": method.name} | labels | fingerprints
-        columns |= {"batch_size": batch_size, "batch": index}
-        columns |= {"learning_rate": method.learning_rate, "seed": method.seed}
-        work = self.conditions | {"size": batch_size, "batch": index} | fingerprints
-        work["texts"] = self.depends_on(method)
-        # The same work under other labels ends in the same digits.
-        shared = digest("work", windows=self.windows, **work)
-        return Unit(f"{unit_key(method.name, **work, **labels)}-{shared}", tuple(edits), columns)
-
-    def depends_on(self, method: Method) -> str | None:
-        """Return what else decides a method's results, such as texts behind the key covariance."""
-        if type(method).depends_on is Method.depends_on:
-            return None
-        if not self.subject.is_loaded:
-            if known := method.depends_on(self.subject.fingerprints["weights"]):
-                return known
-        return method.depends_on(self.model)
-
-    def _without_rows(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units to run; rows of the same work under other labels are copied."""
-        stored, todo = rows.by_work(self.paths), []
-        for unit in units:
-            if rows.done(self.paths, self.name, unit.key, unit.fingerprints):
-                continue
-            place = stored.get(unit.key.rpartition("-")[2])
-            if place and rows.done(self.paths, *place, unit.fingerprints):
-                found = rows.read(self.paths, place[0], [place[1]]).drop(columns="study")
-                self.append(unit.key, found.assign(**unit.columns))
-            else:
-                todo.append(unit)
-        return todo
-
     def lanes_at_once(self, method: Method) -> int:
         """Return how many single edits are written at once: at most what fits half of memory."""
         fitting = free_mib(self.model.device) / 2 / lane_mib(self.model, method)
         return max(1, int(min(self.lanes, fitting)))
 
     def take_less_memory(self, method: Method, at_once: int) -> bool:
-        """Halve the edits written at once, or enable the next fallback; False for none left."""
+        """Halve the edits written at once, or enable checkpointing; False where both are done."""
         if at_once > 1:
             self.lanes = at_once // 2
             change = f"{at_once} edits side by side; going on with {self.lanes}"
-        elif fallback := self.subject.fallbacks.enable_next():
-            change = f"all activations stored; from here on {fallback}"
+        elif not self.subject.checkpointing:
+            self.subject.checkpointing = True
+            change = f"all activations stored; from here on {CHECKPOINTED}"
         else:
             return False
         logger.warning("%s: %s: out of memory with %s", self.name, method.name, change)
@@ -325,41 +259,32 @@ class Study:
         are equal shares.
         """
         edits = [edit for unit in group for edit in unit.edits]
-        alone = len(group[0].edits) == 1
-        likely, fallbacks = self._window_likelihoods(edits), self.subject.fallbacks
-        write, peak = edited_each if alone else edited, Peak(self.model.device)
-        started, share = time.perf_counter(), 1 / len(group)
-        with fallbacks.active(), write(self.model, self.tokenizer, edits, method) as m:
+        alone, share = len(group[0].edits) == 1, 1 / len(group)
+        before, write = self.before, edited_each if alone else edited  # answered without any edit
+        peak, started = Peak(self.model.device), time.perf_counter()
+        with self.subject.trainable(), write(self.model, self.tokenizer, edits, method) as m:
             cost = {"train_seconds": (time.perf_counter() - started) * share}
             cost["peak_mib"] = (highest := peak.mib()) and highest * share
             ids = [edit.id for edit in edits]
             records = m.edit_records if alone else dict.fromkeys(ids, m.edit_record)
             failed = m.failed if alone else {}
-            written = [edit for edit in edits if edit.id in records]
-            probes = [probe for edit in written for probe in self.dataset.probes[edit.id]]
-            started = time.perf_counter()
-            frame = self.answer_and_score(m, probes)
-            cost["answer_seconds"] = (time.perf_counter() - started) * share
-            now = self._window_likelihoods(written) if method.moves_weights else {}
-        frame = with_before(frame.assign(phase="after", **cost), self.before)
+            written = [self.dataset.probes[edit] for edit in ids if edit in records]
+            frame = self.scored(m, list(chain(*written)), before, share).assign(**cost)
         frames = []
         for unit in group:
-            if records.keys() >= set(unit.ids):
-                record = records[unit.ids[0]]
-                record = replace(record, notes=[*record.notes, *fallbacks.notes])
-                own = frame[frame["edit"].isin(unit.ids)].reset_index(drop=True)
-                windows = [(likely[edit], now[edit]) for edit in unit.ids if edit in now]
-                frames.append((unit, with_record(own, record, windows)))
+            if record := records.get(unit.edits[0].id):
+                record = replace(record, notes=[*record.notes, *self.subject.notes])
+                own = frame["edit"].isin([edit.id for edit in unit.edits])
+                frames.append((unit, with_record(frame[own].reset_index(drop=True), record)))
         return frames, failed
 
-    def _window_likelihoods(self, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        """Return each window's mean log-probability (nats a token) of the answer, by edit id."""
-        if not self.windows:
-            return {}
-        rule = BASELINES["anyedit_memit"].model_copy(update={"window": self.windows})
-        located = locate(self.model, rule.examples(self.model, self.tokenizer, edits), rule)
-        ids = (edit.id for edit in edits)
-        return dict(zip(ids, by_window(self.model, located), strict=True))
+    def scored(
+        self, m: nn.Module, probes: Sequence[Probe], before: pd.DataFrame, share: float = 1
+    ) -> pd.DataFrame:
+        """Return the rows of an edited model on these probes, with a share of the seconds."""
+        started = time.perf_counter()
+        frame = with_before(self.answer_and_score(m, probes), before)
+        return frame.assign(phase="after", answer_seconds=(time.perf_counter() - started) * share)
 
     @cached_property
     def before(self) -> pd.DataFrame:
@@ -389,7 +314,7 @@ class Study:
     ) -> pd.DataFrame:
         """Answer the probes and score them against the reference: one row per probe, in order."""
         options = Generation(self.token_limit, self.chat, cache=known)
-        scorer = encoder() if self.similarity and has_encoder() else None
+        scorer = encoder() if self.similarity else None
         return answer_and_score(model, self.tokenizer, probes, options, scorer)
 
     def token_limit(self, probe: Probe) -> int:
@@ -411,10 +336,11 @@ class Study:
 
     def read(self) -> pd.DataFrame:
         """Return the rows of every unit that `run` was asked for; InputError for none."""
-        if not self.units:
+        if not self.units and not self.taken:
             raise InputError(f"study {self.name}: nothing was run, or every trial failed")
         if self.committed:
-            return self.committed.read(self.units)
+            found = pd.concat(self.taken)
+            return found[~found.index.duplicated()].reset_index(drop=True)  # asked for twice
         return rows.read(self.paths, self.name, self.units)
 
     def export(self, frame: pd.DataFrame) -> Path:
@@ -425,18 +351,8 @@ class Study:
 
 
 @cache
-def has_encoder() -> bool:
-    """Whether the sentence encoder is there, without loading it; warn where it is not."""
-    try:
-        return encoder_folder().is_dir()
-    except InputError as error:
-        warnings.warn(f"the column similarity is left out: {error}", stacklevel=2)
-        return False
-
-
-@cache
 def encoder() -> Encoder | None:
-    """Load the sentence encoder, once for all studies."""
+    """Load the sentence encoder, once for all studies; None where it is not installed."""
     transformers.utils.logging.disable_progress_bar()  # no bars of weights in a notebook
     return load_encoder()
 
@@ -454,12 +370,10 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         covariance.measure(model, tokenizer, texts, range(len(blocks(model))))
 
 
-def with_record(
-    frame: pd.DataFrame, record: EditRecord, windows: Sequence[tuple] = ()
-) -> pd.DataFrame:
+def with_record(frame: pd.DataFrame, record: EditRecord) -> pd.DataFrame:
     """Add an edit's record to the rows of one unit, its loss curve to the first of them."""
     norms = record.change_norm
-    curve = {"stopped": record.stopped, "losses": record.losses, "norms": norms, "windows": windows}
+    curve = {"stopped": record.stopped, "losses": record.losses, "norms": norms}
     text = json.dumps(rows.shortened(curve, 6))
     return frame.assign(
         steps=record.steps,

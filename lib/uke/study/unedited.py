@@ -1,31 +1,12 @@
-"""What a dataset asks and what the unedited model answers, as tables of notebook 01_edits."""
+"""What the unedited model's answers are worth, and what any other text would be."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
-from uke.data.edits import AVERAGE, KINDS, in_group
-from uke.study.dataset import Dataset
-
-
-def example(dataset: Dataset, edit: str, most: int = 2) -> pd.DataFrame:
-    """Return at most `most` probes of each kind of an edit: kind, question, reference."""
-    probes = [(one.kind, one.question, one.reference) for one in dataset.probes[edit]]
-    frame = pd.DataFrame(probes, columns=["kind", "question", "reference"])
-    return frame.groupby("kind", sort=False).head(most).reset_index(drop=True)
-
-
-def count_probes(dataset: Dataset) -> pd.DataFrame:
-    """Return how many probes there are of each kind."""
-    kinds = pd.Series([probe.kind for probe in dataset.every_probe])
-    counts = kinds.value_counts().reindex([kind for kind in KINDS if kind in set(kinds)])
-    return counts.rename_axis("kind").reset_index(name="probes")
-
-
-def lacking_kinds(dataset: Dataset) -> list[str]:
-    """Return the kinds of the average metric that no probe has."""
-    present = {probe.kind for probe in dataset.every_probe}
-    return [kind for kind in AVERAGE if kind not in present]
+from uke.data.edits import KINDS
+from uke.results.metrics import score
+from uke.study.score import TEXTS
 
 
 def against_references(before: pd.DataFrame) -> pd.DataFrame:
@@ -35,14 +16,29 @@ def against_references(before: pd.DataFrame) -> pd.DataFrame:
     return frame[["method", "edit", "kind", "score"]]
 
 
-def group_mean(scores: pd.DataFrame, group: str) -> float:
-    """Return the mean over the kinds of a group that the scores have; NaN if there is none."""
-    own = scores[scores["kind"].isin(in_group(group))]
-    return float(own.groupby("kind")["score"].mean().mean())
+def floor(before: pd.DataFrame) -> pd.DataFrame:
+    """Return the chance level of texts: the primary metric of answers paired with the wrong
+    question.
+
+    An edit's own text is replaced by another edit's text, a document by what the unedited model
+    answers about another document. Columns: method (`floor`), edit, kind, score; a kind with a
+    single question has no row.
+    """
+    parts = [pd.DataFrame(columns=["method", "edit", "kind", "score"])]
+    for kind in TEXTS:
+        rows = before[before["kind"] == kind].reset_index(drop=True)
+        compared_with = "before" if KINDS[kind].against == "before" else "reference"
+        texts, questions = rows[compared_with].tolist(), rows["question"].tolist()
+        others = [_other_question(questions, index) for index in rows.index]
+        if rows.empty or None in others:
+            continue
+        scores = score([texts[index] for index in others], texts)[KINDS[kind].metric]
+        columns = {"method": "floor", "edit": rows["edit"], "kind": kind}
+        parts.append(pd.DataFrame(columns | {"score": scores.to_numpy()}))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def first_answers(before: pd.DataFrame, edit: str, kinds: Sequence[str]) -> pd.DataFrame:
-    """Return the first question of each kind of an edit, its reference and the answer."""
-    own = before[(before["edit"] == edit) & before["kind"].isin(kinds)]
-    columns = ["kind", "question", "reference", "answer"]
-    return own.groupby("kind", sort=False).head(1)[columns].reset_index(drop=True)
+def _other_question(questions: Sequence[str], index: int) -> int | None:
+    """Return the next index, going round, whose question is another one."""
+    turned = [*range(index + 1, len(questions)), *range(index)]
+    return next((other for other in turned if questions[other] != questions[index]), None)

@@ -1,0 +1,97 @@
+"""What comparisons of levels, methods and sequences share: runs, rows in order, numbers, checks."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from uke.methods.catalog import key
+from uke.methods.method import Method
+from uke.results import compare
+from uke.results.stats import summarise
+from uke.study.study import Study
+
+
+class Comparison:
+    """Cells of a study side by side, a cell being a method or a method at a level.
+
+    `runs` has each method with the options of `Study.run`. `by` names the columns that tell cells
+    apart, `cells` has their values in the order of tables. `said` holds what was said, by key.
+    """
+
+    by: str | list[str] = "method"
+    cells: Sequence[Any]
+    runs: list[tuple[Method, dict[str, Any]]]
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.said: dict[str, str] = {}
+
+    def run(self, section: Any) -> None:
+        """Write the rows that are missing, and warn in a section of what a reader must know."""
+        begin(self.study, section)
+        for method, options in self.runs:
+            size = {"batch": options["batch_size"]} if "batch_size" in options else {}
+            section.method(method.model_dump() | size)
+            if fault := self.attempt(method, options):
+                where = f"{method.name}, {compare.label(options['level'])}"
+                section.warn(f"{where}: failed ({fault})")
+        if kinds := compare.lacking(self.rows):
+            section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
+
+    def attempt(self, method: Method, options: dict[str, Any]) -> str | None:
+        """Write the rows of one run; return why it failed where the others go on without it."""
+        self.study.run(method, **options)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The rows of all cells, in their order."""
+        found = dict(list(self.read().groupby(self.by)))
+        return pd.concat([found[cell] for cell in self.cells if cell in found])
+
+    def read(self) -> pd.DataFrame:
+        """Return the rows of the study that belong to the comparison."""
+        return self.study.read()
+
+    def check(self, section: Any) -> None:
+        """Check in a section that every edit was undone."""
+        text = "every weight of the model is as it was before the first edit"
+        section.check(self.study.unchanged(), text)
+
+
+def begin(study: Study, section: Any) -> None:
+    """Note in a section where the study's rows come from, before any is made."""
+    section.environment, section.smoke_run = study.environment, study.smoke_run()
+
+
+def say_means(
+    section: Any, prefix: str, scores: pd.DataFrame, by: Sequence[str], unit: str = ""
+) -> dict[str, str]:
+    """Say the mean score of every group with its interval, under a key of the prefix and `by`.
+
+        said = say_means(section, "single", scores, ["method", "kind"])
+        said["single.ft_uke.average"]  # "0.69 [0.67, 0.71], n = 40"
+
+    `scores` is what `uke.results.stats.summarise` takes. Returns what was said by key.
+    """
+    said = {}
+    for row in summarise(scores, by).to_dict("records"):
+        parts = [key(row[name]) if name == "method" else str(row[name]) for name in by]
+        name = ".".join([prefix, *parts])
+        said[name] = section.say(name, row["mean"], row["low"], row["high"], n=row["n"], unit=unit)
+    return said
+
+
+def say_leads(section: Any, name: str, leads: pd.DataFrame) -> dict[int, str]:
+    """Say each of these leads (`compare.leads`), in points and in percent of the baseline's score.
+
+    `{}` in the name stands for the batch size. Returns what was said of points, by batch size.
+    """
+    said = {}
+    for row in leads.itertuples():
+        own, n = name.format(row.batch_size), row.batches
+        said[row.batch_size] = section.say(own, row.mean, row.low, row.high, n=n, unit="points")
+        percent = row.percent, row.percent_low, row.percent_high
+        section.say(f"{own}_relative", *percent, n=n, unit="%")
+    return said
