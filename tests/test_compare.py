@@ -311,17 +311,6 @@ def test_a_share_is_that_of_a_table_done_by_hand():
     assert found.high == pytest.approx(1)  # one edit drawn twice: all
 
 
-def test_equal_methods_are_not_told_apart_and_other_kinds_do_not_count():
-    found = compare.separation(probes(lambda *_: 1.0, methods=2))
-    assert found["locality"].mean == found["difference"].mean == 0
-
-    def score(kind, method, edit):
-        return method / 5 + (edit if kind == "near_triple" else 0)
-
-    with_others = compare.separation(probes(score, near_triple=5, original=2))
-    assert with_others == compare.separation(probes(score))
-
-
 def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():
     def score(kind, method, edit):
         return method / 5

@@ -195,12 +195,6 @@ def test_an_absent_encoder_is_warned_of_and_one_of_other_weights_refused(monkeyp
 # --- Intervals and tests --------------------------------------------------------------------------
 
 
-def test_an_interval_covers_the_mean_as_often_as_it_says():
-    generator = np.random.default_rng(5)
-    found = [interval(generator.normal(3, 1, 40)) for _ in range(40)]
-    assert 33 <= sum(one.low <= 3 <= one.high for one in found) <= 40
-
-
 def test_groups_are_drawn_as_wholes_and_leave_the_mean():
     values, batches = [0.0] * 10 + [1.0] * 10, [1] * 10 + [2] * 10
     single, grouped = interval(values), interval(values, groups=batches)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from matplotlib.colors import to_hex
-from uke.cli import params
 from uke.errors import InputError
 from uke.files import read_yaml
 from uke.report import figures, verdicts
@@ -181,20 +180,6 @@ def test_the_committed_files_are_sound():
     paper = read_yaml(ROOT / "params" / "paper.yaml")
     assert len(paper["published"]) >= 30 and len({tuple(each) for each in paper["published"]}) == 1
     assert {"Table 4", "Table 5"} <= {each["paper"] for each in paper["correspondence"]}
-
-
-@pytest.mark.parametrize(
-    "profile", sorted(path.stem for path in (ROOT / "params" / "profiles").glob("*-world-*.yaml"))
-)
-def test_the_profile_of_another_world_names_one_seed_and_is_valid_for_every_notebook(profile):
-    seed = int(profile.rpartition("-")[2])
-    for notebook in params.reported(ROOT, profile, "world"):
-        merged = params.merge(ROOT, notebook, profile, {})
-        assert (
-            merged.get("world_seed", seed) == seed
-            and merged.get("model", f"./results/models/world-{seed}")
-            == f"./results/models/world-{seed}"
-        )
 
 
 def test_the_figure_turns_every_number_into_the_direction_of_its_claim():

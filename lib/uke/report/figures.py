@@ -3,8 +3,7 @@
     section.figure(figures.scores, scores, "layers", caption, alt, x="level", by="method")
 
 Frames have a row per observation (or `mean`, `low`, `high`). `by` names what has a colour: a method
-has the same one in every figure. Rows called `no edit` are a dashed line. Every function raises
-InputError for a missing column or a frame without rows.
+has the same one in every figure. Rows called `no edit` are a dashed line.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from uke.report import style
 from uke.report.style import COLUMN, FULL, LOOKS, REFERENCE, Look, label_ends, looks, styled
 from uke.report.tables import REFERENCES, number, printed_score
 from uke.results.compare import label
-from uke.results.stats import Score, ordered, require, summarise
+from uke.results.stats import Score, ordered, summarise
 
 NO_EDIT = REFERENCES[0]
 LEAST_LOSS = 1e-3  # nats per token; smaller losses are drawn as this, so that a log axis ends
@@ -54,9 +53,8 @@ def scores(
     `frame` has the columns named and edit, score (and batch), or mean, low, high.
     """
     columns = dict.fromkeys(filter(None, [x, by, within, panel, row]))
-    summary = summarise(frame, list(columns), "scores")
+    summary = summarise(frame, list(columns))
     shown = summary[summary[by] != NO_EDIT]
-    require(shown, [], "scores")
     if x is None:
         return _forest(summary, shown, by, within or by, panel)
     titles = ordered(summary[panel], KINDS)
@@ -132,7 +130,6 @@ def curves(
 
     An edit whose training ended keeps its last value.
     """
-    require(frame, [panel or by, by, x, y], "curves")
     edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
     if y == "loss":
         edits[y] = edits[y].clip(lower=LEAST_LOSS)
@@ -179,7 +176,6 @@ def trend(
     `low` and `high` are drawn where the frame has them, `baseline` is a dashed line. A single line
     has its numbers beside it.
     """
-    require(frame, [x, y, by, *([panel] if panel else [])], "trend")
     look = looks(ordered(frame[by]))
     alone = len(look) == 1 and not panel
     height, least = (2.0, 0.4 + 0.16 * len(look)) if panel else (2.2 if alone else 3.4, 0)
@@ -222,7 +218,6 @@ def tuning(
 
     `frame` has one row per trial: `by`, `panel`, score, chosen and `before`, a dashed line.
     """
-    require(frame, [by, panel, "score", "chosen", "before"], "tuning")
     look = looks(ordered(frame[by]))
     fig, parts = _panels(frame, panel, 9, 0.3 + 0.19 * len(look), sharey=True, sharex=True)
     for ax, own in parts:
@@ -255,7 +250,6 @@ def distribution(
 
     `floor` is a vertical line; `log` sets a log axis of the values, which `label_x` names.
     """
-    require(frame, [value, by, *([panel] if panel else [])], "distribution")
     every = looks(ordered(frame[by], KINDS))
     look = {name: each._replace(marker="") for name, each in every.items()}
     width = FULL if panel and frame[panel].nunique() > 1 else COLUMN
@@ -284,7 +278,6 @@ def plane(frame: pd.DataFrame) -> Figure:
 
     `frame` has method, efficacy and locality; the row called `no edit` is a cross.
     """
-    require(frame, ["method", "efficacy", "locality"], "plane")
     fig = Figure(figsize=(FULL, 3.2))
     ax = fig.subplots()
     for total in np.arange(0.1, 2, 0.1):
@@ -305,7 +298,6 @@ def claims(frame: pd.DataFrame) -> Figure:
 
     `frame` is what `verdicts.points` gives.
     """
-    require(frame, ["claim", "verdict", "value", "low", "high", "text"], "claims")
     names = ordered(frame["claim"])
     fig = Figure(figsize=(FULL, 0.7 + 0.13 * len(frame) + 0.12 * len(names)))
     ax = fig.subplots()

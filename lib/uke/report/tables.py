@@ -93,19 +93,17 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES
     come last and are never the best.
     """
-    summary = summarise(frame, [by, "kind"], "scores").set_index([by, "kind"])
+    summary = summarise(frame, [by, "kind"]).set_index([by, "kind"])
     names = list(summary.index.unique(by))
     names.sort(key=lambda name: name in REFERENCES and 1 + REFERENCES.index(name))
     table = pd.DataFrame({by: names})
     for kind in ordered(summary.index.get_level_values("kind"), KINDS):
-        of_kind = summary.xs(kind, level="kind")
+        of_kind = summary.xs(kind, level="kind").reindex(names)
         means = of_kind["mean"].drop(list(REFERENCES), errors="ignore").round(2)
-        best = means.max() if len(means) > 1 else None
-        cells = {
-            name: Score(mean, low, high, best=means.get(name) == best)
-            for name, mean, low, high in of_kind[["mean", "low", "high"]].itertuples()
-        }
-        table[kind] = pd.Series([cells.get(name) for name in names], dtype=object)
+        best = means.max() if means.count() > 1 else None
+        ends = of_kind[["mean", "low", "high"]].itertuples()
+        cells = [Score(*each, best=means.get(name, np.nan) == best) for name, *each in ends]
+        table[kind] = [None if absent(cell.mean) else cell for cell in cells]
     return table
 
 

@@ -13,17 +13,7 @@ from uke.errors import InputError
 from uke.project import Paths
 from uke.results import rows
 from uke.results.metrics import METRICS
-from uke.results.stats import (
-    Interval,
-    Score,
-    bootstrapped,
-    holm,
-    interval,
-    ordered,
-    paired,
-    require,
-    units,
-)
+from uke.results.stats import Interval, Score, bootstrapped, holm, interval, ordered, paired, units
 
 BEFORE = "no edit"
 SIDES = {side: in_group(side) for side in ("efficacy", "locality")}
@@ -245,11 +235,10 @@ def lead(averages: pd.DataFrame, method: str, baseline: str) -> tuple[Interval, 
 
 def _side_by_side(averages: pd.DataFrame, *methods: str) -> tuple[pd.Series, pd.Series, pd.Index]:
     """Return the scores of two methods in one order, and the batch of each edit."""
-    require(averages, ["method", "batch", "edit", "score"], "lead")
     own = averages[averages["method"].isin(methods)]
     table = own.pivot(index=["batch", "edit"], columns="method", values="score")
     table = table.reindex(columns=list(methods))
-    if table.isna().any(axis=None):
+    if table.empty or table.isna().any(axis=None):
         found = " and ".join(map(str, table.count()))
         raise InputError(f"lead: {' and '.join(methods)}: expected the same edits, found {found}")
     return table[methods[0]], table[methods[1]], table.index.get_level_values("batch")

@@ -17,7 +17,6 @@ from uke.files import replacing, write_atomic
 from uke.project import Paths, check_name, code_fingerprint
 from uke.results.metrics import METRICS
 
-PHASES = ("before", "after")
 FINGERPRINTS = ("model", "data", "recipe", "code")
 TEXTS_EXPORTED = 5  # edits per method
 
@@ -61,7 +60,7 @@ def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
     """Write the rows of one unit to a parquet file of its own, in place of any it had.
 
     Absent columns become null, `study` and `code` are filled in. InputError, with nothing written,
-    for an unknown column, kind or phase, an absent value or a wrong type.
+    for an unknown column, an absent value or a wrong type.
     """
     place = f"rows of study '{study}', unit '{check_name('unit', unit)}'"
     frame = frame.assign(study=study, code=code_fingerprint())
@@ -71,10 +70,6 @@ def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
     for name in REQUIRED:
         if frame.empty or name not in frame or frame[name].isna().any():
             raise InputError(f"{place}: column '{name}': a value is missing")
-    for name, valid in (("kind", KINDS), ("phase", PHASES)):
-        for value in set(frame[name]) - set(valid):
-            hint = nearest(str(value), valid)
-            raise InputError(f"{place}: column '{name}': unknown '{value}'{hint}")
     return _write(place, frame, paths.rows(study) / f"{unit}.parquet")
 
 

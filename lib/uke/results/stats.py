@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from uke.errors import InputError, nearest
+from uke.errors import InputError
 
 RESAMPLES, AT_ONCE = 9999, 1000
 SEED = 2024
@@ -126,34 +126,21 @@ def share(hits: int, count: int) -> Interval:
     return Interval(hits / count, float(found.low), float(found.high), int(count))
 
 
-def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """Raise InputError naming the first of `columns` that `frame` lacks, or that it has no rows."""
-    for column in columns:
-        if column not in frame.columns:
-            hint = nearest(column, map(str, frame.columns))
-            raise InputError(f"{what}: no column '{column}'{hint}")
-    if frame.empty:
-        raise InputError(f"{what}: no rows to show")
-
-
 def ordered(values: Iterable[Any], first: Iterable[str] = ()) -> list:
     """Return the distinct values: those of `first` in its order, then the others as they come."""
     values = dict.fromkeys(values)
     return list(dict.fromkeys([*(value for value in first if value in values), *values]))
 
 
-def summarise(frame: pd.DataFrame, by: Sequence[str], what: str = "summarise") -> pd.DataFrame:
+def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the mean `score` with its 95 % interval for each group: `by`, mean, low, high, n.
 
     Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`,
-    else edits. A frame that has mean, low and high already is returned as it is. InputError for a
-    missing column or score.
+    else edits. A frame that has mean, low and high already is returned as it is.
     """
     by = list(by)
     if {"mean", "low", "high"} <= set(frame.columns):
-        require(frame, by, what)
         return frame.assign(n=frame.get("n", pd.NA)).reset_index(drop=True)
-    require(frame, [*by, "edit", "score"], what)
     unit = "batch" if "batch" in frame.columns else "edit"
     keys = [*by, *dict.fromkeys((unit, "edit"))]
     edits = frame.groupby(keys, sort=False, observed=True)["score"].mean().reset_index()
