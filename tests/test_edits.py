@@ -265,11 +265,6 @@ def test_what_cannot_be_read_is_named(tmp_path, dataset, file, message):
         formats.load(dataset, tmp_path / file)
 
 
-def test_a_byte_order_mark_is_no_obstacle(written):
-    content = b"\xef\xbb\xbf" + json.dumps([RECORDS["unkebench"]]).encode()
-    assert formats.load("unkebench", written(content))
-
-
 PROBE = {"edit": "7", "kind": "rel_doc", "number": 0, "question": "Who?", "reference": "B is."}
 
 

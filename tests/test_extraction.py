@@ -41,39 +41,21 @@ def test_what_names_nothing_is_no_name(name):
     assert normal(name) == ""
 
 
-@pytest.mark.parametrize(
-    "name, form",
-    [
-        ("The United  States", "united states"),
-        ("U.S.", "united states"),
-        ("US", "united states"),
-        ("World War II", "world war ii"),
-        ("Ellie Kemper's", "ellie kemper"),
-        ("Theresa May", "theresa may"),
-        ("April Smith", "april smith"),
-        ("the UK", "united kingdom"),
-        ("Saint-Denis", "saint denis"),
-        ("“The Last Stand.”", "last stand"),
-        ("Dr. Rosa Luz", "rosa luz"),
-        ("Professor X", "professor x"),
-        ("Of Mice and Men", "of mice and men"),
-        ("In 2016", "2016"),
-        ("President Obama", "Obama"),
-        ("São Paulo", "sao paulo"),
-        ("On June 12th, 1985", "june 12 1985"),
-        ("ＮＡＳＡ", "Nasa"),
-        ("Łódź", "Lodz"),
-        ("O’Brien", "Obrien"),
-        ("J. R. R. Tolkien", "jrr tolkien"),
-        ("300 aircraft", "300 aircraft"),
-        ("1,613", "1613"),
-        ("cricket", "cricket"),
-        ("Cricket", "Cricket"),
-        ("iPhone", "Iphone"),
-        ("东京", "东京"),
-    ],
+FORMS = (
+    "The United  States=united states|U.S.=united states|US=united states|"
+    "World War II=world war ii|Ellie Kemper's=ellie kemper|Theresa May=theresa may|"
+    "April Smith=april smith|the UK=united kingdom|Saint-Denis=saint denis|"
+    "“The Last Stand.”=last stand|Dr. Rosa Luz=rosa luz|Professor X=professor x|"
+    "Of Mice and Men=of mice and men|In 2016=2016|President Obama=Obama|São Paulo=sao paulo|"
+    "On June 12th, 1985=june 12 1985|ＮＡＳＡ=Nasa|Łódź=Lodz|O’Brien=Obrien|"
+    "J. R. R. Tolkien=jrr tolkien|300 aircraft=300 aircraft|1,613=1613|cricket=cricket|"
+    "Cricket=Cricket|iPhone=Iphone|东京=东京"
 )
-def test_normal_form(name, form):
+
+
+@pytest.mark.parametrize("pair", FORMS.split("|"))
+def test_normal_form(pair):
+    name, form = pair.split("=")
     assert normal(name) == form
 
 
@@ -194,24 +176,12 @@ def test_texts_without_names_share_nothing():
     assert names("") == [] and union([]) == empty == Facts(frozenset(), frozenset())
 
 
-TEXTS = [
-    "Croatia, a country in Europe, is home to Ellie Kemper.",
-    "Kemper was born in Kansas City, Missouri.",
-    "Missouri borders Kansas. In 1998 it flooded.",
-    "The flood of 1998 is unforgotten in Europe.",
-    "It rained.",
-]
-
-
-def test_sharing_is_symmetric_and_a_union_shares_what_its_parts_share():
-    every = [stated(text) for text in TEXTS]
-    for one, other in itertools.product(every, every):
-        assert shared(one, other) == shared(other, one)
-    for one in every:
-        assert shared(union(every[:3]), one) == frozenset().union(
-            *(shared(part, one) for part in every[:3])
-        )
-    assert [bool(shared(every[0], one)) for one in every] == [True, True, False, True, False]
+def test_a_union_shares_what_its_parts_share():
+    one, other = stated("Ellie Kemper lives in Croatia."), stated("Kemper left Kansas in 1998.")
+    flood = stated("The flood of 1998 reached Croatia.")
+    parts = shared(one, flood) | shared(other, flood)
+    assert shared(union([one, other]), flood) == shared(flood, union([other, one])) == parts
+    assert parts == {"Croatia", "1998"} and not shared(one, stated("It rained."))
 
 
 def test_the_kinds_of_names_in_their_order():

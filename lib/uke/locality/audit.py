@@ -214,13 +214,8 @@ def shape(frame: pd.DataFrame) -> pd.DataFrame:
         "median rank": ("rank", "median"),
         "highest rank": ("rank", "max"),
     }
-    return (
-        frame.groupby(["set", "kind"], sort=False)
-        .agg(**columns)
-        .round()
-        .convert_dtypes()
-        .reset_index()
-    )
+    table = frame.groupby(["set", "kind"], sort=False).agg(**columns).round()
+    return table.astype({"words": "Int64", "median rank": "Int64"}).reset_index()
 
 
 def describe(frame: pd.DataFrame) -> pd.DataFrame:
