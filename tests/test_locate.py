@@ -129,7 +129,7 @@ def test_find_targets_of_a_batch_are_those_found_one_by_one(tiny, tokenizer, nam
     Adam divides by the gradient's own size, so rounding (1e-7) decides the first steps of the few
     elements whose gradient is nearly zero.
     """
-    choices = recipe(name, steps=8, learning_rate=0.05, weighting="gradient")
+    choices = recipe(name, steps=8, learning_rate=0.05)
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-2)):
         model = tiny().to(dtype)
         site = sites(model, choices.layers)[-1]
@@ -196,28 +196,15 @@ def test_a_delta_is_held_to_the_clamp(tiny, tokenizer):
     assert share.tolist() == pytest.approx([0.25] * len(share), rel=1e-3)
 
 
-def test_a_later_window_counts_by_the_prefixes_that_hold_it_or_by_its_gradient(tiny, tokenizer):
-    model, choices = tiny().double(), recipe("muke")
-    (site,) = sites(model, (1,))
-    found = located(model, tokenizer, choices)
-    chunk = _Chunk(model, found, site, 0, choices)
-    counts = [len(one.windows) for one in found]
-    prefix = chunk.weights(choices)
-    for row, count in zip(prefix, counts, strict=True):
-        wanted = [count - number for number in range(count)]
-        assert row.tolist() == pytest.approx(
-            [one / sum(wanted) for one in wanted] + [0.0] * (len(row) - count)
-        )
-    gradient = chunk.weights(choices.model_copy(update={"weighting": "gradient"}))
-    delta = torch.zeros(3, 32, dtype=torch.float64, requires_grad=True)
-    own, later = (
-        torch.autograd.grad(chunk.losses(delta)[0, number], delta)[0][0] for number in (0, 1)
-    )
-    unlike = 2 - torch.cosine_similarity(own, later, dim=0)
-    assert float(gradient[0, 1] / gradient[0, 0]) == pytest.approx(float(unlike), rel=1e-6)
-    assert gradient.sum(-1).tolist() == pytest.approx([1.0] * 3)
+def test_a_later_window_counts_by_the_prefixes_that_hold_it(tiny, tokenizer):
+    model, choices = tiny(), recipe("muke")
+    found, (site,) = located(model, tokenizer, choices), sites(model, (1,))
+    for row, one in zip(_Chunk(model, found, site, 0, choices).weights(), found, strict=True):
+        wanted = list(range(len(one.windows), 0, -1))
+        expected = [count / sum(wanted) for count in wanted]
+        assert row.tolist() == pytest.approx(expected + [0.0] * (len(row) - len(expected)))
     plain = _Chunk(model, located(model, tokenizer, recipe()), site, 0, recipe())
-    assert plain.weights(recipe()).tolist() == [[1.0]] * 3
+    assert plain.weights().tolist() == [[1.0]] * 3
 
 
 def test_a_target_that_diverges_names_its_edit_alone_and_leaves_no_hook(

@@ -32,7 +32,6 @@ from uke.methods.method import (
     Training,
     attached,
     change_norms,
-    restored,
 )
 from uke.models.model import fingerprint, kept
 
@@ -61,10 +60,9 @@ def edited(
     `method` is a name in METHODS or a `Method`. It yields the model itself, for an adapter peft's
     wrapper around it; `edit_record` (an EditRecord) says what was done. In-context editing moves no
     weight: the model's `passages` stand before every question about an edit. On exit, also after an
-    exception, weights, buffers, `requires_grad` and the training mode are bit for bit as before.
-    `progress(steps, loss)` follows every step, and what it raises ends the edit. InputError for an
-    unknown method, one that selects no weight and an edit longer than the context, all before
-    training; Diverged (a FloatingPointError) for a loss that is not finite.
+    exception, the model is bit for bit as before. `progress(steps, loss)` follows every step, and
+    what it raises ends the edit. InputError for an unknown method, one that selects no weight and
+    an edit longer than the context; Diverged (a FloatingPointError) for a loss that is not finite.
     """
     method = _method(method, model, tokenizer, edits)
     with kept(model, {}), method.applied(model.eval(), tokenizer, edits, progress) as applied:
@@ -85,8 +83,7 @@ def edited_each(
 
     A lane is one of N independent copies of the edited weights in one forward pass; every probe is
     answered by the lane of its `edit`, but for rounding as `edited` answers it. `edit_records` has
-    an EditRecord by the edit's id; `failed` says of an edit that diverged why it has no lane.
-    Raises as `edited` does, Diverged where no edit is left.
+    an EditRecord by the edit's id; `failed` says why others have no lane. Raises as `edited` does.
     """
     method = _method(method, model, tokenizer, edits)
     if not method.moves_weights:
@@ -96,9 +93,11 @@ def edited_each(
         return
     with kept(model, {}):
         lanes, trainings, failed = method.write_each(model.eval(), tokenizer, edits)
-        each = zip(lanes.ids, trainings, lanes.change_norms(), strict=True)
         records = {
-            edit: EditRecord(**vars(training), change_norm=norms) for edit, training, norms in each
+            edit: EditRecord(**vars(training), change_norm=norms)
+            for edit, training, norms in zip(
+                lanes.ids, trainings, lanes.change_norms(), strict=True
+            )
         }
         with lanes.laid(), attached(model, edit_records=records, failed=failed):
             yield model
@@ -134,16 +133,15 @@ def sequence(
                 writer.write([edit])
             print(answer(model, tokenizer, probes), writer.norms())
 
-    On exit, also after an exception, all is bit for bit as before. Statistics that a method
-    depends on are those of the model as it is on entry. InputError for a method that moves no
-    weight.
+    On exit, also after an exception, all is bit for bit as before. InputError for a method that
+    moves no weight.
     """
     method = find(method, METHODS) if isinstance(method, str) else method
     if not method.moves_weights:
         raise InputError(f"{method.name}: moves no weight; expected a method that writes")
-    method.depends_on(model)
+    method.depends_on(model)  # the statistics of the model as it is on entry
     weights = method.weights(model)
-    with restored(model, weights) as before:
+    with kept(model, weights) as before:
         yield Writer(model.eval(), tokenizer, method, weights, before)
 
 

@@ -1,8 +1,7 @@
 """Fine-tuning: the losses, the adapters, and the one training loop of every recipe.
 
-What is trained are lanes, independent copies of the weights that a recipe selects. A batch of edits
-has one lane, the model's own weights, whose loss is the mean over its edits (`train`). Edits that
-are each written alone have a lane each, side by side in one forward pass (`train_each`).
+What is trained are lanes, independent copies of the selected weights. Edits written together have
+one, the model's own weights (`train`); edits written alone have one each (`train_each`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -23,10 +21,9 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uke.data.edits import Edit
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
-from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written, one_by_one
+from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written
 from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
 
@@ -107,11 +104,9 @@ def train(
 def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe) -> Written:
     """Train each edit as if alone, side by side with those of similar length.
 
-    An edit whose loss is not finite gets no lane; Diverged where that is every edit. AdaLoRA, whose
-    ranks are pruned by step, is trained one by one. `requires_grad` is the caller's to restore.
+    An edit whose loss is not finite gets no lane; Diverged where that is every edit.
+    `requires_grad` is the caller's to restore.
     """
-    if recipe.adapter == "adalora":
-        return _train_one_by_one(model, tokenizer, edits, recipe)
     examples = recipe.examples(model, tokenizer, edits)
     lanes = {edit: _Lane(recipe) for edit in examples}
     for batch in _batches(list(examples), examples, tokenizer, model.device):
@@ -129,23 +124,6 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
     columns = zip(*(lane.weights for lane in written.values()), strict=True)
     stacks.hold(list(written), [torch.stack(column) for column in columns])
     return Written(stacks, [lane.training for lane in written.values()], failed)
-
-
-def _train_one_by_one(
-    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe
-) -> Written:
-    def attempt(edit: Edit) -> tuple[Training, dict[str, LowRank]]:
-        with adapted(model, tokenizer, [edit], recipe) as applied:
-            return applied.training, adapter(applied.model)
-
-    trainings, adapters, failed = one_by_one({edit.id: partial(attempt, edit) for edit in edits})
-    low_rank = {}
-    for name in adapters[0]:
-        each = [one[name] for one in adapters]  # pruning leaves each a scale of its own
-        up = torch.cat([one.scale * one.up for one in each])
-        low_rank[name] = LowRank(torch.cat([one.down for one in each]), up, 1.0)
-    lanes = Lanes(model, list(trainings), {}, low_rank)
-    return Written(lanes, list(trainings.values()), failed)
 
 
 # --- The loop ---
@@ -169,12 +147,10 @@ class _Lane:
         """Note the losses of its edits in one batch; return whether they ask for a step."""
         broken = [edit for edit, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
         if broken and self.active:
-            self.error = Diverged(
-                f"recipe {self.recipe.name}: the loss of edit {', '.join(map(repr, broken))} is "
-                f"not finite after {self.training.steps} steps; expected a learning_rate below "
-                f"{self.recipe.learning_rate:g}",
-                broken,
-            )
+            recipe, names = self.recipe, ", ".join(map(repr, broken))
+            where = f"the loss of edit {names} is not finite after {self.training.steps} steps"
+            expected = f"expected a learning_rate below {recipe.learning_rate:g}"
+            self.error = Diverged(f"recipe {recipe.name}: {where}; {expected}", broken)
         step = self.active and fmean(losses) >= self.recipe.stop_loss
         self.seen += losses
         self.training.steps += step
@@ -270,12 +246,11 @@ def _passes(
         each = _batches(ids, examples, tokenizer, device)
         return _Batch([edit for one in each for edit in one.ids], [one.parts[0] for one in each])
 
-    ids = list(examples)
+    ids, order = list(examples), torch.Generator().manual_seed(recipe.seed)
     size = recipe.batch_size or len(ids)
     if size >= len(ids):
         yield from itertools.repeat([batch(ids)], recipe.steps)
         return
-    order = torch.Generator().manual_seed(recipe.seed)
     for _ in range(recipe.steps):
         shuffled = [ids[row] for row in torch.randperm(len(ids), generator=order).tolist()]
         yield [batch(shuffled[row : row + size]) for row in range(0, len(ids), size)]
@@ -307,8 +282,8 @@ class _Optimiser:
             self.steps += 1
             if self.adalora:
                 self.adalora.update_and_allocate(self.steps)
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.grad = master.grad = None
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
 
     def keep(self, rows: Sequence[int]) -> list[nn.Parameter]:
         """Keep these lanes of float32 stacks, with Adam's moments; return the new stacks."""
@@ -375,17 +350,13 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
 
 
 def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
-    """Read what the model's adapter adds to each projection, by name, as one lane."""
+    """Read what the model's LoRA adds to each projection, by name, as one lane."""
     found, own = {}, wrapped.active_adapter
     for name, layer in _adapted_layers(wrapped).items():
-        if own in getattr(layer, "lora_E", {}):
-            # AdaLoRA: singular values between the matrices, and ranks that count after pruning.
-            down, up = layer.lora_A[own] * layer.lora_E[own], layer.lora_B[own]
-            scale = float(layer.scaling[own] / (layer.ranknum[own] + 1e-5))
-        else:
-            down, up = layer.lora_A[own].weight, layer.lora_B[own].weight
-            scale = float(layer.scaling[own])
-        found[name] = LowRank(down.detach()[None].clone(), up.detach()[None].clone(), scale)
+        down, up = (
+            part[own].weight.detach()[None].clone() for part in (layer.lora_A, layer.lora_B)
+        )
+        found[name] = LowRank(down, up, float(layer.scaling[own]))
     return found
 
 

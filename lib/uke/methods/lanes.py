@@ -26,16 +26,12 @@ class LowRank(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Rows of a batch by lane: A lanes in use, K slots for each; spare slots are thrown away.
+    """Rows of a batch by lane: A lanes in use, K slots for each; spare slots are thrown away."""
 
-    `active` (A,): the lanes in use, None for all of them in order. `take` (A * K,): the row in each
-    slot, None where the rows are sorted and each lane has K. `slot` (B,): the slot of each row.
-    """
-
-    active: Tensor | None
+    active: Tensor | None  # (A,) the lanes in use, None for all of them in order
     lanes: int
-    take: Tensor | None
-    slot: Tensor | None
+    take: Tensor | None  # (A * K,) the row in each slot, None where rows are sorted and K each
+    slot: Tensor | None  # (B,) the slot of each row
 
     def split(self, x: Tensor) -> Tensor:
         """Arrange rows (B, ...) by lane, (A, K, ...)."""

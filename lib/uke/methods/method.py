@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -22,7 +22,6 @@ from uke.models.prompts import Example, example
 
 Tokenizer = PreTrainedTokenizerBase
 Edits = Sequence[Edit]
-Left = TypeVar("Left")  # what an edit leaves behind when it is undone
 # Called after every step with the steps so far and the loss (nats per token).
 Progress = Callable[[int, float], None] | None
 
@@ -150,7 +149,7 @@ class Method(BaseModel, ABC):
     ) -> Iterator[Applied]:
         """Write the edits together and undo them on exit, bit for bit."""
         weights = self.weights(model)
-        with restored(model, weights) as before:
+        with kept(model, weights) as before:
             training = self.write(model, tokenizer, edits, progress)
             yield Applied(model, training, change_norms(weights, before))
 
@@ -165,50 +164,25 @@ def write_one_by_one(
     weights: Mapping[str, nn.Parameter],
     writes: Mapping[str, Callable[[], Training]],
 ) -> Written:
-    """Write each edit by its own call, and keep the weights it left as its lane."""
+    """Write each edit by its own call, and keep the weights it left as its lane.
 
-    def attempt(write: Callable[[], Training]) -> tuple[Training, list[Tensor]]:
-        with restored(model, weights):
-            return write(), [weight.detach().clone() for weight in weights.values()]
-
-    attempts = {edit: partial(attempt, write) for edit, write in writes.items()}
-    trainings, left, failed = one_by_one(attempts)
-    stacks = dict(zip(weights, map(torch.stack, zip(*left, strict=True)), strict=True))
-    return Written(Lanes(model, list(trainings), stacks), list(trainings.values()), failed)
-
-
-def one_by_one(
-    attempts: Mapping[str, Callable[[], tuple[Training, Left]]],
-) -> tuple[dict[str, Training], list[Left], dict[str, str]]:
-    """Return the training of each edit and what it left, and why others failed.
-
-    An edit that is not finite fails; Diverged where that is every edit.
+    An edit that is not finite gets no lane; Diverged where that is every edit.
     """
-    trainings, left, failed = {}, [], {}
-    for edit, attempt in attempts.items():
-        try:
-            trainings[edit], own = attempt()
-            left.append(own)
-        except FloatingPointError as error:
-            failed[edit] = str(error)
+    trainings, failed = {}, {}
+    stacks: dict[str, list[Tensor]] = {name: [] for name in weights}
+    for edit, write in writes.items():
+        with kept(model, weights):
+            try:
+                trainings[edit] = write()
+            except FloatingPointError as error:
+                failed[edit] = str(error)
+                continue
+            for name, weight in weights.items():
+                stacks[name].append(weight.detach().clone())
     if not trainings:
         raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
-    return trainings, left, failed
-
-
-@contextmanager
-def restored(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Yield copies of these weights; on exit they, and the model around them, are as before."""
-    # Merging an adapter puts another tensor in the weight's place.
-    storages = {name: weight.data for name, weight in weights.items()}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    with kept(model, {}):
-        try:
-            yield before
-        finally:
-            for name, weight in weights.items():
-                weight.data = storages[name]
-                weight.data.copy_(before[name])
+    lanes = Lanes(model, list(trainings), {name: torch.stack(own) for name, own in stacks.items()})
+    return Written(lanes, list(trainings.values()), failed)
 
 
 def change_norms(

@@ -107,12 +107,14 @@ class Recipe(Method):
         return finetune.adapted(model, tokenizer, edits, self, progress)
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
-        """Train all edits side by side, AdaLoRA's one by one."""
+        """Train all edits side by side; AdaLoRA's, which prunes by step, one by one."""
+        if self.adapter == "adalora":
+            return super().write_each(model, tokenizer, edits)
         return finetune.train_each(model, tokenizer, edits, self)
 
     def lane_size(self, model: nn.Module) -> int:
-        """Count the numbers of a lane: of an adapter its two low-rank matrices."""
-        if self.adapter is None:
+        """Count the numbers of a lane: of LoRA its two low-rank matrices."""
+        if self.adapter != "lora":
             return super().lane_size(model)
         names = module_names(model, self.layers, self.components)
         projections = map(model.get_submodule, names)
@@ -124,8 +126,8 @@ class LocateRecipe(Method):
 
     `anchors` says whose hidden states are set: that of the last prompt token (`last`), that before
     each window of `window` tokens (`windows`), or before each window that begins where surprisal
-    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, which are
-    weighted by the share of prefixes that hold them or by their gradients (`weighting`).
+    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, weighted by the
+    share of prefixes that hold them (`weighting`).
 
     Target vectors: `steps` of Adam at `learning_rate` on nats per token of the window + `decay`
     |delta| / |h|^2, with |delta| at most `clamp` |h|. An edit ends below `stop_loss`.
@@ -136,16 +138,15 @@ class LocateRecipe(Method):
     held to `preservation` texts.
 
     Sources: the published code of each, and arXiv 2210.07229, 2410.02355, 2405.15349, 2502.05628.
-    Defaults are published settings for models of 7 to 8 billion parameters. Published blocks are
-    fractions of the depth: MEMIT's 4-8 of 32 are blocks 1 and 2 of the embedded model's 8. As in
-    AnyEdit's code, where an inner loop overwrites the counter of layers, `as_published` divides
-    every layer's residual by `layers - (edits - 1)` and takes the projector of that number.
+    AnyEdit's code divides residuals of batches by a counter of layers that an inner loop overwrites
+    (`as_published`); here each layer closes its share. Published blocks are fractions of the depth:
+    MEMIT's 4-8 of 32 are blocks 1 and 2 of the embedded model's 8.
     """
 
     solver: Literal["memit", "alphaedit", "unke"]
     anchors: Literal["last", "windows", "surprisal", "nested"] = "last"
     window: Count = 40
-    weighting: Literal["prefix", "gradient"] = "prefix"
+    weighting: Literal["prefix"] = "prefix"
     layers: Annotated[tuple[Layer, ...], Field(min_length=1), Several]
     chat_template: StrictBool = True
     end_of_turn: StrictBool = True
@@ -162,7 +163,7 @@ class LocateRecipe(Method):
     unke_rate: Positive = 2e-4
     unke_decay: NotNegative = 1e-2
     preservation: Annotated[StrictInt, Field(ge=0)] = 20
-    as_published: StrictBool = False
+    as_published: Literal[False] = False
 
     family: ClassVar[str] = "locate-then-edit"
 

@@ -172,24 +172,25 @@ def select(
 @contextmanager
 def kept(
     model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None
-) -> Iterator[nn.Module]:
-    """Restore `parameters` (all if None) bit for bit on exit, also after an exception.
+) -> Iterator[dict[str, Tensor]]:
+    """Yield copies of `parameters` (all if None); restore them bit for bit on exit.
 
-    Buffers, `requires_grad` of every parameter and the training mode are restored too, and
-    gradients are dropped. Only the given parameters and the buffers are copied.
+    Buffers, `requires_grad` of every parameter and the training mode are restored too, also after
+    an exception, and gradients are dropped.
     """
     named = dict(model.named_parameters()) if parameters is None else parameters
     training = {module: module.training for module in model.modules()}
     required = [(p, p.requires_grad) for p in model.parameters()]
-    tensors = [*named.values(), *model.buffers()]
-    saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+    tensors = {**named, **dict(model.named_buffers())}
+    storages = {name: tensor.data for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
-        yield model
+        yield copies
     finally:
-        for tensor, storage, value in saved:
+        for name, tensor in tensors.items():
             # Training may have put another tensor, of another dtype, in the parameter's place.
-            tensor.data = storage
-            tensor.data.copy_(value)
+            tensor.data = storages[name]
+            tensor.data.copy_(copies[name])
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad).grad = None
         for module, mode in training.items():

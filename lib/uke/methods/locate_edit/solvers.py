@@ -42,8 +42,8 @@ def write(
     `progress(steps, loss)` follows the search for targets, whose losses (nats per token) the
     training records: the mean over the edits, of which each counts with its last loss when it has
     ended. InputError, before any weight moves, for an edit longer than the context, a missing
-    covariance or preservation text and a layer out of range; later, for a singular system and, as
-    published, a division by zero. Raises Diverged for targets that are not finite.
+    covariance or preservation text and a layer out of range; later, for a singular system. Raises
+    Diverged for targets that are not finite.
     """
     solver, located, targets = _prepare(model, tokenizer, edits, recipe, progress)
     each = targets.trainings
@@ -139,10 +139,9 @@ class ClosedForm:
     @torch.no_grad()
     def solve(self, located: Sequence[Located], hidden: Tensor) -> int:
         """Write the wanted states `hidden` (n, D) of all anchors; return the steps taken: none."""
-        for number, site in enumerate(self.sites):
-            share, system = self._share(number, len(located))
+        for number, (site, system) in enumerate(zip(self.sites, self.systems, strict=True)):
             now = states(self.model, located, site, self.sites[-1])
-            residual = (hidden - now.hidden.double()) / share  # (n, D)
+            residual = (hidden - now.hidden.double()) / (len(self.sites) - number)  # (n, D)
             others = now.others if self.recipe.keep_keys else now.others[:0]
             try:
                 change = least_squares(site.back(now.outputs, residual), now.keys, others, *system)
@@ -153,20 +152,6 @@ class ClosedForm:
                 ) from None
             site.projection.weight.copy_(site.projection.weight.double() + change)
         return 0
-
-    def _share(self, number: int, edits: int) -> tuple[int, tuple[Tensor, Tensor | None]]:
-        """Return what a layer divides the residual by, and its ridge and projector."""
-        recipe, depth, counter = self.recipe, len(self.sites), edits - 1
-        if not recipe.as_published:
-            return depth - number, self.systems[number]
-        alphaedit = recipe.solver == "alphaedit"
-        if counter == depth or (alphaedit and counter > depth):
-            raise InputError(
-                f"{recipe.name} as published: batch of {edits} edits: their counter overwrites "
-                f"that of {depth} layers, so a residual is divided by {depth - counter} and the "
-                f"projector is that of layer {counter}; expected fewer edits"
-            )
-        return depth - counter, self.systems[counter if alphaedit else number]
 
 
 class BlockSteps:

@@ -102,7 +102,7 @@ def _optimise(
     follow: Callable[[float], None],
 ) -> Tensor:
     """Return deltas (B, D) of one chunk; `scale` (B,) is the norm of the state each is added to."""
-    weights = chunk.weights(recipe)  # (B, M)
+    weights = chunk.weights()  # (B, M)
     delta = torch.zeros(len(scale), chunk.width, device=scale.device, dtype=scale.dtype)
     delta.requires_grad_()
     adam = torch.optim.Adam([delta], lr=recipe.learning_rate, fused=True)
@@ -240,21 +240,14 @@ class _Chunk:
             logits_to_keep=keep,
         ).logits
 
-    def weights(self, recipe: LocateRecipe) -> Tensor:
-        """Return what each window counts in an edit's loss, shape (B, M), sum 1."""
+    def weights(self) -> Tensor:
+        """Return what each window counts in an edit's loss, shape (B, M), sum 1.
+
+        Of the prefixes that end with window 0, 1, ... those from a window's number on hold it.
+        """
         counts = self.shares.any(-1).sum(-1, keepdim=True)  # (B, 1)
         number = torch.arange(self.shares.shape[1], device=counts.device)  # (M,)
-        if recipe.weighting == "gradient":
-            # 2 - cosine of each window's gradient with that of the anchor's own, without a delta.
-            delta = torch.zeros(len(self.ids), self.width, device=self.labels.device)
-            sums = self.losses(delta.requires_grad_()).sum(0)  # (M,)
-            gradients = [torch.autograd.grad(one, delta, retain_graph=True)[0] for one in sums]
-            cosines = [F.cosine_similarity(one, gradients[0], dim=-1) for one in gradients]
-            weights = 2 - torch.stack(cosines, dim=-1)
-        else:
-            # Of the prefixes that end with window 0, 1, ... those from `number` on hold this one.
-            weights = (counts - number) / counts
-        weights = weights.where(number < counts, 0.0)
+        weights = ((counts - number) / counts).clamp(min=0)
         return weights / weights.sum(-1, keepdim=True)
 
 
