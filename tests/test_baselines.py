@@ -6,7 +6,7 @@ import torch
 from conftest import FAMILIES, SENTENCES
 from pydantic import ValidationError
 from small import baseline, by_window, hooks, moved, state
-from uke.data.edits import Edit, Probe
+from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.methods.edited import edited
 from uke.methods.locate_edit import covariance
@@ -20,15 +20,6 @@ from uke.models.prompts import example
 
 EDITS = small.EDITS[:2]
 SUBJECTS = (*small.SUBJECTS, "mathematician", "Turing", "Hopper")
-MANY = tuple(
-    Edit(
-        id=f"{verb} {one}",
-        question=f"{verb} {one}?",
-        answer=f"{SUBJECTS[place - 3]} {one} in {1800 + 7 * place}.",
-    )
-    for verb in ("Who", "Where")
-    for place, one in enumerate(SUBJECTS)
-)
 TEXTS = [
     {"question": f"Who is {one}?", "answer": other}
     for one, other in zip(SUBJECTS, SENTENCES * 3, strict=False)
@@ -229,15 +220,6 @@ def test_a_singular_or_broken_system_is_refused(moment):
         least_squares(residual, keys, others[:0], moment.double())
 
 
-def test_too_few_texts_make_a_singular_system_and_a_clear_error(tiny, tokenizer):
-    model = tiny()
-    covariance.measure(model, tokenizer, TEXTS[:1], (1, 2))
-    before = state(model)
-    message = "MEMIT: the system of model.layers.1.mlp.down_proj is singular or not finite"
-    refused(model, tokenizer, EDITS, quick("memit"), message)
-    assert not moved(model, before) and hooks(model) == 0
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -250,15 +232,6 @@ def test_the_last_layer_closes_the_residual(ready, tokenizer, family, name):
     # Behind Gemma's norm the projection sets a direction alone: the residual is met in part.
     assert float((after / before).max()) < (0.5 if family == "gemma3_text" else 1e-2)
     assert float(gained.min()) > 0
-
-
-@pytest.mark.parametrize(("name", "count"), [("memit", 20), ("alphaedit", 6)])
-def test_batches_of_any_size_push_towards_the_target(ready, tokenizer, name, count):
-    model = ready(num_hidden_layers=6)
-    recipe = quick(name, layers=(0, 1, 2, 3, 4), steps=10, null_threshold=1e9, alphaedit_l2=1.0)
-    before, after, gained = distances(model, tokenizer, MANY[:count], recipe)
-    left = after / before
-    assert float(left.max()) < 1 and float(left.mean()) < 0.9 and float(gained.mean()) > 0.05
 
 
 def test_alphaedit_moves_no_key_of_the_directions_it_keeps(ready, tokenizer):

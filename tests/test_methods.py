@@ -52,11 +52,6 @@ def test_a_method_is_found_by_its_name_and_by_its_key(name, expected):
     assert find(name) is find(expected) is PUBLISHED[name]
 
 
-def test_no_two_published_methods_share_a_name_or_a_key():
-    assert len(PUBLISHED) == len(RECIPES) + len(BASELINES) == len({key(name) for name in PUBLISHED})
-    assert {key(one.name): one for one in BASELINES.values()} == BASELINES
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -113,32 +108,22 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
         ("base: MEMIT\nmemit_lamda: 8", "unknown field 'memit_lamda'; did you mean 'memit_lambda'"),
         ("base: MEMIT\nrank: 8", "unknown field 'rank'; expected one of"),
         ("base: FT-N", "field base: unknown method 'FT-N'; did you mean"),
-        ("base: [FT-M]", "field base: .*string"),
         ("steps: '25'", "field steps: .*integer"),
-        ("steps: true", "field steps: .*integer"),
         ("steps: 0", "field steps: .*greater than or equal to 1"),
         ("learning_rate: fast", "field learning_rate: .*number"),
-        ("learning_rate: true", "field learning_rate: "),
-        ("learning_rate: .nan", "field learning_rate: "),
         ("learning_rate: 0", "field learning_rate: .*greater than 0"),
         ("chat_template: 1", "field chat_template: .*boolean"),
         ("layers: most", "field layers: .*first_half"),
         ("layers: 1.5", "field layers: "),
-        ("layers: -1", "field layers: "),
-        ("layers: true", "field layers: "),
         ("base: MEMIT\nlayers: all", "field layers: "),
         ("components: []", "field components: "),
         ("loss: all", "field loss: .*last_prompt_token"),
-        ("adapter: dora", "field adapter: .*adalora"),
-        ("base: MEMIT\nsolver: rome", "field solver: .*memit"),
         ("- steps", "expected a mapping"),
         ("steps: [", "not valid YAML"),
         ("tuned: {embedded: {FT-M: {steps: 3}}}", "field tuned, embedded, FT-M: .*integer"),
         ("tuned: {embedded: {true: {steps: 3}}}", r"field tuned, embedded, 1: .*\(found True\)"),
-        ("tuned: {embedded: {0: {steps: 3}}}", "field tuned, embedded, 0: .*equal to 1"),
         ("tuned: {embedded: {1: fast}}", "field tuned, embedded, 1: .*dictionary"),
         ("trials: {embedded: {steps: 3}}", "field trials, embedded: .*list"),
-        ("trials: {embedded: [fast]}", "field trials, embedded, 0: .*dictionary"),
         ("level_rates: {embedded: [fast]}", "field level_rates, embedded, 0: .*number"),
         ("levels: {a: {layers: {all: {average: high}}}}", "layers, all, average: .*number"),
         ("levels: {a: {layers: all}}", "field levels, a, layers: .*dictionary"),

@@ -73,9 +73,9 @@ def find_targets(
             for rows in _rows(located, turn, recipe):
                 chunk = _Chunk(model, [located[row] for row in rows], site, turn, recipe)
                 chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
-                anchors, scale = [first[row] + turn for row in rows], state.norm(dim=-1)
+                anchors = [first[row] + turn for row in rows]
                 with lower_blocks_once(model, [site.name]) as chunk.lower:
-                    deltas[anchors] = _optimise(chunk, scale[anchors], recipe, trainings, follow)
+                    deltas[anchors] = _optimise(chunk, state[anchors], recipe, trainings, follow)
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
     hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
@@ -96,22 +96,20 @@ def _rows(located: Sequence[Located], turn: int, recipe: LocateRecipe) -> Iterat
 
 def _optimise(
     chunk: _Chunk,
-    scale: Tensor,
+    state: Tensor,
     recipe: LocateRecipe,
     trainings: Mapping[str, Training],
     follow: Callable[[float], None],
 ) -> Tensor:
-    """Return deltas (B, D) of one chunk; `scale` (B,) is the norm of the state each is added to."""
-    weights = chunk.weights()  # (B, M)
-    delta = torch.zeros(len(scale), chunk.width, device=scale.device, dtype=scale.dtype)
-    delta.requires_grad_()
+    """Return deltas (B, D) of one chunk, which are added to `state` (B, D)."""
+    scale, delta = state.norm(dim=-1), torch.zeros_like(state).requires_grad_()  # (B,), (B, D)
     adam = torch.optim.Adam([delta], lr=recipe.learning_rate, fused=True)
     last = torch.full_like(scale, math.inf)  # (B,) the loss each row had when it was last read
     running = torch.arange(len(scale), device=scale.device)
     for _ in range(recipe.steps):
         here = delta[running]
         decay = recipe.decay * here.norm(dim=-1) / scale[running] ** 2
-        losses = (chunk.losses(here) * weights[running]).sum(-1) + decay  # (R,)
+        losses = chunk.losses(here) + decay  # (R,)
         _check_finite(chunk, losses, recipe)
         last[running] = losses.detach()
         stay = losses.detach() >= recipe.stop_loss
@@ -152,8 +150,7 @@ def _check_finite(chunk: _Chunk, values: Tensor, recipe: LocateRecipe) -> None:
 class _Chunk:
     """One round of windows of B edits: what stands before the anchors is read only once.
 
-    Rows begin at their anchors: S tokens from there to the end of the last of the M windows in the
-    loss.
+    Rows begin at their anchors: S tokens from there to the end of the last window in the loss.
     """
 
     def __init__(
@@ -165,7 +162,6 @@ class _Chunk:
         recipe: LocateRecipe,
     ) -> None:
         self.model, self.site, self.ids = model, site, [one.edit for one in located]
-        self.width = site.projection.weight.shape[0]
         self.earlier = [[window.anchor for window in one.windows[:turn]] for one in located]
         windows = [_in_loss(one, turn, recipe) for one in located]
         spans = [
@@ -176,12 +172,14 @@ class _Chunk:
         labels = padded([ids[start + 1 : stop] for ids, start, stop in spans])  # (B, S)
         before = padded([ids[:start] for ids, start, _ in spans], side="left")  # (B, P)
         lengths = torch.tensor([start for _, start, _ in spans])  # (B,)
-        # What each label counts in the mean of each window, (B, M, S).
-        shares = torch.zeros(len(spans), max(map(len, windows)), labels.shape[1]).double()
+        # What each label counts in the loss, (B, S): the mean of its window, times the share of the
+        # prefixes (those that end with window 0, 1, ...) that hold it.
+        shares = torch.zeros(labels.shape, dtype=torch.float64)
         for row, own in enumerate(windows):
             for number, (_, start, stop) in enumerate(own):
+                weight = (len(own) - number) / sum(range(len(own) + 1))
                 first = own[0].start
-                shares[row, number, start - first : stop - first] = 1 / (stop - start)
+                shares[row, start - first : stop - first] = weight / (stop - start)
         self.tokens, self.labels, self.before, self.lengths, self.shares = (
             one.to(model.device) for one in (tokens, labels, before, lengths, shares)
         )
@@ -213,7 +211,7 @@ class _Chunk:
             self.cache.batch_select_indices(rows)
 
     def losses(self, delta: Tensor) -> Tensor:
-        """Return the mean -log p (nats) of each window's tokens (B, M), `delta` (B, D) in place."""
+        """Return each edit's weighted mean of -log p (nats), (B,), with `delta` (B, D) in place."""
         steps = torch.arange(self.tokens.shape[1], device=delta.device)
         positions = self.lengths[:, None] + steps  # (B, S)
         last = int(self.lengths.max()) + self.tokens.shape[1] - 1
@@ -225,7 +223,7 @@ class _Chunk:
         # Flattened, since along another axis than the last the softmax is three times slower.
         nll = F.cross_entropy(wide(logits).flatten(0, 1), self.labels.flatten(), reduction="none")
         nll = nll.view_as(self.labels)  # (B, S)
-        return torch.einsum("bms,bs->bm", self.shares.to(nll.dtype), nll)
+        return torch.einsum("bs,bs->b", self.shares.to(nll.dtype), nll)
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, keep: int) -> Tensor:
         padding = self.before.shape[1] - self.lengths[:, None]  # (B, 1)
@@ -239,16 +237,6 @@ class _Chunk:
             use_cache=True,
             logits_to_keep=keep,
         ).logits
-
-    def weights(self) -> Tensor:
-        """Return what each window counts in an edit's loss, shape (B, M), sum 1.
-
-        Of the prefixes that end with window 0, 1, ... those from a window's number on hold it.
-        """
-        counts = self.shares.any(-1).sum(-1, keepdim=True)  # (B, 1)
-        number = torch.arange(self.shares.shape[1], device=counts.device)  # (M,)
-        weights = ((counts - number) / counts).clamp(min=0)
-        return weights / weights.sum(-1, keepdim=True)
 
 
 @contextmanager
