@@ -92,8 +92,7 @@ class Settings(NamedTuple):
 def settings(path: Path) -> Settings:
     """Read one file; InputError, in one line with the place, for anything in it that is no setting.
 
-    Without a `base` the file stands on the defaults of `Recipe`. The method is called as its base,
-    or else as its file, unless the file has a `name`.
+    Without a `base` it stands on the defaults of `Recipe` and is called as the file.
     """
     stamp = path.stat() if path.is_file() else None
     return _settings(path, stamp and (stamp.st_mtime_ns, stamp.st_ino, stamp.st_size))
@@ -133,10 +132,7 @@ def changed(method: Method, changes: Any, where: str, besides: Iterable[str] = (
 
 
 def changes(method: Method, base: Method) -> Changes:
-    """Return the fields in which the method differs from its base, as YAML holds them.
-
-    In the order in which the method's own class declares them, which names the rows of trials.
-    """
+    """Return the fields that differ from the base, as YAML holds them, in the class's own order."""
     own, other = method.model_dump(mode="json", exclude={"name"}), base.model_dump(mode="json")
     order = dict.fromkeys([*type(method).__annotations__, *own])
     return {field: own[field] for field in order if field in own and own[field] != other[field]}
@@ -173,9 +169,8 @@ def configured(
 
         configured(Path("params"), "embedded", batch_size=8)["FT-M"].learning_rate    # 2e-3
 
-    A method tuned at some batch sizes has the settings of the nearest one (by ratio; the smaller of
-    two). Published settings stand where nothing is tuned, or `tuned` is false; methods of your own
-    in METHODS are returned as they are. InputError for a bad file.
+    Of the batch sizes that a method was tuned at the nearest counts (by ratio). Published settings
+    stand where nothing is tuned, or `tuned` is false, and methods of your own as they are.
     """
     found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
     for name, (path, file, method) in catalog(folder).items():
@@ -190,8 +185,7 @@ def at_level(folder: Path, model: str, method_name: str, factor: str, level: str
     """Return the method at a level of a factor, with the rate that was tuned for this level.
 
     Rates by level belong to the untuned settings. Where the file lacks the level, the method as
-    tuned for single edits is varied. InputError for an unknown method, factor or level, or a bad
-    file.
+    tuned for single edits is varied. InputError for an unknown method, factor or level.
     """
     one = find(method_name, catalog(folder))
     own = one.file.levels.get(_own_name(model), {}).get(factor, {}).get(level)
@@ -203,10 +197,9 @@ def at_level(folder: Path, model: str, method_name: str, factor: str, level: str
 
 
 def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]) -> str:
-    """Return, of these levels of `layers`, the single block with the best average.
+    """Return, of these levels, the single block with the best average on development edits.
 
-    Averages are those of development edits in the method's file; without any it is the published
-    block.
+    Where the method's file has none it is the published block.
     """
     own = find(method_name, catalog(folder)).file.levels.get(_own_name(model), {})
     averages = {level: one.average or 0.0 for level, one in own.get("layers", {}).items()}
@@ -218,8 +211,7 @@ def best_single(folder: Path, model: str, method_name: str, among: Sequence[str]
 def trials(folder: Path, model: str, methods: Iterable[Method]) -> dict[str, list[Method]]:
     """Return, for each of these methods by name, the variants that tuning tries.
 
-    Candidates for FT-UKE have those of their family's `candidate_trials`. InputError where there
-    are none, or where one method has more than another: budgets are equal.
+    Budgets are equal: InputError where there are none, or where one method has more than another.
     """
     every, name, found = catalog(folder), _own_name(model), {}
     families = {
@@ -255,8 +247,7 @@ def tunable(folder: Path, model: str) -> list[str]:
 def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict[str, list[float]]:
     """Return, by family, the learning rates that every level of a factor is tried with.
 
-    InputError where there are none, where one family has more than another, and, like `trials`,
-    where the candidates for FT-UKE have none.
+    InputError where budgets are not equal, now or for the candidates for FT-UKE.
     """
     families, every = list(families), catalog(folder)
     trials(folder, model, [candidate(recipe, {}) for recipe in families])

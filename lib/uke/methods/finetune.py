@@ -105,7 +105,6 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
     """Train each edit as if alone, side by side with those of similar length.
 
     An edit whose loss is not finite gets no lane; Diverged where that is every edit.
-    `requires_grad` is the caller's to restore.
     """
     examples = recipe.examples(model, tokenizer, edits)
     lanes = {edit: _Lane(recipe) for edit in examples}
@@ -177,8 +176,8 @@ def _descend(
 ) -> None:
     """Take steps until every lane's mean loss is below `stop_loss`, or the passes are over.
 
-    Every lane has as many edits in a batch, in the order of the lanes; with `stacks` one, and a
-    pass is the same one batch. Adam is element-wise: on stacked weights it is one Adam a lane.
+    Every lane has as many edits in a batch, in order; with `stacks` one, and a pass is that batch.
+    Adam is element-wise: on stacked weights it is one Adam a lane.
     """
     for batches in passes:
         for batch in batches:
@@ -327,10 +326,7 @@ def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
 
 
 def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
-    """Wrap the model in the recipe's adapter, to be trained on `count` edits; `unload` undoes it.
-
-    InputError where layers and components select no projection, or the steps are too few to prune.
-    """
+    """Wrap the model in the recipe's adapter for training on `count` edits; `unload` undoes it."""
     names = module_names(model, recipe.layers, recipe.components)
     common = {"target_modules": names, "lora_alpha": recipe.alpha, "lora_dropout": 0.0}
     if recipe.adapter == "lora":

@@ -108,7 +108,7 @@ class Lanes:
         self._chosen: dict[str, Tensor] = {}
 
     def weights_of(self, lane: int) -> list[Tensor]:
-        """Copy one lane's part of every stack, in the order of `stacks`."""
+        """Copy one lane's part of every stack."""
         return [stack.detach()[lane].clone() for stack in self.stacks]
 
     def change_norms(self) -> list[dict[str, float]]:
@@ -219,8 +219,7 @@ class LowerBlocks:
 def lower_blocks_once(model: nn.Module, names: Sequence[str]) -> Iterator[LowerBlocks]:
     """Compute the blocks below the lowest one with any of these modules or parameters only once.
 
-    Every forward pass inside is on the same tokens of its part, or their beginnings, in the rows
-    that `keep` leaves, and nothing in these blocks changes.
+    Every forward pass inside is on the tokens of its part, or their beginnings, in the rows kept.
     """
     lower, every = LowerBlocks(), blocks(model)
     lowest = min(
@@ -238,10 +237,7 @@ def lower_blocks_once(model: nn.Module, names: Sequence[str]) -> Iterator[LowerB
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the `forward` of some modules; on exit, also by an exception, all is as before.
-
-    Each function is given the module as it was, then the arguments of the call.
-    """
+    """Replace the `forward` of modules; each function gets the module as it was, then arguments."""
     before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():

@@ -116,7 +116,6 @@ class Method(BaseModel, ABC):
         """Return a digest of what else decides the result, such as statistics of the model's keys.
 
         `model`: the unedited model, or its fingerprint where only stored rows are looked up.
-        Called before any weight moves, so it may be remembered for the unedited model.
         """
         return None
 

@@ -1,11 +1,9 @@
 """Name the published methods, the factors under study, and the rule that makes FT-UKE.
 
-The rule was fixed before it had any rows and sees development rows alone. For each family (direct
-weights from FT-M, adapters from LoRA) it takes, of every factor, the level with the highest mean of
-the average metric, each level at its own tuned rate (`choose`). Together they are the family's
-candidate (`candidate`). Every candidate gets as many trials as any other method, and FT-UKE is the
-one whose best trial has the highest mean of the average metric (`best_trial`). The paper's own
-setting was not available to us.
+The rule was fixed before it had any rows and sees development rows alone. For each family (FT-M,
+LoRA) it takes, of every factor, the level with the best mean of the average metric, each at its own
+tuned rate (`choose`). Together they are the family's `candidate`, which is tuned as any other
+method; FT-UKE is the one with the best trial. The paper's own setting was not available to us.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

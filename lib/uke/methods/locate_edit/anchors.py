@@ -48,10 +48,7 @@ class Site(NamedTuple):
 
 
 def sites(model: nn.Module, layers: Sequence[int | float]) -> list[Site]:
-    """Return the sites of these layers, lowest first.
-
-    InputError for a layer out of range or without `down_proj`.
-    """
+    """Return the sites of these layers, lowest first; InputError for one without `down_proj`."""
     every, found = blocks(model), []
     for name in module_names(model, layers, ("down_proj",)):
         block = next(block for prefix, block in every if name.startswith(f"{prefix}."))

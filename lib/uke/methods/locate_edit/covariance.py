@@ -50,10 +50,7 @@ def folder(model: nn.Module | str) -> Path:
 
 
 def world_texts(seed: int | None = None) -> list[Text]:
-    """Return the preservation pool of a world, by default of that of the embedded model.
-
-    No locality probe asks about it.
-    """
+    """Return a world's preservation texts (default: the embedded model's world)."""
     seed = card(EMBEDDED)["settings"]["world_seed"] if seed is None else seed
     world = world_files.ensure(Paths("embedded").home / "results", seed)
     return read_texts(world / world_files.PRESERVATION)
@@ -120,18 +117,14 @@ def measure(
 
 
 def covariances(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
-    """Return E[k k^T] (W, W) of each site in float64 on the model's device.
-
-    InputError, with the command that measures them, where one is missing.
-    """
+    """Return E[k k^T] (W, W) of each site in float64; InputError where one was not measured."""
     return [_covariance(path).to(model.device) for path in _paths(model, chosen)]
 
 
 def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> list[Tensor]:
     """Return, for each site, the projector (W, W) on directions of a variance below `threshold`.
 
-    In float64. InputError where there is no such direction, so that AlphaEdit could write nothing,
-    and where a covariance is missing.
+    In float64. InputError where there is none: AlphaEdit could write nothing.
     """
     paths = _paths(model, chosen)
     found = [_projector(path, threshold, model.device) for path in paths]
