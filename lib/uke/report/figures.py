@@ -116,44 +116,29 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
 
 
 @styled
-def curves(
-    frame: pd.DataFrame,
-    x: str = "step",
-    y: str = "loss",
-    by: str = "method",
-    panel: str | None = None,
-) -> Figure:
-    """Draw `y` (nats per token) over `x`: the median over edits, and the range of 80 % of them.
-
-        curves(losses)                    one panel, names at the lines' ends
-        curves(losses, panel="method")    a panel for each method
+def curves(frame: pd.DataFrame, by: str = "method") -> Figure:
+    """Draw the loss (nats per token) over steps: the median of edits and the range of 80 % of them.
 
     An edit whose training ended keeps its last value.
     """
-    edits = frame.assign(edit=frame["edit"] if "edit" in frame else 0)
-    if y == "loss":
-        edits[y] = edits[y].clip(lower=LEAST_LOSS)
-    look = looks(ordered(frame[by], KINDS))
-    fig, parts = _panels(edits, panel, 5, 1.15 if panel else 2.35, least=1.9, sharey=True)
-    for ax, own in parts:
-        ends = {}
-        for name, each in own.groupby(by):
-            colour, _, dashes = look[name]
-            steps = each.pivot_table(index=x, columns="edit", values=y).ffill()
-            steps = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))]
-            low, middle, high = (steps.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
-            ax.fill_between(steps.index, low, high, color=colour, alpha=0.15, lw=0)
-            ax.plot(steps.index, middle, color=colour, ls=dashes)
-            ends[name] = (steps.index[-1], middle.iloc[-1], colour)
-        ax.xaxis.get_major_locator().set_params(integer=True, nbins=4 if panel else 9)
-        ax.grid(axis="y")
-        _log_if_wide(ax, edits[y])
-    if not panel:
-        ax.margins(x=0)
-        label_ends(ax, ends)
-    elif panel != by:
-        _explain(fig, look)
-    _titles(fig, f"training {x}" if x == "step" else x, f"{y.replace('_', ' ')} (nats per token)")
+    edits = frame.assign(edit=frame.get("edit", 0), loss=frame["loss"].clip(lower=LEAST_LOSS))
+    look, ends = looks(ordered(frame[by], KINDS)), {}
+    fig = Figure(figsize=(FULL, 2.65))
+    ax = fig.subplots()
+    for name, own in edits.groupby(by):
+        colour, _, dashes = look[name]
+        steps = own.pivot_table(index="step", columns="edit", values="loss").ffill()
+        steps = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))]
+        low, middle, high = (steps.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
+        ax.fill_between(steps.index, low, high, color=colour, alpha=0.15, lw=0)
+        ax.plot(steps.index, middle, color=colour, ls=dashes)
+        ends[name] = (steps.index[-1], middle.iloc[-1], colour)
+    ax.xaxis.get_major_locator().set_params(integer=True, nbins=9)
+    ax.grid(axis="y")
+    _log_if_wide(ax, edits["loss"])
+    ax.margins(x=0)
+    label_ends(ax, ends)
+    _titles(fig, "training step", "loss (nats per token)")
     return fig
 
 
