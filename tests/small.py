@@ -2,11 +2,13 @@
 
 import torch
 from conftest import SENTENCES
-from uke.data.edits import Edit
+from uke.data.edits import Detail, Edit, Probe
 from uke.methods.method import Method
 from uke.methods.recipes import BASELINES, RECIPES, Recipe
 from uke.models.generate import surprisals
 from uke.models.prompts import example
+from uke.project import Paths
+from uke.study.dataset import Dataset
 
 EDITS = (
     Edit(
@@ -22,6 +24,12 @@ EDITS = (
         "there.",
     ),
 )
+ANSWERS = {
+    "Ada": "in Philadelphia",
+    "Grace": "in Maida Vale",
+    "Alan": "in London",
+    "Mary": "in Cambridge",
+}
 LONG = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
 SUBJECTS = ("Ada", "Grace", "Alan", "London", "Cambridge", "Philadelphia", "compiler")
 TEXTS = [
@@ -47,6 +55,19 @@ def baseline(name: str, **changes) -> Method:
     method = BASELINES[name]
     layers = {"layers": (2,) if "unke" in name else (1, 2)}
     return method.model_copy(update=SMALL | layers | changes) if method.moves_weights else method
+
+
+def toys(**around: str) -> Dataset:
+    """Four short edits with a detail each, and a probe of each of these kinds around them."""
+    edits, probes = [], {}
+    for name, where in ANSWERS.items():
+        detail = Detail(question=f"Where was {name}?", answer=where)
+        text = {"question": f"Who is {name}?", "answer": f"{name} wrote {where}."}
+        edits.append(Edit(id=name, details=(detail,), **text))
+        asked = [{"kind": kind, "question": f"{name} {text}"} for kind, text in around.items()]
+        others = [Probe(edit=name, reference="there", chat=False, **one) for one in asked]
+        probes[name] = (*edits[-1].probes, *others)
+    return Dataset(tuple(edits), probes, "toy", Paths("smoke"))
 
 
 def state(model) -> dict[str, torch.Tensor]:

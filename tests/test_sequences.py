@@ -4,14 +4,12 @@ undone."""
 import pytest
 import torch
 from conftest import SENTENCES
-from uke.data.edits import Detail, Edit, Probe
+from small import toys
 from uke.errors import InputError
 from uke.methods import catalog
 from uke.methods.edited import Writer, sequence
 from uke.methods.locate_edit import covariance
-from uke.project import Paths
 from uke.study import sequential
-from uke.study.dataset import Dataset
 from uke.study.sequential import first_and_last
 from uke.study.study import Study
 
@@ -19,17 +17,9 @@ STEPS = {"steps": 4, "learning_rate": 2e-2, "stop_loss": 0.0}
 FT_M, LORA = (catalog.find(name).model_copy(update=STEPS) for name in ("FT-M", "LoRA"))
 SHORT = {"layers": (1, 2), "steps": 3, "memit_lambda": 1e-2}
 MEMIT = catalog.find("MEMIT").model_copy(update=SHORT)
-ANSWERS = {"Ada": "in Philadelphia", "Grace": "in Maida Vale", "Alan": "in London", "Mary": "here"}
-EDITS = tuple(
-    Edit(
-        id=name,
-        question=f"Who is {name}?",
-        answer=f"{name} wrote {where}.",
-        details=(Detail(question=f"Where was {name}?", answer=where),),
-    )
-    for name, where in ANSWERS.items()
-)
 AROUND = {"struct_trip": "was born", "general": "can add", "multi_hop": "lives near the town of"}
+TOYS = toys(**AROUND)
+EDITS = TOYS.edits
 
 
 @pytest.fixture
@@ -38,15 +28,7 @@ def toy(tiny, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("UKE_HOME", str(tmp_path))
     model = tiny()
     covariance.measure(model, tokenizer, list(SENTENCES), layers=(1, 2))
-    probes = {}
-    for edit in EDITS:
-        around = [
-            Probe(edit=edit.id, kind=kind, question=f"{edit.id} {text}", reference="x", chat=False)
-            for kind, text in AROUND.items()
-        ]
-        probes[edit.id] = (*edit.probes, *around)
-    toys = Dataset(EDITS, probes, "toy", Paths("smoke"))
-    return lambda name="toy": Study(name, toys, (model, tokenizer), False, max_new_tokens=4)
+    return lambda name="toy": Study(name, TOYS, (model, tokenizer), False, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +109,9 @@ def test_a_method_that_breaks_down_keeps_the_counts_it_reached_and_says_why(toy,
         sequential.run(drawn, LORA, [1, 2], 1)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_sequence_too_large_for_memory_is_begun_anew_with_less(
-    toy, monkeypatch, caplog, together
-):
+def test_a_sequence_too_large_for_memory_is_begun_anew_with_less(toy, monkeypatch, caplog):
     plain, study, write = toy(), toy("short"), Writer.write
-    sequential.run(plain, FT_M, [1, 3], 1, together)
+    sequential.run(plain, FT_M, [1, 3], 1)
 
     def full(writer, edits):
         if not study.subject.checkpointing and edits[-1].id == "Alan":
@@ -140,7 +119,7 @@ def test_a_sequence_too_large_for_memory_is_begun_anew_with_less(
         return write(writer, edits)
 
     monkeypatch.setattr(Writer, "write", full)
-    sequential.run(study, FT_M, [1, 3], 1, together)
+    sequential.run(study, FT_M, [1, 3], 1)
     mine, others = study.read(), plain.read()
     for name in ("answer", "batch"):
         assert mine[name].tolist() == others[name].tolist()

@@ -9,17 +9,17 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SENTENCES
-from uke.data.edits import KINDS, Detail, Edit, Probe
+from small import ANSWERS, toys
+from uke.data.edits import KINDS
 from uke.errors import InputError
 from uke.methods import catalog, finetune
 from uke.methods.locate_edit import covariance
 from uke.models.generate import answer
 from uke.models.model import load
-from uke.project import Paths
 from uke.results import rows
 from uke.study import dataset as datasets
 from uke.study import study as studies
-from uke.study.dataset import Dataset, batched
+from uke.study.dataset import batched
 from uke.study.study import Study
 from uke.study.unedited import floor
 
@@ -28,12 +28,6 @@ QUICK = FT_M.model_copy(update={"steps": 2})
 LORA = catalog.find("LoRA").model_copy(update={"steps": 4, "learning_rate": 1e-2})
 SHORT = {"layers": (1, 2), "steps": 3, "memit_lambda": 1e-2}
 MEMIT = catalog.find("memit").model_copy(update=SHORT)
-ANSWERS = {
-    "Ada": "in Philadelphia",
-    "Grace": "in Maida Vale",
-    "Alan": "in London",
-    "Mary": "in Cambridge",
-}
 MEASURED = ["train_seconds", "answer_seconds", "peak_mib"]  # of the run, not of the edit
 
 
@@ -41,18 +35,11 @@ MEASURED = ["train_seconds", "answer_seconds", "peak_mib"]  # of the run, not of
 def toy(tiny, tokenizer, tmp_path, monkeypatch):
     """Factory: a study of four short edits on an untrained model, with a home of the test's own."""
     monkeypatch.setenv("UKE_HOME", str(tmp_path))
-    model, probes, edits = tiny("llama"), {}, []
-    for name, where in ANSWERS.items():
-        detail = Detail(question=f"Where was {name}?", answer=where)
-        text = {"question": f"Who is {name}?", "answer": f"{name} wrote {where}."}
-        edits.append(Edit(id=name, details=(detail,), **text))
-        triple = {"question": f"{name} was born", "reference": "there", "chat": False}
-        probes[name] = (*edits[-1].probes, Probe(edit=name, kind="struct_trip", **triple))
-    toys = Dataset(tuple(edits), probes, "toy", Paths("smoke"))
+    model, dataset = tiny("llama"), toys(struct_trip="was born")
 
     def build(name="toy", **more):
         options = {"similarity": False, "max_new_tokens": 4, **more}
-        return Study(name, toys, (model, tokenizer), **options)
+        return Study(name, dataset, (model, tokenizer), **options)
 
     return build
 

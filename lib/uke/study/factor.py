@@ -54,7 +54,10 @@ class FactorStudy(Comparison):
         self._tuned = configured(*self._params)
         self.methods = [find(name, self._tuned).name for name in methods or FAMILIES]
         self.levels = {method: self._levels(method, levels) for method in self.methods}
-        self.pairs = {method: self._pairs(method) for method in self.methods}
+        self.pairs = {name: pair for each in self.methods for name, pair in self._pairs(each)}
+        self.first: dict[str, str] = {}  # the key of each method's first contrast
+        for name, (method, *_) in self.pairs.items():
+            self.first.setdefault(method, name)
         self.cells = [(name, level) for name, own in self.levels.items() for level in own]
         self.runs = [
             (at_level(*self._params, name, factor, level), {"factor": factor, "level": level})
@@ -73,15 +76,17 @@ class FactorStudy(Comparison):
             raise InputError(f"{where}: expected two or more levels to compare")
         return chosen
 
-    def _pairs(self, method: str) -> dict[str, tuple[str, str]]:
-        """Return what is contrasted on a method, by the end of its key."""
+    def _pairs(self, method: str) -> list[tuple[str, tuple[str, str, str]]]:
+        """Return the contrasts on a method: key, and method, level, and the level it is against."""
         levels, pairs = self.levels[method], {}
         for end, (level, against) in CONTRASTS[self.factor].items():
             if against == BEST_SINGLE and set(SINGLE_BLOCKS) & set(levels):
                 against = best_single(*self._params, method, levels)
             if {level, against} <= set(levels):
-                pairs[end] = (level, against)
-        return pairs or {f"{levels[-1]}_minus_{levels[0]}": (levels[-1], levels[0])}
+                pairs[end] = (method, level, against)
+        if not pairs:
+            pairs[f"{levels[-1]}_minus_{levels[0]}"] = (method, levels[-1], levels[0])
+        return [(".".join(filter(None, [key(method), end])), pair) for end, pair in pairs.items()]
 
     def attempt(self, method: Recipe, options: dict[str, Any]) -> str | None:
         return self.study.attempt(method, **options)
@@ -113,12 +118,10 @@ class FactorStudy(Comparison):
         For the layers of two methods also the interaction: the first contrast minus the second.
         """
         contrasts = {}
-        for method, pairs in self.pairs.items():
-            for end, (level, against) in pairs.items():
-                levels = f"{compare.label(level)} minus {compare.label(against)}"
-                weights = {(method, level): 1.0, (method, against): -1.0}
-                words = f"{method}, {self.title}: {levels}"
-                contrasts[_contrast(method, end)] = (words, weights)
+        for name, (method, level, against) in self.pairs.items():
+            words = f"{compare.label(level)} minus {compare.label(against)}"
+            weights = {(method, level): 1.0, (method, against): -1.0}
+            contrasts[name] = (f"{method}, {self.title}: {words}", weights)
         if self.factor == "layers" and len(self.methods) == len(contrasts) == 2:
             (_, first), (_, second) = contrasts.values()
             weights = first | {cell: -weight for cell, weight in second.items()}
@@ -132,9 +135,8 @@ class FactorStudy(Comparison):
 
     def effect(self, name: str, kind: str = "average") -> Interval | None:
         """Return a contrast, or a method's first one; None where it was not run."""
-        if name in self.methods:
-            name = _contrast(name, next(iter(self.pairs[name])))
-        return compare.effect(self.effects, self.contrasts.get(name, ("", {}))[0], kind)
+        words, _ = self.contrasts.get(self.first.get(name, name), ("", {}))
+        return compare.effect(self.effects, words, kind)
 
     def gained(self, *methods: str, sign: int = 1) -> bool:
         """Whether the first contrast of these methods (all, if none) raises the average metric.
@@ -177,9 +179,8 @@ class FactorStudy(Comparison):
         effects `average` and `original`; of each level its scores, as in `against_original`.
         """
         sentences, best = [], self.best()
-        for method, pairs in self.pairs.items():
-            end, (level, against) = next(iter(pairs.items()))
-            contrast = _contrast(method, end)
+        for method, contrast in self.first.items():
+            _, level, against = self.pairs[contrast]
             fields = {kind: self.said.get(self._effect_key(contrast, kind)) for kind in SAID}
             if not fields["average"]:
                 continue
@@ -191,8 +192,3 @@ class FactorStudy(Comparison):
             texts = {name: text.partition(", n =")[0] for name, text in fields.items()}
             sentences.append(template.format(method=method, **texts))
         return " ".join(sentences) or "No method has both levels, so nothing can be compared."
-
-
-def _contrast(method: str, end: str) -> str:
-    """Return the key of a contrast."""
-    return f"{key(method)}.{end}" if end else key(method)

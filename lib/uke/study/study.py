@@ -324,14 +324,12 @@ class Study:
 
     def append(self, unit: str, frame: pd.DataFrame) -> None:
         """Store one unit's rows; InputError naming the first probe with a score not finite."""
-        needed = frame[[name for name in METRICS if name != "similarity"] + ["change_norm"]]
-        needed = needed.assign(likely=frame["log_probability"].fillna(0))
-        finite = np.isfinite(needed).all(axis=1)
-        if not finite.all():
-            first = frame[~finite].iloc[0]
-            probe = f"edit {first['edit']!r}, {first['kind']} {first['number']}"
-            where = f"study {self.name}: {first['method']}, {probe}"
-            raise InputError(f"{where}: a score is not finite")
+        needed = [*(name for name in METRICS if name != "similarity"), "change_norm"]
+        likely = frame["log_probability"].fillna(0)
+        finite = np.isfinite(frame[needed].assign(likely=likely)).all(axis=1)
+        for row in frame[~finite].itertuples():
+            probe = f"edit {row.edit!r}, {row.kind} {row.number}"
+            raise InputError(f"study {self.name}: {row.method}, {probe}: a score is not finite")
         rows.append(self.paths, self.name, unit, frame)
 
     def read(self) -> pd.DataFrame:
