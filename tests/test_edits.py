@@ -150,9 +150,8 @@ def test_a_triplet_that_is_no_cloze_is_asked_but_is_no_fact(one):
 
 
 def test_mquake_takes_the_first_rewrite_only_and_no_paraphrase(one):
-    rewrite = {k: v for k, v in REWRITE.items() if k != "prompt_full"}
-    edit = one("akew-mquake", requested_rewrite=[rewrite, REWRITE | {"subject": "Other"}])
-    assert (edit.question, edit.paraphrase) == ("The twin town of Oldham Cross is", None)
+    edit = one("akew-mquake")
+    assert (edit.question, edit.paraphrase) == (REWRITE["prompt_full"], None)
     assert kinds(edit) == {"original": 1, "detail": 5, "multi_hop": 2}
     assert {fact.subject for fact in edit.facts} == {"Oldham Cross"}
 
@@ -191,9 +190,13 @@ def test_a_structured_set_gives_triples_with_their_true_object(written, record, 
     assert (triple.id, triple.subject) == ("data-0", "Reed Glacier")
 
 
-def test_no_record_is_dropped_and_none_is_moved(written):
-    path = written([RECORDS["unkebench"] | {"id": n} for n in (30, 10, 20)])
-    assert [edit.id for edit in formats.load("unkebench", path)] == ["30", "10", "20"]
+def test_no_record_is_dropped_or_moved_and_no_id_comes_twice(written):
+    records = [RECORDS["unkebench"] | {"id": n} for n in (30, 10, 20)]
+    loaded = formats.load("unkebench", written(records))
+    assert [edit.id for edit in loaded] == ["30", "10", "20"]
+    path = written([*records, RECORDS["unkebench"] | {"id": "10"}])
+    with pytest.raises(InputError, match="record 3, field 'id': .* that no other record has"):
+        formats.load("unkebench", path)
 
 
 CHOICES = {"mmlu_questions": ["q"], "mmlu_choices": [["x", "y"]]}
@@ -227,12 +230,6 @@ def test_a_bad_field_is_named_with_file_and_record_in_one_line(one, dataset, cha
     assert "data.json: record 0" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_id_twice_is_refused_even_as_number_and_text(written):
-    path = written([RECORDS["unkebench"], RECORDS["unkebench"] | {"id": "7"}])
-    with pytest.raises(InputError, match="record 1, field 'id': .* that no other record has"):
-        formats.load("unkebench", path)
-
-
 BAD_FILES = [
     (b" \n", "not valid JSON: Expecting value"),
     (b'[{"id": 0,\n "question": "Who', "Unterminated string starting at: line 2 column 14"),
@@ -252,17 +249,11 @@ def test_a_file_that_is_no_list_of_records_is_one_line(written, content, message
     assert "data.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "file", "message"),
-    [
-        ("unkebench", ".", "cannot be read .*directory.*; expected one JSON file"),
-        ("unkebench", "nothing.json", "nothing.json: cannot be read .No such file"),
-        ("unkbench", ".", "unknown dataset 'unkbench'; did you mean 'unkebench'"),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, dataset, file, message):
-    with pytest.raises(InputError, match=message):
-        formats.load(dataset, tmp_path / file)
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match="nothing.json: cannot be read .No such file"):
+        formats.load("unkebench", tmp_path / "nothing.json")
+    with pytest.raises(InputError, match="unknown dataset 'unkbench'; did you mean 'unkebench'"):
+        formats.load("unkbench", tmp_path)
 
 
 PROBE = {"edit": "7", "kind": "rel_doc", "number": 0, "question": "Who?", "reference": "B is."}

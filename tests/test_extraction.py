@@ -133,38 +133,26 @@ def test_every_name_of_a_text_is_a_name_of_its_facts():
     assert set(map(normal, expected.split("|"))) <= stated(text).names
 
 
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        ("Theresa May resigned in Marlow.", "It rained in May and may rain again. May is warm."),
-        ("However, the U.S. Senate met. The US voted.", "They told us, and us only."),
-        (
-            "In the beginning, Ada Quist sang. The song was long.",
-            "In the end, the river rose. The bank was lost.",
-        ),
-        (
-            "Critics praised Ada Quist. Finally, critics left.",
-            "Finally, the critics of the plan left. Critics are many.",
-        ),
-        ("Ann Rome opened a shop.", "Anna and Romeo met in romantic Annapolis."),
-        ("Gordon Brown spoke. Brown smiled.", "The brown bear has brown fur."),
-        (
-            "Ada Quist won the first prize on Monday, 1 of 25.",
-            "The first Monday brought 1 of the 25 boats, in March.",
-        ),
-        ("Ada Quist served the city for over two decades.", "The city grew for over two decades."),
-        ("Ada Quist is a member of the council.", "She was a member of the council."),
-        ("She was the President of Balmora University.", "The President of the University left."),
-        (
-            "Bram Vik gave money away. It is on the free Sunday.",
-            "Ada Quist gave money away. Each free Sunday is long.",
-        ),
-        ("The American writer Ada Quist wrote.", "An American bear is black."),
-        ("Ada Quist lives in Balmora.", "Petra Vik was born in Seyda."),
-    ],
-)
-def test_no_fact_is_shared(one, other):
-    assert not common(one, other), common(one, other)
+APART = """
+Theresa May resigned in Marlow. | It rained in May and may rain again. May is warm.
+However, the U.S. Senate met. The US voted. | They told us, and us only.
+In the beginning, Ada sang. The song was long. | In the end, the river rose. The bank was lost.
+Critics praised Ada Quist. Finally, critics left. | Finally, the critics left. Critics are many.
+Ann Rome opened a shop. | Anna and Romeo met in romantic Annapolis.
+Gordon Brown spoke. Brown smiled. | The brown bear has brown fur.
+Ada Quist won the first prize on Monday, 1 of 25. | The first Monday brought 1 of 25 boats, in May.
+Ada Quist served the city for over two decades. | The city grew for over two decades.
+Ada Quist is a member of the council. | She was a member of the council.
+She was the President of Balmora University. | The President of the University left.
+Bram gave money away. It is on the free Sunday. | Ada gave money away. Each free Sunday is long.
+The American writer Ada Quist wrote. | An American bear is black.
+Ada Quist lives in Balmora. | Petra Vik was born in Seyda.
+"""
+
+
+@pytest.mark.parametrize("pair", APART.strip().splitlines())
+def test_no_fact_is_shared(pair):
+    assert not common(*pair.split(" | "))
 
 
 def test_texts_without_names_share_nothing():

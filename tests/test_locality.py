@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_random_draws_depend_on_the_seed_and_on_no_other_edit(sources, tmp_path)
         items = build(made, BM25.model_copy(update={"seed": seed}), tmp_path)
         return [chosen(items, kind)["ada"].source for kind in ("rand_doc", "struct_trip")]
 
-    turned = Sources((sources.groups[0][::-1],), sources.documents, sources.clozes)
+    turned = replace(sources, groups=(sources.groups[0][::-1],))
     assert drawn(sources) == drawn(turned)
     assert len({tuple(drawn(sources, seed)) for seed in range(4)}) > 1
 
@@ -162,25 +163,24 @@ def test_the_near_triple_asks_the_edits_own_relation_of_another_subject(sources,
 def test_items_are_numbered_on_from_the_probes_an_edit_brings(sources, tmp_path):
     ada, tom = sources.edits
     own = {"edit": "ada", "kind": "struct_trip", "question": "who?", "reference": "y"}
-    own = [own | {"number": number} for number in (0, 1)]
-    ada = Edit(**ada.model_dump(exclude={"extra"}), extra=own)
-    items = build(Sources(((ada, tom),), sources.documents, sources.clozes), BM25, tmp_path)
+    ada = Edit(**ada.model_dump(exclude={"extra"}), extra=[own, own | {"number": 1}])
+    items = build(replace(sources, groups=((ada, tom),)), BM25, tmp_path)
     numbers = {edit: item.number for edit, item in chosen(items, "struct_trip").items()}
     assert numbers == {"ada": 2, "tom": 0}
 
 
 def test_sources_that_make_no_set_are_named_with_counts(sources, tmp_path):
-    groups, documents, clozes = sources.groups, sources.documents, sources.clozes
+    clozes = sources.clozes
     leaking = tuple(Document(f"d{n}", f"Place {n}", "Polruan lies on a river.") for n in range(20))
-    leaky = Sources(groups, leaking, clozes)
+    leaky = replace(sources, documents=leaking)
     alone, plain = BM25.model_copy(update={"batch": 1}), Settings(retriever="bm25")
     for made, settings, message in (
         (sources, plain, "expected 102 or more documents for floor 100, found 51"),
         (leaky, BM25, "rel_doc: nothing is left for 2 of 2 edits, first 'ada', among 20 documents"),
         (leaky, alone, "for 1 of 2 edits, first 'tom'"),
-        (Sources(groups, documents, clozes * 2), BM25, "triples share ids"),
-        (Sources(groups, documents, clozes[:1]), BM25, "expected 2 or more triples"),
-        (Sources((), documents, clozes), BM25, "expected 1 or more edits, found 0"),
+        (replace(sources, clozes=clozes * 2), BM25, "triples share ids"),
+        (replace(sources, clozes=clozes[:1]), BM25, "expected 2 or more triples"),
+        (replace(sources, groups=()), BM25, "expected 1 or more edits, found 0"),
     ):
         with pytest.raises(InputError, match=message):
             build(made, settings, tmp_path)

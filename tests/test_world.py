@@ -102,13 +102,6 @@ def test_the_files_of_a_world_are_byte_for_byte_the_same(folder, tmp_path):
     assert all((folder / path).read_bytes() == (again / path).read_bytes() for path in files)
 
 
-def test_an_interrupted_write_leaves_no_world(tmp_path, monkeypatch):
-    monkeypatch.setattr(world_files, "akew", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        world_files.ensure(tmp_path, 1)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-
-
 @pytest.mark.parametrize(("split", "least"), [("development", 60), ("test", 120)])
 def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
     loaded = formats.load("unkebench", folder / split / world_files.UNKEBENCH)
