@@ -138,21 +138,20 @@ def test_ties_go_to_the_level_listed_first_whatever_the_order_of_the_rows():
     assert recipes.choose(nearly)["FT-M"]["chat_template"] == "with"
 
 
-@pytest.mark.parametrize("rule", [recipes.choose, recipes.best_trial])
 @pytest.mark.parametrize("split", ["test", None])
-def test_rows_of_another_split_are_refused_even_one_of_them(split, rule):
+def test_rows_of_another_split_are_refused_even_one_of_them(split):
     frame = pd.concat([measured(), measured().iloc[:1].assign(split=split)])
     with pytest.raises(InputError, match=f"split 'development' alone, found 1 of {split!r}"):
-        rule(frame)
+        recipes.choose(frame)
 
 
 def test_a_level_without_one_score_for_every_edit_is_named():
     frame = measured()
     level = (frame["factor"] == "layers") & (frame["level"] == "eighth_3")
     missing = frame.assign(score=frame["score"].where(~level | (frame["edit"] != "a")))
-    one = "FT-M, layers, eighth_3: expected one score for each of 3 edits"
+    one = "FT-M, layers, eighth_3: expected one score for each edit"
     for broken, message in (
-        (frame[~level], "FT-M, layers, eighth_3: no scores"),
+        (frame[~level], one),
         (frame[~level | (frame["edit"] != "b")], one),
         (pd.concat([frame, frame[level]]), one),
         (missing, one),
@@ -167,24 +166,5 @@ def test_fewer_levels_are_chosen_among_where_fewer_were_run():
     few = measured({("layers", "all"): 0.6}, names=names)
     chosen = {"layers": "all", "chat_template": "with", "end_of_turn": "with"}
     assert recipes.choose(few, names)["FT-M"] == chosen
-    with pytest.raises(InputError, match="FT-M, loss_scope, last_prompt_token: no scores"):
+    with pytest.raises(InputError, match="FT-M, loss_scope, last_prompt_token: expected one score"):
         recipes.choose(few)
-
-
-def tried(*scores):
-    found = [
-        ("development", method, level, edit, score)
-        for method, level, *both in scores
-        for edit, score in zip("ab", both, strict=False)
-    ]
-    return pd.DataFrame(found, columns=["split", "method", "level", "edit", "score"])
-
-
-def test_ft_uke_is_the_candidate_of_the_best_trial_and_ties_go_to_the_first():
-    direct = [("direct", "low", 0.1, 0.1), ("direct", "high", 0.9, 0.7)]
-    adapter = [("adapter", "low", 0.7, 0.7), ("adapter", "high", 0.7, 0.8)]
-    assert recipes.best_trial(tried(*direct, *adapter)) == ("direct", "high")
-    equal = tried(("direct", "x", 0.4, 0.6), ("adapter", "y", 0.5, 0.5))
-    assert recipes.best_trial(equal) == ("direct", "x")
-    with pytest.raises(InputError, match="adapter, y: expected one score for each of 2 edits"):
-        recipes.best_trial(tried(("direct", "x", 0.4, 0.6), ("adapter", "y", 0.5)))

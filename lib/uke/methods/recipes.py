@@ -330,35 +330,21 @@ def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str
     level's tuned rate: split, method, factor, level, edit, score. InputError for a row of another
     split, and for a level (of these `names`, all if none) without one score for every edit.
     """
-    means = _means(frame, ["method", "factor", "level"])
-    chosen: dict[str, dict[str, str]] = {}
-    for method in frame["method"].unique():
-        for factor, studied in levels(RECIPES[method], names).items():
-            own = {level: means.get((method, factor, level)) for level in studied}
-            if lacking := [level for level, mean in own.items() if mean is None]:
-                raise InputError(f"recipe rule: {method}, {factor}, {lacking[0]}: no scores")
-            chosen.setdefault(method, {})[factor] = max(own, key=own.__getitem__)
-    return chosen
-
-
-def best_trial(frame: pd.DataFrame) -> tuple[str, str]:
-    """Return method and level of the trial with the highest mean score on development edits.
-
-    `frame` has a row for each trial and edit: split, method, level, edit, score. Ties and errors
-    are as in `choose`.
-    """
-    return _means(frame, ["method", "level"]).idxmax()
-
-
-def _means(frame: pd.DataFrame, by: Sequence[str]) -> pd.Series:
-    """Return the mean score of each cell, to nine decimals: a rounding error breaks no tie."""
     others = frame.loc[frame["split"] != "development", "split"]
     if len(others) or frame.empty:
         found = f"{len(others)} of {others.iloc[0]!r}" if len(others) else "none"
         raise InputError(f"recipe rule: expected rows of split 'development' alone, found {found}")
-    edits, scores = frame["edit"].nunique(), frame.dropna(subset="score").groupby(by, sort=False)
-    counts = scores["edit"].agg(["nunique", "size"])
-    if len(uneven := counts[(counts != edits).any(axis=1)]):
-        cell = ", ".join(uneven.index[0])
-        raise InputError(f"recipe rule: {cell}: expected one score for each of {edits} edits")
-    return scores["score"].mean().round(9)
+    cells = frame.dropna(subset="score").groupby(["method", "factor", "level"])
+    counts = cells["edit"].agg(["nunique", "size"]).eq(frame["edit"].nunique())
+    means = cells["score"].mean().round(9)  # a rounding error breaks no tie
+    chosen: dict[str, dict[str, str]] = {}
+    for method in frame["method"].unique():
+        for factor, studied in levels(RECIPES[method], names).items():
+            for level in studied:
+                cell = method, factor, level
+                if cell not in means or not counts.loc[cell].all():
+                    where = f"recipe rule: {', '.join(cell)}"
+                    raise InputError(f"{where}: expected one score for each edit")
+            scores = means[method, factor]
+            chosen.setdefault(method, {})[factor] = max(studied, key=scores.__getitem__)
+    return chosen

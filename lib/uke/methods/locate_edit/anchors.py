@@ -110,18 +110,6 @@ def _peaks(surprisal: Tensor, window: int, first: int) -> list[int]:
     return [first + start for start in starts]
 
 
-def by_window(model: nn.Module, located: Sequence[Located]) -> list[list[float]]:
-    """Return the mean log-probability (nats) of a token of each window of each edit."""
-    examples = [one.example for one in located]
-    values, found = surprisals(model, examples, [one.edit for one in located]), []
-    for surprisal, (_, example, windows) in zip(values, located, strict=True):
-        first = example.prompt_length
-        found.append(
-            [-float(surprisal[start - first : end - first].mean()) for _, start, end in windows]
-        )
-    return found
-
-
 def chunks(
     sequences: Sequence[Sequence[int]], device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
