@@ -130,7 +130,7 @@ def test_an_edit_among_others_is_what_it_is_alone(measured, tokenizer, name):
                 assert far(of_lane(m.lanes, lane, before), changed[edit.id]) < 1e-2
             record, alone = m.edit_records[edit.id], records[edit.id]
             assert record.change_norm == pytest.approx(alone.change_norm, rel=1e-2)
-            assert (record.stopped, record.steps) == (alone.stopped, alone.steps)
+            assert record.steps == alone.steps
             assert record.losses == pytest.approx(alone.losses, rel=1e-2, abs=1e-4)
         # Of each edit the answers do not depend on what else is asked beside it.
         turned = probes(EDITS)[::-1]
@@ -139,10 +139,10 @@ def test_an_edit_among_others_is_what_it_is_alone(measured, tokenizer, name):
     snapshot.check()
 
 
-@pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT"])
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT", "UnKE"])
 def test_half_precision_takes_an_edit_and_does_not_keep_it(measured, tokenizer, name):
     model = measured().bfloat16()
-    if name == "MEMIT":
+    if name in ("MEMIT", "UnKE"):
         solvers.covariance.measure(model, tokenizer, TEXTS, layers=(1, 2))
     before, asked = state(model), [edit.probes[0] for edit in EDITS]
     old = sum(target_log_probability(model, tokenizer, asked))
@@ -177,12 +177,10 @@ def test_a_lane_that_has_ended_stays_as_it_is_and_disturbs_no_other(
     model, (method, alone) = tiny(), ending[name]
     before, steps = state(model), {edit: record.steps for edit, (record, _) in alone.items()}
     assert len(set(steps.values())) > 2
-    assert {record.stopped for record, _ in alone.values()} == {"loss", "steps"}
     with edited_each(model, tokenizer, MANY, method) as m:
         assert {edit: record.steps for edit, record in m.edit_records.items()} == steps
         for lane, edit in enumerate(MANY):
             record, (own, update) = m.edit_records[edit.id], alone[edit.id]
-            assert record.stopped == own.stopped
             assert record.losses == pytest.approx(own.losses, rel=1e-2)
             assert far(of_lane(m.lanes, lane, before), update) < 1e-2
     assert not moved(model, before)
@@ -192,7 +190,7 @@ def test_an_edit_that_is_known_already_is_not_moved(tiny, tokenizer):
     method = QUICK["FT-A"].model_copy(update={"stop_loss": 1e3})
     with edited_each(tiny(), tokenizer, EDITS, method) as m:
         for record in m.edit_records.values():
-            assert (record.steps, record.stopped, len(record.losses)) == (0, "loss", 1)
+            assert (record.steps, len(record.losses)) == (0, 1)
             assert not any(record.change_norm.values())
 
 

@@ -1,6 +1,5 @@
 """The shipped model knows its world and is what its card says; its training resumes."""
 
-import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,14 +72,6 @@ def test_it_is_as_small_as_promised_and_what_its_card_says(shipped):
 def test_a_directory_without_a_card_is_refused(tmp_path):
     with pytest.raises(InputError, match="training.json: no such file"):
         card(tmp_path)
-
-
-def test_a_stranger_shares_no_name_with_the_world():
-    world = build(1)
-    known = {name for entity in world.entities for name in (entity.name, entity.name.split()[-1])}
-    for seed in range(20):
-        other = tool.stranger(random.Random(seed), known)
-        assert not {other.name, *other.objects.values()} & set(world.named())
 
 
 @pytest.fixture

@@ -228,16 +228,6 @@ def test_rows_that_have_left_and_columns_that_were_cut_are_not_read_below(tiny):
         assert torch.allclose(found, read(model, rows), atol=1e-4)
 
 
-def test_block_1_is_not_block_10_and_the_first_has_none_below(tiny):
-    model = tiny(num_hidden_layers=11)
-    calls = {block: counted(model, block) for block in (0, 9, 10)}
-    with lower_blocks_once(model, ["model.layers.10.mlp.down_proj.weight"]):
-        read(model, tokens(2)), read(model, tokens(2))
-    assert {block: len(found) for block, found in calls.items()} == {0: 1, 9: 1, 10: 2}
-    with lower_blocks_once(model, ["model.layers.3.mlp.down_proj", "model.layers.0.mlp.down_proj"]):
-        assert not replaced(model)
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_blocks_are_computed_again_afterwards(tiny, error):
     model, other = tiny(), tokens(7)

@@ -126,15 +126,6 @@ def test_every_variant_answers_alike_and_leaves_the_model_as_it_was(toy, recipe)
     assert all(parameter.requires_grad for parameter in toy.model.parameters())
 
 
-def test_the_loop_restores_a_model_whose_answering_failed(toy):
-    before, edits = fingerprint(toy.model), toy.dataset.edits[:1]
-    written = variants.rewritten(toy.model, toy.tokenizer, edits, FT_M)
-    with pytest.raises(ZeroDivisionError), written:
-        assert fingerprint(toy.model) != before
-        raise ZeroDivisionError
-    assert fingerprint(toy.model) == before
-
-
 def test_the_loop_refuses_what_it_is_not_written_for(toy):
     edits = toy.dataset.edits
     for recipe, some in ((find("FT-L"), edits[:1]), (find("AdaLoRA"), edits[:1]), (FT_M, edits)):

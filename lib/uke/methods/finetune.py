@@ -137,10 +137,11 @@ class _Lane:
     seen: list[float] = field(default_factory=list)  # losses in the present pass
     weights: list[Tensor] = field(default_factory=list)
     error: Diverged | None = None
+    ended: bool = False
 
     @property
     def active(self) -> bool:
-        return self.error is None and self.training.stopped == "steps"
+        return not (self.error or self.ended)
 
     def note(self, ids: Sequence[str], losses: Sequence[float]) -> bool:
         """Note the losses of its edits in one batch; return whether they ask for a step."""
@@ -162,7 +163,7 @@ class _Lane:
         if progress:
             progress(len(self.training.losses), loss)
         if loss < self.recipe.stop_loss:
-            self.training.stopped = "loss"
+            self.ended = True
 
 
 def _descend(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -32,11 +32,10 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 @dataclass
 class Training:
-    """What a training did: mean loss of each pass (nats per token), steps, and why it ended."""
+    """What a training did: mean loss of each pass (nats per token), and steps of the optimiser."""
 
     losses: list[float] = field(default_factory=list)
     steps: int = 0
-    stopped: Literal["loss", "steps"] = "steps"
 
 
 @dataclass

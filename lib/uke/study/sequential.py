@@ -136,7 +136,6 @@ def _checkpoints(
             record = EditRecord(
                 losses=trainings[-1].losses,
                 steps=sum(training.steps for training in trainings),
-                stopped=trainings[-1].stopped,
                 change_norm=writer.norms(),
                 notes=study.subject.notes,
             )

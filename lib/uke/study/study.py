@@ -371,7 +371,7 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 def with_record(frame: pd.DataFrame, record: EditRecord) -> pd.DataFrame:
     """Add an edit's record to the rows of one unit, its loss curve to the first of them."""
     norms = record.change_norm
-    curve = {"stopped": record.stopped, "losses": record.losses, "norms": norms}
+    curve = {"losses": record.losses, "norms": norms}
     text = json.dumps(rows.shortened(curve, 6))
     return frame.assign(
         steps=record.steps,

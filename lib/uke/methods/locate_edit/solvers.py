@@ -51,9 +51,8 @@ def write(
         sum(one.losses[min(step, len(one.losses) - 1)] for one in each) / len(each)
         for step in range(max(len(one.losses) for one in each))
     ]
-    steps = max(one.steps for one in each) + solver.solve(located, targets.hidden)
-    ended = all(one.stopped == "loss" for one in each)
-    return Training(losses, steps, "loss" if ended else "steps")
+    steps = max(one.steps for one in each)
+    return Training(losses, steps + solver.solve(located, targets.hidden))
 
 
 def write_each(

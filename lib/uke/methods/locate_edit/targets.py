@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 class Targets(NamedTuple):
     """Wanted hidden states after the last site (n, D), and how those of each edit were found.
 
-    A training has the losses of its edit in all steps, window by window; it is stopped by the
-    "loss" if every anchor ended below the recipe's `stop_loss`.
+    A training has the losses of its edit in all steps, window by window.
     """
 
     hidden: Tensor
@@ -58,7 +57,7 @@ def find_targets(
     here = states(model, located, site, site)
     # What a delta is measured against, (n, D).
     state = wide(here.hidden if site.norm is None else here.outputs)
-    trainings = {one.edit: Training(stopped="loss") for one in located}
+    trainings = {one.edit: Training() for one in located}
     deltas, steps = torch.zeros_like(state), itertools.count(1)
     counts = [len(one.windows) for one in located]
     first = [0, *itertools.accumulate(counts)]  # anchor of each edit
@@ -132,8 +131,6 @@ def _optimise(
             shrink = (longest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
             # An edit that has ended stays: what Adam adds by momentum is taken back.
             delta.copy_(before.index_copy(0, running, delta[running] * shrink[:, None]))
-    for edit in chunk.ids:
-        trainings[edit].stopped = "steps"
     return delta.detach()
 
 
