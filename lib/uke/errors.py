@@ -19,5 +19,6 @@ class Diverged(FloatingPointError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """End of an error message about an unknown `name`: the closest valid one, or all of them."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {', '.join(valid)}"
+    if close := difflib.get_close_matches(name, valid, n=1):
+        return f"; did you mean '{close[0]}'?"
+    return f"; expected one of {', '.join(valid)}" if valid else ""

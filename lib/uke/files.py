@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ class StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if repeated:
+        if repeated := [key for key in keys if keys.count(key) > 1]:
             raise InputError(f"{node.start_mark.name}: key '{repeated[0]}' is written twice")
         return super().construct_mapping(node, deep)
 
@@ -57,45 +56,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, content: bytes | str) -> Path:
     """Write a file whole or not at all, text as UTF-8; return its path."""
-    path = Path(path)
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+    return Path(path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping of names to values, or nothing.
-
-    Raises InputError, one line with the file and the place, if it is missing, broken or holds
-    something else.
-    """
+    """Read a YAML file that holds one mapping of names to values, or nothing; InputError if not."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=StrictLoader)
     except FileNotFoundError:
-        valid = [other.stem for other in path.parent.glob("*.yaml")]
-        hint = nearest(path.stem, valid) if valid else ""
+        hint = nearest(path.stem, (other.stem for other in path.parent.glob("*.yaml")))
         raise InputError(f"{path}: no such file{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         start = getattr(error, "problem_mark", None)
         place = f", line {start.line + 1}" if start else ""
         problem = getattr(error, "problem", None) or error
         raise InputError(f"{path}{place}: not valid YAML: {problem}") from None
-    if content is None:
-        return {}
+    content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         found = type(content).__name__
         raise InputError(f"{path}: expected a mapping of names to values, found {found}")
     return content
-
-
-def write_yaml(path: Path, mapping: Mapping[str, Any], comment: str = "") -> Path:
-    """Write a mapping as YAML in its own order, below a one-line comment; return the path."""
-    text = yaml.safe_dump(
-        dict(mapping), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-    )
-    return write_atomic(path, f"# {comment}\n{text}" if comment else text)
 
 
 def sha256(path: Path) -> str:

@@ -13,8 +13,7 @@ from typing import Any
 from uke.errors import InputError
 
 EMBEDDED = Path(__file__).with_name("embedded")  # the model directory shipped in this package
-# Edits and recipes are fingerprinted by what they hold; these packages and modules decide what is
-# made of them.
+# What decides a score beside edits and recipes, which have fingerprints of their own.
 DECIDING = ("models", "methods", "results.metrics", "study.score")
 
 
@@ -26,8 +25,8 @@ class Paths:
     data: str = "world"
 
     def __post_init__(self) -> None:
-        for field, name in (("profile", self.profile), ("data", self.data)):
-            check_name(field, name)
+        check_name("profile", self.profile)
+        check_name("data", self.data)
 
     @property
     def home(self) -> Path:
@@ -40,14 +39,14 @@ class Paths:
     @property
     def figures(self) -> Path:
         """The folder of what may be committed: figures, tables, rows, numbers and report."""
-        world = self.data == "world"
-        return self.home / "figures" / (self.profile if world else f"{self.data}-{self.profile}")
+        name = self.profile if self.data == "world" else f"{self.data}-{self.profile}"
+        return self.home / "figures" / name
 
     @property
     def results(self) -> Path:
         """The folder of everything else that the run writes."""
-        world = self.data == "world"
-        return self.home / "results" / (self.profile if world else f"{self.profile}-{self.data}")
+        name = self.profile if self.data == "world" else f"{self.profile}-{self.data}"
+        return self.home / "results" / name
 
     @property
     def sections(self) -> Path:
@@ -71,8 +70,7 @@ class Paths:
 def check_name(field: str, name: str) -> str:
     """Return the name if a file can have it; InputError otherwise."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        expected = "a name of letters, digits, '.', '_' and '-'"
-        raise InputError(f"{field}: expected {expected}, found {name!r}")
+        raise InputError(f"{field}: expected a name of letters, digits, '.', '_', '-': {name!r}")
     return name
 
 
@@ -97,10 +95,7 @@ def digest(method: str, **choices: Any) -> str:
 
 @functools.cache
 def code_fingerprint(parts: tuple[str, ...] = DECIDING) -> str:
-    """Return 16 hex digits of the source of packages or modules ("models", "results.metrics").
-
-    Comments, docstrings and layout do not count. By default: those that decide a score.
-    """
+    """Return 16 hex digits of the code of packages or modules, by default what decides a score."""
     root, sources = Path(__file__).parent, []
     for part in parts:
         path = root.joinpath(*part.split("."))
@@ -113,7 +108,7 @@ def _code(path: Path) -> str:
     """Return a module's code without comments, docstrings and layout."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)

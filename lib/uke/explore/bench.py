@@ -11,21 +11,20 @@ Every edit is written alone into the untouched weights: an earlier one is undone
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
+import yaml
 from peft import PeftModel
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from uke.data import formats
 from uke.data.edits import EFFICACY, KINDS, SPLITS, Edit, Probe, in_group
 from uke.errors import InputError, nearest
-from uke.files import write_yaml
+from uke.files import write_atomic
 from uke.locality import card
 from uke.locality.build import Builder, Settings, Sources
 from uke.methods.catalog import METHODS, changed, changes, configured, differences, find
@@ -33,7 +32,7 @@ from uke.methods.edited import edited, save
 from uke.methods.method import EditRecord, Method
 from uke.methods.recipes import levels, vary
 from uke.models.generate import Generation, Token, answer, token_probabilities
-from uke.models.model import load
+from uke.models.model import kept, load
 from uke.project import Paths, check_name
 from uke.study import dataset
 from uke.study.score import answer_and_score, token_limit, with_before
@@ -44,6 +43,7 @@ OWN_ID = "mine"
 AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
 MAX_NEW_TOKENS = 160  # of an answer whose reference is not longer
 WORDS = 60  # of a document's text: as the world's texts, however short the edit is
+ASKING_BEFORE, WRITING, ASKING_AFTER = "asking the untouched model", "writing", "asking the edited"
 
 
 class Refused(InputError):
@@ -96,10 +96,8 @@ class Trial:
 
     @property
     def scores(self) -> pd.DataFrame:
-        """Mean score of each kind: columns kind, metric, against, before, after, probes."""
+        """Mean score of each kind: columns kind, before, after, probes."""
         means = self.rows.groupby("kind", as_index=False).agg(
-            metric=("metric", "first"),
-            against=("against", "first"),
             before=("score_before", "mean"),
             after=("score_after", "mean"),
             probes=("number", "size"),
@@ -135,7 +133,6 @@ class Library:
             for probe in self._exercises:
                 own[probe.edit].append(probe)
             self.edits, self._probes = edits, own
-        self._around = lru_cache(maxsize=256)(self._build_around)
 
     def find(self, name: str) -> Edit:
         """Return the edit of this id; InputError naming the nearest one."""
@@ -169,7 +166,7 @@ class Library:
             self.order.sources(), Settings(retriever="bm25"), self.order.edit_file.parent
         )
 
-    def _build_around(self, edit: Edit) -> tuple[Probe, ...]:
+    def _around(self, edit: Edit) -> tuple[Probe, ...]:
         known = self._builder
         alone = Sources(((edit,),), known.sources.documents, known.sources.clozes)
         builder = Builder(alone, known.settings, known.folder)
@@ -182,35 +179,27 @@ class Library:
 
 
 def own_edit(**fields: Any) -> Edit:
-    """Make an edit of a person's own; Refused, naming the field, where one is empty or unknown."""
+    """Make an edit of a person's own; Refused, naming the field, where one is empty."""
     for name in ("question", "answer"):
         if not str(fields.get(name, "")).strip():
             raise Refused(name, f"The {name} is empty; expected a text.")
-    try:
+    with formats.located("edit", Edit.model_fields):
         return Edit(**{**fields, "id": OWN_ID})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ", ".join(map(str, fault["loc"]))
-        raise Refused(str(fault["loc"][0]), f"{place}: {fault['msg']}") from None
 
 
-@dataclass
 class Bench:
     """A model, the edit in its weights if there is one, and the trials so far."""
 
-    name: str
-    library: Library
-    trials: list[Trial] = field(default_factory=list, init=False)
-    edited: nn.Module | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.model, self.tokenizer = load(self.name)
-        with torch.device("meta"):  # the same modules without weights, which no edit wraps
-            self.skeleton = type(self.model)(self.model.config)
-        self.methods = configured(self.library.paths.home / "params", self.name)
-        self.folder = self.library.paths.home / "results" / "explore"
+    def __init__(self, name: str, library: Library) -> None:
+        self.name, self.library = name, library
+        self.model, self.tokenizer = load(name)
+        self.modules, _ = load(name, device="meta")  # the same without weights, which none wraps
+        self.methods = configured(library.paths.home / "params", name)
+        self.folder = library.paths.home / "results" / "explore"
+        self.trials: list[Trial] = []
+        self.edited: nn.Module | None = None
         self._stop, self._undo = threading.Event(), ExitStack()
-        self._untouched: list[tuple[nn.Parameter, Tensor]] = []  # weights, and values to swap
+        self._untouched: list[tuple[nn.Parameter, Tensor]] = []  # with their values before
         self._before: dict[Any, tuple] = {}  # what the untouched model answers to the same probes
 
     def stop(self) -> None:
@@ -220,11 +209,9 @@ class Bench:
     def check(self, edit: Edit, method: Method) -> None:
         """Refuse, naming the field, an edit that the method cannot write into this model."""
         with refused("layers"):
-            method.weights(self.skeleton)
-        try:
-            method.examples(self.skeleton, self.tokenizer, [edit])
-        except InputError as error:
-            raise Refused("layers" if "template" in str(error) else "answer", str(error)) from None
+            method.weights(self.modules)
+        with refused("answer"):
+            method.examples(self.modules, self.tokenizer, [edit])
 
     def why_not(self, method: Method, factor: str, level: str) -> str:
         """Say why a level does not go with the method on this model; empty if it does."""
@@ -253,14 +240,15 @@ class Bench:
         self.check(task.edit, task.method)
         probes = self.library.probes(task.edit, task.paraphrases)
 
-        def report(steps: int, loss: float, phase: str = "writing") -> None:
+        def report(steps: int, loss: float, phase: str = WRITING) -> None:
             progress(phase, steps, loss)
             if self._stop.is_set():
                 raise Stopped
 
-        report(0, 0.0, "asking before")
+        report(0, 0.0, ASKING_BEFORE)
         if (probes, task.chat) not in self._before:
             self._before[probes, task.chat] = self._ask(self.model, probes, task.chat)
+        before, old_tokens = self._before[probes, task.chat]
         if task.method.family == "locate-then-edit":
             measure_world(self.model, self.tokenizer)
         weights = task.method.weights(self.model).values()
@@ -269,11 +257,11 @@ class Bench:
         with ExitStack() as stack:
             change = edited(self.model, self.tokenizer, [task.edit], task.method, report)
             m = stack.enter_context(change)
-            report(0, 0.0, "asking after")
-            before, after = self._before[probes, task.chat], self._ask(m, probes, task.chat)
+            report(0, 0.0, ASKING_AFTER)
+            after, new_tokens = self._ask(m, probes, task.chat)
             report(0, 0.0, "done")
-            rows = _side_by_side(before[0], after[0])
-            tokens = {key: (old, after[1][key]) for key, old in before[1].items()}
+            tokens = {key: (old, new_tokens[key]) for key, old in old_tokens.items()}
+            rows = _side_by_side(before, after)
             self.trials.append(Trial(len(self.trials) + 1, task, rows, tokens, m.edit_record))
             self._undo, self._untouched, self.edited = stack.pop_all(), untouched, m
         return self.trials[-1]
@@ -304,17 +292,14 @@ class Bench:
             raise Refused("ask", "The question is empty; expected something to ask.")
         edit = self.trials[-1].task.edit.id if self.edited is not None else OWN_ID
         probe = Probe(edit=edit, kind="general", question=question.strip(), reference="-")
-
-        def answered(model: nn.Module) -> str:
-            options = {"max_new_tokens": MAX_NEW_TOKENS, "chat": chat}
-            return answer(model, self.tokenizer, [probe], **options)[0]
-
+        options = {"max_new_tokens": MAX_NEW_TOKENS, "chat": chat}
+        ask = partial(answer, tokenizer=self.tokenizer, probes=[probe], **options)
         with refused("ask"):
             if self.edited is None:
-                return answered(self.model), None
+                return ask(self.model)[0], None
             with self._unedited():
-                before = answered(self.edited)
-            return before, answered(self.edited)
+                (before,) = ask(self.edited)
+            return before, ask(self.edited)[0]
 
     @property
     def depth(self) -> int:
@@ -327,20 +312,13 @@ class Bench:
         with ExitStack() as stack:
             if isinstance(self.edited, PeftModel):
                 stack.enter_context(self.edited.disable_adapter())
-            else:
-                self._swap()
-                stack.callback(self._swap)
             if passages := vars(self.model).pop("passages", None):
                 stack.callback(setattr, self.model, "passages", passages)
+            weights = {str(number): pair[0] for number, pair in enumerate(self._untouched)}
+            stack.enter_context(kept(self.model, weights))
+            for weight, before in self._untouched:
+                weight.data.copy_(before)
             yield
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchange the edited weights with their untouched values."""
-        for weight, other in self._untouched:
-            now = weight.detach().to("cpu", copy=True)
-            weight.copy_(other)
-            other.copy_(now)
 
     def _ask(
         self, model: nn.Module, probes: Sequence[Probe], chat: bool | None
@@ -362,9 +340,8 @@ def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     for old, new in zip(before.to_dict("records"), after.to_dict("records"), strict=True):
         kind = KINDS[new["kind"]]
         row = {name: new[name] for name in ("kind", "number", "question", "reference", "before")}
-        row |= {"after": new["answer"], "metric": kind.metric, "against": kind.against}
         wanted = kind.against == "reference"
-        row["score_before"] = old[kind.metric] if wanted else 1.0
+        row |= {"after": new["answer"], "score_before": old[kind.metric] if wanted else 1.0}
         row["score_after"] = new[kind.metric if wanted else f"{kind.metric}_before"]
         rows.append(row)
     return pd.DataFrame(rows)
@@ -409,7 +386,7 @@ def export(bench: Bench, path: Path) -> Path:
         raise Refused("export", "There is no edit in this session yet.")
     runs = [to_run(trial.task, bench.library) for trial in bench.trials]
     session = {"model": bench.name, **bench.library.parameters, "widgets": "never", "runs": runs}
-    return write_yaml(path, session)
+    return write_atomic(path, yaml.safe_dump(session, sort_keys=False, allow_unicode=True))
 
 
 def comparison(trials: Sequence[Trial]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,28 +18,31 @@ from uke.data.edits import Edit
 from uke.errors import InputError
 from uke.explore import bench as benches
 from uke.explore import html
-from uke.explore.bench import Bench, Refused, Task, own_edit, refused
+from uke.explore.bench import WRITING, Bench, Refused, Task, own_edit, refused
 from uke.methods.catalog import changed
 from uke.methods.method import Method
 from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, vary
 from uke.models.model import layer_index
 from uke.results.metrics import score
 
-# Of each factor its label, and the labels of levels whose names do not explain themselves.
-LABELS: dict[str, tuple[str, dict[str, str]]] = {
-    "loss_scope": ("Loss from", {"target_tokens": "all target tokens"}),
-    "layers": ("Blocks", {"all": "all blocks"}),
-    "components": (
-        "Weights",
-        {
-            "down_proj": "down projection",
-            "mlp": "feed-forward",
-            "both": "attention and feed-forward",
-            "query_value": "query and value",
-        },
-    ),
-    "chat_template": ("Trained through", {"with": "chat template", "without": "raw prompt"}),
-    "end_of_turn": ("End of turn", {"with": "learnt", "without": "left out"}),
+FACTOR_LABELS = {
+    "loss_scope": "Loss from",
+    "layers": "Blocks",
+    "components": "Weights",
+    "chat_template": "Trained through",
+    "end_of_turn": "End of turn",
+}
+LEVEL_LABELS = {  # of levels whose names do not explain themselves
+    ("loss_scope", "target_tokens"): "all target tokens",
+    ("layers", "all"): "all blocks",
+    ("components", "down_proj"): "down projection",
+    ("components", "mlp"): "feed-forward",
+    ("components", "both"): "attention and feed-forward",
+    ("components", "query_value"): "query and value",
+    ("chat_template", "with"): "chat template",
+    ("chat_template", "without"): "raw prompt",
+    ("end_of_turn", "with"): "learnt",
+    ("end_of_turn", "without"): "left out",
 }
 CHAT = {"chat template": None, "raw prompt": False}  # as `Generation.chat` has it
 FIELDS = ("model", "question", "answer", "details", "layers", "learning_rate", "steps", "chat")
@@ -88,7 +92,7 @@ class Levels(w.HBox):
     def __init__(self, factor: str, chosen: Callable[[], None]) -> None:
         self.factor, self._chosen, self.why = factor, chosen, output()
         self.own = self.value = ""  # the level of the method, and the chosen one
-        self.label, self.names = LABELS.get(factor, (factor.replace("_", " "), {}))
+        self.label = FACTOR_LABELS[factor]
         self.buttons = {level: w.ToggleButton() for level in FACTORS[factor].levels}
         for level, button in self.buttons.items():
             button.observe(partial(self._click, level), "value")
@@ -98,24 +102,23 @@ class Levels(w.HBox):
 
     def name(self, level: str, depth: int) -> str:
         """Return a level as a person reads it; one that trains a single block says which."""
-        layers = FACTORS[self.factor].levels[level]
         if level in SINGLE_BLOCKS:
-            return f"block {layer_index(*layers, depth)}"
-        return self.names.get(level, level.replace("_", " "))
+            return f"block {layer_index(*FACTORS[self.factor].levels[level], depth)}"
+        return LEVEL_LABELS.get((self.factor, level), level.replace("_", " "))
 
     def refresh(self, bench: Bench, method: Method) -> None:
         """Mark the chosen level, grey out those that do not go with the method and say why."""
-        names_by_reason: dict[str, list[str]] = {}
+        names_by_reason: dict[str, list[str]] = defaultdict(list)
         for level, button in self.buttons.items():
             name, reason = self.name(level, bench.depth), bench.why_not(method, self.factor, level)
-            button.disabled, chosen = bool(reason), level == self.value and not reason
-            button.value, button.description = chosen, f"✓ {name}" if chosen else name
+            button.disabled, button.value = bool(reason), level == self.value and not reason
+            button.description = f"✓ {name}" if button.value else name
             button.tooltip = f"{self.label}: {name}" + (f" (not here: {reason})" if reason else "")
-            names_by_reason.setdefault(reason, []).append(name)
+            names_by_reason[reason].append(name)
         # A reason that holds for every level holds for every factor: the form says it once.
-        every = "" not in names_by_reason
-        said = [f"{', '.join(names)}: {why}" for why, names in names_by_reason.items() if why]
-        self.why.value = html.show.fine("" if every else "; ".join(said), "uke-why")
+        some = names_by_reason.pop("", None)
+        reasons = (f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items())
+        self.why.value = html.show.fine("; ".join(reasons) if some else "", "uke-why")
 
     def _click(self, level: str, change: Mapping[str, Any]) -> None:
         if change["new"] != (level == self.value) and not self.buttons[level].disabled:
@@ -128,8 +131,10 @@ class Form(w.HBox):
     """What to write and how; `task()` reads it."""
 
     def __init__(self, bench: Bench, notes: Mapping[str, w.HTML]) -> None:
-        optional, words = "optional, one on a line", "words of a question or answer"
-        self.search = w.Text(description="Search edits", placeholder=words)
+        optional = "optional, one on a line"
+        self.search = w.Text(
+            description="Search edits", placeholder="words of a question or answer"
+        )
         self.picked = w.Select(description="Edit", rows=4)
         self.own = w.Button(description="Write your own", tooltip="Empty the form below")
         self.found, self.why = output(), output()
@@ -140,25 +145,28 @@ class Form(w.HBox):
         self.details = w.Textarea(description="Details", rows=4, placeholder=example)
         self.method = w.Dropdown(description="Method")
         self.levels = {factor: Levels(factor, self._refresh) for factor in FACTORS}
-        blocks = "optional, in place of the above: 2, 5 or 0.5"
         self.numbers = {
-            "layers": w.Text(description="Own blocks", placeholder=blocks),
+            "layers": w.Text(
+                description="Own blocks", placeholder="optional, in place of the above: 2, 5 or 0.5"
+            ),
             "learning_rate": w.Text(description="Learning rate"),
             "steps": w.Text(description="Steps, at most"),
         }
         self.chat = w.Dropdown(description="Asked through", options=CHAT)
         self.own.on_click(lambda _: self.fill(Edit.model_construct(question="", answer="")))
         self.search.observe(lambda _: self._list(), "value")
-        self.picked.observe(lambda change: change["new"] and self._pick(change["new"]), "value")
+        self.picked.observe(
+            lambda change: change["new"] and self.fill(self.bench.library.find(change["new"])),
+            "value",
+        )
         self.method.observe(lambda change: change["new"] and self._reset(), "value")
         what = [output(html.show.heading("1. What to write")), self.search, self.picked]
-        what += [w.HBox([self.own, self.found])]
-        what += [self.question, notes["question"], self.answer, notes["answer"]]
-        what += [self.paraphrases, self.details, notes["details"]]
+        what += [w.HBox([self.own, self.found]), self.question, notes["question"], self.answer]
+        what += [notes["answer"], self.paraphrases, self.details, notes["details"]]
         how = [output(html.show.heading("2. How to write it")), self.method, self.why]
-        how += self.levels.values()
+        how += [*self.levels.values(), notes["layers"]]
         for field, box in {**self.numbers, "chat": self.chat}.items():
-            how += [notes[field], box] if field == "layers" else [box, notes[field]]
+            how += [box] if field == "layers" else [box, notes[field]]
         super().__init__([w.VBox(what), w.VBox(how)])
         self.add_class("uke-form")
         self.offer(bench)
@@ -199,22 +207,19 @@ class Form(w.HBox):
             if box.disabled or (field == "layers" and not box.value.strip()):
                 continue
             try:
-                first, *others = json.loads(f"[{box.value}]")
+                numbers = json.loads(f"[{box.value or 'empty'}]")
             except ValueError:
                 text = f"{box.description}: expected a number, found {box.value!r}"
                 raise Refused(field, text) from None
-            value = (first, *others) if field == "layers" else first
             with refused(field):
+                value = numbers if field == "layers" else numbers[0]
                 method = changed(method, {field: value}, box.description)
         return method
 
-    def _pick(self, name: str) -> None:
-        self.fill(self.bench.library.find(name))
-
     def _list(self) -> None:
         found, every = self.bench.library.search(self.search.value), self.bench.library.edits
-        options = [("– choose one, or write your own –", "")]
-        self.picked.options = options + [(edit.question, edit.id) for edit in found]
+        options = [(edit.question, edit.id) for edit in found]
+        self.picked.options = [("– choose one, or write your own –", ""), *options]
         self.found.value = html.show.fine(f"{len(found)} of {len(every)} edits", "", "status")
 
     def _reset(self) -> None:
@@ -231,8 +236,8 @@ class Form(w.HBox):
         self._refresh()
 
     def _refresh(self) -> None:
-        method, (factor, levels) = self.bench.methods[self.method.value], [*self.levels.items()][0]
-        reason = "" if method.factors else self.bench.why_not(method, factor, [*levels.buttons][0])
+        method = self.bench.methods[self.method.value]
+        reason = "" if method.factors else self.bench.why_not(method, "layers", "all")
         self.why.value = html.show.fine(reason)
         for levels in self.levels.values():
             levels.refresh(self.bench, method)
@@ -272,6 +277,7 @@ class Panel(w.VBox):
             kernel.saved_sigint_handler = lambda *_: self._stop()
 
     def _rows(self) -> list[w.Widget]:
+        """Lay the panel out, top to bottom."""
         notes, (load, edit, stop, undo, keep, ask, *again) = self.notes, self.buttons.values()
         rows = [output(f"<style>{html.STYLE}</style>"), w.HBox([self.model, load]), notes["model"]]
         rows += [self.form, output(html.show.heading("3. Before and after"))]
@@ -286,10 +292,10 @@ class Panel(w.VBox):
         """Show a line beside the control of a field, and let screen readers say it."""
         self.notes.get(field, self.notes["action"]).value = html.show.message(text, role)
 
-    def wait(self, seconds: float | None = None) -> None:
+    def wait(self) -> None:
         """Return when what was begun has ended."""
         if self._thread.ident:
-            self._thread.join(seconds)
+            self._thread.join()
 
     def _click(self, name: str, _: Any) -> None:
         """Begin what a button stands for in a thread, so that Stop and an interrupt are heard."""
@@ -339,7 +345,7 @@ class Panel(w.VBox):
         """Show buttons and the table of the session as things stand."""
         trials = self.bench.trials
         caption = "Mean score of each kind after the edit, from 0 to 1."
-        table = html.table(benches.comparison(trials), caption) if trials else ""
+        table = html.show.table(benches.comparison(trials), caption) if trials else ""
         self.compared.value, self.again.layout.display = table, None if trials else "none"
         options = [(f"{trial.number}: {trial.task.method.name}", trial.number) for trial in trials]
         if tuple(options) != self.repeated.options:
@@ -385,30 +391,28 @@ class Panel(w.VBox):
         started = time.perf_counter()
         trial = self.bench.write(task, partial(self._watch, task.method))
         seconds, name = time.perf_counter() - started, f"Edit {trial.number}"
-        self.curve.value, self.shown.value = "", html.result(trial, f"{name}: {task.method.name}")
+        self.curve.value = ""
+        self.shown.value = html.show.result(trial, f"{name}: {task.method.name}")
         done = f"{name} is in the weights, written and asked in {seconds:.1f} s."
         return f"{done} Undo takes it out again."
 
     def _watch(self, method: Method, phase: str, steps: int, loss: float) -> None:
         """Draw the loss so far as a curve, and how many of the steps are done."""
         self._losses += [loss] if steps else []
-        if phase == "writing" and time.perf_counter() - self._drawn < DRAW_EVERY:
+        writing = phase == WRITING
+        if writing and time.perf_counter() - self._drawn < DRAW_EVERY:
             return
         self._drawn, most = time.perf_counter(), getattr(method, "steps", 0)
-        asking = {
-            "asking before": "asking the untouched model",
-            "asking after": f"{len(self._losses)} steps; asking the edited model",
-        }
-        text = asking.get(phase, f"step {steps}" + (f" of at most {most}" if steps <= most else ""))
-        done = 1.0 if phase == "asking after" else min(1.0, steps / max(1, most))
-        curve = html.curve(self._losses, getattr(method, "stop_loss", 0.0))
-        self.curve.value = html.show.meter("Training", done, text) + curve
+        text = f"step {steps} of at most {most}" if writing and steps <= most else phase
+        share = min(1.0, len(self._losses) / max(1, most))
+        curve = html.show.curve(self._losses, getattr(method, "stop_loss", 0.0))
+        self.curve.value = html.show.meter("Training", share, text) + curve
 
     def _undo(self) -> str:
         self.bench.undo()
         task = self.bench.trials[-1].task
         now, _ = self.bench.ask(task.edit.question, task.chat)
-        self.shown.value = html.undone(task.edit.question, now)
+        self.shown.value = html.show.undone(task.edit.question, now)
         return "The edit is out of the weights: the model is as it was, bit for bit."
 
     def _keep(self) -> None:
@@ -419,7 +423,7 @@ class Panel(w.VBox):
     def _ask(self) -> None:
         question = self.free.value.strip()
         answers = self.bench.ask(question, self.form.chat.value)
-        self.reply.value = html.reply(question, *answers)
+        self.reply.value = html.show.reply(question, *answers)
 
     def _export(self) -> None:
         number = 1 + len(list(self.bench.folder.glob("session-*.yaml")))
