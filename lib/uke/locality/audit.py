@@ -7,7 +7,6 @@ Tables and figures are made from the rows of `assess`, which hold none of the te
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -86,22 +85,22 @@ def leaks(
     of the edit, or the edit's text one of the document's: whole words, in any case, and not as part
     of a longer known name ("swan" in "glass swan"). Columns: edit, kind, source, own, batch.
     """
-    patterns = defaultdict(lambda: re.compile("(?!)"))  # nothing is known: nothing is found
+    patterns = {}
     for name, phrases in (*known.items(), *of_documents.items()):
         longest_first = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
         patterns[name] = re.compile(rf"(?<!\w)(?:{longest_first or '(?!)'})(?!\w)", re.I)
     block = {edit.id: edits for edits in sources.blocks(batch) for edit in edits}
     whole = {document.id: passage(document) for document in sources.documents}
     texts = {edit.id: text_of(edit) for edit in sources.edits}
-    spans = {name: _spans(patterns[name], text) for name, text in texts.items()}
+    spans = {name: _spans(patterns.get(name), text) for name, text in texts.items()}
     rows = []
     for item in items:
         short = " ".join((item.question, item.reference, *item.aliases))
         text = whole[item.source] if item.kind.endswith("doc") else short
-        own = patterns[item.source]
+        own = patterns.get(item.source)
         covered = _spans(own, text)
         shared = {
-            edit.id: _named(patterns[edit.id], text, covered)
+            edit.id: _named(patterns.get(edit.id), text, covered)
             | _named(own, texts[edit.id], spans[edit.id])
             for edit in block[item.edit]
         }
@@ -110,11 +109,11 @@ def leaks(
     return pd.DataFrame(rows, columns=["edit", "kind", "source", "own", "batch"])
 
 
-def _spans(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
-    return [found.span() for found in pattern.finditer(text)]
+def _spans(pattern: re.Pattern | None, text: str) -> list[tuple[int, int]]:
+    return [found.span() for found in pattern.finditer(text)] if pattern else []
 
 
-def _named(pattern: re.Pattern, text: str, own: Sequence[tuple[int, int]]) -> set[str]:
+def _named(pattern: re.Pattern | None, text: str, own: Sequence[tuple[int, int]]) -> set[str]:
     """List the names of a pattern that a text has, except inside a longer name of its own."""
     return {
         text[start:end].casefold()
