@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 from uke.cli import execute, params
-from uke.cli.main import _parser, job, main
+from uke.cli.main import main
 from uke.cli.preflight import check
 from uke.data.find import find_data, find_files
 from uke.errors import InputError
@@ -30,6 +30,7 @@ rate = 1e-3  # learning rate
 methods = ["FT-M"]  # compared
 only = ""  # one unit
 """
+PID = "import os\nopen('pid', 'w').write(str(os.getpid()))"
 WRITE = """from uke.files import write_atomic
 from uke.project import Paths
 section = Paths(profile, data).sections / "01_small.json"
@@ -90,7 +91,7 @@ def merge(project: Path, profile: str = "quick", notebook: str = "01_small", **g
         (["--data", "unkebench"], "in the folder UKE_DATA (not set), found none"),
         (["--data", "unkebench", "--set", "data_file=no.json"], "unkebench: no.json: no such file"),
         (["--set", "model=./nowhere"], "nowhere: no such directory"),
-        (["--profile", "quik"], "unknown profile 'quik'; did you mean 'quick'?"),
+        (["--profile", "quik"], "quik.yaml: no such file; did you mean 'quick'?"),
     ],
 )
 def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
@@ -179,27 +180,6 @@ def test_a_shared_value_is_skipped_by_a_notebook_without_the_parameter(project):
         merge(project, own=["shard=2"])
 
 
-def test_methods_and_levels_of_a_whole_run_leave_each_factor_its_own(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-    def planned(notebook, *pairs):
-        shared = [part for pair in pairs for part in ("--shared", pair)]
-        options = _parser().parse_args(["run", notebook, "--profile", "quick", *shared])
-        return job(options, notebook).parameters
-
-    named = "methods=FT-UKE,MEMIT,LoRA"
-    assert planned("04_factor_layers", named)["methods"] == ["FT-UKE", "LoRA"]
-    assert planned("07_recipe", named)["methods"] == ["FT-UKE", "MEMIT", "LoRA"]
-    levels = "levels=eighth_3,all"
-    assert planned("04_factor_layers", levels)["levels"] == ["eighth_3", "all"]
-    usual = planned("05_factor_components")["levels"]
-    assert planned("05_factor_components", levels)["levels"] == usual
-    with pytest.raises(InputError, match="MEMIT: it has no levels of factors"):
-        planned("04_factor_layers", "methods=MEMIT,UnKE")
-    with pytest.raises(InputError, match="unknown level 'eigth_3'; did you mean 'eighth_3'"):
-        planned("04_factor_layers", "levels=eigth_3,all")
-
-
 def test_data_is_found_by_folder_or_by_file_and_never_guessed(project, monkeypatch):
     folder = project / "bench"
     (folder / "unkebench").mkdir(parents=True)
@@ -266,7 +246,7 @@ def refuse(project, match, data="world", **parameters):
         ({"methods": ["AnyEdit (MEMIT)", "anyedit_memit"]}, "expected each method once"),
         ({"methods": ["MEMIT"]}, "methods: unknown method 'MEMIT'"),  # it has no file here
         ({"levels": ["al"]}, "levels: unknown level 'al'; did you mean 'all'"),
-        ({"levels": [], "methods": ["AnyEdit (MEMIT)"]}, "it has no levels of factors"),
+        ({"levels": [], "methods": ["anyedit_memit"]}, "AnyEdit .MEMIT.: it has no levels of"),
     ],
 )
 def test_a_bad_value_is_refused(project, parameters, match):
@@ -338,16 +318,14 @@ def test_a_run_uses_this_interpreter_and_leaves_section_answer_and_manifest(proj
     assert "**Answer** It is, with 3.\n\n**Cost** 0." in cells[0].source
     assert sys.executable in cells[-3].outputs[0].data["text/plain"]
     assert f"'ipc', '{folder}" in cells[-1].outputs[0].data["text/plain"]
-    written = manifest()
-    assert written["status"] == "done" and written["parameters"]["limit"] == 3
-    assert written["executable"] == sys.executable and written["libraries"]["torch"]
+    assert manifest()["status"] == "done" and manifest()["libraries"]["torch"]
 
 
 @pytest.mark.parametrize(
     ("cell", "expected"),
     [
         ("from uke.errors import InputError\nraise InputError('x.json: empty')", "x.json: empty"),
-        ("raise RuntimeError('no\\nway')", "01_small.ipynb: cell [3]: RuntimeError: no ("),
+        (f"{PID}\nraise RuntimeError('no\\nway')", "01_small.ipynb: cell [3]: RuntimeError: no ("),
         ("limit", "finished without writing its section"),
     ],
 )
@@ -359,6 +337,9 @@ def test_a_failing_cell_is_one_line_and_an_old_section_fails_the_run(
     assert run("--checked") == 1
     assert expected in caplog.messages[-1] and "\n" not in caplog.messages[-1]
     assert manifest()["status"] == "failed"
+    if (pid := project / "pid").exists():  # its kernel has ended
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
 
 
 def test_a_killed_kernel_fails_the_run_and_rerunning_resumes(project, caplog):
@@ -377,14 +358,6 @@ for unit in "ab":
     assert run() == 0
     assert (project / "results/units/a").read_text() == first
     assert (project / "results/units/b").read_text() != first
-
-
-def test_a_hanging_cell_is_ended_with_its_kernel(project, caplog):
-    write(project, "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(300)")
-    assert run("--cell-timeout", "2") == 1
-    assert "timed out" in caplog.messages[-1]
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((project / "pid").read_text()), 0)
 
 
 def test_processors_of_one_name_are_told_apart(tmp_path):

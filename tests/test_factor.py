@@ -127,6 +127,13 @@ def test_all_blocks_are_compared_with_the_best_single_one_of_the_methods_file():
     assert pairs == {"ft_m": ("FT-M", "all", "eighth_7")}
 
 
+def test_methods_and_levels_named_for_every_factor_leave_each_its_own():
+    named = ["MEMIT", "LoRA"], ["eighth_3", "all"]
+    assert FactorStudy("layers", *named, Invented()).levels == {"LoRA": ["eighth_3", "all"]}
+    others = FactorStudy("loss_scope", *named, Invented()).levels
+    assert others == {"LoRA": ["last_prompt_token", "target_tokens"]}
+
+
 @pytest.mark.parametrize(
     ("factor", "methods", "levels", "message"),
     [

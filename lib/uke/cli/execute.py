@@ -8,8 +8,6 @@ import json
 import logging
 import platform
 import re
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 # The libraries that decide numbers.
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "pandas", "scipy", "matplotlib", "typst")
-ACCOUNTED = ("notebook", "status", "processor", "python", "platform", "libraries")
 
 
 class Failure(RuntimeError):
@@ -46,34 +43,36 @@ class Job:
     notebook: Path
     parameters: Mapping[str, Any]
     paths: Paths
-    cell_timeout: int
-
-    @property
-    def name(self) -> str:
-        return self.notebook.stem
 
     @property
     def executed(self) -> Path:
         """The copy with outputs."""
         return self.paths.results / "notebooks" / self.notebook.name
 
-    @property
-    def section(self) -> Path:
-        return self.paths.sections / f"{self.name}.json"
-
 
 def execute(job: Job) -> None:
     """Run the notebook; Failure if a cell fails, the kernel dies or there is no new section."""
     job.executed.parent.mkdir(parents=True, exist_ok=True)
     started, status = time.time(), "failed"
+    section = job.paths.sections / f"{job.notebook.stem}.json"
     try:
         _run(job)
-        if not job.section.exists() or job.section.stat().st_mtime < started:
-            raise Failure(f"{job.notebook}: finished without writing its section {job.section}")
-        _put_answer_on_top(job)
+        if not section.exists() or section.stat().st_mtime < started:
+            raise Failure(f"{job.notebook}: finished without writing its section {section}")
+        _put_on_top(json.loads(section.read_text(encoding="utf-8")).get("answer"), job.executed)
         status = "done"
     finally:
-        _write_manifest(job, status, round(time.time() - started, 2))
+        manifest = {
+            "notebook": job.notebook.stem,
+            "status": status,
+            "processor": processor(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "libraries": {name: metadata.version(name) for name in LIBRARIES},
+            "seconds": round(time.time() - started, 2),
+        }
+        path = job.paths.results / "manifests" / f"{job.notebook.stem}.json"
+        write_atomic(path, json.dumps(manifest, indent=1) + "\n")
 
 
 class _Kernel(AsyncKernelManager):
@@ -96,7 +95,7 @@ def _run(job: Job) -> None:
         nonlocal heading
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.splitlines()[0].lstrip("# ")
-            logger.info("%s  %s", job.name, heading)
+            logger.info("%s  %s", job.notebook.stem, heading)
 
     with tempfile.TemporaryDirectory(prefix="uke-") as folder:
         kernel = _Kernel(transport="ipc", ip=str(Path(folder) / "kernel"))
@@ -107,7 +106,6 @@ def _run(job: Job) -> None:
                 job.parameters,
                 progress_bar=False,
                 start_timeout=120,
-                execution_timeout=job.cell_timeout,
                 cwd=job.paths.home,
                 km=kernel,
                 on_cell_start=cell_started,
@@ -118,7 +116,7 @@ def _run(job: Job) -> None:
                 fault = f"cell [{error.exec_count}]: {error.ename}: {fault}"
                 fault = f"{job.notebook}: {fault} (traceback in {job.executed})"
             raise Failure(fault) from None
-        except Exception as error:  # a kernel fails in many ways: time, memory, sockets, a signal
+        except Exception as error:  # a kernel fails in many ways: memory, sockets, a signal
             fault = f"kernel failed in '{heading}': {_first_line(error)}"
             raise Failure(f"{job.notebook}: {fault}") from None
         finally:
@@ -130,53 +128,26 @@ def _first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _put_answer_on_top(job: Job) -> None:
-    """Replace the answer in the title of the executed copy by the one that the run has given."""
-    answer = json.loads(job.section.read_text(encoding="utf-8")).get("answer")
-    notebook = nbformat.read(job.executed, as_version=4)
+def _put_on_top(answer: str | None, executed: Path) -> None:
+    """Replace the answer in the notebook's title by the one that the run has given, if any."""
     if answer:
-        pattern, text = r"\*\*Answer\*\*.*?(?=\n\n|$)", f"**Answer** {answer}"
-        title = notebook.cells[0]
+        notebook, text = nbformat.read(executed, as_version=4), f"**Answer** {answer}"
+        title, pattern = notebook.cells[0], r"\*\*Answer\*\*.*?(?=\n\n|$)"
         title.source = re.sub(pattern, lambda _: text, title.source, flags=re.DOTALL)
-        write_atomic(job.executed, nbformat.writes(notebook))
-
-
-def _write_manifest(job: Job, status: str, seconds: float) -> None:
-    """Record in results/<run>/manifests what ran, by what, where and for how long."""
-    git = f"git -C {shlex.quote(str(job.paths.home))} describe --always --dirty --abbrev=40"
-    manifest = {
-        "notebook": job.name,
-        "status": status,
-        "seconds": seconds,
-        "parameters": dict(job.parameters),
-        "executable": sys.executable,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "commit": subprocess.getoutput(f"{git} --exclude='*' 2>/dev/null"),
-        "libraries": {name: metadata.version(name) for name in LIBRARIES},
-    }
-    path = job.paths.results / "manifests" / f"{job.name}.json"
-    write_atomic(path, json.dumps(manifest, indent=1, sort_keys=True, default=str) + "\n")
+        write_atomic(executed, nbformat.writes(notebook))
 
 
 def runs(paths: Paths) -> list[dict[str, Any]]:
     """Read what the report says of each notebook's last run; its rows may have taken longer."""
-    found = []
-    for path in sorted((paths.results / "manifests").glob("*.json")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        seconds = max(manifest["seconds"], _row_seconds(paths.exported(path.stem)))
-        found.append({key: manifest[key] for key in ACCOUNTED} | {"seconds": seconds})
-    return found
-
-
-def _row_seconds(path: Path) -> float:
-    if not path.is_file():
-        return 0.0
     unit = ["method", "factor", "level", "batch_size", "batch", "recipe", "phase"]
-    seconds = ["train_seconds", "answer_seconds"]
-    frame = pd.read_parquet(path, columns=[*unit, *seconds])
-    return float(frame.drop_duplicates(unit)[seconds].sum().sum())
+    seconds, found = ["train_seconds", "answer_seconds"], []
+    for path in sorted((paths.results / "manifests").glob("*.json")):
+        run, rows = json.loads(path.read_text(encoding="utf-8")), paths.exported(path.stem)
+        if rows.is_file():
+            frame = pd.read_parquet(rows, columns=[*unit, *seconds]).drop_duplicates(unit)
+            run["seconds"] = max(run["seconds"], float(frame[seconds].sum().sum()))
+        found.append(run)
+    return found
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from uke.cli import params
 from uke.cli.execute import Failure, Job, execute, runs
@@ -26,7 +25,6 @@ from uke.project import Paths
 logger = logging.getLogger("uke")
 
 QUOTED = "embedded"  # the profile whose figures are committed and whose numbers README quotes
-FACTORED = ("levels=", "methods=")  # shared parameters of which a factor takes its own
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,12 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(loud).setLevel(logging.ERROR)
     try:
         options.command(options)
-    except InputError as error:
+    except (InputError, Failure) as error:
         logger.error("%s", error)
-        return 2
-    except Failure as error:
-        logger.error("%s", error)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 
@@ -60,14 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name, function, text, parents=(profile,)):
         added = commands.add_parser(name, help=text, allow_abbrev=False, parents=parents)
-        added.set_defaults(command=function, set=[], checked=False, cell_timeout=86400)
+        added.set_defaults(command=function, set=[], checked=False)
         return added
 
     run = command("run", _run, "execute one notebook")
     run.add_argument("notebook", help="name of a notebook, for example 01_edits")
     run.add_argument("--set", **pair, help="a parameter of this notebook")
     run.add_argument("--checked", action="store_true", help="`check` has passed: start at once")
-    run.add_argument("--cell-timeout", type=int, help="seconds for one cell, a day by default")
     command("check", _check, "check the parameters of every notebook, run nothing")
     command("report", _report, "compose numbers.json, report.html and report.pdf")
     measure = command("covariance", _covariance, "measure key covariances of a model", ())
@@ -81,29 +75,19 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
     """Check everything that can be checked before a kernel starts; InputError otherwise."""
     home, name = Paths(options.profile).home, Path(notebook).stem
     data = params.dataset(home, options.profile, options.data)
-
-    def merged(shared: list[str]) -> dict[str, Any]:
-        return params.merge(home, name, options.profile, shared, options.set)
-
-    parameters = merged(options.shared)
+    parameters = params.merge(home, name, options.profile, options.shared, options.set)
     parameters |= {"profile": options.profile, "data": data}
     if "data_file" in parameters:
         parameters["data_file"] = find_data(data, parameters["data_file"])
     for kind in COLLECTIONS:
         if kind in parameters and data != "world":
             parameters[kind] = [str(path) for path in find_files(kind, parameters[kind])]
-    # Torch comes with the methods: a run that needs no look at them does not wait for it.
-    others = [pair for pair in options.shared if not pair.startswith(FACTORED)]
-    if "levels" in parameters and others != options.shared:
-        from uke.cli.preflight import narrow
-
-        narrow(home, name, parameters, merged(others)["levels"])
     if not (options.rows or options.checked):
+        # Torch comes with the methods: a run that needs no look at them does not wait for it.
         from uke.cli.preflight import check
 
         check(home, data, parameters)
-    paths = Paths(options.profile, data)
-    return Job(home / "notebooks" / f"{name}.ipynb", parameters, paths, options.cell_timeout)
+    return Job(home / "notebooks" / f"{name}.ipynb", parameters, Paths(options.profile, data))
 
 
 def _run(options: argparse.Namespace) -> None:

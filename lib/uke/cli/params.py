@@ -44,11 +44,14 @@ class Study(BaseModel):
 def studies(root: Path) -> dict[str, Study]:
     """Read the study of every notebook by its name; InputError for a bad entry."""
     path, found = root / "params" / "studies.yaml", {}
+    known = [file.stem for file in root.glob("params/profiles/*.yaml")]
     for notebook, entry in read_yaml(path).items():
         with located(f"{path}: {notebook}", Study.model_fields):
             found[notebook] = Study.model_validate(entry or {})
-        for profile in found[notebook].profiles:
-            profile_file(root, profile, f"{path}: {notebook}: profiles")
+        for name in found[notebook].profiles:
+            if name not in known:
+                fault = f"unknown profile '{name}'{nearest(name, known)}"
+                raise InputError(f"{path}: {notebook}: profiles: {fault}")
     return found
 
 
@@ -64,18 +67,13 @@ def reported(root: Path, profile: str, data: str, documents: bool = True) -> lis
     return own or [name for name in general if name != LOCALITY or buildable]
 
 
-def profile_file(root: Path, profile: str, place: str = "") -> Path:
-    """Find the file of a profile; InputError naming the nearest one where there is none."""
-    path = root / "params" / "profiles" / f"{profile}.yaml"
-    if not path.is_file():
-        hint = nearest(profile, (other.stem for other in path.parent.glob("*.yaml")))
-        raise InputError(f"{place or path.parent}: unknown profile '{profile}'{hint}")
-    return path
+def _profile(root: Path, name: str) -> Path:
+    return root / "params" / "profiles" / f"{name}.yaml"
 
 
 def dataset(root: Path, profile: str, data: str | None = None) -> str:
     """Name the dataset of a run: `data` if given, otherwise the profile's, otherwise the world."""
-    chosen = data or read_yaml(profile_file(root, profile)).get("data", "world")
+    chosen = data or read_yaml(_profile(root, profile)).get("data", "world")
     valid = ["world", *FORMATS]
     if chosen not in valid:
         raise InputError(f"data: unknown dataset '{chosen}'{nearest(str(chosen), valid)}")
@@ -107,37 +105,31 @@ def merge(root: Path, notebook: str, profile: str, shared=(), own=()) -> Paramet
     merged = declared(root / "notebooks" / f"{notebook}.ipynb")
     known = set(merged)
     anywhere = known.union(*map(declared, (root / "notebooks").glob("*.ipynb")))
-    profile_path = profile_file(root, profile)
-    values = {key: value for key, value in read_yaml(profile_path).items() if key != "data"}
+    values = read_yaml(_profile(root, profile))
+    values.pop("data", None)
     study = studies(root).get(notebook, Study())
     entry = f"{root / 'params' / 'studies.yaml'}: {notebook}"
     for place, given, valid in (
-        (str(profile_path), values, anywhere),
+        (f"{_profile(root, profile)}", values, anywhere),
         (f"{entry}: fixed", study.fixed, known),
         (f"{entry}: profiles: {profile}", study.profiles.get(profile, {}), known),
         ("--shared", _pairs("--shared", shared, merged), anywhere),
         ("--set", _pairs("--set", own, merged), known),
     ):
-        _check_names(place, given, valid)
-        for name in (name for name in given if name in known):
-            # On the command line everything is text, in which lax reading finds the type.
-            kind, strict = _kind(merged[name]), not place.startswith("--")
-            with located(f"{place}: {name}"):
-                merged[name] = TypeAdapter(kind).validate_python(given[name], strict=strict)
+        for name, value in given.items():
+            if name in RESERVED:
+                raise InputError(f"{place}: '{name}' is chosen by --{name}, not here")
+            if name not in valid:
+                raise InputError(f"{place}: unknown parameter '{name}'{nearest(name, valid)}")
+            if name in known:
+                # On the command line everything is text, in which lax reading finds the type.
+                strict, default = not place.startswith("--"), merged[name]
+                kind = (
+                    list[type(default[0])] if default and type(default) is list else type(default)
+                )
+                with located(f"{place}: {name}"):
+                    merged[name] = TypeAdapter(kind).validate_python(value, strict=strict)
     return merged
-
-
-def _kind(default: Any) -> Any:
-    """Return the type of a default; an int passes for a float."""
-    return list[type(default[0])] if isinstance(default, list) and default else type(default)
-
-
-def _check_names(place: str, values: Mapping[str, Any], valid: set[str]) -> None:
-    for name in values:
-        if name in RESERVED:
-            raise InputError(f"{place}: '{name}' is chosen by --{name}, not here")
-        if name not in valid:
-            raise InputError(f"{place}: unknown parameter '{name}'{nearest(name, valid)}")
 
 
 def _pairs(option: str, texts: Iterable[str], defaults: Mapping[str, Any]) -> Parameters:

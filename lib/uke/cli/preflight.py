@@ -11,12 +11,9 @@ from uke.locality.card import settings
 from uke.methods import recipes
 from uke.methods.catalog import configured, find, trials
 from uke.methods.method import Method
-from uke.methods.recipes import FACTORS, RECIPES
+from uke.methods.recipes import RECIPES
 from uke.models.model import load, source
 from uke.results.metrics import encoder_folder
-
-LEAST_ONE = ("limit", "max_new_tokens", "entities", "batch_sizes")
-ANY_EDIT = Edit(id="any", question="Who?", answer="She.")
 
 
 def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
@@ -24,7 +21,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
 
     A name on a hub is looked up only when it is loaded. Raises InputError for the first fault.
     """
-    for name in LEAST_ONE:
+    for name in ("limit", "max_new_tokens", "entities", "batch_sizes"):
         value = parameters.get(name, 1)
         numbers = value if isinstance(value, list) else [value]
         if not numbers or min(numbers) < 1:
@@ -37,9 +34,9 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
     methods = list(_methods(home, parameters, split))
     if "levels" in parameters:
         recipes.levels(RECIPES["FT-M"], parameters["levels"])
-        if without := [method.name for method in methods if not method.factors]:
+        if not any(method.factors for method in methods):
             fault = "it has no levels of factors; expected a way to fine-tune"
-            raise InputError(f"methods: {without[0]}: {fault}")
+            raise InputError(f"methods: {methods[0].name}: {fault}")
     file = parameters.get("data_file")
     every = formats.load(data, file) if file else ()
     chosen = [edit for edit in every if edits.in_split(edit.id, split)][: parameters.get("limit")]
@@ -47,10 +44,11 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
     if not source(model)[1]:
         return
     modules, tokenizer = load(model, device="meta")
+    chosen = chosen or [Edit(id="any", question="Who?", answer="She.")]
     for method in methods:
         try:
             method.weights(modules)
-            method.examples(modules, tokenizer, chosen or [ANY_EDIT])
+            method.examples(modules, tokenizer, chosen)
         except InputError as error:
             raise InputError(f"{method.name}: {error}") from None
 
@@ -68,19 +66,3 @@ def _methods(home: Path, parameters: Mapping[str, Any], split: str) -> Iterator[
         if "batch_sizes" in parameters and split == "development":
             trials(folder, model, methods)
         yield from methods
-
-
-def narrow(home: Path, notebook: str, parameters: dict[str, Any], usual: list[str]) -> None:
-    """Leave the notebook of a factor its own, of the methods and levels named for a whole run.
-
-    Methods without factors go, and levels of other factors; where nothing is left, the methods stay
-    (and are refused by `check`) and the levels are the `usual` ones.
-    """
-    recipes.levels(RECIPES["FT-M"], parameters["levels"])
-    known = configured(home / "params", parameters.get("model", "embedded"))
-    names = parameters["methods"]
-    factored = [name for name in names if find(name, known, "methods: ").factors]
-    own = [name for name in FACTORS if name in notebook] or FACTORS
-    valid = {level for name in own for level in FACTORS[name].levels}
-    levels = [name for name in parameters["levels"] if name in valid]
-    parameters |= {"methods": factored or names, "levels": levels or usual}

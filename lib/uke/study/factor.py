@@ -36,11 +36,11 @@ class FactorStudy(Comparison):
         layers.scores        # a row per method, level, edit and kind of probe
         layers.effects       # all blocks minus the best single one, paired by edit
 
-    No `methods` stand for FT-M and LoRA, no `levels` for all of the factor; those that exist only
-    for adapters are skipped for direct weights. CONTRASTS says what is compared with what; where a
-    selection of levels has none of these pairs, its last level is compared with its first.
-    InputError for an unknown factor, method or level (with the nearest name), and for a method
-    that is left with fewer than two levels.
+    No `methods` stand for FT-M and LoRA, no `levels` for all of the factor. Methods without factors
+    and levels of other factors are left out, as are levels for adapters with direct weights.
+    CONTRASTS says what is compared with what; where a selection of levels has none of these pairs,
+    its last level is compared with its first. InputError for an unknown factor, method or level
+    (with the nearest name), where no method has factors, and for fewer than two levels.
     """
 
     by = ["method", "level"]
@@ -52,7 +52,11 @@ class FactorStudy(Comparison):
         self.factor, self._raw = factor, study.chat is False
         self._params = study.paths.home / "params", study.subject.name
         self._tuned = configured(*self._params)
-        self.methods = [find(name, self._tuned).name for name in methods or FAMILIES]
+        found = [find(name, self._tuned) for name in methods or FAMILIES]
+        self.methods = [method.name for method in found if method.factors]
+        if not self.methods:
+            fault = "it has no levels of factors; expected a way to fine-tune"
+            raise InputError(f"{found[0].name}: {fault}")
         self.levels = {method: self._levels(method, levels) for method in self.methods}
         self.pairs = {name: pair for each in self.methods for name, pair in self._pairs(each)}
         self.first: dict[str, str] = {}  # the key of each method's first contrast
@@ -68,9 +72,9 @@ class FactorStudy(Comparison):
 
     def _levels(self, method: str, names: Sequence[str]) -> list[str]:
         """Return the levels compared on a method, in the order of the factor."""
-        if not self._tuned[method].factors:
-            raise InputError(f"{method}: it has no levels of factors; expected a way to fine-tune")
         chosen = recipes.levels(self._tuned[method], names).get(self.factor, [])
+        if not set(names) & set(FACTORS[self.factor].levels):
+            chosen = recipes.levels(self._tuned[method])[self.factor]
         if len(chosen) < 2:
             where = f"factor {self.factor}, {method}: {', '.join(chosen) or 'none'}"
             raise InputError(f"{where}: expected two or more levels to compare")
