@@ -81,7 +81,7 @@ def test_a_sequence_with_rows_is_not_written_again_and_another_one_is(toy, monke
         assert written == [1], changed
 
 
-def test_a_method_that_breaks_down_keeps_the_counts_it_reached_and_says_why(toy, monkeypatch):
+def test_a_sequence_that_breaks_down_raises_and_leaves_no_rows(toy, monkeypatch):
     write = Writer.write
 
     def break_at_the_third(writer, edits):
@@ -91,21 +91,22 @@ def test_a_method_that_breaks_down_keeps_the_counts_it_reached_and_says_why(toy,
 
     monkeypatch.setattr(Writer, "write", break_at_the_third)
     study = toy()
-    sequential.run(study, FT_M, [1, 2, 4], 1)
+    with pytest.raises(FloatingPointError, match="edit 'Alan' is not finite"):
+        sequential.run(study, FT_M, [1, 2, 4], 1)
+    assert not study.units and study.unchanged()
+
+
+def test_a_sequence_is_drawn_again_from_committed_rows(toy, monkeypatch):
+    study = toy()
+    sequential.run(study, FT_M, [1, 2], 1)
     found = study.read()
-    assert set(found["batch"]) == {1, 2} and study.unchanged()
-    assert found.dropna(subset="notes")["batch"].unique().tolist() == [2]
-    assert "edit 'Alan' is not finite" in found["notes"].dropna().iloc[0]
-    with pytest.raises(FloatingPointError):
-        sequential.run(toy(), FT_M, [3, 4], 1)
     study.export(found)
     monkeypatch.setenv("UKE_ROWS", "committed")
     drawn = toy()
-    sequential.run(drawn, FT_M, [1, 2, 4], 1)
+    sequential.run(drawn, FT_M, [1, 2], 1)
     assert len(drawn.read()) == len(found)
-    with pytest.raises(
-        InputError, match="no rows of method LoRA, factor count, split test, level after 1"
-    ):
+    missing = "no rows of method LoRA, factor count, split test, level after 1"
+    with pytest.raises(InputError, match=missing):
         sequential.run(drawn, LORA, [1, 2], 1)
 
 

@@ -4,6 +4,7 @@ before."""
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -19,9 +20,10 @@ from uke.models.model import load
 from uke.results import rows
 from uke.study import dataset as datasets
 from uke.study import study as studies
+from uke.study.comparison import attempt
 from uke.study.dataset import batched
+from uke.study.score import floor
 from uke.study.study import Study
-from uke.study.unedited import floor
 
 FT_M = catalog.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
 QUICK = FT_M.model_copy(update={"steps": 2})
@@ -215,11 +217,11 @@ def test_the_floor_never_compares_a_question_with_itself():
 
 def test_a_trial_that_fails_says_why_and_leaves_nothing_to_read(toy):
     study = toy()
-    assert study.attempt(QUICK, limit=1) is None
+    assert attempt(study.run, QUICK, limit=1) is None
     units, wild = list(study.units), QUICK.model_copy(update={"learning_rate": 1e38, "steps": 3})
-    message = study.attempt(wild, limit=2)
+    message = attempt(study.run, wild, limit=2)
     assert all(f"'{name}' is not finite" in message for name in ("Ada", "Grace"))
-    assert "no covariance of this model" in study.attempt(MEMIT, limit=1)
+    assert "no covariance of this model" in attempt(study.run, MEMIT, limit=1)
     assert study.units == units and study.unchanged()
     assert set(study.read()["learning_rate"]) == {QUICK.learning_rate}
     with pytest.raises(InputError, match="nothing was run"):
@@ -325,7 +327,7 @@ def test_a_missing_committed_unit_is_named(toy, monkeypatch):
         (QUICK, {}, "method FT-M, batch_size 1, split test, batch 1"),
     ):
         message = f"toy.parquet: no rows of {missing} on these edits; run the notebook without"
-        for run in (again.run, again.attempt):  # a missing unit is no failed trial
+        for run in (again.run, partial(attempt, again.run)):  # a missing unit is no failed trial
             with pytest.raises(InputError, match=message):
                 run(method, **options)
     assert not again.taken

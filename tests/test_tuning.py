@@ -28,14 +28,13 @@ class Fake:
     def smoke_run(self):
         return False
 
-    def attempt(self, trial, size, limit, factor, level):
+    def run(self, trial, size, limit, factor, level):
         score = self.score(trial, size)
         if score is None:
-            return "not finite"
+            raise FloatingPointError("not finite")
         row = {"split": "development", "method": trial.name, "factor": factor, "level": level}
         edits = range(limit)
         self.found += [row | {"batch_size": size, "edit": f"e{i}", "score": score} for i in edits]
-        return None
 
     def read(self):
         return pd.DataFrame(self.found).drop_duplicates()

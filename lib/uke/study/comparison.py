@@ -1,15 +1,17 @@
 """What comparisons of levels, methods and sequences share: runs, rows in order, numbers, checks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
+from uke.errors import InputError
 from uke.methods.catalog import key
 from uke.methods.method import Method
 from uke.results import compare
 from uke.results.stats import summarise
+from uke.study.committed import MissingRows
 from uke.study.study import Study
 
 
@@ -34,15 +36,15 @@ class Comparison:
         for method, options in self.runs:
             size = {"batch": options["batch_size"]} if "batch_size" in options else {}
             section.method(method.model_dump() | size)
-            if fault := self.attempt(method, options):
-                where = f"{method.name}, {compare.label(options['level'])}"
-                section.warn(f"{where}: failed ({fault})")
+            if fault := self.write(method, options):
+                level = f", {compare.label(options['level'])}" if "level" in options else ""
+                section.warn(f"{method.name}{level}: failed ({fault})")
         if kinds := compare.lacking(self.rows):
             section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
 
-    def attempt(self, method: Method, options: dict[str, Any]) -> str | None:
+    def write(self, method: Method, options: dict[str, Any]) -> str | None:
         """Write the rows of one run; return why it failed where the others go on without it."""
-        self.study.run(method, **options)
+        return attempt(self.study.run, method, **options)
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -58,6 +60,20 @@ class Comparison:
         """Check in a section that every edit was undone."""
         text = "every weight of the model is as it was before the first edit"
         section.check(self.study.unchanged(), text)
+
+
+def attempt(run: Callable[..., None], *given: Any, **options: Any) -> str | None:
+    """Run, and return the error message of a trial that fails (None on success).
+
+    Committed rows that are missing still raise.
+    """
+    try:
+        run(*given, **options)
+    except MissingRows:
+        raise
+    except (FloatingPointError, InputError) as error:
+        return str(error)
+    return None
 
 
 def begin(study: Study, section: Any) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from uke.errors import InputError, nearest
 from uke.methods import recipes
 from uke.methods.catalog import at_level, best_single, configured, find, key
-from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS, Recipe
+from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS
 from uke.results import compare
 from uke.results.stats import Interval
 from uke.study.comparison import Comparison, say_means
@@ -91,9 +91,6 @@ class FactorStudy(Comparison):
         if not pairs:
             pairs[f"{levels[-1]}_minus_{levels[0]}"] = (method, levels[-1], levels[0])
         return [(".".join(filter(None, [key(method), end])), pair) for end, pair in pairs.items()]
-
-    def attempt(self, method: Recipe, options: dict[str, Any]) -> str | None:
-        return self.study.attempt(method, **options)
 
     def read(self) -> pd.DataFrame:
         every = self.study.read()

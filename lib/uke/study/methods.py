@@ -89,6 +89,9 @@ class MethodStudy(Comparison):
             what = "no baseline" if self.leader else "only baselines"
             raise InputError(f"methods: {', '.join(self.names)}: {what}; expected both kinds")
 
+    def write(self, method: Method, options: dict[str, Any]) -> None:
+        self.study.run(method, **options)  # a method that fails is no comparison
+
     def run(self, section: Any) -> None:
         super().run(section)
         if self.baselines and not self.best:

@@ -18,10 +18,9 @@ from uke.methods.edited import sequence
 from uke.methods.method import EditRecord, Method
 from uke.project import code_fingerprint, unit_key
 from uke.results import compare, rows
-from uke.study.committed import MissingRows
-from uke.study.comparison import Comparison, say_means
+from uke.study.comparison import Comparison, attempt, say_means
 from uke.study.memory import Peak
-from uke.study.study import Study, with_record
+from uke.study.study import Study
 
 FACTOR = "count"  # what the rows vary: how many edits the weights hold
 QUERIED = tuple(kind for kind in KINDS if kind != "multi_hop")
@@ -37,10 +36,9 @@ def run(
 ) -> None:
     """Store rows of the first and the last `queried` edits after each of `counts` edits.
 
-    The whole sequence is one unit. Every edit is trained to its end before the next, on top of it;
-    with `together` the edits between two counts are trained at once. Seconds are those since the
-    count before. Where a method breaks down on the way, the rows end with the last count it
-    reached, and their notes say why; it raises where it reached none. InputError for counts or
+    The whole sequence is one unit, begun anew with less where memory runs out. Every edit is
+    trained to its end before the next, on top of it; with `together` the edits between two counts
+    are trained at once. Seconds are those since the count before. InputError for counts or
     `queried` out of range.
     """
     edits, counts = study.dataset.edits, sorted(set(counts))
@@ -51,7 +49,10 @@ def run(
         )
     labels = {"method": method.name, "factor": FACTOR, "split": study.dataset.split}
     if study.committed:
-        _take_committed(study, labels, counts, queried)
+        for count in counts:
+            own = labels | {"level": f"after {count}", "batch_size": count}
+            chosen = {count: first_and_last(edits[:count], queried)}
+            study.taken.append(study.committed.take(own, chosen))
         return
     fingerprints = study.fingerprints | {"recipe": method.fingerprint}
     choices = {
@@ -65,48 +66,17 @@ def run(
     if not rows.done(study.paths, study.name, unit, fingerprints):
         method.examples(study.model, study.tokenizer, edits[: counts[-1]])
         labels |= {"learning_rate": method.learning_rate, "seed": method.seed}
-        frame = _until_broken(study, method, counts, queried, together)
-        study.append(unit, frame.assign(**labels, **fingerprints))
+        frames = None
+        while frames is None:
+            try:
+                with study.subject.trainable():
+                    frames = list(_checkpoints(study, method, counts, queried, together))
+            except torch.OutOfMemoryError:
+                if not study.take_less_memory(method, 1):
+                    raise
+        frame = pd.concat(frames, ignore_index=True).assign(**labels, **fingerprints)
+        rows.append(study.paths, study.name, unit, frame)
     study.units.append(unit)
-
-
-def _take_committed(study: Study, labels: dict, counts: Sequence[int], queried: int) -> None:
-    """Take the committed rows of each count, up to where the method broke down."""
-    taken = []
-    for count in counts:
-        chosen = {count: first_and_last(study.dataset.edits[:count], queried)}
-        own = labels | {"level": f"after {count}", "batch_size": count}
-        try:
-            taken.append(study.committed.take(own, chosen))
-        except MissingRows:
-            if not (taken and taken[-1]["notes"].str.startswith("broke down").any()):
-                raise
-            break
-    study.taken += taken
-
-
-def _until_broken(
-    study: Study, method: Method, counts: Sequence[int], queried: int, together: bool
-) -> pd.DataFrame:
-    """Return the rows of all counts before the method breaks down, as the last notes then say.
-
-    Where memory runs out the sequence is begun anew with less.
-    """
-    while True:
-        frames: list[pd.DataFrame] = []
-        try:
-            with study.subject.trainable():
-                for frame in _checkpoints(study, method, counts, queried, together):
-                    frames.append(frame)
-        except torch.OutOfMemoryError:
-            if not study.take_less_memory(method, 1):
-                raise
-            continue
-        except (FloatingPointError, InputError) as error:
-            if not frames:
-                raise
-            frames[-1] = frames[-1].assign(notes=f"broke down before the next count: {error}")
-        return pd.concat(frames, ignore_index=True)
 
 
 def _checkpoints(
@@ -133,13 +103,9 @@ def _checkpoints(
             cost = {"train_seconds": time.perf_counter() - started, "peak_mib": peak.mib()}
             labels = {"batch": count, "batch_size": count, "level": f"after {count}"}
             frame = study.scored(writer.model, probes, before).assign(**labels, **cost)
-            record = EditRecord(
-                losses=trainings[-1].losses,
-                steps=sum(training.steps for training in trainings),
-                change_norm=writer.norms(),
-                notes=study.subject.notes,
-            )
-            yield with_record(frame, record)
+            steps = sum(training.steps for training in trainings)
+            record = EditRecord(trainings[-1].losses, steps, writer.norms())
+            yield study.recorded(frame, record)
             bar.update(len(batch))
 
 
@@ -180,17 +146,8 @@ class SequenceStudy(Comparison):
                 self.runs.append((method, {"counts": [count], "together": True}))
         self.cells = self.names = list(dict.fromkeys(method.name for method, _ in self.runs))
 
-    def attempt(self, method: Method, options: dict[str, Any]) -> None:
-        run(self.study, method, queried=self.queried, **options)
-
-    def run(self, section: Any) -> None:
-        super().run(section)
-        for name, own in self.rows.groupby("method", sort=False):
-            if (reached := own["batch"].max()) < self.counts[-1]:
-                note = own["notes"].dropna().iloc[-1]
-                section.warn(
-                    f"{name} did not reach {self.counts[-1]} edits: after {reached}, {note}."
-                )
+    def write(self, method: Method, options: dict[str, Any]) -> str | None:
+        return attempt(run, self.study, method, queried=self.queried, **options)
 
     def read(self) -> pd.DataFrame:
         return self.study.read().sort_values("batch", kind="stable")
@@ -214,7 +171,8 @@ class SequenceStudy(Comparison):
         Columns: method, count, edit, view, score; of `first edits` and `last edits` (the same
         where all are few) it is that of the original question.
         """
-        scores, places = self.scores, self._places(self.scores)
+        edits = [edit.id for edit in self.study.dataset.edits]
+        scores, places = self.scores, self.scores["edit"].map(edits.index)
         original = scores["kind"] == "original"
         chosen = {
             "first edits": original & (places < self.queried),
@@ -228,11 +186,6 @@ class SequenceStudy(Comparison):
             for view, mask in chosen.items()
         ]
         return pd.concat(parts, ignore_index=True)
-
-    def _places(self, frame: pd.DataFrame) -> pd.Series:
-        """Return the place of each row's edit in the sequence."""
-        edits = [edit.id for edit in self.study.dataset.edits]
-        return frame["edit"].map(edits.index)
 
     def say(self, section: Any) -> None:
         """Say every mean score, and that of the first and the last edits, in a section."""

@@ -9,9 +9,8 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +31,8 @@ from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
 from uke.project import EMBEDDED, Paths, code_fingerprint, unit_key
 from uke.results import rows
-from uke.results.metrics import METRICS, Encoder, load_encoder
-from uke.study.committed import Committed, MissingRows
+from uke.results.metrics import Encoder, load_encoder
+from uke.study.committed import Committed
 from uke.study.dataset import Dataset, batched
 from uke.study.memory import Peak, checkpointed, free_mib
 from uke.study.score import answer_and_score, token_limit, with_before
@@ -52,11 +51,9 @@ class Subject:
     """
 
     def __init__(self, model: str | tuple[nn.Module, PreTrainedTokenizerBase]) -> None:
-        if isinstance(model, str):
-            self.name = model
-        else:
-            self.name, self.loaded = model[0].config.name_or_path, model
-        self.directory = EMBEDDED if self.name == "embedded" else Path(self.name)
+        self.name = model if isinstance(model, str) else model[0].config.name_or_path
+        if not isinstance(model, str):
+            self.loaded = model
         self.checkpointing = False
 
     @cached_property
@@ -65,12 +62,8 @@ class Subject:
         measure_world(model, tokenizer)
         return model, tokenizer
 
-    @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of all that decides an answer, when first asked for."""
-        return self.fingerprint_now()
-
-    def fingerprint_now(self) -> str:
+        """Return 16 hex digits of all that decides an answer, as it is now."""
         model, tokenizer = self.loaded
         vocabulary = sorted(tokenizer.get_vocab().items())
         whole = repr([fingerprint(model), tokenizer.chat_template, vocabulary, str(model.dtype)])
@@ -79,11 +72,6 @@ class Subject:
     def trainable(self) -> AbstractContextManager[None]:
         """Return the context in which its trainings fit into memory."""
         return checkpointed(self.loaded[0]) if self.checkpointing else nullcontext()
-
-    @property
-    def notes(self) -> list[str]:
-        """What the record of an edit says of memory."""
-        return [f"memory was short: {CHECKPOINTED}"] if self.checkpointing else []
 
 
 class Unit(NamedTuple):
@@ -138,15 +126,18 @@ class Study:
         return self.dataset.paths
 
     @cached_property
+    def encoder(self) -> Encoder | None:
+        return installed_encoder() if self.similarity else None
+
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What tells rows of this model and dataset from those of others."""
-        return {"model": self.subject.fingerprint, "data": self.dataset.fingerprint}
+        return {"model": self.subject.fingerprint(), "data": self.dataset.fingerprint}
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
         """What else tells units apart: rows made under other conditions are other rows."""
-        similarity = self.similarity and encoder() is not None
-        limits = {"tokens": self.max_new_tokens, "similarity": similarity}
+        limits = {"tokens": self.max_new_tokens, "similarity": self.encoder is not None}
         return {"split": self.dataset.split, "chat": self.chat} | limits
 
     @property
@@ -161,11 +152,11 @@ class Study:
 
     def smoke_run(self) -> bool:
         """Whether the model does not know this data's world, so that scores say nothing."""
-        return world_of(self.subject.directory) != self.dataset.world_seed
+        return world_of(self.subject.name) != self.dataset.world_seed
 
     def unchanged(self) -> bool:
         """Whether every weight of the model is as it was before the first edit."""
-        return bool(self.committed) or self.subject.fingerprint_now() == self.subject.fingerprint
+        return bool(self.committed) or self.subject.fingerprint() == self.fingerprints["model"]
 
     def run(
         self,
@@ -178,7 +169,7 @@ class Study:
         """Store rows for every batch of the first `limit` edits, each written on its own.
 
         Units with rows are skipped. Single edits that diverge have no rows; Diverged names them
-        when all others are done.
+        when all others are done, and `read` then leaves this run out.
         """
         batches = list(batched(self.dataset.edits[:limit], batch_size))
         labels = {"method": method.name, "factor": factor, "level": level}
@@ -195,42 +186,29 @@ class Study:
         ]
         place = self.paths, self.name
         todo = [unit for unit in units if not rows.done(*place, unit.key, fingerprints)]
-        if todo:  # an edit too long is reported before any is written
+        if todo:
+            # An edit too long is reported before any is written.
             method.examples(self.model, self.tokenizer, self.dataset.edits)
+            self._write_all(method, todo)
         self.units += [unit.key for unit in units]
+
+    def _write_all(self, method: Method, todo: list[Unit]) -> None:
+        """Write these units, as many at once as fit into memory."""
         failed: dict[str, str] = {}
-        name = f"{self.name}: {method.name}"
-        with tqdm(total=len(todo), desc=name, mininterval=5, disable=not todo or None) as bar:
+        with tqdm(total=len(todo), desc=f"{self.name}: {method.name}", mininterval=5) as bar:
             while todo:
-                group = todo[: self.lanes_at_once(method)] if batch_size == 1 else todo[:1]
+                at_once = self.lanes_at_once(method) if len(todo[0].edits) == 1 else 1
+                group = todo[:at_once]
                 try:
-                    frames, diverged = self.write(method, group)
+                    failed |= self.write(method, group)
                 except torch.OutOfMemoryError:
                     if not self.take_less_memory(method, len(group)):
                         raise
                     continue
-                for unit, frame in frames:
-                    self.append(unit.key, frame.assign(**unit.columns))
-                failed |= diverged
                 bar.update(len(group))
                 del todo[: len(group)]
         if failed:
             raise Diverged("; ".join(dict.fromkeys(failed.values())), failed)
-
-    def attempt(self, method: Method, *options: Any, **labels: Any) -> str | None:
-        """Like `run`, but return the error message of a trial that fails (None on success).
-
-        A failed trial contributes no rows to `read`. Committed rows that are missing still raise.
-        """
-        count = len(self.units)
-        try:
-            self.run(method, *options, **labels)
-        except MissingRows:
-            raise
-        except (FloatingPointError, InputError) as error:
-            del self.units[count:]
-            return str(error)
-        return None
 
     def lanes_at_once(self, method: Method) -> int:
         """Return how many single edits are written at once: at most what fits half of memory."""
@@ -250,13 +228,10 @@ class Study:
         logger.warning("%s: %s: out of memory with %s", self.name, method.name, change)
         return True
 
-    def write(
-        self, method: Method, group: Sequence[Unit]
-    ) -> tuple[list[tuple[Unit, pd.DataFrame]], dict[str, str]]:
-        """Write one batch of edits, or several single edits side by side, and score all probes.
+    def write(self, method: Method, group: Sequence[Unit]) -> dict[str, str]:
+        """Write one batch of edits, or several single edits side by side, and store their rows.
 
-        Returns the rows of each unit, and why others failed, by the edit's id. Seconds and memory
-        are equal shares.
+        Returns why edits failed, by id. Seconds and memory are equal shares.
         """
         edits = [edit for unit in group for edit in unit.edits]
         alone, share = len(group[0].edits) == 1, 1 / len(group)
@@ -268,15 +243,14 @@ class Study:
             ids = [edit.id for edit in edits]
             records = m.edit_records if alone else dict.fromkeys(ids, m.edit_record)
             failed = m.failed if alone else {}
-            written = [self.dataset.probes[edit] for edit in ids if edit in records]
-            frame = self.scored(m, list(chain(*written)), before, share).assign(**cost)
-        frames = []
+            probes = [probe for id in ids if id in records for probe in self.dataset.probes[id]]
+            frame = self.scored(m, probes, before, share).assign(**cost)
         for unit in group:
-            if record := records.get(unit.edits[0].id):
-                record = replace(record, notes=[*record.notes, *self.subject.notes])
-                own = frame["edit"].isin([edit.id for edit in unit.edits])
-                frames.append((unit, with_record(frame[own].reset_index(drop=True), record)))
-        return frames, failed
+            own = frame[frame["edit"].isin([edit.id for edit in unit.edits])]
+            if len(own):
+                own = self.recorded(own.assign(**unit.columns), records[unit.edits[0].id])
+                rows.append(self.paths, self.name, unit.key, own)
+        return failed
 
     def scored(
         self, m: nn.Module, probes: Sequence[Probe], before: pd.DataFrame, share: float = 1
@@ -314,23 +288,32 @@ class Study:
     ) -> pd.DataFrame:
         """Answer the probes and score them against the reference: one row per probe, in order."""
         options = Generation(self.token_limit, self.chat, cache=known)
-        scorer = encoder() if self.similarity else None
-        return answer_and_score(model, self.tokenizer, probes, options, scorer)
+        return answer_and_score(model, self.tokenizer, probes, options, self.encoder)
 
     def token_limit(self, probe: Probe) -> int:
         """Return the tokens an answer may have."""
         short = self.dataset.world_seed is not None
         return token_limit(probe, self.tokenizer, self.max_new_tokens, short)
 
-    def append(self, unit: str, frame: pd.DataFrame) -> None:
-        """Store one unit's rows; InputError naming the first probe with a score not finite."""
-        needed = [*(name for name in METRICS if name != "similarity"), "change_norm"]
-        likely = frame["log_probability"].fillna(0)
-        finite = np.isfinite(frame[needed].assign(likely=likely)).all(axis=1)
-        for row in frame[~finite].itertuples():
-            probe = f"edit {row.edit!r}, {row.kind} {row.number}"
-            raise InputError(f"study {self.name}: {row.method}, {probe}: a score is not finite")
-        rows.append(self.paths, self.name, unit, frame)
+    def recorded(self, frame: pd.DataFrame, record: EditRecord) -> pd.DataFrame:
+        """Return the rows with the record of their edit, the loss curve in the first of them.
+
+        InputError where the edit left weights that are not finite.
+        """
+        notes, norms = list(record.notes), record.change_norm
+        if self.subject.checkpointing:
+            notes.append(f"memory was short: {CHECKPOINTED}")
+        norm = sum(norms.values()) / max(1, len(norms))  # in context nothing changes
+        if not np.isfinite(norm) or np.isinf(frame["log_probability"]).any():
+            edits = ", ".join(frame["edit"].unique())
+            raise InputError(f"study {self.name}: edits {edits}: what was written is not finite")
+        curve = json.dumps(rows.shortened({"losses": record.losses, "norms": norms}, 6))
+        return frame.assign(
+            steps=record.steps,
+            change_norm=norm,
+            notes="; ".join(notes) or None,
+            curve=[curve] + [None] * (len(frame) - 1),
+        )
 
     def read(self) -> pd.DataFrame:
         """Return the rows of every unit that `run` was asked for; InputError for none."""
@@ -343,21 +326,19 @@ class Study:
 
     def export(self, frame: pd.DataFrame) -> Path:
         """Write the committed rows: `frame` (what `read` gives) and the unedited model's."""
-        if self.committed:
-            return self.paths.exported(self.name)
         return rows.export(self.paths, self.name, pd.concat([frame, self.before]))
 
 
 @cache
-def encoder() -> Encoder | None:
+def installed_encoder() -> Encoder | None:
     """Load the sentence encoder, once for all studies; None where it is not installed."""
     transformers.utils.logging.disable_progress_bar()  # no bars of weights in a notebook
     return load_encoder()
 
 
-def world_of(directory: str | Path) -> int | None:
+def world_of(model: str) -> int | None:
     """Return the seed of the world that a model was trained on; None for any other model."""
-    directory = Path(directory)
+    directory = EMBEDDED if model == "embedded" else Path(model)
     return card(directory)["settings"]["world_seed"] if (directory / CARD).is_file() else None
 
 
@@ -366,16 +347,3 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     if (seed := world_of(model.config.name_or_path)) is not None:
         texts = covariance.world_texts(seed)
         covariance.measure(model, tokenizer, texts, range(len(blocks(model))))
-
-
-def with_record(frame: pd.DataFrame, record: EditRecord) -> pd.DataFrame:
-    """Add an edit's record to the rows of one unit, its loss curve to the first of them."""
-    norms = record.change_norm
-    curve = {"losses": record.losses, "norms": norms}
-    text = json.dumps(rows.shortened(curve, 6))
-    return frame.assign(
-        steps=record.steps,
-        change_norm=sum(norms.values()) / max(1, len(norms)),  # in context nothing changes
-        notes="; ".join(record.notes) or None,
-        curve=[text] + [None] * (len(frame) - 1),
-    )

@@ -15,7 +15,7 @@ from uke.methods.recipes import Recipe
 from uke.results import rows
 from uke.results.compare import label
 from uke.results.stats import Score, summarise
-from uke.study.comparison import begin
+from uke.study.comparison import attempt, begin
 from uke.study.study import Study
 
 
@@ -85,7 +85,7 @@ class Trials:
                 if size == 1 and getattr(trial, "batch_size", None):
                     continue
                 labels = {"factor": self.factor, "level": level}
-                if fault := self.study.attempt(trial, size, self.edits(size), **labels):
+                if fault := attempt(self.study.run, trial, size, self.edits(size), **labels):
                     where = f"{name}, batch size {size}"
                     section.warn(f"{where}: the trial with {level} failed: {fault}")
             vars(self).pop("scores", None)  # there are new rows

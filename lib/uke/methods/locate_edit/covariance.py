@@ -107,7 +107,7 @@ def measure(
     projections = [site.projection for site in lacking]
     widths = [projection.weight.shape[1] for projection in projections]
     sums = [torch.zeros(w, w, dtype=torch.float64, device=model.device) for w in widths]
-    for _, ids, real in tqdm(chunks(sequences, model.device), desc="covariance", disable=None):
+    for _, ids, real in tqdm(chunks(sequences, model.device), desc="covariance"):
         for call, total in zip(look(model, ids, projections), sums, strict=True):
             keys = call.args[0][real].double()  # (tokens, W)
             total += keys.T @ keys
