@@ -1,7 +1,7 @@
 """Contrasts, leads, their trend and separation: pairs that do not pair, wrong units, gaps."""
 
-import json
 import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -29,14 +29,12 @@ def cells(**scores):
 
 def rows(score, kinds=AVERAGE, edits=EDITS, **columns):
     """Rows of the schema: every metric is 0.5, or `score` for the original question."""
-    found = []
-    for place, edit in enumerate(edits):
-        for kind in kinds:
-            value = score if kind == "original" else 0.5
-            metrics = {f"{name}{end}": value for name in METRICS for end in ("", "_before")}
-            found.append({"edit": edit, "kind": kind, "batch": place, **metrics})
-    fixed = RUN | {"study": "s", "number": 0, "batch_size": 1, "phase": "after", "curve": None}
-    return pd.DataFrame(found).assign(**fixed | {"method": "FT-M", "level": None} | columns)
+    found = [(edit, kind, place) for place, edit in enumerate(edits) for kind in kinds]
+    frame = pd.DataFrame(found, columns=["edit", "kind", "batch"])
+    value = frame["kind"].eq("original").map({True: score, False: 0.5})
+    fixed = {f"{name}{end}": value for name in METRICS for end in ("", "_before")} | RUN
+    fixed |= {"study": "s", "number": 0, "batch_size": 1, "phase": "after", "curve": None}
+    return frame.assign(**fixed | {"method": "FT-M", "level": None} | columns)
 
 
 def averages(**scores):
@@ -129,9 +127,8 @@ def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
 
 
 def test_losses_are_read_from_the_curves():
-    curve = {"losses": [2.0, 0.5]}
     frame = rows(1.0, kinds=("original",), edits=("a", "b"))
-    frame["curve"] = [json.dumps(curve), None]
+    frame["curve"] = ['{"losses": [2.0, 0.5]}', None]
     losses = compare.curves(frame)[["edit", "step", "loss"]]
     assert losses.values.tolist() == [["a", 0, 2.0], ["a", 1, 0.5]]
 
@@ -160,10 +157,7 @@ def here(tmp_path, monkeypatch):
 
 def commit(paths, *trials):
     """Commit trials, each a method, a level, a batch size and its score."""
-    frames = [
-        rows(score, edits=[f"e{n}" for n in range(4)], method=method, level=level, batch_size=size)
-        for method, level, size, score in trials
-    ]
+    frames = [rows(score, method=m, level=each, batch_size=n) for m, each, n, score in trials]
     frame = pd.concat(frames, ignore_index=True)
     frame["recipe"] = frame["method"] + frame["level"]
     paths.exported("tuning").parent.mkdir(parents=True)
@@ -180,12 +174,8 @@ def test_a_baseline_is_judged_by_its_best_trial(here):
 
 def test_the_batch_size_nearest_by_ratio_decides_of_two_alike_the_smaller(here):
     names = {1: "UnKE", 4: "MEMIT", 16: "muKE"}
-    trials = [
-        (name, "x", size, 0.9 if names[size] == name else 0.2)
-        for size in names
-        for name in names.values()
-    ]
-    commit(here, *trials)
+    pairs = product(names, names.values())
+    commit(here, *((name, "x", at, 0.9 if names[at] == name else 0.2) for at, name in pairs))
     nearest = {1: 1, 2: 1, 3: 4, 5: 4, 7: 4, 8: 4, 9: 16, 200: 16}
     found = compare.best_baselines([here], list(nearest), list(names.values()))
     assert found == {size: names[own] for size, own in nearest.items()}
@@ -204,29 +194,34 @@ def test_the_first_place_that_knows_a_baseline_decides(here):
 # --- Leads ----------------------------------------------------------------------------------------
 
 
+def lead(method="own", baseline="other", **scores):
+    """The lead in points and in percent, each with its interval, and the number of batches."""
+    frame = averages(**scores).sample(frac=1, random_state=2)
+    found = compare.leads(frame, method, {1: baseline}).iloc[0].tolist()[2:]
+    return found[:3], found[3:6], found[6]
+
+
 def test_a_lead_is_in_points_and_in_percent_of_the_baseline():
-    frame = averages(own=[[0.6], [0.9], [0.6]], other=[[0.5], [0.6], [0.4]])
-    points, percent = compare.lead(frame.sample(frac=1, random_state=2), "own", "other")
-    assert (points.mean, points.n, percent.n) == (pytest.approx(20), 3, 3)
-    assert percent.mean == pytest.approx(100 * (2.1 / 1.5 - 1))  # of the means: no mean of ratios
-    assert compare.lead(frame, "other", "own")[0].mean == pytest.approx(-20)
+    scores = {"own": [[0.6], [0.9], [0.6]], "other": [[0.5], [0.6], [0.4]]}
+    points, percent, batches = lead(**scores)
+    assert (points[0], batches) == (pytest.approx(20), 3)
+    assert percent[0] == pytest.approx(100 * (2.1 / 1.5 - 1))  # of the means: no mean of ratios
+    assert lead("other", "own", **scores)[0][0] == pytest.approx(-20)
 
 
 def test_a_lead_is_drawn_over_batches_and_pairs_together():
-    shared = averages(own=[[0.6] * 50, [0.8] * 50], other=[[0.5] * 50, [0.5] * 50])
-    points, percent = compare.lead(shared, "own", "other")
-    assert points == pytest.approx((20, 10, 30, 2)) and percent == pytest.approx((40, 20, 60, 2))
-    tenth = averages(own=[[0.11], [0.55], [0.99]], other=[[0.1], [0.5], [0.9]])
-    points, percent = compare.lead(tenth, "own", "other")
-    assert percent[:3] == pytest.approx((10, 10, 10)) and points[1:3] == pytest.approx((1, 9))
-    single = compare.lead(averages(own=[[0.6, 0.7]], other=[[0.5, 0.5]]), "own", "other")
-    assert all(math.isnan(found.low) and found.n == 1 for found in single)
+    points, percent, _ = lead(own=[[0.6] * 50, [0.8] * 50], other=[[0.5] * 50, [0.5] * 50])
+    assert points == pytest.approx((20, 10, 30)) and percent == pytest.approx((40, 20, 60))
+    points, percent, _ = lead(own=[[0.11], [0.55], [0.99]], other=[[0.1], [0.5], [0.9]])
+    assert percent == pytest.approx((10, 10, 10)) and points[1:] == pytest.approx((1, 9))
+    *single, batches = lead(own=[[0.6, 0.7]], other=[[0.5, 0.5]])
+    assert batches == 1 and all(math.isnan(low) for _, low, _ in single)
 
 
 @pytest.mark.parametrize("other", [{"other": [[0.5]]}, {"third": [[0.5]]}, {"other": [[0.5, 0.5]]}])
 def test_a_lead_over_other_edits_is_refused(other):
     with pytest.raises(InputError, match="lead: own and other: expected the same edits"):
-        compare.lead(averages(own=[[0.6], [0.7]], **other), "own", "other")
+        lead(own=[[0.6], [0.7]], **other)
 
 
 def at_sizes(lead, sizes, batches=None):
@@ -258,19 +253,14 @@ def test_a_lead_that_is_linear_in_doublings_has_that_slope(slope):
 
 def test_noise_has_no_trend_and_batches_are_drawn_whole():
     noise = np.tile([-4.0, 4.0, 1.0, -1.0], 6)
-    found = compare.trend(*_with_method(at_sizes(lambda size: 5 + noise, (1, 2, 8), batches=1)))
-    assert found.mean == pytest.approx(0) and found.low < -0.2 and found.high > 0.2
-    steps = np.repeat([-4.0, 4.0], 12)
-    alone, together = (
-        compare.trend(*_with_method(at_sizes(lambda size: steps, (1, 4), batches=batches)))
-        for batches in (1, 6)
-    )
-    assert together.high - together.low > 1.8 * (alone.high - alone.low)
-    assert (alone.n, together.n) == (48, 8)
-
-
-def _with_method(sizes):
-    return sizes[0], "own", sizes[1]
+    frame, best = at_sizes(lambda size: 5 + noise, (1, 2, 8), batches=1)
+    found, steps = [compare.trend(frame, "own", best)], np.repeat([-4.0, 4.0], 12)
+    assert found[0].mean == pytest.approx(0) and found[0].low < -0.2 and found[0].high > 0.2
+    for batches in (1, 6):
+        frame, best = at_sizes(lambda size: steps, (1, 4), batches=batches)
+        found.append(compare.trend(frame, "own", best))
+    assert found[2].high - found[2].low > 1.8 * (found[1].high - found[1].low)
+    assert [each.n for each in found[1:]] == [48, 8]
 
 
 # --- What tells methods apart ---------------------------------------------------------------------
@@ -280,12 +270,10 @@ PROBES = {"rel_doc": 1, "rand_doc": 1, "struct_trip": 1, "general": 3}
 
 def probes(score, methods=3, edits=8, **counts):
     """Rows with three probes of locality and three of a general skill for each edit and method."""
+    kinds = [(kind, at) for kind, count in (PROBES | counts).items() for at in range(count)]
     found = [
         (f"M{method}", f"e{edit}", edit, kind, number, score(kind, method, edit))
-        for method in range(methods)
-        for edit in range(edits)
-        for kind, count in (PROBES | counts).items()
-        for number in range(count)
+        for method, edit, (kind, number) in product(range(methods), range(edits), kinds)
     ]
     columns = ["method", "edit", "batch", "kind", "number", "score"]
     frame = pd.DataFrame(found, columns=columns).assign(**RUN, study="s", level=None, phase="after")

@@ -7,14 +7,13 @@ import sys
 import warnings
 
 import numpy as np
-import pandas as pd
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from uke.data.edits import KINDS
 from uke.errors import InputError
 from uke.results import metrics
 from uke.results.metrics import METRICS, score
-from uke.results.stats import holm, interval, paired
+from uke.results.stats import holm, interval, p_value
 
 PERFECT = [name for name in METRICS if name not in ("similarity", "length_ratio")]
 
@@ -130,20 +129,13 @@ def test_a_choice_is_read_however_it_is_stated(predictions, expected):
             assert one("choice", prediction, "C", ("C. Rome",)) == 0, prediction
 
 
-def test_empty_or_odd_texts_are_scored():
-    odd = ["", ".", "...", " ", "Ω", "a", "\n", ". . ."]
-    frame = score([left for left in odd for _ in odd], odd * len(odd))
-    assert np.isfinite(frame.to_numpy()).all() and (frame >= 0).to_numpy().all()
-    same = score(odd, odd)[["exact", "rougel_f1", "length_ratio"]]
-    assert (same == 1).to_numpy().all()
-
-
-def test_scores_stay_within_the_unit_interval():
-    generator = random.Random(3)
+def test_scores_of_odd_and_of_random_texts_stay_within_the_unit_interval():
+    odd, generator = ["", ".", "...", " ", "Ω", "a", "\n", ". . ."], random.Random(3)
     texts = [random_text(generator, ["Ada", "Bo", "was", "born", "in"]) for _ in range(60)]
-    frame = score(texts, texts[::-1])[PERFECT]
+    left = [*texts, *(one for one in odd for _ in odd)]
+    frame = score(left, [*texts[::-1], *odd * len(odd)])[PERFECT]
     assert ((frame >= 0) & (frame <= 1 + 1e-12)).to_numpy().all()
-    assert (frame.nunique() > 8).sum() >= 5
+    assert (score(odd, odd)[["exact", "rougel_f1", "length_ratio"]] == 1).to_numpy().all()
     text = "Ada Lovelace was born in London."
     assert score([text], [text])[PERFECT].iloc[0].to_numpy() == pytest.approx(1)
 
@@ -217,22 +209,8 @@ def test_missing_values_are_refused(values):
 
 def test_sign_flip_p_by_hand():
     # All four differences positive: 2 of the 16 sign patterns are as extreme.
-    found = paired([0.5, 0.6, 0.7, 0.8], [0.4, 0.4, 0.6, 0.6])
-    assert found.p == pytest.approx(2 / 16) and found.difference == pytest.approx(0.15)
-    assert paired([1, 1], [1, 1]).p == 1 and paired([1], [0]).p == 1
-    a, b = np.linspace(1, 2, 12), np.zeros(12)
-    assert paired(a, b).p < 0.01
-    assert paired(a, b, groups=[0] * 6 + [1] * 6).p == pytest.approx(1 / 2)
-
-
-def test_series_are_paired_by_index():
-    a = pd.Series([1.0, 2.0, 3.0], index=["x", "y", "z"])
-    shuffled = pd.Series([3.0, 1.0, 2.0], index=["z", "x", "y"])
-    assert paired(a, shuffled).difference == 0 and paired(a, shuffled).high == 0
-    with pytest.raises(InputError, match="1 missing of 3"):
-        paired(a, pd.Series([1.0, 2.0, 3.0], index=["x", "y", "w"]))
-    with pytest.raises(InputError, match="as many values"):
-        paired([1, 2], [1])
+    assert p_value([0.1, 0.2, 0.1, 0.2]) == pytest.approx(2 / 16)
+    assert p_value([0, 0]) == p_value([1]) == 1 and p_value(np.linspace(1, 2, 12)) < 0.01
 
 
 def test_holm_by_hand():

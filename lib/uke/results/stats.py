@@ -9,8 +9,7 @@ import pandas as pd
 
 from uke.errors import InputError
 
-RESAMPLES, AT_ONCE = 9999, 1000
-SEED = 2024
+RESAMPLES, AT_ONCE, SEED = 9999, 1000, 2024
 
 
 class Interval(NamedTuple):
@@ -19,16 +18,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    n: int
-
-
-class Paired(NamedTuple):
-    """A mean difference, its 95 % interval, p of the sign-flip test, the number of units."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
     n: int
 
 
@@ -45,35 +34,23 @@ class Score:
 def interval(values: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
     """Return the mean of `values` (N,) with its bootstrap interval.
 
-    Units are drawn with replacement: values (edits), or whole `groups` of them (batches), so that
-    the mean stays that of all values. InputError for no value, or one that is not finite.
+    Units are drawn: values (edits), or whole `groups` of them (batches). InputError for no value,
+    or one that is not finite.
     """
     sums, counts = units(values, groups)
     return bootstrapped(lambda drawn: sums[drawn].sum(-1) / counts[drawn].sum(-1), len(sums))
 
 
-def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None) -> Paired:
-    """Return the mean of a - b (N,) with its interval and a sign-flip test of no difference.
-
-    Two Series are matched by their index, anything else by position. `groups` (in the order of
-    `a`) are flipped and drawn as wholes; the test is exact up to 13 units. InputError where the
-    two do not pair.
-    """
+def p_value(differences: Sequence[float]) -> float:
+    """Return p of the sign-flip test that differences (N,) have no mean; exact up to N = 13."""
     from scipy.stats import permutation_test
 
-    if len(a) != len(b):
-        found = f"{len(a)} and {len(b)}"
-        raise InputError(f"paired: expected as many values on both sides, found {found}")
-    if isinstance(a, pd.Series) and isinstance(b, pd.Series):
-        b = b.reindex(a.index)  # a unit that only one side has is NaN, which `units` refuses
-    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    sums, _ = units(differences, groups)
-    p, options = 1.0, {"n_resamples": RESAMPLES, "vectorized": True, "batch": AT_ONCE}
-    if len(sums) > 1:
-        options |= {"permutation_type": "samples", "rng": np.random.default_rng(SEED)}
-        p = permutation_test((sums,), np.sum, **options).pvalue
-    mean, low, high, n = interval(differences, groups)
-    return Paired(mean, low, high, float(p), n)
+    if len(differences) < 2:
+        return 1.0
+    options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": AT_ONCE}
+    options |= {"vectorized": True, "rng": np.random.default_rng(SEED)}
+    found = permutation_test((np.asarray(differences, dtype=float),), np.sum, **options)
+    return float(found.pvalue)
 
 
 def holm(ps: Iterable[float]) -> list[float]:
