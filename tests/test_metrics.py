@@ -46,6 +46,9 @@ def test_rows_are_read_without_heavy_packages():
         ("bleu_char", "a bcd", "a bcd efgh", math.exp(1 - 10 / 5)),  # brevity penalty
         # Common subsequence "the cat the mat": 4 of 6 predicted and 4 of 5 wanted words.
         ("rougel_f1", "The cat is on the mat", "the cat, near the mat", 2 * 4 / (6 + 5)),
+        # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples; no common four words: smoothing gives 1 / 2.
+        ("bleu_token", "the big red dog", "the big red cat", (3 / 4 * 2 / 3 * 1 / 2 / 2) ** 0.25),
+        ("bleu_token", "Paris", "Paris", 1),  # effective order: no four-grams needed
         # Five of seven distinct words; two of six pairs: "cat sat" and "sat on".
         ("rouge1_recall", "the cat sat on a mat", "the small cat sat on one mat", 5 / 7),
         ("rouge2_recall", "the cat sat on a mat", "the small cat sat on one mat", 2 / 6),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -122,17 +123,20 @@ def curves(frame: pd.DataFrame, by: str = "method") -> Figure:
     An edit whose training ended keeps its last value.
     """
     edits = frame.assign(edit=frame.get("edit", 0), loss=frame["loss"].clip(lower=LEAST_LOSS))
-    look, ends = looks(ordered(frame[by], KINDS)), {}
+    steps = edits.pivot_table(index=[by, "step"], columns="edit", values="loss")
+    going = steps.groupby(by).ffill().stack().rename("loss").reset_index()
+    look = looks(ordered(frame[by], KINDS))
     fig = Figure(figsize=(FULL, 2.65))
     ax = fig.subplots()
-    for name, own in edits.groupby(by):
-        colour, _, dashes = look[name]
-        steps = own.pivot_table(index="step", columns="edit", values="loss").ffill()
-        steps = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))]
-        low, middle, high = (steps.quantile(share, axis=1) for share in (0.1, 0.5, 0.9))
-        ax.fill_between(steps.index, low, high, color=colour, alpha=0.15, lw=0)
-        ax.plot(steps.index, middle, color=colour, ls=dashes)
-        ends[name] = (steps.index[-1], middle.iloc[-1], colour)
+    colours = {name: each.colour for name, each in look.items()}
+    options = {"hue": by, "hue_order": list(look), "palette": colours, "legend": False, "ax": ax}
+    summary = {"estimator": "median", "errorbar": ("pi", 80), "err_kws": {"alpha": 0.15, "lw": 0}}
+    sns.lineplot(going, x="step", y="loss", **options, **summary)
+    ax.set(xlabel="", ylabel="")
+    ends = {
+        name: (*line.get_xydata()[-1], colours[name])
+        for name, line in zip(look, ax.lines, strict=True)
+    }
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=9)
     ax.grid(axis="y")
     _log_if_wide(ax, edits["loss"])
@@ -243,7 +247,8 @@ def distribution(
     for ax, own in parts:
         for name, values in own.groupby(by, sort=False)[value]:
             each, median = look[name], values.median()
-            ax.ecdf(values.quantile(shares), color=each.colour)
+            sns.ecdfplot(x=values.quantile(shares), ax=ax, color=each.colour)
+            ax.set(xlabel="", ylabel="")
             _mark(ax, median, 0.5, Look(each.colour))
             _beside(ax, number(float(median)), (median, 0.5), (-4, 3))
         if floor is not None:

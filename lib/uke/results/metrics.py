@@ -66,6 +66,13 @@ def _rougel_f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(predicted) + len(wanted))
 
 
+def _bleu_token(prediction: str, reference: str) -> float:
+    """Sentence BLEU (Post 2018): package sacrebleu, 13a tokens, effective order, from 0 to 1."""
+    from sacrebleu import sentence_bleu
+
+    return sentence_bleu(prediction, [reference]).score / 100
+
+
 def _exact(prediction: str, reference: str) -> float:
     """1 if prediction and reference (or an alias) are equal, both normalised."""
     return float(normalise(prediction) == normalise(reference))
@@ -130,6 +137,7 @@ PAIRWISE: dict[str, Callable[[str, str], float]] = {
     "rouge2_recall": partial(_rouge_recall, "rouge-2"),
     "rougel_recall": partial(_rouge_recall, "rouge-l"),
     "rougel_f1": _rougel_f1,
+    "bleu_token": _bleu_token,
     "exact": _exact,
     "mention": _mention,
     "choice": _choice,
