@@ -155,21 +155,21 @@ def test_numbers_come_from_this_run_and_from_the_other_worlds_beside_it(tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {claim: x, number: b.c, sgin: '+'}", "a: sgin: unknown key; did you mean 'sign'"),
-        ("a: {number: b.c, sign: '+'}", "a: claim: Field required"),
-        ("a: {claim: x}", "a: expected a number and its sign, or the reason"),
-        ("a: {claim: x, number: b}", "a: expected a number and its sign"),
-        ("a: {claim: x, number: b, sign: '+', untestable: y}", "a: expected a number and its sign"),
-        ("a: {claim: x, number: b.c, sign: up}", "a: sign: Input should be .*, found 'up'"),
-        ("a: {claim: x, number: b.c, sign: opposite}", "a: than: expected the key"),
-        ("a: {claim: x, number: 3, sign: '+'}", "a: number: Input should be .*, found 3"),
-        ("a: {claim: x, number: b.c, sign: '+', than: .nan}", "a: than: .*finite number"),
-        ("a: [1]", "a: Input should be a valid dictionary"),
+        ("{claim: x, number: b.c, sgin: '+'}", "field 'sgin': .*did you mean 'sign'"),
+        ("{number: b.c, sign: '+'}", "field 'claim': Field required"),
+        ("{claim: x}", "expected a number and its sign, or the reason"),
+        ("{claim: x, number: b}", "expected a number and its sign"),
+        ("{claim: x, number: b, sign: '+', untestable: y}", "expected a number and its sign"),
+        ("{claim: x, number: b.c, sign: up}", "field 'sign': Input should be .* found 'up'"),
+        ("{claim: x, number: b.c, sign: opposite}", "than: expected the key"),
+        ("{claim: x, number: 3, sign: '+'}", "field 'number': Input should be .* found 3"),
+        ("{claim: x, number: b.c, sign: '+', than: .nan}", "field 'than.*finite number"),
+        ("[1]", "must be a mapping, not list"),
     ],
 )
 def test_a_claim_written_wrongly_is_named(tmp_path, text, message):
-    (tmp_path / "claims.yaml").write_text(text)
-    with pytest.raises(InputError, match="claims.yaml: " + message):
+    (tmp_path / "claims.yaml").write_text(f"a: {text}")
+    with pytest.raises(InputError, match=f"claims.yaml: a.*{message}"):
         verdicts.claims(tmp_path / "claims.yaml")
 
 
@@ -201,7 +201,7 @@ def test_the_figure_turns_every_number_into_the_direction_of_its_claim():
     assert ends.loc["down"].tolist() == ends.loc["either"].tolist() == [2, 1, 4]
     assert ends.loc["bound"].tolist() == pytest.approx([-0.01, -0.02, 0.005])
     assert frame.loc["opposite", "value"].tolist() == [2, -1]
-    words = ["b: -2.0", "d: 1.0"]
+    words = ["b: -2.0 points", "d: 1.0 points"]
     assert frame.loc["opposite", "text"].tolist() == words and "none" not in frame.index
     (axes,) = figures.claims(frame.reset_index()).axes
     drawn = [(float(line.get_xdata()[0]), to_hex(line.get_color())) for line in axes.lines[1:]]

@@ -22,11 +22,6 @@ from uke.project import Paths
 from uke.report.section import Section, prose, read_sections, table_markdown
 from uke.report.tables import number
 
-TITLE = "Fine-tuning for unstructured knowledge editing: a reconstruction"
-SUBTITLE = (
-    "of arXiv 2506.09672, “Is Fine-Tuning an Effective Solution? "
-    "Reassessing Knowledge Editing for Unstructured Data”"
-)
 FIRST, APPENDIX = "11_verdicts", ("run", "tuning", "tuning_levels")  # sections out of turn
 _TEMPLATES = Path(__file__).with_name("templates")
 _TEXTS = Environment(
@@ -153,18 +148,14 @@ def _value(value: Any) -> str:
 def _html(paths: Paths, text: str) -> str:
     """Return one self-contained page, figures embedded."""
     text = _TYPST_ATTRIBUTE.sub("", text)
-    arguments = ["--standalone", "--embed-resources", "--toc", "--toc-depth=1"]
-    arguments += [f"--template={_TEMPLATES / 'report.html'}", f"--metadata=subtitle:{SUBTITLE}"]
-    page = _pandoc(paths, text, "html5", arguments)
+    page = _pandoc(paths, text, "html5", "report.html", "--embed-resources", "--toc")
     page = page.replace(' style="text-align: left;"', "")
     return page.replace(' style="text-align: right;"', ' class="r"')
 
 
 def _pdf(paths: Paths, text: str) -> bytes:
     """Return the report as a PDF, byte-identical for the same sections and figures."""
-    arguments = ["--standalone", f"--template={_TEMPLATES / 'report.typ'}"]
-    arguments += [f"--metadata=subtitle:{SUBTITLE}", f"--metadata=profile:{paths.profile}"]
-    source = _pandoc(paths, text, "typst", arguments)
+    source = _pandoc(paths, text, "typst", "report.typ")
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     compiler = typst.Compiler(
         source.encode(), root=paths.figures, font_paths=[str(fonts)], ignore_system_fonts=True
@@ -172,10 +163,11 @@ def _pdf(paths: Paths, text: str) -> bytes:
     return compiler.compile(format="pdf", timestamp=_DATED, pdf_tags=False)
 
 
-def _pandoc(paths: Paths, text: str, form: str, arguments: list[str]) -> str:
-    shared = [f"--metadata=title:{TITLE}", "--columns=100000", "--wrap=none", "--metadata=lang:en"]
-    shared.append(f"--resource-path={paths.figures}")
-    return pypandoc.convert_text(text, form, format=_FORMAT, extra_args=[*shared, *arguments])
+def _pandoc(paths: Paths, text: str, form: str, template: str, *arguments: str) -> str:
+    places = [f"--template={_TEMPLATES / template}", f"--resource-path={paths.figures}"]
+    shared = ["--standalone", "--toc-depth=1", "--columns=100000", "--wrap=none"]
+    extra = [*places, *shared, *arguments]
+    return pypandoc.convert_text(text, form, format=_FORMAT, extra_args=extra)
 
 
 def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -184,9 +176,9 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
     machine = {key: run[key] for run in reversed(runs) for key in run}
-    section.environment = {
-        key: machine[key] for key in machine if key not in ("notebook", "status", "seconds")
-    }
+    for key in ("notebook", "status", "seconds"):
+        machine.pop(key, None)
+    section.environment = machine
     frame = pd.DataFrame(runs)[["notebook", "seconds"]]
     section.table(
         frame,

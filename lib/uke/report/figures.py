@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from uke.data.edits import KINDS
 from uke.report import style
@@ -27,7 +28,6 @@ from uke.results.stats import Score, ordered, summarise
 
 NO_EDIT = REFERENCES[0]
 LEAST_LOSS = 1e-3  # nats per token; smaller losses are drawn as this, so that a log axis ends
-POINTS = 80  # of a line: more than that cannot be told apart on a page
 VERDICTS = {
     "holds": Look("#009e73", "o", ""),
     "in part": Look("#e69f00", "D", ""),
@@ -139,7 +139,8 @@ def curves(frame: pd.DataFrame, by: str = "method") -> Figure:
     }
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=9)
     ax.grid(axis="y")
-    _log_if_wide(ax, edits["loss"])
+    if _wide(edits["loss"]):
+        _log(ax.yaxis, edits["loss"])
     ax.margins(x=0)
     label_ends(ax, ends)
     _titles(fig, "training step", "loss (nats per token)")
@@ -183,7 +184,9 @@ def trend(
             ends[name] = (line.index[-1], line.iloc[-1], each.colour)
         if means.between(0, 1).all():
             ax.set(**{"ylim": (0, 1.03), "yticks": [0, 0.5, 1]} if panel else {})
-        elif not _log_if_wide(ax, means) and baseline is None:
+        elif _wide(means):
+            _log(ax.yaxis, means)
+        elif baseline is None:
             ax.set_ylim(0, means.max() * 1.1)
         _sizes(ax, sorted(frame[x].unique()))
         ax.grid(axis="y")
@@ -239,23 +242,21 @@ def distribution(
 
     `floor` is a vertical line; `log` sets a log axis of the values, which `label_x` names.
     """
-    every = looks(ordered(frame[by], KINDS))
-    look = {name: each._replace(marker="") for name, each in every.items()}
+    look = looks(ordered(frame[by], KINDS))
+    colours = {name: each.colour for name, each in look.items()}
     width = FULL if panel and frame[panel].nunique() > 1 else COLUMN
     fig, parts = _panels(frame, panel, 2, 2.0, width, sharey=True)
-    shares = np.linspace(0, 1, POINTS + 1)
     for ax, own in parts:
-        for name, values in own.groupby(by, sort=False)[value]:
-            each, median = look[name], values.median()
-            sns.ecdfplot(x=values.quantile(shares), ax=ax, color=each.colour)
-            ax.set(xlabel="", ylabel="")
-            _mark(ax, median, 0.5, Look(each.colour))
+        sns.ecdfplot(own, x=value, hue=by, palette=colours, legend=False, ax=ax)
+        ax.set(xlabel="", ylabel="")
+        for name, median in own.groupby(by, sort=False)[value].median().items():
+            _mark(ax, median, 0.5, look[name])
             _beside(ax, number(float(median)), (median, 0.5), (-4, 3))
         if floor is not None:
             ax.axvline(floor, **REFERENCE)
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
         if log:
-            _log(ax, "x", own[value])
+            _log(ax.xaxis, own[value])
         ax.grid(axis="y")
     _explain(fig, look if len(look) > 1 else {})
     _titles(fig, label_x or value.replace("_", " "), "share of items")
@@ -388,22 +389,19 @@ def _sizes(ax: Axes, values: list[float]) -> None:
     ratios = np.divide(values[1:], values[:-1]) if values[0] > 0 else np.array([])
     if len(ratios) > 1 and ratios.min() >= 1.5 and ratios.max() <= 1.75 * ratios.min():
         ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.minorticks_off()
     ax.set_xticks(values, [f"{value:,.0f}" for value in values])
 
 
-def _log_if_wide(ax: Axes, values: pd.Series) -> bool:
-    """Set a log axis of y where the values span a factor of more than twenty."""
-    if wide := bool(values.min() > 0 and values.max() > 20 * values.min()):
-        _log(ax, "y", values)
-    return wide
+def _wide(values: pd.Series) -> bool:
+    """Whether values span a factor of more than twenty, and so need a log axis."""
+    return 0 < 20 * values.min() < values.max()
 
 
-def _log(ax: Axes, name: str, values: pd.Series) -> None:
+def _log(axis: Axis, values: pd.Series) -> None:
     """Set a log axis whose ticks are plain numbers, also 3, 30 ... where there are few decades."""
-    getattr(ax, f"set_{name}scale")("log")
-    axis = getattr(ax, f"{name}axis")
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     if values.max() < 300 * values.min():
         axis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter("{x:,g}")
+    axis.axes.minorticks_off()

@@ -29,7 +29,7 @@ from uke.report.tables import Cell, absent, bracket, number, places
 
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_SPECIAL = re.compile(r"([\\*_{}\[\]<>#$^~|@&])")
+_SPECIAL = re.compile(r"([\\*_{}\[\]<>#$^~|@&`])")
 _START = re.compile(r"^(\d+(?=[.)])|)([-+:%.)])")
 _TOGETHER = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")  # set without a line break
 _LINE = 100  # letters; a wider table scrolls on a narrow screen
@@ -66,7 +66,7 @@ class Section:
         value, low, high = (_plain(each, where) for each in (value, low, high))
         if value is None or (low is None) != (high is None) or (low is not None and low > high):
             raise InputError(f"{where}: expected a value, and both ends of its interval or none")
-        decimals = None if isinstance(value, int) or low is None else places(value, low, high)
+        decimals = None if low is None else places(value, low, high)
         text = number(value, decimals) + ("" if low is None else f" {bracket(low, high, decimals)}")
         text += unit if unit == "%" else f" {unit}" if unit else ""
         text += "" if n is None else f", n = {number(int(n))}"
@@ -95,7 +95,7 @@ class Section:
         alt_text = re.sub(r'([\\"])', r"\\\1", " ".join(alt.split()))
         text = f'![{prose(caption)}]({name}.svg){{#fig-{name} alt="{alt_text}"}}'
         self._body.append({"type": "figure", "name": name, "markdown": text})
-        _show(saved[0])
+        _show(IPython.display.SVG(filename=saved[0]))
 
     def table(self, frame: pd.DataFrame, name: str, caption: str, placed: bool = True) -> None:
         """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV."""
@@ -175,34 +175,24 @@ def _plain(value: Any, where: str) -> float | int | None:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _show(what: pd.DataFrame | Path | str) -> None:
-    """Show a table, an SVG file or a text in the running notebook, if any."""
+def _show(what: Any) -> None:
+    """Show a figure, a table or a text in the running notebook, if any."""
     if IPython.get_ipython():
-        if isinstance(what, Path):
-            what = IPython.display.SVG(filename=what)
-        text = isinstance(what, str)
-        IPython.display.display({"text/plain": what} if text else what, raw=text)
+        print(what) if isinstance(what, str) else IPython.display.display(what)
 
 
 def prose(text: str) -> str:
     """Return plain text as Markdown in which only words between backticks are markup."""
     text = _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), " ".join(text.split()))
-    parts = text.split("`")
-    if len(parts) % 2 == 0:  # a lone backtick is one
-        return _escape(text).replace("`", r"\`")
-    return "".join(
-        f"`` {part} ``" if at % 2 else _escape(part, at == 0) for at, part in enumerate(parts)
-    )
-
-
-def _escape(text: str, first: bool = True) -> str:
-    text = _SPECIAL.sub(r"\\\1", text)
-    return _START.sub(r"\1\\\2", text) if first else text
+    parts = re.split("`([^`]*)`", text)
+    parts[::2] = [_SPECIAL.sub(r"\\\1", plain) for plain in parts[::2]]
+    parts[1::2] = [f"`` {code} ``" for code in parts[1::2]]
+    return _START.sub(r"\1\\\2", "".join(parts))
 
 
 def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: Iterable[Path] = ()) -> str:
     """Return a table as a pipe table with a caption, in a box of its own."""
-    frame = tables.flat(frame).astype(object)
+    frame = frame.astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
     aligned = ["---:" if tables.numeric(frame[each]) else ":---" for each in frame]
     below = sum(any(cell.note for cell in cells) for cells in columns.values()) > 4

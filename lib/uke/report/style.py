@@ -1,10 +1,9 @@
 """Set the style of figures: fixed colours and marks, names beside lines, small files."""
 
-import functools
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,25 +61,10 @@ LOOKS = {
     "in-context": Look("#7f7f7f", "P"),
     "no edit": Look(GREY, "x", REFERENCE["ls"]),
 }
-OTHERS = [
-    Look(BLUE),
-    Look("#e69f00", "s"),
-    Look("#009e73", "^"),
-    Look("#cc79a7", "D"),
-    Look(RED, "v"),
-    Look("#56b4e9", "P"),
-]
-
-
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw with the style of the study, whatever the caller's own settings are (a decorator)."""
-
-    @functools.wraps(draw)
-    def drawn(*arguments, **options):
-        with matplotlib.rc_context(RC):
-            return draw(*arguments, **options)
-
-    return drawn
+COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7", RED, "#56b4e9")
+OTHERS = [Look(*each) for each in zip(COLOURS, "os^DvP", strict=True)]
+# A decorator: draw with the style of the study, whatever the caller's own settings are.
+styled = matplotlib.rc_context(RC)
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
@@ -106,18 +90,11 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     for name in order:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     for name in reversed(order):
-        above = min(heights[name], above - gap)
-        shared = {"color": ends[name][2], "annotation_clip": False, "fontsize": 7, "va": "center"}
-        line = {"arrowstyle": "-", "color": ends[name][2], "lw": 0.5, "shrinkA": 1, "shrinkB": 1}
-        ax.annotate(
-            label(name),
-            points[name],
-            (1.06, above),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            arrowprops=line,
-            **shared,
-        )
+        above, colour = min(heights[name], above - gap), ends[name][2]
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 1, "shrinkB": 1}
+        text = {"color": colour, "fontsize": 7, "va": "center", "annotation_clip": False}
+        text |= {"xycoords": "axes fraction", "textcoords": "axes fraction", "arrowprops": line}
+        ax.annotate(label(name), points[name], (1.06, above), **text)
 
 
 def save(fig: Figure, directory: str | Path, name: str, png: bool = False) -> list[Path]:

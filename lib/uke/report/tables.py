@@ -41,8 +41,7 @@ class Cell(NamedTuple):
 
 def absent(value: Any) -> bool:
     """Return True for None, NaN and pandas' missing values."""
-    whole = isinstance(value, (str, list, tuple, dict, Score))
-    return value is None or (not whole and bool(pd.isna(value)))
+    return pd.api.types.is_scalar(value) and bool(pd.isna(value))
 
 
 def places(*values: float | None) -> int:
@@ -74,9 +73,8 @@ def number(value: float | None, decimals: int | None = None) -> str:
     return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
 
 
-def bracket(low: float, high: float, decimals: int | None = None) -> str:
+def bracket(low: float, high: float, decimals: int) -> str:
     """Print an interval: [low, high]."""
-    decimals = places(low, high) if decimals is None else decimals
     return f"[{number(float(low), decimals)}, {number(float(high), decimals)}]"
 
 
@@ -105,11 +103,6 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
         cells = [Score(*each, best=means.get(name, np.nan) == best) for name, *each in ends]
         table[kind] = [None if absent(cell.mean) else cell for cell in cells]
     return table
-
-
-def flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with a named index as columns."""
-    return frame if frame.index.names == [None] else frame.reset_index()
 
 
 def head(column: Any) -> str:
@@ -151,18 +144,15 @@ def cells(column: pd.Series) -> list[Cell]:
 
 def printed(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text, `0.93 [0.90, 0.96]` for a score: what a notebook shows."""
-    frame = flat(frame).astype(object)
-    columns = {name: cells(frame[name]) for name in frame}
-    return pd.DataFrame(
-        {name: [" ".join(f"{c.text} {c.note}".split()) for c in columns[name]] for name in frame}
-    )
+    columns = {name: cells(column) for name, column in frame.astype(object).items()}
+    return pd.DataFrame(columns).map(lambda cell: " ".join(f"{cell.text} {cell.note}".split()))
 
 
 def save(
     frame: pd.DataFrame, directory: Path, name: str, caption: str, latex: bool = True
 ) -> list[Path]:
     """Write `name`.csv (plain numbers) and, for a table with numbers, `name`.tex (booktabs)."""
-    frame, path = flat(frame), Path(directory) / name
+    path = Path(directory) / name
     saved = [write_atomic(path.with_name(f"{name}.csv"), _csv(frame))]
     if latex and any(numeric(frame[column]) for column in frame):
         text = _latex(frame.astype(object), name, caption)

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, model_validator
 
-from uke.errors import InputError, nearest
+from uke.data.formats import located
 from uke.files import read_yaml
 from uke.project import Paths
 from uke.report.section import read_sections
@@ -60,23 +60,13 @@ def claims(path: str | Path) -> list[Claim]:
     """Read the claims of a file, in its order; InputError naming claim and key."""
     found = []
     for name, given in read_yaml(Path(path)).items():
-        try:
-            found.append(
-                Claim.model_validate(given | {"key": name} if type(given) is dict else given)
-            )
-        except ValidationError as failure:
-            # A misspelt key is the reason why another one is missing.
-            error = min(failure.errors(), key=lambda each: each["type"] != "extra_forbidden")
-            message = f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
-            if error["type"] == "extra_forbidden":
-                message = f"unknown key{nearest(error['loc'][-1], Claim.model_fields)}"
-            where = ": ".join([str(path), name, *map(str, error["loc"])])
-            raise InputError(f"{where}: {message}") from None
+        with located(f"{path}: {name}", Claim.model_fields):
+            found.append(Claim(**given, key=name))
     return found
 
 
 class Evidence(NamedTuple):
-    """A number that counts for a claim, as it is said (`short`: without unit) in the report.
+    """A number that counts for a claim, as it is said in the report.
 
     `distance`: value, low and high (NaN for no interval) from what it is compared with, on the
     claim's side. `state`: 1 or -1 if the interval is on one side of zero, else a half, or 0.
@@ -85,7 +75,6 @@ class Evidence(NamedTuple):
     world: str
     key: str
     said: str
-    short: str
     distance: np.ndarray
     state: float
 
@@ -134,17 +123,13 @@ def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]
                 against = "" if bound else f" (against {other['said']})"
                 distance = _turned(_minus(own, other), -1 if claim.sign == "-" else 1)
                 said = own["said"] + against
-                yield Evidence(world, key, said, _short(own), distance, _state(distance))
+                yield Evidence(world, key, said, distance, _state(distance))
                 continue
             pair = [_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other)]
             state = -_state(pair[0]) * _state(pair[1])
             for name, each, distance in zip((key, claim.than), (own, other), pair, strict=True):
                 distance = _turned(distance, pair[0][0])
-                yield Evidence(world, name, each["said"], _short(each), distance, state)
-
-
-def _short(entry: Mapping) -> str:
-    return entry["said"].partition(", n =")[0].removesuffix(f" {entry['unit']}")
+                yield Evidence(world, name, each["said"], distance, state)
 
 
 def _minus(own: Mapping, other: Mapping) -> np.ndarray:
@@ -231,6 +216,6 @@ def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
         for each in seen:
             value, *ends = _turned(each.distance, turn)
             ends = [value if math.isnan(end) else end for end in ends]
-            text = _distinction(verdict, each) + each.short
+            text = _distinction(verdict, each) + each.said.partition(", n =")[0]
             rows.append((claim.label or claim.key, verdict.word, value, *ends, text))
     return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
