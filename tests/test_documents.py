@@ -31,11 +31,6 @@ def complaint(path):
     return line.removeprefix(f"{path}: ")
 
 
-def test_a_heading_names_title_and_section():
-    assert Document("1", "Ada Moor", "She paints.").heading == "Ada Moor"
-    assert Document("2", "Ada Moor", "She paints.", "Early life").heading == "Ada Moor: Early life"
-
-
 EXPECTED = [
     Document("town-0", "Ada Moor", "She paints.\nShe sings."),
     Document("7", "Brelen", "A town.", "Roads", (("What?", ""),)),
@@ -56,7 +51,7 @@ def test_parquet_reads_as_json_lines_do(tmp_path):
 def test_a_record_without_a_text_is_left_out_with_a_warning(tmp_path):
     redirect = '{"id": "5", "title": "Redirect", "text": ""}\n'
     path = written(tmp_path, "wiki_00.jsonl", redirect + GOOD.decode())
-    with pytest.warns(UserWarning, match="wiki_00.jsonl: 1 records have no text and are left out"):
+    with pytest.warns(UserWarning, match="documents: 1 have no text and are left out"):
         assert [document.title for document in documents.gather([path])] == ["a"]
 
 
@@ -87,8 +82,12 @@ SQUAD = b'{"data": [{"title": "a", "paragraphs": [{"context": "b"}]}]}'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("wiki.xml", DUMP, "convert a MediaWiki dump with `wikiextractor --json`"),
-        ("wiki2.txt", " \n = Ada = \n \n She paints . \n", "expected JSON lines (.jsonl) or Parq"),
+        ("wiki.xml", DUMP, "of a MediaWiki dump by `wikiextractor --json`"),
+        (
+            "wiki2.txt",
+            " \n = Ada = \n \n She paints . \n",
+            "or Parquet with title and text, or SQuAD",
+        ),
         ("spoilt.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
         ("a.json", b'[{"title": "a"}]', "record 0: field 'text' is missing"),
         ("a.json", b'[{"title": "a", "text"', "not valid JSON: Expecting ':'"),

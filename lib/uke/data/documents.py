@@ -8,17 +8,20 @@ MediaWiki dump becomes JSON lines by `wikiextractor --json`.
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from uke.data.edits import Text
 from uke.data.formats import located, parse, read_json
 from uke.errors import InputError
 
-ACCEPTED = "JSON lines (.jsonl) or Parquet with title and text, or SQuAD's layout (.json)"
+ACCEPTED = (
+    "JSON lines (.jsonl, of a MediaWiki dump by `wikiextractor --json`) or Parquet with title and "
+    "text, or SQuAD's layout (.json)"
+)
 Records = Iterator[tuple[str, Any]]  # what a file holds, each with its place in words
 
 
@@ -29,52 +32,42 @@ class Document:
     `questions` are pairs of a question and its short answer, "" if the whole text is the answer.
     """
 
-    id: Text
+    id: Annotated[Text, Field(coerce_numbers_to_str=True)]
     title: Text
     text: str
     section: str = ""
     questions: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def heading(self) -> str:
-        """What the passage is about: its title, or "title: section"."""
-        return f"{self.title}: {self.section}" if self.section else self.title
-
 
 def gather(paths: Sequence[Path | str]) -> list[Document]:
     """Read all documents of these files, in their order.
 
-    Raises InputError, in one line, for a file that is missing, damaged or of no accepted form, a
-    line, row or record that cannot be read, an id used twice, and no document at all. Warns of
-    records without a text, which wikiextractor writes for redirects.
+    Raises InputError, in one line, for a file or record that cannot be read, an id used twice, and
+    no document at all. Warns of documents without a text, which wikiextractor writes for redirects.
     """
     documents: dict[str, Document] = {}
     for path in map(Path, paths):
-        without = 0
         for number, (where, values) in enumerate(_records(path)):
             place = f"{path}: {where}"
             with located(place):
                 document = _document(values, f"{path.stem}-{number}")
             if document.id in documents:
                 raise InputError(f"{place}: the id {document.id!r} is taken; expected it once")
-            if document.text:
-                documents[document.id] = document
-            else:
-                without += 1
-        if without:
-            warnings.warn(f"{path}: {without} records have no text and are left out", stacklevel=2)
-    if not documents:
+            documents[document.id] = document
+    found = [document for document in documents.values() if document.text]
+    if without := len(documents) - len(found):
+        warnings.warn(f"documents: {without} have no text and are left out", stacklevel=2)
+    if not found:
         raise InputError(f"documents: found none in {len(paths)} files; expected {ACCEPTED}")
-    return list(documents.values())
+    return found
 
 
 def _document(values: Mapping, id: str) -> Document:
     questions = [(_spaced(one["question"]), one["answer"]) for one in values.get("questions", ())]
     if question := _spaced(values.get("question")):
         questions.append((question, ""))
-    given = values.get("id")
     return Document(
-        id=id if given is None else str(given) if type(given) is int else given,
+        id=id if values.get("id") is None else values["id"],
         title=_spaced(values["title"]),
         text=values["text"],
         section=_spaced(values.get("section")),
@@ -90,8 +83,7 @@ def _records(path: Path) -> Records:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected {ACCEPTED}")
     if path.suffix not in READERS:
-        hint = "; convert a MediaWiki dump with `wikiextractor --json`"
-        raise InputError(f"{path}: expected {ACCEPTED}{hint}")
+        raise InputError(f"{path}: expected {ACCEPTED}")
     return READERS[path.suffix](path)
 
 
@@ -114,14 +106,11 @@ def _rows(path: Path) -> Records:
 
 
 def _json(path: Path) -> Records:
+    """Read a list of records, or SQuAD's paragraphs; questions without an answer are left out."""
     content = read_json(path)
     if type(content) is list:
-        return ((f"record {number}", values) for number, values in enumerate(content))
-    return _squad(path, content)
-
-
-def _squad(path: Path, content: Any) -> Records:
-    """Read articles of paragraphs; questions without an answer are left out."""
+        yield from ((f"record {number}", values) for number, values in enumerate(content))
+        return
     with located(f"{path}: expected SQuAD's layout"):
         for number, article in enumerate(content["data"]):
             title = unquote(article["title"]).replace("_", " ")

@@ -17,21 +17,19 @@ PATTERNS = {
     "documents": "wikipedia/[!.]*",
     "structured": "structured/[!.]*",
 }
-SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def find_files(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
     """Return the absolute paths of the files given, else of those that `PATTERNS` names.
 
-    Files of other suffixes than `SUFFIXES` are found only by name. Raises InputError for a given
-    file that does not exist.
+    Raises InputError for a given file that does not exist.
     """
     files = [Path(path).expanduser() for path in given]
     if missing := [path for path in files if not path.is_file()]:
         raise InputError(f"{name}: {missing[0]}: no such file")
     if not files and (root := os.environ.get("UKE_DATA")):
         found = sorted(Path(root).glob(PATTERNS[name]))
-        files = [path for path in found if path.suffix in SUFFIXES]
+        files = [path for path in found if path.suffix in (".json", ".jsonl", ".parquet")]
     return tuple(path.resolve() for path in files)
 
 

@@ -21,7 +21,6 @@ from uke.data.edits import Cloze, Edit, Item, Probe
 from uke.errors import InputError, nearest
 
 LETTERS = string.ascii_uppercase
-DETAILS = 5  # triplets of AKEW that the published protocol asks, the first ones
 
 
 def read_json(path: str | Path) -> Any:
@@ -93,7 +92,7 @@ def akew(record: Mapping, asks: str = "prompt_full") -> Edit:
     """Read AKEW: a record's first rewrite, whose field `asks` is the question, if it has that.
 
     As published, also where a record has several rewrites and its answer may need them all. Its
-    paragraph is written, its first triplets are details, and `loc` is a locality question.
+    paragraph is written, its first five triplets are details, and `loc` is a locality question.
     """
     rewrites = record["requested_rewrite"]
     first = rewrites[0] if type(rewrites) is list else rewrites
@@ -108,7 +107,7 @@ def akew(record: Mapping, asks: str = "prompt_full") -> Edit:
         answer=first["fact_new_uns"],
         paraphrase=next(iter(record.get("paraphrase_prompts", ())), None),
         subject=first["subject"],
-        details=[{"question": _filled(one), "answer": one["target"]} for one in triplets[:DETAILS]],
+        details=[{"question": _filled(one), "answer": one["target"]} for one in triplets[:5]],
         facts=[
             {"subject": one["subject"], "relation": one["prompt"], "object": one["target"]}
             for one in stated
@@ -179,16 +178,16 @@ def _cloze(record: Mapping, stem: str) -> Cloze | None:
     of real updates has nothing else (WikiBigEdit). None if the record has no answer.
     """
     answers = _flatten(_first(record, "ground_truth", "answers", "target_new"))
-    asked = [_first(record, "prompt", "src")]
-    asked += [record[name] for name in ("rephrase_prompt", "rephrase") if record.get(name)]
+    prompt = _first(record, "prompt", "src")
+    asked = (prompt, record.get("rephrase_prompt"), record.get("rephrase"))
     if not answers:
         return None
     return Cloze(
         id=f"{stem}-{record['id']}",
         subject=record["subject"],
-        prompt=asked[0],
+        prompt=prompt,
         answers=answers,
-        question=next(filter(is_question, asked), None),
+        question=next(filter(is_question, filter(None, asked)), None),
     )
 
 
@@ -271,17 +270,14 @@ def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
 
     Raises InputError as `load` does; warns of records without an answer, which are left out.
     """
-    clozes, without = [], 0
+    clozes = []
     for place, record in _records(path):
         with located(place):
-            cloze = _cloze(record, Path(path).stem)
-        if cloze is None:
-            without += 1
-        else:
-            clozes.append(cloze)
-    if without:
+            clozes.append(_cloze(record, Path(path).stem))
+    found = tuple(cloze for cloze in clozes if cloze)
+    if without := len(clozes) - len(found):
         warnings.warn(f"{path}: {without} triples have no answer and are left out", stacklevel=2)
-    return tuple(clozes)
+    return found
 
 
 def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:

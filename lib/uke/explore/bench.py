@@ -162,14 +162,12 @@ class Library:
     @cached_property
     def _builder(self) -> Builder:
         """Holds the facts of documents and triples, which are the same for every edit."""
-        return Builder(
-            self.order.sources(), Settings(retriever="bm25"), self.order.edit_file.parent
-        )
+        return Builder(self.order.sources(), Settings(retriever="bm25"))
 
     def _around(self, edit: Edit) -> tuple[Probe, ...]:
         known = self._builder
         alone = Sources(((edit,),), known.sources.documents, known.sources.clozes)
-        builder = Builder(alone, known.settings, known.folder)
+        builder = Builder(alone, known.settings)
         builder.document_facts, builder.cloze_facts = known.document_facts, known.cloze_facts
         builder.words = WORDS
         first = self._exercises[0].edit

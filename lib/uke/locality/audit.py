@@ -15,9 +15,9 @@ from uke.data.edits import Edit, Item
 from uke.data.formats import load, load_locality
 from uke.files import sha256
 from uke.locality.build import Sources, text_of, unfiltered
-from uke.locality.card import built, ensure, of_files, of_world
+from uke.locality.card import built, ensure, of_files, of_world, set_name
 from uke.locality.card import settings as read_settings
-from uke.locality.facts import facts, names, normal
+from uke.locality.facts import LONGEST, facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
 from uke.results.metrics import Encoder, cosines, load_encoder
@@ -25,7 +25,6 @@ from uke.results.stats import Interval, interval
 from uke.world import files as world_files
 from uke.world import generate as world
 
-SHORT = 5  # words: a longer object is a clause, which no other text repeats word for word
 USED, ALONE, UNFILTERED = "texts and what records state", "texts alone", "no filter"  # filters
 LIKENESS = {"overlap": "share of longer words in common", "similarity": "cosine of embeddings"}
 Names = Mapping[str, Sequence[str]]
@@ -39,26 +38,25 @@ def known_of_world(seed: int, split: str, sources: Sources) -> tuple[Names, Name
     made = world.build(seed)
     pairs = zip(sources.edits, world_files.shuffled(made, split), strict=True)
     edited = {edit.id: [new.name, *new.objects.values()] for edit, (_, _, new) in pairs}
-    entities = world_files.collection(made, split)
-    probed = {each.name: [each.name, *each.objects.values()] for each in entities}
-    return edited, probed | {cloze.id: [cloze.subject, *cloze.answers] for cloze in sources.clozes}
+    probed = {cloze.id: [cloze.subject, *cloze.answers] for cloze in sources.clozes}
+    for entity in world_files.collection(made, split):
+        probed[entity.name] = [entity.name, *entity.objects.values()]
+    return edited, probed
 
 
 def stated_names(edits: Iterable[Edit]) -> Names:
     """Look up the named subjects and objects of the facts that each record states, by id.
 
     "He", "the series" and "many" are subjects in AKEW's triplets, but name nothing in another text:
-    a name has a capital or a digit, at most SHORT words, and a normal form.
+    a name has a capital or a digit, at most LONGEST words, and a normal form.
     """
-    found = {}
+    found: dict[str, list[str]] = {}
     for edit in edits:
-        phrases = [phrase for fact in edit.facts for phrase in (fact.subject, fact.object)]
-        phrases = [re.sub(r"^(the|an|a) ", "", each.strip(" ."), flags=re.I) for each in phrases]
-        named = [each for each in phrases if re.search(r"[A-Z\d]", each) and normal(each)]
-        short = [each for each in named if len(each.split()) <= SHORT]
-        if short:
-            found[edit.id] = list(dict.fromkeys(short))
-    return found
+        for phrase in (phrase for fact in edit.facts for phrase in (fact.subject, fact.object)):
+            name = re.sub(r"^(the|an|a) ", "", phrase.strip(" ."), flags=re.I)
+            if re.search(r"[A-Z\d]", name) and normal(name) and len(name.split()) <= LONGEST:
+                found.setdefault(edit.id, []).append(name)
+    return {edit: list(dict.fromkeys(every)) for edit, every in found.items()}
 
 
 def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
@@ -70,56 +68,10 @@ def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
     rows = []
     for place, edit in enumerate(edits):
         own = facts(edit.answer, names(edit.answer)).names
-        half = "held out" if place % 2 else "looked at"
         for name in stated_names([edit]).get(edit.id, ()):
-            rows.append((edit.id, bool(own & facts(name, [name]).names), half))
+            found = bool(own & facts(name, [name]).names)
+            rows.append((edit.id, found, "held out" if place % 2 else "looked at"))
     return pd.DataFrame(rows, columns=["edit", "found", "half"])
-
-
-def leaks(
-    items: Sequence[Item], sources: Sources, batch: int, known: Names, of_documents: Names
-) -> pd.DataFrame:
-    """List for every item the names it shares with its `own` edit and with any edit of its `batch`.
-
-    A name is shared where the item's text (of a document all of it) has a known subject or object
-    of the edit, or the edit's text one of the document's: whole words, in any case, and not as part
-    of a longer known name ("swan" in "glass swan"). Columns: edit, kind, source, own, batch.
-    """
-    patterns = {}
-    for name, phrases in (*known.items(), *of_documents.items()):
-        longest_first = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
-        patterns[name] = re.compile(rf"(?<!\w)(?:{longest_first or '(?!)'})(?!\w)", re.I)
-    block = {edit.id: edits for edits in sources.blocks(batch) for edit in edits}
-    whole = {document.id: passage(document) for document in sources.documents}
-    texts = {edit.id: text_of(edit) for edit in sources.edits}
-    spans = {name: _spans(patterns.get(name), text) for name, text in texts.items()}
-    rows = []
-    for item in items:
-        short = " ".join((item.question, item.reference, *item.aliases))
-        text = whole[item.source] if item.kind.endswith("doc") else short
-        own = patterns.get(item.source)
-        covered = _spans(own, text)
-        shared = {
-            edit.id: _named(patterns.get(edit.id), text, covered)
-            | _named(own, texts[edit.id], spans[edit.id])
-            for edit in block[item.edit]
-        }
-        every = sorted(set().union(*shared.values()))
-        rows.append((item.edit, item.kind, item.source, sorted(shared[item.edit]), every))
-    return pd.DataFrame(rows, columns=["edit", "kind", "source", "own", "batch"])
-
-
-def _spans(pattern: re.Pattern | None, text: str) -> list[tuple[int, int]]:
-    return [found.span() for found in pattern.finditer(text)] if pattern else []
-
-
-def _named(pattern: re.Pattern | None, text: str, own: Sequence[tuple[int, int]]) -> set[str]:
-    """List the names of a pattern that a text has, except inside a longer name of its own."""
-    return {
-        text[start:end].casefold()
-        for start, end in _spans(pattern, text)
-        if not any(a <= start and end <= b and b - a > end - start for a, b in own)
-    }
 
 
 def assess(
@@ -132,27 +84,62 @@ def assess(
 ) -> pd.DataFrame:
     """Assess every item: one row each, without its text.
 
-    Columns: edit, kind, source, rank, words (of the reference), own and batch (numbers of names as
-    in `leaks`, missing where nothing is known of the edit), and for documents overlap (the share of
-    the reference's words of four letters or more that the answer has) and, with an encoder,
-    similarity (the cosine of their embeddings).
+    An item shares a name where its text (of a document all of it) has a known subject or object of
+    an edit, or the edit's text one of the document's: whole words, in any case, and not as part of
+    a longer known name ("swan" in "glass swan"). Columns: edit, kind, source, own and batch (how
+    many names it shares with its edit, and with all edits of the batch; missing where nothing is
+    known of its edit), rank, words (of the reference), and for documents overlap (the share of the
+    reference's words of four letters or more that the answer has) and similarity (the cosine of
+    their embeddings, with an encoder).
     """
-    answers = {edit.id: edit.answer for edit in sources.edits}
-    frame = leaks(items, sources, batch, known, of_documents)
-    judged = frame["edit"].isin(known)
-    for column in ("own", "batch"):
-        frame[column] = frame[column].str.len().astype("Int64").where(judged)
-    frame["rank"] = pd.Series([item.rank for item in items], dtype="Int64")
-    frame["words"] = [len(item.reference.split()) for item in items]
-    documents = frame["kind"].str.endswith("doc")
-    pairs = [(item.reference, answers[item.edit]) for item in items if item.kind.endswith("doc")]
-    long = [[set(re.findall(r"\w{4,}", text.casefold())) for text in pair] for pair in pairs]
-    frame.loc[documents, "overlap"] = [
-        len(words & answer) / max(1, len(words)) for words, answer in long
-    ]
+    edits = {edit.id: edit for edit in sources.edits}
+    together = {edit.id: block for block in sources.blocks(batch) for edit in block}
+    passages = {document.id: passage(document) for document in sources.documents}
+    phrases = {**known, **of_documents}
+    patterns = {
+        name: _pattern(phrases.get(name, ())) for name in {*edits, *(item.source for item in items)}
+    }
+    rows, pairs = [], []
+    for item in items:
+        text, overlap = " ".join((item.question, item.reference, *item.aliases)), None
+        if item.kind.endswith("doc"):
+            text = passages[item.source]
+            pairs.append((item.reference, edits[item.edit].answer))
+            words, answer = (set(re.findall(r"\w{4,}", each.casefold())) for each in pairs[-1])
+            overlap = len(words & answer) / max(1, len(words))
+        own, shared = patterns[item.source], {}
+        for edit in together[item.edit]:
+            its = patterns[edit.id]
+            shared[edit.id] = _named(its, text, own) | _named(own, text_of(edit), its)
+        counts = (len(shared[item.edit]), len(set().union(*shared.values())))
+        length = len(item.reference.split())
+        rows.append((item.edit, item.kind, item.source, *counts, item.rank, length, overlap))
+    columns = ["edit", "kind", "source", "own", "batch", "rank", "words", "overlap"]
+    types = dict.fromkeys(("own", "batch", "rank"), "Int64") | {"overlap": float}
+    frame = pd.DataFrame(rows, columns=columns).astype(types)
+    frame.loc[~frame["edit"].isin(known), ["own", "batch"]] = pd.NA
     if encoder and pairs:
-        frame.loc[documents, "similarity"] = cosines(*zip(*pairs, strict=True), encoder)
+        similarity = cosines(*zip(*pairs, strict=True), encoder)
+        frame.loc[frame["kind"].str.endswith("doc"), "similarity"] = similarity
     return frame
+
+
+def _pattern(names: Sequence[str]) -> re.Pattern:
+    """Match any of these names, longer ones first, as whole words and in any case."""
+    every = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(rf"(?<!\w)(?:{every or '(?!)'})(?!\w)", re.I)
+
+
+def _named(pattern: re.Pattern, text: str, own: re.Pattern) -> set[str]:
+    """List the names of a pattern that a text has, except inside a longer name of its own."""
+    return {
+        name[0].casefold()
+        for name in pattern.finditer(text)
+        if not any(
+            longer.start() <= name.start() and name.end() <= longer.end() and longer[0] != name[0]
+            for longer in own.finditer(text)
+        )
+    }
 
 
 def assess_run(
@@ -165,10 +152,10 @@ def assess_run(
 ) -> pd.DataFrame:
     """Build and assess the set of a benchmark's file, or both forms of one split of the world.
 
-    Items are assessed as they are used, by texts alone, and without any filter: a set as it is used
-    is filtered by what records state, which is what leaks of a benchmark are counted by. There,
-    records at odd places count: the others were looked at when names were first found. Columns of
-    `assess`, and set, filter, and of the set edits, documents, triples and sha256.
+    Items are assessed as they are used, filtered by texts alone, and unfiltered: a set as it is
+    used knows what records state, by which leaks of a benchmark are counted. There, records at odd
+    places count: the others were looked at when names were first found. Columns of `assess`, and
+    set, filter, and of the set edits, documents, triples and sha256.
     """
     if paths.data == "world":
         home = world_files.ensure(paths.home / "results", world_seed)
@@ -189,17 +176,17 @@ def assess_run(
         made = {USED: load_locality(path, sources.edits)}
         if known[0]:
             made[ALONE] = load_locality(ensure(files, blind, folder), sources.edits)
-            made[UNFILTERED] = unfiltered(sources, blind, folder / "retrieval")
-        described = {
-            "set": files.name,
-            "edits": len(sources.edits),
-            "documents": len(sources.documents),
-            "triples": len(sources.clozes),
-            "sha256": sha256(path),
-        }
+            made[UNFILTERED] = unfiltered(sources, blind)
         for name, items in made.items():
-            frame = assess(items, sources, settings.batch, *known, encoder=encoder)
-            frames.append(frame.assign(**described, filter=name))
+            frame = assess(items, sources, settings.batch, *known, encoder=encoder).assign(
+                set=set_name(files.dataset),
+                edits=len(sources.edits),
+                documents=len(sources.documents),
+                triples=len(sources.clozes),
+                sha256=sha256(path),
+                filter=name,
+            )
+            frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -220,16 +207,15 @@ def shape(frame: pd.DataFrame) -> pd.DataFrame:
 def describe(frame: pd.DataFrame) -> pd.DataFrame:
     """List the assessed sets with the numbers of their edits, documents, triples and items."""
     columns = ["set", "edits", "documents", "triples", "sha256"]
-    table = frame.groupby(columns, sort=False).size().rename("items").reset_index()
+    table = frame.groupby(columns, sort=False).size().reset_index(name="items")
     return table.assign(sha256=table["sha256"].str[:16]).rename(columns={"sha256": "SHA-256"})
 
 
 def likeness(frame: pd.DataFrame) -> pd.DataFrame:
     """List how like its edit every document is: columns of `frame`, measure and score."""
-    kept = [column for column in frame.columns if column not in LIKENESS]
     measures = [column for column in LIKENESS if column in frame]
-    documents = frame[frame["kind"].str.endswith("doc")]
-    return documents.melt(kept, measures, "measure", "score").dropna(subset="score")
+    kept = frame.columns.drop(measures)
+    return frame.melt(kept, measures, "measure", "score").dropna(subset="score")
 
 
 def mean_likeness(frame: pd.DataFrame, by: str = "edit") -> dict[tuple[str, str], Interval]:

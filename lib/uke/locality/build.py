@@ -9,9 +9,8 @@ RandDoc is drawn from those ranked below a floor. What the paper leaves open is 
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -26,7 +25,6 @@ from uke.locality import retrieval
 from uke.locality.facts import SENTENCE, Facts, edit_facts, facts, names, shared, union
 
 PROBE_KINDS = in_group("locality", "nearby")
-TITLE, SECTION = "Tell me about {title}.", "Tell me about {title}, in particular: {section}."
 
 
 class Settings(Frozen):
@@ -72,15 +70,10 @@ class Sources:
 
 @dataclass
 class Builder:
-    """Sources with what is computed once: facts, rankings, lengths.
-
-    `folder` keeps embeddings. `refused`: the edits left without an item, by kind.
-    """
+    """Sources with what is computed once: facts, scores, lengths."""
 
     sources: Sources
     settings: Settings
-    folder: Path
-    refused: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     @cached_property
     def document_facts(self) -> list[Facts]:
@@ -100,25 +93,25 @@ class Builder:
         return round(median(len(edit.answer.split()) for edit in self.sources.edits))
 
     @cached_property
-    def ranked(self) -> dict[str, np.ndarray]:
-        """For every edit the indices (N,) of the documents, the most relevant to it first."""
-        edits, documents = self.sources.edits, self.sources.documents
-        passages = list(map(retrieval.passage, documents))
-        index = retrieval.build(self.settings.retriever, passages, self.folder)
-        order, _ = index.top([edit.question for edit in edits], len(documents))
-        return dict(zip((edit.id for edit in edits), order, strict=True))
+    def relevance(self) -> dict[str, np.ndarray]:
+        """Score every document for each edit, (N,)."""
+        passages = list(map(retrieval.passage, self.sources.documents))
+        questions = [edit.question for edit in self.sources.edits]
+        return self.scores(self.settings.retriever, passages, questions)
 
     @cached_property
-    def near(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For every edit the triples, most like it in relation first: indices and scores, (M,)."""
-        name = "bm25" if self.settings.retriever == "bm25" else "dense"
+    def nearness(self) -> dict[str, np.ndarray]:
+        """Score for each edit how like its relation that of every triple is, (M,)."""
         relations = [
             without(cloze.question or cloze.prompt, cloze.subject) for cloze in self.sources.clozes
         ]
-        index, edits = retrieval.build(name, relations, self.folder), self.sources.edits
-        indices, scores = index.top(list(map(self.relation, edits)), len(relations))
-        pairs = zip(indices, scores, strict=True)
-        return dict(zip((edit.id for edit in edits), pairs, strict=True))
+        retriever = "bm25" if self.settings.retriever == "bm25" else "dense"
+        return self.scores(retriever, relations, list(map(self.relation, self.sources.edits)))
+
+    def scores(self, retriever: str, texts: list[str], queries: list[str]) -> dict[str, np.ndarray]:
+        """Score texts by the query of each edit."""
+        scores = retrieval.build(retriever, texts)(queries)
+        return dict(zip((edit.id for edit in self.sources.edits), scores, strict=True))
 
     def relation(self, edit: Edit) -> str:
         """Find a relation that the edit states, without its subject."""
@@ -137,24 +130,27 @@ class Builder:
         together = union(edit_facts(edit, self.settings.stated) for edit in edits)
         spelled_out = " ".join(("", *map(spelled, map(text_of, edits)), ""))
         free = np.array([not shared(together, each) for each in self.document_facts])
-        apart = [not shared(together, each) for each in self.cloze_facts]
+        apart = np.array([not shared(together, each) for each in self.cloze_facts])
         for number, cloze in enumerate(self.sources.clozes):
-            names = map(spelled, (cloze.subject, *cloze.answers))
-            apart[number] &= not any(f" {name} " in spelled_out for name in names)
+            phrases = map(spelled, (cloze.subject, *cloze.answers))
+            apart[number] &= not any(f" {phrase} " in spelled_out for phrase in phrases)
         for edit in edits:
             yield from self.documents_of(edit, free)
-            yield from self.triples_of(edit, np.array(apart))
+            yield from self.triples_of(edit, apart)
 
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
         """Choose RelDoc and RandDoc of an edit from the documents marked `free` (N,)."""
-        ranked = self.ranked[edit.id]
-        related = next((int(index) for index in ranked if free[index]), None)
+        if not free.any():
+            return
+        ranked = retrieval.ranking(self.relevance[edit.id])
+        related = next(index for index in ranked if free[index])
         below = free.copy()
         below[ranked[: self.settings.floor]] = False
-        if related is not None:
-            below[related] = False
-        drawn = self.draw("rand_doc", edit, np.flatnonzero(below))
-        for kind, index in self.kept(edit, rel_doc=related, rand_doc=drawn):
+        below[related] = False
+        drawn = self.draw("rand_doc", edit, below)
+        for kind, index in (("rel_doc", related), ("rand_doc", drawn)):
+            if index is None:
+                continue
             document = self.sources.documents[index]
             question, aliases = question_for(document)
             yield Item(
@@ -172,13 +168,17 @@ class Builder:
 
         They are numbered on from the probes that the edit brings.
         """
-        drawn = self.draw("struct_trip", edit, np.flatnonzero(apart))
-        ranked, scores = self.near[edit.id]
-        left = apart[ranked] & (ranked != drawn)
+        drawn = self.draw("struct_trip", edit, apart)
+        if drawn is None:
+            return
+        left, scores = apart.copy(), self.nearness[edit.id]
+        left[drawn] = False
         # Triples of one relation differ in the subject, which was taken out: equally near.
-        nearest = ranked[left & (scores == scores[left].max(initial=-np.inf))]
+        nearest = left & (scores == scores[left].max(initial=-np.inf))
         near = self.draw("near_triple", edit, nearest)
-        for kind, index in self.kept(edit, struct_trip=drawn, near_triple=near):
+        for kind, index in (("struct_trip", drawn), ("near_triple", near)):
+            if index is None:
+                continue
             cloze = self.sources.clozes[index]
             own = [probe.number for probe in edit.extra if probe.kind == kind]
             as_question = kind == "near_triple"
@@ -193,17 +193,9 @@ class Builder:
                 source=cloze.id,
             )
 
-    def draw(self, kind: str, edit: Edit, indices: np.ndarray) -> int | None:
-        """Draw one of these indices for an edit; None where there is none."""
-        return int(self.rng(kind, edit).choice(indices)) if len(indices) else None
-
-    def kept(self, edit: Edit, **chosen: int | None) -> Iterator[tuple[str, int]]:
-        """Yield kinds with what was chosen for them; note the kinds left without anything."""
-        for kind, index in chosen.items():
-            if index is None:
-                self.refused.setdefault(kind, []).append(edit.id)
-            else:
-                yield kind, index
+    def draw(self, kind: str, edit: Edit, marked: np.ndarray) -> int | None:
+        """Draw one of the marked indices for an edit; None where there is none."""
+        return int(self.rng(kind, edit).choice(np.flatnonzero(marked))) if marked.any() else None
 
 
 def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
@@ -211,50 +203,39 @@ def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
     if document.questions:
         question, answer = document.questions[0]
         return question, (answer,) if answer else ()
-    template = SECTION if document.section else TITLE
-    return template.format(title=document.title, section=document.section), ()
+    section = f", in particular: {document.section}" if document.section else ""
+    return f"Tell me about {document.title}{section}.", ()
 
 
-def build(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
+def build(sources: Sources, settings: Settings) -> tuple[Item, ...]:
     """Build four items for every edit, in the order of the edits.
 
-    Raises InputError, with counts, where documents are too few for the floor or some edit is left
-    without an item.
+    Raises InputError, with counts, where some edit is left without an item.
     """
-    check(sources, settings)
-    builder = Builder(sources, settings, folder)
+    if len({cloze.id for cloze in sources.clozes}) < len(sources.clozes):
+        raise InputError("locality: triples share ids; expected structured files of unlike names")
+    builder = Builder(sources, settings)
     blocks = tqdm(sources.blocks(settings.batch), desc="locality", mininterval=5)
     items = [item for block in blocks for item in builder.block(block)]
-    for kind, edits in builder.refused.items():
-        raise InputError(
-            f"{kind}: nothing is left for {len(edits)} of {len(sources.edits)} edits, first "
-            f"{edits[0]!r}, among {len(sources.documents)} documents and {len(sources.clozes)} "
-            "triples: each shares a fact with an edit of its batch or is ranked out; "
-            f"add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
-        )
+    for kind in PROBE_KINDS:
+        served = {item.edit for item in items if item.kind == kind}
+        if lacking := [edit.id for edit in sources.edits if edit.id not in served]:
+            raise InputError(
+                f"{kind}: nothing is left for {len(lacking)} of {len(sources.edits)} edits, first "
+                f"{lacking[0]!r}, among {len(sources.documents)} documents and "
+                f"{len(sources.clozes)} triples: each shares a fact with an edit of its batch or "
+                "is ranked out; "
+                f"add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
+            )
     return tuple(items)
 
 
-def unfiltered(sources: Sources, settings: Settings, folder: Path) -> tuple[Item, ...]:
+def unfiltered(sources: Sources, settings: Settings) -> tuple[Item, ...]:
     """Choose RelDocs as if a shared fact did not matter: the control of an audit."""
-    builder = Builder(sources, settings, folder)
+    builder = Builder(sources, settings)
     every = np.ones(len(sources.documents), dtype=bool)
     items = (item for edit in sources.edits for item in builder.documents_of(edit, every))
     return tuple(item for item in items if item.kind == "rel_doc")
-
-
-def check(sources: Sources, settings: Settings) -> None:
-    """Raise InputError where no set can be made of these sources."""
-    triples = len(sources.clozes)
-    for found, least, what in (
-        (len(sources.edits), 1, "edits"),
-        (len(sources.documents), settings.floor + 2, f"documents for floor {settings.floor}"),
-        (triples, 2, "triples of structured sets"),
-    ):
-        if found < least:
-            raise InputError(f"locality: expected {least} or more {what}, found {found}")
-    if len({cloze.id for cloze in sources.clozes}) < triples:
-        raise InputError("locality: triples share ids; expected structured files of unlike names")
 
 
 def text_of(edit: Edit) -> str:

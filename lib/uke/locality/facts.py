@@ -4,8 +4,7 @@
     >>> shared(one, other)
     frozenset({'Rome'})
 
-Two texts share a fact if either contains, as whole words, something that the other names. Relations
-are not compared: texts that state the same relation of an entity both name the entity. Names are
+Two texts share a fact if either contains, as whole words, something that the other names. Names are
 found by capitals, digits and the word classes in `facts.yaml`, without a model; languages written
 without spaces or capitals are out of reach.
 """
@@ -20,8 +19,8 @@ from pathlib import Path
 from uke.data.edits import Edit
 from uke.files import read_yaml
 
-# Words of a name that are compared. A longer phrase is a clause, which no other text repeats word
-# for word: only the names inside it count. A longer name or title is known by its first words.
+# Words of a name that are compared: a longer name is known by its first words. A longer phrase is a
+# clause, which no other text repeats word for word: only the names inside it count.
 LONGEST = 5
 REACH = 12  # words in a name at most: beyond that stand lists and running heads
 CLASSES = {
@@ -36,8 +35,6 @@ LETTERS = str.maketrans({"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "
 LETTERS |= str.maketrans("łŁøØđĐðÐı’‘ʼ`“”„«»", "lLoOdDdDi''''" + 5 * '"')
 WORD = re.compile(r"(?:[^\W\d]\.){2,}|\d+(?:[.,]\d+)+|\w+(?:'\w+)*")
 ALIASES = {"US": ["United", "States"], "USA": ["United", "States"], "UK": ["United", "Kingdom"]}
-INITIALS = re.compile(r"\b([A-Z]\.) (?=[A-Z]\.)")
-ORDINAL = re.compile(r"(\d+)(?:st|nd|rd|th)")
 SENTENCE = re.compile(
     r"[.!?](?<!\b[A-Z].)(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr|vs|No).)(?<!\bMrs.)(?<!\bRev.)(?<!\bProf.)"
     r"[.!?]*[\"')\]]*\s+(?=[\"'(\[]*[A-Z\d])|\n+"
@@ -174,7 +171,7 @@ def plain(text: str) -> str:
         parts = unicodedata.normalize("NFKD", text.translate(LETTERS))
         text = unicodedata.normalize("NFC", re.sub("[\u0300-\u036f]", "", parts))
     text = text.replace("_", " ")
-    return INITIALS.sub(r"\1", text) if ". " in text else text
+    return re.sub(r"\b([A-Z]\.) (?=[A-Z]\.)", r"\1", text) if ". " in text else text
 
 
 def words(text: str) -> list[str]:
@@ -184,8 +181,8 @@ def words(text: str) -> list[str]:
         if not word.isalnum():
             word = word.replace("," if word[0].isdigit() else ".", "")
             word = word.removesuffix("'s").replace("'", "")
-        elif word[0].isdigit() and (ordinal := ORDINAL.fullmatch(word)):
-            word = ordinal[1]  # "June 12th, 1985" is June 12, 1985
+        elif word[0].isdigit():  # "June 12th, 1985" is June 12, 1985
+            word = re.sub(r"^(\d+)(?:st|nd|rd|th)$", r"\1", word)
         found += ALIASES.get(word) or [word]
     return found
 
