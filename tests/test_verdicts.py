@@ -178,7 +178,8 @@ def test_the_committed_files_are_sound():
     assert len({claim.label for claim in claims}) == len(claims) >= 15
     assert all(claim.paper for claim in claims)
     paper = read_yaml(ROOT / "params" / "paper.yaml")
-    assert len(paper["published"]) >= 30 and len({tuple(each) for each in paper["published"]}) == 1
+    columns = {frozenset(each) - {"ours"} for each in paper["published"]}
+    assert len(paper["published"]) >= 30 and len(columns) == 1
     assert {"Table 4", "Table 5"} <= {each["paper"] for each in paper["correspondence"]}
 
 
