@@ -161,7 +161,6 @@ def test_effects_are_said_with_the_interaction_and_quoted_in_sentences():
     assert study.gained("FT-M") and not study.gained() and not study.gained("FT-M", sign=-1)
     assert not study.gained("AdaLoRA")
     assert study.best() == {"FT-M": "all", "LoRA": "eighth_3"}
-    assert study.mean("no edit", "original") == pytest.approx(0.115)
 
 
 def test_raw_prompts_have_keys_of_their_own():

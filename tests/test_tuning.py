@@ -33,6 +33,7 @@ class Fake:
         if score is None:
             raise FloatingPointError("not finite")
         row = {"split": "development", "method": trial.name, "factor": factor, "level": level}
+        row["learning_rate"] = trial.learning_rate
         edits = range(limit)
         self.found += [row | {"batch_size": size, "edit": f"e{i}", "score": score} for i in edits]
 

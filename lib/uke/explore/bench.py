@@ -334,7 +334,7 @@ class Bench:
 def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Return one row a question: both answers, and the primary score of its kind for each."""
     rows = []
-    after = with_before(after, before.assign(before=before["answer"]))
+    after = with_before(after, before)
     for old, new in zip(before.to_dict("records"), after.to_dict("records"), strict=True):
         kind = KINDS[new["kind"]]
         row = {name: new[name] for name in ("kind", "number", "question", "reference", "before")}

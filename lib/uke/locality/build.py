@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 from pydantic import Field, StrictBool, StrictInt
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from uke.data.documents import Document
 from uke.data.edits import Cloze, Edit, Frozen, Item, in_group

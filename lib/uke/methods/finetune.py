@@ -25,7 +25,7 @@ from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
 from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written
 from uke.models.model import kept, module_names
-from uke.models.prompts import IGNORED, Example, collate, group_by_length, training_tokens
+from uke.models.prompts import IGNORED, TRAINING_TOKENS, Example, collate, group_by_length
 
 if TYPE_CHECKING:
     from uke.methods.recipes import Recipe
@@ -230,7 +230,8 @@ def _batches(
 ) -> list[_Batch]:
     """Return batches of edits of similar length, each as many as fit into one forward pass."""
     found = []
-    for rows in group_by_length([len(examples[edit].ids) for edit in ids], training_tokens(device)):
+    tokens = TRAINING_TOKENS if device.type == "cpu" else math.inf
+    for rows in group_by_length([len(examples[edit].ids) for edit in ids], tokens):
         group = [ids[row] for row in rows]
         part = collate([examples[edit] for edit in group], tokenizer.pad_token_id or 0)
         found.append(_Batch(group, [{name: one.to(device) for name, one in part.items()}]))

@@ -5,6 +5,7 @@ Prompts are sorted by length and padded left; rows that have ended are dropped f
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +28,7 @@ from uke.models.prompts import (
     example,
     group_by_length,
     padded,
-    question_of,
+    reading,
 )
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch has finished.
@@ -51,10 +52,9 @@ class AnswerCache:
                 for prompt, ids, limit in json.loads(path.read_text("utf-8")):
                     self._keep_longer(tuple(prompt), (ids, limit))
             except (ValueError, TypeError) as error:
-                expected = "[prompt, ids, limit] each; delete it to generate the answers again"
-                raise InputError(
-                    f"{path}: not a file of cached answers ({error}); expected {expected}"
-                ) from None
+                fault = f"not a file of cached answers ({error})"
+                expected = "expected [prompt, ids, limit] each; delete it to generate them again"
+                raise InputError(f"{path}: {fault}; {expected}") from None
 
     def _keep_longer(self, prompt: Prompt, new: CachedAnswer) -> None:
         if self._known.get(prompt, ([], -1))[1] < new[1]:
@@ -80,10 +80,9 @@ class AnswerCache:
 class Generation:
     """Options of `answer` and `target_log_probability`.
 
-    `max_new_tokens`: a number, or a function of the probe. `chat`: None follows each probe; False
-    asks all of them without the template; cloze probes never use it. `batch_tokens`: tokens of
-    prompts and answers decoded together. `cache`: answers of this very model, read before decoding
-    and added to afterwards.
+    `max_new_tokens`: a number, or a function of the probe. `chat`: None follows each probe, False
+    asks all without the template. `batch_tokens`: tokens of prompts and answers decoded together.
+    `cache`: answers of this very model, read before decoding and added to afterwards.
     """
 
     max_new_tokens: int | Callable[[Probe], int] = 160
@@ -91,11 +90,11 @@ class Generation:
     batch_tokens: int = 65536
     cache: AnswerCache | None = None
 
-    def through_template(self, probe: Probe) -> bool:
-        return probe.chat and self.chat is not False
-
-    def limit(self, probe: Probe) -> int:
-        return self.max_new_tokens(probe) if callable(self.max_new_tokens) else self.max_new_tokens
+    def prompt(self, model: nn.Module, probe: Probe) -> tuple[str, bool]:
+        """Return what is asked, below the passage of an edit in context, and whether by chat."""
+        passage = getattr(model, "passages", {}).get(probe.edit)
+        text = probe.question if passage is None else reading(passage, probe.question)
+        return text, probe.chat and self.chat is not False
 
 
 class Query(NamedTuple):
@@ -119,13 +118,14 @@ def answer(
     """
     chosen = Generation(**options)
     has_lanes, context = hasattr(model, "lanes"), max_context(model)
+    given = chosen.max_new_tokens
+    wanted = [given(probe) if callable(given) else given for probe in probes]
     queries, limits = [], {}
-    for probe in probes:
-        text, chat = question_of(model, probe), chosen.through_template(probe)
-        prompt = tuple(encode(tokenizer, text, chat))
+    for probe, most in zip(probes, wanted, strict=True):
+        prompt = tuple(encode(tokenizer, *chosen.prompt(model, probe)))
         _check_length(probe, len(prompt) + 1, context)
         queries.append(Query(probe.edit if has_lanes else None, prompt))
-        limit = min(chosen.limit(probe), context - len(prompt))
+        limit = min(most, context - len(prompt))
         limits[queries[-1]] = max(limits.get(queries[-1], 0), limit)
     look_up = chosen.cache.look_up if chosen.cache else lambda *_: None
     answers = {query: look_up(query.prompt, limit) for query, limit in limits.items()}
@@ -139,8 +139,8 @@ def answer(
         chosen.cache.add(new)
     # A prompt may occur with two limits: greedy answers are prefixes of each other.
     return [
-        tokenizer.decode(answers[query][: chosen.limit(probe)], skip_special_tokens=True).strip()
-        for probe, query in zip(probes, queries, strict=True)
+        tokenizer.decode(answers[query][:most], skip_special_tokens=True).strip()
+        for query, most in zip(queries, wanted, strict=True)
     ]
 
 
@@ -226,7 +226,7 @@ def surprisals(
     model: nn.Module,
     examples: Sequence[Example],
     edits: Sequence[str | None],
-    tokens: int | None = None,
+    tokens: float = math.inf,
 ) -> list[Tensor]:
     """Return -log p (nats) of each example's target tokens, teacher-forced, shape (its tokens,).
 
@@ -259,7 +259,7 @@ def _reference_surprisals(
     """Return each probe as an example with its reference, and the surprisals of its tokens."""
     examples: list[Example] = []
     for probe in probes:
-        text, chat = question_of(model, probe), chosen.through_template(probe)
+        text, chat = chosen.prompt(model, probe)
         examples.append(example(tokenizer, text, probe.reference, chat, False))
         _check_length(probe, len(examples[-1].ids), max_context(model))
     edits = [probe.edit for probe in probes]

@@ -29,10 +29,9 @@ def load(
 
         model, tokenizer = load("embedded")
 
-    `name` is "embedded" (the model shipped in this package), a directory, or a name on the hub; a
-    directory is read without touching the network. By default `device` is CUDA where there is any,
-    and `dtype` its `precision`; on "meta" no weights are read. Raises InputError where `name` is no
-    complete causal model.
+    `name` is "embedded" (the model shipped here), a directory (read without the network), or a name
+    on the hub. By default `device` is CUDA where there is any, and `dtype` its `precision`; on
+    "meta" no weights are read. Raises InputError where `name` is no complete causal model.
     """
     path, local = source(name)
     if device == "auto":
@@ -51,8 +50,7 @@ def load(
             use_safetensors=True,
             output_loading_info=True,
         )
-    # The readers of the files raise classes of their own, with no common base.
-    except Exception as error:
+    except Exception as error:  # the readers of files raise classes with no common base
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = "expected a causal language model with its tokenizer"
         raise InputError(f"{name}: {expected}; {reason}") from error
@@ -124,16 +122,13 @@ def layer_index(layer: int | float, depth: int) -> int:
 def _inside(block: nn.Module, component: str) -> list[str]:
     """Return the names, within the block, of the projections that a component stands for."""
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    if component == "all":
-        return names
-    if component in ("mlp", "attention"):
-        attention = component == "attention"
-        return [name for name in names if ("att" in name.partition(".")[0]) == attention]
-    last_names = [name.rpartition(".")[2] for name in names]
-    if component not in last_names:
-        valid = {*last_names, "all", "mlp", "attention"}
-        raise InputError(f"components: unknown '{component}'{nearest(component, valid)}")
-    return [name for name, last in zip(names, last_names, strict=True) if last == component]
+    found: dict[str, list[str]] = {"all": names, "mlp": [], "attention": []}
+    for name in names:
+        found["attention" if "att" in name.partition(".")[0] else "mlp"].append(name)
+        found.setdefault(name.rpartition(".")[2], []).append(name)
+    if component not in found:
+        raise InputError(f"components: unknown '{component}'{nearest(component, found)}")
+    return found[component]
 
 
 def module_names(model: nn.Module, layers: Layers, components: str | Sequence[str]) -> list[str]:

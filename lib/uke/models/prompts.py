@@ -1,22 +1,20 @@
 """Turn questions and answers into token ids: chat templates, labels, padding, batches."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from uke.data.edits import Probe
 from uke.errors import InputError
 
 IGNORED = -100  # label of a token that carries no loss
 PLACEHOLDER = "uke0mark"
 # Limits of one forward pass: tokens, padding included, and the share of them that may be padding.
 PASS_TOKENS, PADDING = 8192, 0.15
-# A training pass on a CPU keeps every activation. Larger passes were measured to be slower.
-TRAINING_TOKENS = 1024
+TRAINING_TOKENS = 1024  # where a CPU keeps every activation; larger passes were slower
 
 
 class Example(NamedTuple):
@@ -30,12 +28,6 @@ class Example(NamedTuple):
 def reading(passage: str, question: str) -> str:
     """Return the prompt of a reading task: a passage, then the question about it."""
     return f"Read this text: {passage}\n{question}"
-
-
-def question_of(model: nn.Module, probe: Probe) -> str:
-    """Return the probe's question, after the passage where the model was edited in context."""
-    passage = getattr(model, "passages", {}).get(probe.edit)
-    return probe.question if passage is None else reading(passage, probe.question)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str:
@@ -120,17 +112,12 @@ def padded(rows: Sequence[Sequence[int]], value: int = 0, side: str = "right") -
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def training_tokens(device: torch.device) -> int:
-    """Return how many tokens one forward pass may hold where a backward pass follows it."""
-    return min(PASS_TOKENS, TRAINING_TOKENS) if device.type == "cpu" else PASS_TOKENS
-
-
-def group_by_length(lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], tokens: float = math.inf) -> list[list[int]]:
     """Split row indices into passes of similar length and little padding, longest first.
 
     A pass holds one row, or at most `tokens` and PASS_TOKENS tokens, padding included.
     """
-    tokens = PASS_TOKENS if tokens is None else min(tokens, PASS_TOKENS)
+    tokens = min(tokens, PASS_TOKENS)
     passes: list[list[int]] = []
     longest = real = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

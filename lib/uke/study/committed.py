@@ -1,7 +1,6 @@
 """Take the committed rows of a study in place of new ones, without a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,25 +16,22 @@ class MissingRows(InputError):
 
 
 class Committed:
-    """The committed rows of a study.
+    """The committed rows of a study: `after` edits, and `before` any.
 
     labels = {"method": "FT-M", "factor": None, "level": None, "batch_size": 1, "split": "test"}
     Committed(paths, "07_recipe").take(labels, {0: edits[:1], 1: edits[1:2]})
     """
 
     def __init__(self, paths: Paths, study: str) -> None:
-        self.paths, self.study = paths, study
-
-    @cached_property
-    def after(self) -> pd.DataFrame:
-        """All rows after edits."""
-        return rows.committed(self.paths, self.study)
+        self.path = paths.exported(study)
+        self.after, self.before = (
+            rows.committed(paths, study, phase) for phase in ("after", "before")
+        )
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """The model, data and code that made the rows."""
-        frames = (self.after, rows.committed(self.paths, self.study, "before"))
-        first = pd.concat(frame.head(1) for frame in frames).iloc[0]
+        first = pd.concat([self.after.head(1), self.before.head(1)]).iloc[0]
         return {name: first[name] for name in ("model", "data", "code")}
 
     def take(
@@ -56,16 +52,14 @@ class Committed:
                 raise self._missing(f"{', '.join(names)}, batch {batch}")
         return own
 
-    def before(self, probes: Iterable[Probe]) -> pd.DataFrame:
+    def unedited(self, probes: Sequence[Probe]) -> pd.DataFrame:
         """Return the rows of the unedited model on these probes."""
-        frame = rows.committed(self.paths, self.study, "before")
-        wanted = {(probe.edit, probe.kind, probe.number) for probe in probes}
-        found = frame.set_index(["edit", "kind", "number"]).index.isin(list(wanted))
+        wanted = [(probe.edit, probe.kind, probe.number) for probe in probes]
+        found = self.before.set_index(["edit", "kind", "number"]).index.isin(wanted)
         if found.sum() != len(wanted):
             raise self._missing("the unedited model")
-        return frame[found].assign(before=frame["answer"]).reset_index(drop=True)
+        return self.before[found]
 
     def _missing(self, what: str) -> MissingRows:
-        path = self.paths.exported(self.study)
         run = "run the notebook without UKE_ROWS=committed"
-        return MissingRows(f"{path}: no rows of {what} on these edits; {run}")
+        return MissingRows(f"{self.path}: no rows of {what} on these edits; {run}")

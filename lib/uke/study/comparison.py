@@ -1,4 +1,4 @@
-"""What comparisons of levels, methods and sequences share: runs, rows in order, numbers, checks."""
+"""What comparisons of levels, methods and sequences share: runs, rows in order, numbers."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -32,7 +32,7 @@ class Comparison:
 
     def run(self, section: Any) -> None:
         """Write the rows that are missing, and warn in a section of what a reader must know."""
-        begin(self.study, section)
+        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
         for method, options in self.runs:
             size = {"batch": options["batch_size"]} if "batch_size" in options else {}
             section.method(method.model_dump() | size)
@@ -76,20 +76,13 @@ def attempt(run: Callable[..., None], *given: Any, **options: Any) -> str | None
     return None
 
 
-def begin(study: Study, section: Any) -> None:
-    """Note in a section where the study's rows come from, before any is made."""
-    section.environment, section.smoke_run = study.environment, study.smoke_run()
-
-
 def say_means(
     section: Any, prefix: str, scores: pd.DataFrame, by: Sequence[str], unit: str = ""
 ) -> dict[str, str]:
-    """Say the mean score of every group with its interval, under a key of the prefix and `by`.
+    """Say the mean score of every group with its interval, and return what was said by key.
 
-        said = say_means(section, "single", scores, ["method", "kind"])
-        said["single.ft_uke.average"]  # "0.69 [0.67, 0.71], n = 40"
-
-    `scores` is what `uke.results.stats.summarise` takes. Returns what was said by key.
+    said = say_means(section, "single", scores, ["method", "kind"])
+    said["single.ft_uke.average"]  # "0.69 [0.67, 0.71], n = 40"
     """
     said = {}
     for row in summarise(scores, by).to_dict("records"):

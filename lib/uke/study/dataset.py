@@ -1,7 +1,7 @@
 """The dataset of a study: the first edits of a split of the world or a benchmark, with probes."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,8 +99,3 @@ def load(
         split,
         world_seed if data == "world" else None,
     )
-
-
-def batched(edits: Sequence[Edit], size: int) -> Iterator[Sequence[Edit]]:
-    """Yield consecutive batches of `size` edits; a rest that fills no batch is left out."""
-    return (edits[start : start + size] for start in range(0, len(edits) - size + 1, size))

@@ -49,7 +49,8 @@ def answer_and_score(
 def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Add the answer before the edit to each row (`before`), and scores (`<metric>_before`)."""
     probe = ["edit", "kind", "number"]
-    frame = frame.merge(before[[*probe, "before"]], how="left", on=probe, validate="1:1")
+    known = before[[*probe, "answer"]].rename(columns={"answer": "before"})
+    frame = frame.merge(known, how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
     return pd.concat([frame, against], axis=1)
 
@@ -84,7 +85,7 @@ def floor(before: pd.DataFrame) -> pd.DataFrame:
     parts = [pd.DataFrame(columns=["method", "edit", "kind", "score"])]
     for kind in TEXTS:
         own = before[before["kind"] == kind]
-        texts = own["before" if KINDS[kind].against == "before" else "reference"].tolist()
+        texts = own["answer" if KINDS[kind].against == "before" else "reference"].tolist()
         questions = own["question"].tolist()
         if len(set(questions)) > 1:
             others = [texts[_other(questions, index)] for index in range(len(texts))]

@@ -1,5 +1,4 @@
-"""Write edits one after another into the same weights, or the first of them at once, and query them
-on the way."""
+"""Let edits pile up in the same weights, one by one or at once, and query them on the way."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from uke.data.edits import KINDS, Edit, in_group
 from uke.errors import InputError
@@ -51,8 +50,8 @@ def run(
     if study.committed:
         for count in counts:
             own = labels | {"level": f"after {count}", "batch_size": count}
-            chosen = {count: first_and_last(edits[:count], queried)}
-            study.taken.append(study.committed.take(own, chosen))
+            batch = {count: first_and_last(edits[:count], queried)}
+            study.taken.append(study.committed.take(own, batch))
         return
     fingerprints = study.fingerprints | {"recipe": method.fingerprint}
     choices = {
@@ -117,10 +116,9 @@ class SequenceStudy(Comparison):
         sequences.run(section)
         sequences.views()  # the first edits, the last, locality and a general skill
 
-    `methods` write edit after edit, with settings tuned for one; those in `together` write all
-    edits of a count at once, from the unedited weights and with settings tuned for as many. One
-    that does both is called `<name> (at once)` there. The first and the last `queried` edits are
-    queried after each count; counts that exceed the dataset are cut to its size.
+    `methods` write edit after edit, tuned for one; those in `together` write all edits of a count
+    at once, tuned for as many, and are called `<name> (at once)` if they do both. The first and the
+    last `queried` edits are queried after each count; counts are cut to the size of the dataset.
     """
 
     def __init__(
@@ -166,10 +164,9 @@ class SequenceStudy(Comparison):
         return compare.scored(last, before[known])
 
     def views(self) -> pd.DataFrame:
-        """What happens to the first edits and the last, to locality and to a general skill.
+        """Score the original question of the first and the last edits, locality, a general skill.
 
-        Columns: method, count, edit, view, score; of `first edits` and `last edits` (the same
-        where all are few) it is that of the original question.
+        Columns: method, count, edit, view, score. Where edits are few, the first are the last.
         """
         edits = [edit.id for edit in self.study.dataset.edits]
         scores, places = self.scores, self.scores["edit"].map(edits.index)
@@ -196,7 +193,7 @@ class SequenceStudy(Comparison):
         self.said |= say_means(section, "sequential", ends, ["method", "count", "view"])
 
     def check(self, section: Any) -> None:
-        """Check in a section what the conclusion needs."""
+        """Check that nothing is missing, and that every edit was undone."""
         counts = self.rows.groupby(["method", "batch"])["edit"].nunique().reset_index()
         every = counts["edit"] == counts["batch"].clip(upper=2 * self.queried)
         section.check(every.all(), "the first and the last edits were queried after every count")

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import transformers
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Edit, Probe
@@ -33,7 +33,7 @@ from uke.project import EMBEDDED, Paths, code_fingerprint, unit_key
 from uke.results import rows
 from uke.results.metrics import Encoder, load_encoder
 from uke.study.committed import Committed
-from uke.study.dataset import Dataset, batched
+from uke.study.dataset import Dataset
 from uke.study.memory import Peak, checkpointed, free_mib
 from uke.study.score import answer_and_score, token_limit, with_before
 from uke.world.files import CARD, card
@@ -146,8 +146,8 @@ class Study:
         if self.committed:
             made = self.committed.fingerprints | {"device": "none: drawn from committed rows"}
         else:
-            made = self.fingerprints | {"code": code_fingerprint()}
-            made["device"] = str(self.model.device)
+            device = str(self.model.device)
+            made = self.fingerprints | {"code": code_fingerprint(), "device": device}
         return made | {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def smoke_run(self) -> bool:
@@ -166,12 +166,14 @@ class Study:
         factor: str | None = None,
         level: str | None = None,
     ) -> None:
-        """Store rows for every batch of the first `limit` edits, each written on its own.
+        """Store rows for every full batch of the first `limit` edits, each written on its own.
 
         Units with rows are skipped. Single edits that diverge have no rows; Diverged names them
         when all others are done, and `read` then leaves this run out.
         """
-        batches = list(batched(self.dataset.edits[:limit], batch_size))
+        edits = self.dataset.edits[:limit]
+        starts = range(0, len(edits) - batch_size + 1, batch_size)
+        batches = [edits[start : start + batch_size] for start in starts]
         labels = {"method": method.name, "factor": factor, "level": level}
         labels |= {"batch_size": batch_size, "split": self.dataset.split}
         if self.committed:
@@ -264,7 +266,7 @@ class Study:
     def before(self) -> pd.DataFrame:
         """The unedited model's answers to every probe with their scores, shared in a run."""
         if self.committed:
-            return self.committed.before(self.dataset.every_probe)
+            return self.committed.unedited(self.dataset.every_probe)
         fingerprints = self.fingerprints | {"recipe": None}
         conditions = self.conditions | {"edits": len(self.dataset.edits)}
         unit = unit_key(UNEDITED, **conditions, **fingerprints)
@@ -281,7 +283,7 @@ class Study:
                 **fingerprints,
             )
             rows.append(self.paths, UNEDITED, unit, frame)
-        return rows.read(self.paths, UNEDITED, [unit]).assign(before=lambda frame: frame["answer"])
+        return rows.read(self.paths, UNEDITED, [unit])
 
     def answer_and_score(
         self, model: nn.Module, probes: Sequence[Probe], known: AnswerCache | None = None

@@ -15,7 +15,7 @@ from uke.methods.recipes import Recipe
 from uke.results import rows
 from uke.results.compare import label
 from uke.results.stats import Score, summarise
-from uke.study.comparison import attempt, begin
+from uke.study.comparison import attempt
 from uke.study.study import Study
 
 
@@ -26,11 +26,10 @@ class Trials:
         trials.run(section)
         trials.best()    # the trial with the best average metric of each method and batch size
 
-    A trial is called by how it differs from the method's entry in `base`. It gets `limit` edits, or
-    one batch where that is larger. Of three batch sizes or more the last tries only the `finalists`
-    best trials of the size before (successive halving, Jamieson and Talwalkar 2016). Trials with
-    minibatches are not made at batch size 1, where they are full-batch training. Of equal trials
-    the first listed is best.
+    A trial is called by how it differs from the method in `base`. It gets `limit` edits, or one
+    batch where that is larger. Of three batch sizes or more the last tries only the `finalists`
+    best trials of the size before (successive halving, Jamieson and Talwalkar 2016). Minibatches
+    are not tried at batch size 1. Of equal trials the first listed is best.
     """
 
     among = ["batch_size", "method"]  # the columns within which one trial is chosen
@@ -71,18 +70,17 @@ class Trials:
     def run(
         self, section: Any, sizes: Sequence[int] | None = None, names: Sequence[str] = ()
     ) -> None:
-        """Make the trials without rows at these sizes and of these methods (all where not given).
+        """Make the trials without rows, at these sizes and of these methods if any are given.
 
-        Warn in a section of those that fail because a loss or a system is not finite: they are out.
+        Warn in a section of those that fail, as by a loss that is not finite: they are out.
         """
-        begin(self.study, section)
+        section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
         for size in self.sizes if sizes is None else sizes:
             last = len(self.sizes) > 2 and size == self.sizes[-1]
             entered = self._leading(self.sizes[-2]) if last else self.settings
             for (name, level), trial in self.settings.items():
-                if (names and name not in names) or (name, level) not in entered:
-                    continue
-                if size == 1 and getattr(trial, "batch_size", None):
+                alone = size == 1 and getattr(trial, "batch_size", None)
+                if alone or (names and name not in names) or (name, level) not in entered:
                     continue
                 labels = {"factor": self.factor, "level": level}
                 if fault := attempt(self.study.run, trial, size, self.edits(size), **labels):
@@ -101,25 +99,19 @@ class Trials:
         """The average metric of every trial and edit."""
         found = rows.average(rows.primary(self.study.read()))
         found = found[found["factor"] == self.factor].rename(columns={"level": "trial"})
-        found = found[["split", "batch_size", "method", "trial", "edit", "score"]]
+        columns = ["split", "batch_size", "method", "trial", "learning_rate", "edit", "score"]
+        found = found[columns]
         return self.cells.merge(found, on=["method", "trial"]).astype({"batch_size": int})
 
     def means(self) -> pd.DataFrame:
-        """Return the mean of every trial, in the order of the trials.
-
-        Beside the columns of `cells`: batch_size, learning_rate, score, edits, `chosen` for the
-        best trial, and `before`, the unedited model's score, which writing nothing would earn.
-        """
-        groups = self.scores.groupby([*self.cells, "batch_size"], sort=False)
-        found = groups.agg(score=("score", "mean"), edits=("edit", "nunique")).reset_index()
+        """Return the mean of every trial, in order: `cells`, batch_size, learning_rate, score,
+        edits, `chosen` (the best) and `before` (the score without any edit)."""
+        by = [*self.cells, "batch_size", "learning_rate"]
+        groups = self.scores.groupby(by, sort=False, dropna=False, as_index=False)
+        found = groups.agg(score=("score", "mean"), edits=("edit", "nunique"))
         best = found.groupby(self.among)["score"].idxmax()
-        trials = [self.settings[pair] for pair in zip(found["method"], found["trial"], strict=True)]
         before = rows.average(rows.primary(self.study.before, phase="before"))["score"].mean()
-        return found.assign(
-            learning_rate=[trial.learning_rate for trial in trials],
-            chosen=found.index.isin(best),
-            before=float(before),
-        )
+        return found.assign(chosen=found.index.isin(best), before=before)
 
     def best(self) -> pd.DataFrame:
         """Return the best trials."""
@@ -145,10 +137,8 @@ class Trials:
             if len(tried) > 2 and rate in (min(tried), max(tried)):
                 edges.append(f"{', '.join(str(row[name]) for name in self.among)} ({rate:g})")
         if edges:
-            section.warn(
-                "The best learning rate is at the edge of those tried, so a better one may lie "
-                f"beyond: {'; '.join(edges)}."
-            )
+            beyond = "at the edge of those tried, so a better one may lie beyond"
+            section.warn(f"The best learning rate is {beyond}: {'; '.join(edges)}.")
 
     def say(self, section: Any, names: Mapping[str, str] | None = None) -> None:
         """Say the best average of each method (`tuning.<batch size>.<key>.average`)."""
@@ -164,9 +154,8 @@ class LevelTrials(Trials):
         levels.run(section)
         levels.rule()    # by family and factor, the best level at its best rate
 
-    `names` names the levels (all if none; see `recipes.levels`). Levels that are the same
-    recipe are one training. The best rate has the best mean of the average metric; of equal ones it
-    is the lower.
+    `names` names the levels (all if none; see `recipes.levels`). Levels that are the same recipe
+    are one training. Of equal rates the lower is best.
     """
 
     among = ["method", "factor", "level"]
@@ -194,7 +183,7 @@ class LevelTrials(Trials):
 
     def tuned(self) -> pd.DataFrame:
         """Return the scores of every level at its best rate."""
-        return self.scores.merge(self.best()[[*self.among, "trial", "learning_rate"]])
+        return self.scores.merge(self.best()[[*self.among, "trial"]])
 
     def rule(self) -> dict[str, dict[str, str]]:
         """Return by method and factor the level that the rule chooses."""
