@@ -215,7 +215,7 @@ def test_a_distribution_rises_to_one_and_says_its_medians():
     assert {text.get_text() for text in ax.texts} == {"0.50", "0.30"}
     ends = [(*line.get_xdata()[[1, -1]], line.get_ydata()[-1]) for line in lines(ax)]
     assert sorted(ends) == [(0.1, 0.9, 1), (0.2, 0.4, 1)]
-    fig = figures.distribution(frame.assign(rank=[1, 4, 20, 200, 300]), "rank", floor=100, log=True)
+    fig = figures.distribution(frame.assign(rank=[1, 4, 20, 200, 300]), "rank", floor=100)
     assert fig.axes[0].get_xscale() == "log" and fig.axes[0].texts[-1].get_text() == "floor 100"
     assert [each.get_text() for each in fig.legends[0].get_texts()] == ["RelDoc", "RandDoc"]
 

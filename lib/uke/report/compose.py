@@ -45,9 +45,8 @@ def compose(
 ) -> list[Path]:
     """Write numbers.json, report.html and report.pdf from a run's sections; return their paths.
 
-    Notebooks in `expected` without a section and failed `runs` (with notebook, status) become
-    warnings. InputError where there is no section, or where two say the same number or have a
-    figure or table of the same name.
+    Notebooks in `expected` without a section and failed `runs` become warnings. InputError where
+    there is no section, or where two have a number, figure or table of the same name.
     """
     sections = read_sections(paths)
     if not sections:

@@ -2,11 +2,11 @@
 
     section.figure(figures.scores, scores, "layers", caption, alt, x="level", by="method")
 
-Frames have a row per observation (or `mean`, `low`, `high`). `by` names what has a colour: a method
-has the same one in every figure. Rows called `no edit` are a dashed line.
+Frames have a row per observation. `by` names what has a colour: a method has the same one in every
+figure. Rows called `no edit` are a dashed line.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -51,7 +51,7 @@ def scores(
         scores(frame, by="level", within="method")   lines per level, coloured by method
         scores(frame, x="level", separate=["all"])   levels along an axis, all but "all" joined
 
-    `frame` has the columns named and edit, score (and batch), or mean, low, high.
+    `frame` has the columns named and edit, score (and batch).
     """
     columns = dict.fromkeys(filter(None, [x, by, within, panel, row]))
     summary = summarise(frame, list(columns))
@@ -99,9 +99,8 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
     for ax, own in parts:
         for mean in own.loc[own[by] == NO_EDIT, "mean"]:
             ax.axvline(mean, **REFERENCE)
-        cells = own.set_index([by, within])[["mean", "low", "high"]].astype(float)
-        for line, at in heights.items():
-            mean, low, high = cells.loc[line] if line in cells.index else [np.nan] * 3
+        cells = own.set_index([by, within])[["mean", "low", "high"]].astype(float).reindex(lines)
+        for (line, at), (mean, low, high) in zip(heights.items(), cells.to_numpy(), strict=True):
             ax.hlines(at, low, high, color=look[line[1]].colour, lw=1.5, zorder=3)
             _mark(ax, mean, at, look[line[1]])
             _say(ax, at, mean)
@@ -168,8 +167,9 @@ def trend(
     """
     look = looks(ordered(frame[by]))
     alone = len(look) == 1 and not panel
-    height, least = (2.0, 0.4 + 0.16 * len(look)) if panel else (2.2 if alone else 3.4, 0)
-    fig, parts = _panels(frame, panel, 4, height, COLUMN if alone else FULL, least)
+    height = max(2.0, 0.1 + 0.16 * len(look)) if panel else 2.2 if alone else 3.4
+    fig, parts = _panels(frame, panel, 4, height)
+    fig.set_figwidth(COLUMN if alone else FULL)
     for ax, own in parts:
         means = own.groupby([by, x], sort=False)[y].mean()
         if baseline is not None:
@@ -191,7 +191,7 @@ def trend(
         _sizes(ax, sorted(frame[x].unique()))
         ax.grid(axis="y")
     if panel:
-        _explain(fig, look, loc="outside right center")
+        _explain(fig, look, right=True)
     elif alone:
         ax.margins(x=0.13, y=0.15)  # space for the number beside the first mark
         for point in line.items():
@@ -235,17 +235,16 @@ def distribution(
     by: str = "kind",
     panel: str | None = None,
     floor: float | None = None,
-    log: bool = False,
     label_x: str = "",
 ) -> Figure:
     """Draw the share of items up to each value, a line for each `by`; the medians are said.
 
-    `floor` is a vertical line; `log` sets a log axis of the values, which `label_x` names.
+    `floor` is a vertical line; `label_x` names the values.
     """
     look = looks(ordered(frame[by], KINDS))
     colours = {name: each.colour for name, each in look.items()}
-    width = FULL if panel and frame[panel].nunique() > 1 else COLUMN
-    fig, parts = _panels(frame, panel, 2, 2.0, width, sharey=True)
+    fig, parts = _panels(frame, panel, 2, 2.0, sharey=True)
+    fig.set_figwidth(FULL if len(parts) > 1 else COLUMN)
     for ax, own in parts:
         sns.ecdfplot(own, x=value, hue=by, palette=colours, legend=False, ax=ax)
         ax.set(xlabel="", ylabel="")
@@ -255,7 +254,7 @@ def distribution(
         if floor is not None:
             ax.axvline(floor, **REFERENCE)
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
-        if log:
+        if _wide(own[value]):
             _log(ax.xaxis, own[value])
         ax.grid(axis="y")
     _explain(fig, look if len(look) > 1 else {})
@@ -279,7 +278,7 @@ def plane(frame: pd.DataFrame) -> Figure:
     ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean score)")
     ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
     ax.set_ylim(0, max(0.5, frame["efficacy"].max() + 0.05))
-    _explain(fig, look, loc="outside right center")
+    _explain(fig, look, right=True)
     return fig
 
 
@@ -313,19 +312,13 @@ def claims(frame: pd.DataFrame) -> Figure:
 
 
 def _panels(
-    frame: pd.DataFrame,
-    panel: str | None,
-    columns: int,
-    height: float,
-    width: float = FULL,
-    least: float = 0,
-    **shared: Any,
+    frame: pd.DataFrame, panel: str | None, columns: int, height: float, **shared: Any
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """Make a figure with a panel for each value of a column, or one; return panels and rows."""
     titles = ordered(frame[panel], KINDS) if panel else [""]
     columns, count = min(columns, len(titles)), len(titles)
     rows = ceil(count / columns)
-    fig = Figure(figsize=(width, max(least, 0.3 + rows * height)))
+    fig = Figure(figsize=(FULL, 0.3 + rows * height))
     axes = list(fig.subplots(rows, columns, squeeze=False, **shared).flat)
     for title, ax in zip(titles, axes, strict=False):
         text = label(title) if isinstance(title, str) else f"{label(panel)} {title}"
@@ -365,23 +358,18 @@ def _titles(fig: Figure, x: str = "", y: str = "") -> None:
     fig.supylabel(y, fontsize=7.5, color=style.GREY)
 
 
-def _explain(
-    fig: Figure,
-    look: Mapping[str, Look],
-    names: Iterable[str] = (),
-    loc: str = "outside upper right",
-) -> None:
+def _explain(fig: Figure, look: dict[str, Look], names: Any = (), right: bool = False) -> None:
     """Explain colours, marks and, if it is among `names`, the line of no edit."""
-    look = dict(look)
     if NO_EDIT in set(names):
-        look[NO_EDIT] = LOOKS[NO_EDIT]._replace(marker="")
+        look = look | {NO_EDIT: LOOKS[NO_EDIT]._replace(marker="")}
     handles = [
         Line2D([], [], color=each.colour, marker=each.marker, ls=each.dashes, label=label(name))
         for name, each in look.items()
     ]
+    columns = 1 if right else 2 if fig.get_figwidth() < 5 else 5
+    place = "outside right center" if right else "outside upper right"
     if handles:
-        columns = 1 if "right center" in loc else 2 if fig.get_figwidth() < 5 else 5
-        fig.legend(handles=handles, loc=loc, ncols=columns)
+        fig.legend(handles=handles, loc=place, ncols=columns)
 
 
 def _sizes(ax: Axes, values: list[float]) -> None:

@@ -12,14 +12,13 @@ Everything is stored as Markdown, which `uke.report.compose` makes a page and a 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import IPython.display
 import pandas as pd
-from matplotlib.figure import Figure
 
 from uke.errors import InputError
 from uke.files import write_atomic
@@ -38,9 +37,8 @@ _LINE = 100  # letters; a wider table scrolls on a narrow screen
 class Section:
     """What one notebook contributes to the report.
 
-    Texts are plain, words between backticks are code. `environment` (a mapping) and `smoke_run`
-    (model and data do not belong together, so no verdict follows) may be set. InputError for a bad
-    key or name, a repeated one, or a number that is none.
+    Texts are plain, words between backticks are code. `environment` and `smoke_run` (no verdict
+    follows) may be set. InputError for a bad or repeated key or name, or a number that is none.
     """
 
     def __init__(self, notebook: str, paths: Paths, title: str, question: str):
@@ -70,21 +68,14 @@ class Section:
         text = number(value, decimals) + ("" if low is None else f" {bracket(low, high, decimals)}")
         text += unit if unit == "%" else f" {unit}" if unit else ""
         text += "" if n is None else f", n = {number(int(n))}"
+        shell = IPython.get_ipython()
+        source = f"{self.notebook}, cell {shell.execution_count}" if shell else self.notebook
         entry = {"value": value, "low": low, "high": high, "n": n if n is None else int(n)}
-        self._numbers[key] = entry | {"unit": unit, "said": text, "source": self._source()}
+        self._numbers[key] = entry | {"unit": unit, "said": text, "source": source}
         return text
 
-    def figure(
-        self,
-        draw: Callable[..., Figure],
-        frame: pd.DataFrame,
-        name: str,
-        caption: str,
-        alt: str,
-        png: bool = False,
-        **options: Any,
-    ) -> None:
-        """Draw a figure with a function of `uke.report.figures`, save it as SVG and place it here.
+    def figure(self, draw, frame, name, caption, alt, png=False, **options) -> None:
+        """Draw a frame with a function of `uke.report.figures`, save the SVG and place it here.
 
         `alt` says what it shows to those who cannot see it; `png` saves a PNG too, for a README.
         """
@@ -147,10 +138,6 @@ class Section:
         content |= {"answer": self._answer, "body": self._body, "numbers": self._numbers}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         return write_atomic(self.paths.sections / f"{self.notebook}.json", text + "\n")
-
-    def _source(self) -> str:
-        shell = IPython.get_ipython()
-        return f"{self.notebook}, cell {shell.execution_count}" if shell else self.notebook
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
         if not _NAME.fullmatch(name) or not caption.strip():

@@ -159,13 +159,6 @@ def _intervals(frame: pd.DataFrame, *ends: str) -> list[Score]:
     return [Score(*values) for values in frame[list(ends)].itertuples(index=False)]
 
 
-def gap(scores: pd.DataFrame, method: str, other: str) -> Interval | None:
-    """Return the average metric of one method minus another's in points; None without either."""
-    own = scores[scores["kind"] == "average"]
-    found = contrasts(own, {"gap": {(method, ""): 1, (other, ""): -1}})
-    return effect(found, "gap", "average")
-
-
 def gains(scores: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
     """Return how far methods are above no edit and a baseline, in average points.
 
@@ -235,9 +228,7 @@ def _percent(own: np.ndarray, other: np.ndarray) -> Interval:
     return bootstrapped(lambda at: 100 * (own[at].sum(-1) / other[at].sum(-1) - 1), len(own))
 
 
-def _side_by_side(
-    averages: pd.DataFrame, size: int, *methods: str
-) -> tuple[pd.Series, pd.Series, pd.Index]:
+def _side_by_side(averages: pd.DataFrame, size: int, *methods: str) -> tuple:
     """Return the scores of two methods in one order, and the batch of each edit."""
     own = averages[(averages["batch_size"] == size) & averages["method"].isin(methods)]
     table = own.pivot(index=["batch", "edit"], columns="method", values="score")

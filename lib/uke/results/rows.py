@@ -18,7 +18,6 @@ from uke.project import Paths, check_name, code_fingerprint
 from uke.results.metrics import METRICS
 
 FINGERPRINTS = ("model", "data", "recipe", "code")
-TEXTS_EXPORTED = 5  # edits per method
 
 _TEXT, _COUNT, _REAL = pa.string(), pa.int32(), pa.float64()
 COLUMNS: dict[str, pa.DataType] = {
@@ -129,7 +128,7 @@ def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
     path = paths.exported(study)
     if not use_committed():
         rank = frame.groupby("method")["edit"].rank("dense")  # in the order of the ids
-        texts = frame[["answer", "before"]].where(rank <= TEXTS_EXPORTED, None)
+        texts = frame[["answer", "before"]].where(rank <= 5, None)
         _write(f"rows of study '{study}'", frame.assign(**texts), path)
     return path
 

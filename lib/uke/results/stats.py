@@ -113,12 +113,9 @@ def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the mean `score` with its 95 % interval for each group: `by`, mean, low, high, n.
 
     Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`,
-    else edits. A frame that has mean, low and high already is returned as it is.
+    else edits.
     """
-    by = list(by)
-    if {"mean", "low", "high"} <= set(frame.columns):
-        return frame.assign(n=frame.get("n", pd.NA)).reset_index(drop=True)
-    unit = "batch" if "batch" in frame.columns else "edit"
+    by, unit = list(by), "batch" if "batch" in frame else "edit"
     keys = [*by, *dict.fromkeys((unit, "edit"))]
     edits = frame.groupby(keys, sort=False, observed=True)["score"].mean().reset_index()
     rows = [
