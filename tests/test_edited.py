@@ -288,8 +288,8 @@ def test_a_saved_adapter_is_loaded_by_peft_and_no_edit_on_another_model(
 @pytest.mark.parametrize(
     ("name", "file", "content", "expected"),
     [
-        ("FT-M", RECORD, None, "edit.json: no such file"),
-        ("FT-M", RECORD, b'{"form": "wei', "edit.json: not a record"),
+        ("FT-M", RECORD, None, "edit.json: cannot be read"),
+        ("FT-M", RECORD, b'{"form": "wei', "edit.json: not valid JSON"),
         ("FT-M", RECORD, b"[]", "edit.json: not a record"),
         ("FT-M", WEIGHTS, None, "edit.safetensors: no such file"),
         ("FT-M", WEIGHTS, b"\x10", "edit.safetensors: no readable"),

@@ -4,9 +4,7 @@ import pytest
 import torch
 from small import moved, state
 from torch import nn
-from uke.methods.finetune import adapt, adapter
 from uke.methods.lanes import Lanes, LowRank, grouping, lower_blocks_once
-from uke.methods.recipes import RECIPES
 from uke.models.model import select
 
 IDS = ("ada", "alan", "grace")
@@ -119,20 +117,6 @@ def test_a_row_is_read_with_the_weights_of_its_own_lane(tiny, held):
             lanes.read([IDS[lane] for lane in rows])
             expected = [read(own[lane], one[None])[0] for lane, one in zip(rows, ids, strict=True)]
             assert torch.allclose(read(m, ids), torch.stack(expected), atol=2e-4, rtol=1e-4)
-
-
-def test_an_adapter_is_read_as_peft_reads_it(tiny):
-    """As `adapt` makes it, with an upper matrix that is not zero."""
-    recipe, ids, model = RECIPES["LoRA"].model_copy(update={"rank": 3}), tokens(2), tiny()
-    wrapped = adapt(tiny(), recipe, 1)
-    torch.manual_seed(1)
-    for weight in named(dict(wrapped.named_parameters()), ".lora_B.").values():
-        weight.data.normal_(std=0.1)
-    expected, lanes = read(wrapped, ids), Lanes(model, ["ada"], {}, adapter(wrapped))
-    assert not torch.allclose(read(model, ids), expected, atol=1e-2)
-    lanes.read(["ada", "ada"])
-    with lanes.laid() as m:
-        assert torch.allclose(read(m, ids), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_a_row_moves_the_weights_of_its_own_lane_alone(tiny):

@@ -103,30 +103,30 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("lerning_rate: 1", "unknown field 'lerning_rate'; did you mean 'learning_rate'"),
-        ("tuend: {}", "unknown field 'tuend'; did you mean 'tuned'"),
-        ("base: MEMIT\nmemit_lamda: 8", "unknown field 'memit_lamda'; did you mean 'memit_lambda'"),
-        ("base: MEMIT\nrank: 8", "unknown field 'rank'; expected one of"),
+        ("lerning_rate: 1", "field 'lerning_rate': .*did you mean 'learning_rate'"),
+        ("tuend: {}", "field 'tuend': .*did you mean 'tuned'"),
+        ("base: MEMIT\nmemit_lamda: 8", "field 'memit_lamda': .*did you mean 'memit_lambda'"),
+        ("base: MEMIT\nrank: 8", "field 'rank': .*expected one of"),
         ("base: FT-N", "field base: unknown method 'FT-N'; did you mean"),
-        ("steps: '25'", "field steps: .*integer"),
-        ("steps: 0", "field steps: .*greater than or equal to 1"),
-        ("learning_rate: fast", "field learning_rate: .*number"),
-        ("learning_rate: 0", "field learning_rate: .*greater than 0"),
-        ("chat_template: 1", "field chat_template: .*boolean"),
-        ("layers: most", "field layers: .*first_half"),
-        ("layers: 1.5", "field layers: "),
-        ("base: MEMIT\nlayers: all", "field layers: "),
-        ("components: []", "field components: "),
-        ("loss: all", "field loss: .*last_prompt_token"),
+        ("steps: '25'", "field 'steps': .*integer"),
+        ("steps: 0", "field 'steps': .*greater than or equal to 1"),
+        ("learning_rate: fast", "field 'learning_rate': .*number"),
+        ("learning_rate: 0", "field 'learning_rate': .*greater than 0"),
+        ("chat_template: 1", "field 'chat_template': .*boolean"),
+        ("layers: most", "field 'layers.*first_half"),
+        ("layers: 1.5", "field 'layers"),
+        ("base: MEMIT\nlayers: all", "field 'layers"),
+        ("components: []", "field 'components': "),
+        ("loss: all", "field 'loss': .*last_prompt_token"),
         ("- steps", "expected a mapping"),
         ("steps: [", "not valid YAML"),
-        ("tuned: {embedded: {FT-M: {steps: 3}}}", "field tuned, embedded, FT-M: .*integer"),
-        ("tuned: {embedded: {true: {steps: 3}}}", r"field tuned, embedded, 1: .*\(found True\)"),
-        ("tuned: {embedded: {1: fast}}", "field tuned, embedded, 1: .*dictionary"),
-        ("trials: {embedded: {steps: 3}}", "field trials, embedded: .*list"),
-        ("level_rates: {embedded: [fast]}", "field level_rates, embedded, 0: .*number"),
-        ("levels: {a: {layers: {all: {average: high}}}}", "layers, all, average: .*number"),
-        ("levels: {a: {layers: all}}", "field levels, a, layers: .*dictionary"),
+        ("tuned: {embedded: {FT-M: {steps: 3}}}", "field 'tuned.embedded.FT-M.*integer"),
+        ("tuned: {embedded: {true: {steps: 3}}}", "field 'tuned.embedded.*found True"),
+        ("tuned: {embedded: {1: fast}}", "field 'tuned.embedded.1': .*dictionary"),
+        ("trials: {embedded: {steps: 3}}", "field 'trials.embedded': .*list"),
+        ("level_rates: {embedded: [fast]}", "field 'level_rates.embedded.0': .*number"),
+        ("levels: {a: {layers: {all: {average: high}}}}", "layers.all.average': .*number"),
+        ("levels: {a: {layers: all}}", "field 'levels.a.layers': .*dictionary"),
     ],
 )
 def test_a_bad_file_is_named_with_its_place(tmp_path, text, expected):
@@ -143,17 +143,17 @@ def test_a_bad_file_is_named_with_its_place(tmp_path, text, expected):
         (
             "tuned: {embedded: {1: {setps: 3}}}",
             lambda folder: configured(folder, "embedded"),
-            "ft_m.yaml: tuned, embedded, 1: unknown field 'setps'; did you mean 'steps'",
+            "ft_m.yaml: tuned, embedded, 1, field 'setps': .*did you mean 'steps'",
         ),
         (
             "trials: {embedded: [{steps: 3}, {rank: 0}]}",
             lambda folder: trials(folder, "embedded", [find("FT-M")]),
-            "ft_m.yaml: trials, 2: field rank: .*equal to 1",
+            "ft_m.yaml: trials, 2, field 'rank': .*equal to 1",
         ),
         (
             "levels: {embedded: {layers: {all: {setps: 3}}}}",
             lambda folder: at_level(folder, "embedded", "FT-M", "layers", "all"),
-            "ft_m.yaml: layers, all: unknown field 'setps'",
+            "ft_m.yaml: layers, all, field 'setps'",
         ),
     ],
 )
@@ -163,11 +163,6 @@ def test_settings_that_do_not_fit_their_method_are_named_when_they_are_used(
     write(folder, "FT-M", text)
     with pytest.raises(InputError, match=expected):
         read(folder)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="none.yaml: no such file"):
-        catalog.settings(tmp_path / "none.yaml")
 
 
 def test_differences_name_every_changed_choice_but_not_the_name():

@@ -24,21 +24,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from uke.data.formats import located
 from uke.errors import InputError, nearest
 from uke.files import read_yaml, write_atomic
-from uke.methods.method import Method, Positive
-from uke.methods.recipes import (
-    BASELINES,
-    FACTORS,
-    RECIPES,
-    SINGLE_BLOCKS,
-    Count,
-    Recipe,
-    candidate,
-    vary,
-)
+from uke.methods.method import Count, Method, Positive
+from uke.methods.recipes import BASELINES, FACTORS, RECIPES, SINGLE_BLOCKS, Recipe, candidate, vary
 from uke.project import number_key as key
 from uke.results.compare import nearest_first
 
@@ -101,34 +93,18 @@ def settings(path: Path) -> Settings:
 @lru_cache(maxsize=256)
 def _settings(path: Path, stamp: tuple | None) -> Settings:
     written = read_yaml(path)
-    try:
+    with located(f"{path}"):
         file = MethodFile(**written)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_fault(error)}") from None
     base = Recipe(name=path.stem)
     if file.base is not None:
         base = find(file.base, where=f"{path}: field base: ")
     return Settings(path, file, changed(base, file.model_extra, f"{path}", MethodFile.model_fields))
 
 
-def _fault(error: ValidationError, depth: int | None = None) -> str:
-    """Return the first fault of a validation in one line, its place to a depth."""
-    fault = error.errors(include_url=False)[0]
-    place = ", ".join(str(part) for part in fault["loc"][:depth] if part != "[key]")
-    return f"field {place}: {fault['msg']} (found {fault['input']!r})"
-
-
-def changed(method: Method, changes: Any, where: str, besides: Iterable[str] = ()) -> Method:
+def changed(method: Method, changes: Changes, where: str, besides: Iterable[str] = ()) -> Method:
     """Return the method with these fields changed; InputError that begins with `where`."""
-    fields = type(method).model_fields
-    for name in changes:
-        if name not in fields:
-            known = nearest(str(name), {*fields, *besides})
-            raise InputError(f"{where}: unknown field '{name}'{known}")
-    try:
+    with located(where, {*type(method).model_fields, *besides}):
         return type(method)(**{**method.model_dump(), **changes})
-    except ValidationError as error:
-        raise InputError(f"{where}: {_fault(error, depth=1)}") from None
 
 
 def changes(method: Method, base: Method) -> Changes:
@@ -174,10 +150,10 @@ def configured(
     """
     found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
     for name, (path, file, method) in catalog(folder).items():
+        found[name] = method
         by_size = file.tuned.get(_own_name(model), {}) if tuned else {}
         for size in nearest_first(by_size, batch_size)[:1]:
-            method = changed(method, by_size[size], f"{path}: tuned, {model}, {size}")
-        found[name] = method
+            found[name] = changed(method, by_size[size], f"{path}: tuned, {model}, {size}")
     return found
 
 
@@ -260,31 +236,30 @@ def tune(
     folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Write the changes chosen for methods at a batch size into their files."""
-    for name, own in chosen.items():
-        _write(folder, model, name, "tuned", {batch_size: dict(own)})
+    _write(folder, model, "tuned", {name: {batch_size: own} for name, own in chosen.items()})
 
 
 def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> None:
     """Write what was chosen at each level, by method and factor; other factors stay."""
-    for name, own in chosen.items():
-        _write(folder, model, name, "levels", own)
+    _write(folder, model, "levels", chosen)
 
 
-def _write(folder: Path, model: str, name: str, block: str, new: Mapping) -> None:
-    """Update the model's part of one block of a method's file, and leave the rest as written."""
+def _write(folder: Path, model: str, block: str, new: Mapping[str, Mapping]) -> None:
+    """Update the model's part of a block of methods' files, and leave the rest as written."""
     if _own_name(model) != model:
-        raise InputError(
-            f"{model}: the model of another world has the settings of the embedded one; "
-            "expected model embedded"
-        )
-    path = find(name, catalog(folder)).path
+        world = f"{model}: the model of another world has the settings of the embedded one"
+        raise InputError(f"{world}; expected model embedded")
+    # The key's line and the indented ones below it.
+    pattern = re.compile(rf"^{block}:.*\n(?:[ \t].*\n|\n(?=[ \t]))*", re.MULTILINE)
     # On this machine two notebooks may tune one model at once.
     with FileLock(Path(tempfile.gettempdir()) / f"uke-methods-{os.getuid()}.lock"):
-        held = read_yaml(path).get(block, {})
-        held[model] = dict(sorted({**held.get(model, {}), **new}.items()))
-        text = path.read_text(encoding="utf-8").rstrip() + "\n"
-        dumped = yaml.safe_dump({block: held}, sort_keys=False, default_flow_style=None, width=100)
-        # The key's line and the indented ones below it.
-        pattern = re.compile(rf"^{block}:.*\n(?:[ \t].*\n|\n(?=[ \t]))*", re.MULTILINE)
-        replaced, count = pattern.subn(lambda _: dumped, text, count=1)
-        write_atomic(path, replaced if count else f"{text}\n{dumped}")
+        for name, own in new.items():
+            path = find(name, catalog(folder)).path
+            held = read_yaml(path).get(block, {})
+            held[model] = dict(sorted({**held.get(model, {}), **own}.items()))
+            dumped = yaml.safe_dump(
+                {block: held}, sort_keys=False, default_flow_style=None, width=100
+            )
+            text = path.read_text(encoding="utf-8").rstrip() + "\n"
+            replaced, count = pattern.subn(lambda _, new=dumped: new, text, count=1)
+            write_atomic(path, replaced if count else f"{text}\n{dumped}")

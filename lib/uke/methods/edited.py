@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uke.data.formats import located, read_json
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import METHODS, find
@@ -65,10 +66,12 @@ def edited(
     an edit longer than the context; Diverged (a FloatingPointError) for a loss that is not finite.
     """
     method = _method(method, model, tokenizer, edits)
-    with kept(model, {}), method.applied(model.eval(), tokenizer, edits, progress) as applied:
-        record = EditRecord(**vars(applied.training), change_norm=applied.change_norm)
-        with attached(applied.model, edit_record=record):
-            yield applied.model
+    with (
+        kept(model, {}),
+        method.applied(model.eval(), tokenizer, edits, progress) as (m, record),
+        attached(m, edit_record=record),
+    ):
+        yield m
 
 
 @contextmanager
@@ -93,12 +96,9 @@ def edited_each(
         return
     with kept(model, {}):
         lanes, trainings, failed = method.write_each(model.eval(), tokenizer, edits)
-        records = {
-            edit: EditRecord(**vars(training), change_norm=norms)
-            for edit, training, norms in zip(
-                lanes.ids, trainings, lanes.change_norms(), strict=True
-            )
-        }
+        records = {}
+        for edit, training, norms in zip(lanes.ids, trainings, lanes.change_norms(), strict=True):
+            records[edit] = EditRecord(**vars(training), change_norm=norms)
         with lanes.laid(), attached(model, edit_records=records, failed=failed):
             yield model
 
@@ -197,15 +197,10 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     any weight that the edit does not bring differs from the model it was made on.
     """
     path = Path(directory) / RECORD
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a directory written by save(...)")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        record = EditRecord(**content["record"])
+    with located(f"{path}: not a record written by save(...)"):
+        content = read_json(path)
+        record, unchanged = EditRecord(**content["record"]), content["unchanged"]
         changed = {"weights": record.change_norm, "adapter": ()}[content["form"]]
-        unchanged = content["unchanged"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a record written by save(...) ({error})") from None
     if _unchanged(model, changed) != unchanged:
         raise InputError(f"{path}: field unchanged: this edit was made on another model")
     # Without these files peft would look for a pickle, and then on the hub.
@@ -229,9 +224,8 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
     else:
         with kept(model, {}):
             loaded = get_peft_model(model, config).eval()
-            if _shapes(saved) != _shapes(
-                get_peft_model_state_dict(loaded, save_embedding_layers=False)
-            ):
+            own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+            if _shapes(saved) != _shapes(own):
                 loaded.unload()
                 raise InputError(f"{path}: not the weights that adapter_config.json describes")
             set_peft_model_state_dict(loaded, saved)

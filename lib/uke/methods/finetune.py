@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
-from uke.methods.method import Applied, Edits, Progress, Tokenizer, Training, Written
+from uke.methods.method import EditRecord, Edits, Progress, Tokenizer, Training, Written
 from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, TRAINING_TOKENS, Example, collate, group_by_length
 
@@ -139,19 +139,16 @@ class _Lane:
     error: Diverged | None = None
     ended: bool = False
 
-    @property
-    def active(self) -> bool:
-        return not (self.error or self.ended)
-
     def note(self, ids: Sequence[str], losses: Sequence[float]) -> bool:
         """Note the losses of its edits in one batch; return whether they ask for a step."""
         broken = [edit for edit, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
-        if broken and self.active:
+        if broken and not self.ended:
             recipe, names = self.recipe, ", ".join(map(repr, broken))
             where = f"the loss of edit {names} is not finite after {self.training.steps} steps"
             expected = f"expected a learning_rate below {recipe.learning_rate:g}"
             self.error = Diverged(f"recipe {recipe.name}: {where}; {expected}", broken)
-        step = self.active and fmean(losses) >= self.recipe.stop_loss
+            self.ended = True
+        step = not self.ended and fmean(losses) >= self.recipe.stop_loss
         self.seen += losses
         self.training.steps += step
         return step
@@ -162,8 +159,7 @@ class _Lane:
         self.training.losses.append(loss)
         if progress:
             progress(len(self.training.losses), loss)
-        if loss < self.recipe.stop_loss:
-            self.ended = True
+        self.ended = loss < self.recipe.stop_loss
 
 
 def _descend(
@@ -191,13 +187,13 @@ def _descend(
             for row, lane in enumerate(lanes):
                 own = slice(row * size, (row + 1) * size)
                 steps.append(lane.note(batch.ids[own], losses[own]))
-                if stacks and lane.active and not steps[row]:
+                if stacks and not (lane.ended or steps[row]):
                     lane.weights = stacks.weights_of(row)
             optimiser.step(any(steps))
         for lane in lanes:
-            if lane.active:
+            if not lane.ended:
                 lane.end_pass(progress)
-        going = [row for row, lane in enumerate(lanes) if lane.active]
+        going = [row for row, lane in enumerate(lanes) if not lane.ended]
         if not going:
             return
         if stacks and len(lanes) - len(going) >= max(1, DROP_SHARE * len(lanes)):
@@ -206,7 +202,7 @@ def _descend(
             lower.keep(going)
             stacks.hold(batch.ids, optimiser.keep(going))
     for row, lane in enumerate(lanes):
-        if stacks and lane.active:
+        if stacks and not lane.ended:
             lane.weights = stacks.weights_of(row)
 
 
@@ -315,11 +311,11 @@ def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
 
     if recipe.adapter is None:
         return Lanes(model, ids, {name: stack(w) for name, w in recipe.weights(model).items()})
-    wrapped = adapt(model, recipe, 1)
-    low_rank = {
-        name: LowRank(stack(one.down[0]), stack(one.up[0]), one.scale)
-        for name, one in adapter(wrapped).items()
-    }
+    wrapped, low_rank = adapt(model, recipe, 1), {}
+    own = wrapped.active_adapter
+    for name, layer in _adapted_layers(wrapped).items():
+        down, up = layer.lora_A[own].weight, layer.lora_B[own].weight
+        low_rank[name] = LowRank(stack(down), stack(up), float(layer.scaling[own]))
     wrapped.unload()
     return Lanes(model, ids, {}, low_rank)
 
@@ -336,9 +332,8 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
     else:
         steps = recipe.steps * math.ceil(count / (recipe.batch_size or count))
         if steps < 3:
-            raise InputError(
-                f"recipe {recipe.name}: steps: AdaLoRA prunes its ranks over 3 or more"
-            )
+            reason = "AdaLoRA prunes its ranks over 3 or more"
+            raise InputError(f"recipe {recipe.name}: steps: {reason}")
         schedule = {"tinit": int(WARM_UP * steps), "tfinal": int(FINISH * steps)}
         ranks = {"init_r": math.ceil(SPARE_RANK * recipe.rank), "target_r": recipe.rank}
         config = AdaLoraConfig(total_step=steps, **schedule, **ranks, **common)
@@ -347,21 +342,10 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
         return get_peft_model(model, config).eval()
 
 
-def adapter(wrapped: PeftModel) -> dict[str, LowRank]:
-    """Read what the model's LoRA adds to each projection, by name, as one lane."""
-    found, own = {}, wrapped.active_adapter
-    for name, layer in _adapted_layers(wrapped).items():
-        down, up = (
-            part[own].weight.detach()[None].clone() for part in (layer.lora_A, layer.lora_B)
-        )
-        found[name] = LowRank(down, up, float(layer.scaling[own]))
-    return found
-
-
 @contextmanager
 def adapted(
     model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, progress: Progress = None
-) -> Iterator[Applied]:
+) -> Iterator[tuple[nn.Module, EditRecord]]:
     """Yield the model wrapped in an adapter trained on the edits, which is taken off on exit."""
     wrapped = adapt(model, recipe, len(edits))
     try:
@@ -370,7 +354,7 @@ def adapted(
         for name, layer in _adapted_layers(wrapped).items():
             delta = layer.get_delta_weight(wrapped.active_adapter)
             norms[f"{name}.weight"] = relative_norm(delta.detach(), layer.weight.detach())
-        yield Applied(wrapped, training, norms)
+        yield wrapped, EditRecord(**vars(training), change_norm=norms)
     finally:
         wrapped.unload()
 

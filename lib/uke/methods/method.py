@@ -10,7 +10,15 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +36,12 @@ Progress = Callable[[int, float], None] | None
 
 # Strict: neither text nor true and false.
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Layer = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictFloat, Field(ge=0, le=1)]
+# One layer number becomes a list of one, so that equal choices have equal fingerprints.
+Several = BeforeValidator(lambda value: (value,) if type(value) in (int, float) else value)
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1), Several]
 
 
 @dataclass
@@ -40,21 +54,9 @@ class Training:
 
 @dataclass
 class EditRecord(Training):
-    """What an edit did: its training, and the relative Frobenius norm of each weight's change.
-
-    `notes` is what else a reader must know, such as a fallback.
-    """
+    """What an edit did: its training, and the relative Frobenius norm of each weight's change."""
 
     change_norm: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-class Applied(NamedTuple):
-    """An edit in place: the model to use, what its training did, each weight's relative change."""
-
-    model: nn.Module
-    training: Training
-    change_norm: dict[str, float]
 
 
 class Written(NamedTuple):
@@ -144,12 +146,12 @@ class Method(BaseModel, ABC):
     @contextmanager
     def applied(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
-    ) -> Iterator[Applied]:
-        """Write the edits together and undo them on exit, bit for bit."""
+    ) -> Iterator[tuple[nn.Module, EditRecord]]:
+        """Yield the model with the edits written together; undone on exit, bit for bit."""
         weights = self.weights(model)
         with kept(model, weights) as before:
             training = self.write(model, tokenizer, edits, progress)
-            yield Applied(model, training, change_norms(weights, before))
+            yield model, EditRecord(**vars(training), change_norm=change_norms(weights, before))
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Write each edit alone into the same weights; here one after another."""

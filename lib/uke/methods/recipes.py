@@ -11,16 +11,20 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import Field, StrictBool
 from torch import nn
 
 from uke.errors import InputError, nearest
 from uke.methods import finetune
-from uke.methods.locate_edit import covariance, solvers
+from uke.methods.locate_edit.covariance import LAYERS
+from uke.methods.locate_edit.solvers import LocateRecipe
 from uke.methods.method import (
-    Applied,
+    Count,
+    EditRecord,
     Edits,
+    Layers,
     Method,
+    NotNegative,
     Positive,
     Progress,
     Tokenizer,
@@ -32,22 +36,6 @@ from uke.models.model import module_names, select
 from uke.project import number_key
 
 
-def _several(value: Any) -> Any:
-    """Make one layer number a list of one, so that equal choices have equal fingerprints."""
-    return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-Count = Annotated[StrictInt, Field(ge=1)]
-Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Layer = Annotated[StrictInt, Field(ge=0)] | Fraction
-Several = BeforeValidator(_several)
-Layers = Annotated[
-    Literal["all", "first_half", "second_half"] | Annotated[tuple[Layer, ...], Field(min_length=1)],
-    Several,
-]
-
-
 class Recipe(Method):
     """Every choice of one way to fine-tune (protocol of arXiv 2506.09672 and its relatives).
 
@@ -57,7 +45,7 @@ class Recipe(Method):
     """
 
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
-    layers: Layers = "all"
+    layers: Literal["all", "first_half", "second_half"] | Layers = "all"
     components: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
         "down_proj",
     )
@@ -82,9 +70,8 @@ class Recipe(Method):
         """The selected parameters; of an adapter the projections that it is merged into."""
         if self.adapter is None:
             return select(model, self.layers, self.components)
-        parameters = dict(model.named_parameters())
         names = module_names(model, self.layers, self.components)
-        return {f"{name}.weight": parameters[f"{name}.weight"] for name in names}
+        return {f"{name}.weight": model.get_submodule(name).weight for name in names}
 
     def write(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
@@ -92,13 +79,13 @@ class Recipe(Method):
         """Train on the edits; an adapter is a fresh one, merged when it is trained."""
         if self.adapter is None:
             return finetune.train(model, tokenizer, edits, self, progress)
-        with self.applied(model, tokenizer, edits, progress) as applied:
-            applied.model.merge_adapter()
-        return applied.training
+        with self.applied(model, tokenizer, edits, progress) as (wrapped, record):
+            wrapped.merge_adapter()
+        return Training(record.losses, record.steps)
 
     def applied(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
-    ) -> AbstractContextManager[Applied]:
+    ) -> AbstractContextManager[tuple[nn.Module, EditRecord]]:
         """Write and undo as every method does; an adapter is left in peft's wrapper."""
         if self.adapter is None:
             return super().applied(model, tokenizer, edits, progress)
@@ -114,74 +101,7 @@ class Recipe(Method):
         """Count the numbers of a lane: of LoRA its two low-rank matrices."""
         if self.adapter != "lora":
             return super().lane_size(model)
-        names = module_names(model, self.layers, self.components)
-        projections = map(model.get_submodule, names)
-        return sum(self.rank * (one.in_features + one.out_features) for one in projections)
-
-
-class LocateRecipe(Method):
-    """Every choice of one locate-then-edit method: anchors, target vectors, and a solver.
-
-    `anchors` says whose hidden states are set: that of the last prompt token (`last`), that before
-    each window of `window` tokens (`windows`), or before each window that begins where surprisal
-    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, weighted by the
-    share of prefixes that hold them (`weighting`).
-
-    Target vectors: `steps` of Adam at `learning_rate` on nats per token of the window + `decay`
-    |delta| / |h|^2, with |delta| at most `clamp` |h|. An edit ends below `stop_loss`.
-
-    `solver` writes them. `memit`: ridge `memit_lambda` times the covariance; `keep_keys` also holds
-    the keys of all other positions of the edits. `alphaedit`: ridge `alphaedit_l2` on directions
-    with a variance below `null_threshold`. `unke`: `unke_steps` of AdamW on the last of `layers`,
-    held to `preservation` texts.
-
-    Sources: the published code of each, and arXiv 2210.07229, 2410.02355, 2405.15349, 2502.05628.
-    AnyEdit's code divides residuals of batches by a counter of layers that an inner loop overwrites
-    (`as_published`); here each layer closes its share. Published blocks are fractions of the depth:
-    MEMIT's 4-8 of 32 are blocks 1 and 2 of the embedded model's 8.
-    """
-
-    solver: Literal["memit", "alphaedit", "unke"]
-    anchors: Literal["last", "windows", "surprisal", "nested"] = "last"
-    window: Count = 40
-    weighting: Literal["prefix"] = "prefix"
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1), Several]
-    chat_template: StrictBool = True
-    end_of_turn: StrictBool = True
-    learning_rate: Positive = 0.5
-    steps: Count = 25
-    stop_loss: NotNegative = 5e-2
-    clamp: Positive = 4.0
-    decay: NotNegative = 1e-3
-    memit_lambda: Positive = 15_000.0
-    keep_keys: StrictBool = False
-    alphaedit_l2: Positive = 10.0
-    null_threshold: Positive = 2e-2
-    unke_steps: Count = 50
-    unke_rate: Positive = 2e-4
-    unke_decay: NotNegative = 1e-2
-    preservation: Annotated[StrictInt, Field(ge=0)] = 20
-    as_published: Literal[False] = False
-
-    family: ClassVar[str] = "locate-then-edit"
-
-    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The `down_proj` of the layers, or UnKE's whole block."""
-        return solvers.weights(model, self)
-
-    def write(
-        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
-    ) -> Training:
-        """Locate, find target vectors, solve."""
-        return solvers.write(model, tokenizer, edits, self, progress)
-
-    def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
-        """Find the target vectors of all edits together, then solve for each."""
-        return solvers.write_each(model, tokenizer, edits, self)
-
-    def depends_on(self, model: nn.Module | str) -> str | None:
-        """Return the digest of the texts that the model's covariance was measured on."""
-        return covariance.digest(model)
+        return sum(self.rank * sum(weight.shape) for weight in self.weights(model).values())
 
 
 class InContext(Method):
@@ -202,10 +122,10 @@ class InContext(Method):
     @contextmanager
     def applied(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
-    ) -> Iterator[Applied]:
+    ) -> Iterator[tuple[nn.Module, EditRecord]]:
         """Let the model's `passages` say what stands before the questions about each edit."""
         with attached(model, passages={edit.id: edit.answer for edit in edits}):
-            yield Applied(model, Training(), {})
+            yield model, EditRecord()
 
 
 # The published block of Llama-7/8B, 21 of 32, as a fraction of the depth: it fits any model.
@@ -227,8 +147,8 @@ RECIPES: Mapping[str, Recipe] = {
     )
 }
 
-_MEMIT = {"solver": "memit", "layers": covariance.LAYERS}
-_ALPHAEDIT = {"solver": "alphaedit", "layers": covariance.LAYERS}
+_MEMIT = {"solver": "memit", "layers": LAYERS}
+_ALPHAEDIT = {"solver": "alphaedit", "layers": LAYERS}
 _UNKE = {"solver": "unke", "layers": (7 / 32,)}
 
 # By key.

@@ -302,9 +302,7 @@ class Study:
 
         InputError where the edit left weights that are not finite.
         """
-        notes, norms = list(record.notes), record.change_norm
-        if self.subject.checkpointing:
-            notes.append(f"memory was short: {CHECKPOINTED}")
+        short, norms = self.subject.checkpointing, record.change_norm
         norm = sum(norms.values()) / max(1, len(norms))  # in context nothing changes
         if not np.isfinite(norm) or np.isinf(frame["log_probability"]).any():
             edits = ", ".join(frame["edit"].unique())
@@ -313,7 +311,7 @@ class Study:
         return frame.assign(
             steps=record.steps,
             change_norm=norm,
-            notes="; ".join(notes) or None,
+            notes=f"memory was short: {CHECKPOINTED}" if short else None,
             curve=[curve] + [None] * (len(frame) - 1),
         )
 

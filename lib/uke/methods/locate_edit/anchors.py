@@ -19,7 +19,7 @@ from uke.models.model import blocks, module_names, wide
 from uke.models.prompts import Example, group_by_length, padded
 
 if TYPE_CHECKING:
-    from uke.methods.recipes import LocateRecipe
+    from uke.methods.locate_edit.solvers import LocateRecipe
 
 
 class Site(NamedTuple):
@@ -52,12 +52,9 @@ def sites(model: nn.Module, layers: Sequence[int | float]) -> list[Site]:
     every, found = blocks(model), []
     for name in module_names(model, layers, ("down_proj",)):
         block = next(block for prefix, block in every if name.startswith(f"{prefix}."))
-        norms = [
-            part
-            for own, part in block.named_children()
-            if re.match("post_.*(feedforward|mlp)", own)
-        ]
-        found.append(Site(name, block, model.get_submodule(name), next(iter(norms), None)))
+        parts = dict(block.named_children())
+        norm = next((own for own in parts if re.match("post_.*(feedforward|mlp)", own)), None)
+        found.append(Site(name, block, model.get_submodule(name), parts.get(norm)))
     return found
 
 

@@ -16,13 +16,17 @@ import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
+from uke.data.formats import located, read_json
 from uke.errors import InputError
 from uke.files import replacing, write_atomic
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
@@ -38,7 +42,17 @@ LAYERS = tuple(block / 32 for block in range(4, 9))  # published blocks of MEMIT
 _FINGERPRINTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
-Text = str | dict[str, str]  # or a chat turn: question and answer
+class Turn(TypedDict):
+    """A question of a chat and its answer."""
+
+    question: str
+    answer: str
+
+
+Text = str | Turn
+_CORPUS = TypeAdapter(
+    Annotated[list[Annotated[str, Field(min_length=1)] | Turn], Field(min_length=1)]
+)
 
 
 def folder(model: nn.Module | str) -> Path:
@@ -58,18 +72,8 @@ def world_texts(seed: int | None = None) -> list[Text]:
 
 def read_texts(path: str | Path) -> list[Text]:
     """Read a corpus: a JSON list of texts, or of objects with `question` and `answer`."""
-    wanted = f"{path}: expected a JSON list of texts, or of objects with question and answer"
-    try:
-        texts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{wanted} ({' '.join(str(error).split())})") from None
-    if not isinstance(texts, list) or not texts:
-        raise InputError(f"{wanted}, at least one")
-    for number, text in enumerate(texts):
-        keys = text if isinstance(text, dict) else ()
-        if not (text and isinstance(text, str)) and not {"question", "answer"} <= set(keys):
-            raise InputError(f"{wanted}; entry {number} is neither")
-    return texts
+    with located(f"{path}: expected a JSON list of texts, or of objects with question and answer"):
+        return _CORPUS.validate_python(read_json(path))
 
 
 def _ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
@@ -188,4 +192,4 @@ def _projector(path: Path, threshold: float, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _corpus(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

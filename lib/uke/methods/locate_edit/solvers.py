@@ -1,4 +1,4 @@
-"""Solve for weights that give the anchors their target vectors.
+"""Locate-then-edit recipes, and how they solve for weights that give anchors their targets.
 
 MEMIT and AlphaEdit do so in closed form, UnKE by gradient steps on one block.
 """
@@ -6,93 +6,144 @@ MEMIT and AlphaEdit do so in closed form, UnKE by gradient steps on one block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, StrictBool, StrictInt
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from uke.errors import Diverged, InputError
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
-from uke.methods.locate_edit.targets import Targets, find_targets
-from uke.methods.method import Edits, Progress, Tokenizer, Training, Written, write_one_by_one
+from uke.methods.locate_edit.targets import find_targets
+from uke.methods.method import (
+    Count,
+    Edits,
+    Layers,
+    Method,
+    NotNegative,
+    Positive,
+    Progress,
+    Tokenizer,
+    Training,
+    Written,
+    write_one_by_one,
+)
 from uke.models.model import kept, wide
 
-if TYPE_CHECKING:
-    from uke.methods.recipes import LocateRecipe
 
+class LocateRecipe(Method):
+    """Every choice of one locate-then-edit method: anchors, target vectors, and a solver.
 
-def weights(model: nn.Module, recipe: LocateRecipe) -> dict[str, nn.Parameter]:
-    """Return what a recipe changes: the `down_proj` of its layers, or UnKE's whole block."""
-    chosen = sites(model, recipe.layers)
-    if recipe.solver != "unke":
-        return {f"{site.name}.weight": site.projection.weight for site in chosen}
-    inside = {id(parameter) for parameter in chosen[-1].block.parameters()}
-    return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
+    `anchors` says whose hidden states are set: that of the last prompt token (`last`), that before
+    each window of `window` tokens (`windows`), or before each window that begins where surprisal
+    peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, weighted by the
+    share of prefixes that hold them (`weighting`).
 
+    Target vectors: `steps` of Adam at `learning_rate` on nats per token of the window + `decay`
+    |delta| / |h|^2, with |delta| at most `clamp` |h|. An edit ends below `stop_loss`.
 
-def write(
-    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: LocateRecipe, progress: Progress
-) -> Training:
-    """Write the edits together into the model, in place: locate, find targets, solve.
+    `solver` writes them. `memit`: ridge `memit_lambda` times the covariance; `keep_keys` also holds
+    the keys of all other positions of the edits. `alphaedit`: ridge `alphaedit_l2` on directions
+    with a variance below `null_threshold`. `unke`: `unke_steps` of AdamW on the last of `layers`,
+    held to `preservation` texts.
 
-    `progress(steps, loss)` follows the search for targets, whose losses (nats per token) the
-    training records: the mean over the edits, of which each counts with its last loss when it has
-    ended. InputError, before any weight moves, for an edit longer than the context, a missing
-    covariance or preservation text and a layer out of range; later, for a singular system. Raises
-    Diverged for targets that are not finite.
+    Sources: the published code of each, and arXiv 2210.07229, 2410.02355, 2405.15349, 2502.05628.
+    AnyEdit's code divides residuals of batches by a counter of layers that an inner loop overwrites
+    (`as_published`); here each layer closes its share. Published blocks are fractions of the depth:
+    MEMIT's 4-8 of 32 are blocks 1 and 2 of the embedded model's 8.
     """
-    solver, located, targets = _prepare(model, tokenizer, edits, recipe, progress)
-    each = targets.trainings
-    losses = [
-        sum(one.losses[min(step, len(one.losses) - 1)] for one in each) / len(each)
-        for step in range(max(len(one.losses) for one in each))
-    ]
-    steps = max(one.steps for one in each)
-    return Training(losses, steps + solver.solve(located, targets.hidden))
 
+    solver: Literal["memit", "alphaedit", "unke"]
+    anchors: Literal["last", "windows", "surprisal", "nested"] = "last"
+    window: Count = 40
+    weighting: Literal["prefix"] = "prefix"
+    layers: Layers
+    chat_template: StrictBool = True
+    end_of_turn: StrictBool = True
+    learning_rate: Positive = 0.5
+    steps: Count = 25
+    stop_loss: NotNegative = 5e-2
+    clamp: Positive = 4.0
+    decay: NotNegative = 1e-3
+    memit_lambda: Positive = 15_000.0
+    keep_keys: StrictBool = False
+    alphaedit_l2: Positive = 10.0
+    null_threshold: Positive = 2e-2
+    unke_steps: Count = 50
+    unke_rate: Positive = 2e-4
+    unke_decay: NotNegative = 1e-2
+    preservation: Annotated[StrictInt, Field(ge=0)] = 20
+    as_published: Literal[False] = False
 
-def write_each(
-    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: LocateRecipe
-) -> Written:
-    """Write each edit alone: the targets of all are found together, then each is solved.
+    family: ClassVar[str] = "locate-then-edit"
 
-    Edits whose targets diverge are left out, and the others begin anew.
-    """
-    failed: dict[str, str] = {}
-    while True:
-        left = [edit for edit in edits if edit.id not in failed]
-        try:
-            solver, located, targets = _prepare(model, tokenizer, left, recipe)
-            break
-        except Diverged as error:
-            failed |= dict.fromkeys(error.edits, str(error))
-            if len(failed) == len(edits):
-                raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
+    def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The `down_proj` of the layers, or UnKE's whole block."""
+        chosen = sites(model, self.layers)
+        if self.solver != "unke":
+            return {f"{site.name}.weight": site.projection.weight for site in chosen}
+        inside = {id(parameter) for parameter in chosen[-1].block.parameters()}
+        return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
 
-    def solve(one: Located, hidden: Tensor, training: Training) -> Training:
-        training.steps += solver.solve([one], hidden)
-        return training
+    def depends_on(self, model: nn.Module | str) -> str | None:
+        """Return the digest of the texts that the model's covariance was measured on."""
+        return covariance.digest(model)
 
-    writes = {each[0].edit: partial(solve, *each) for each in targets.split(located)}
-    written = write_one_by_one(model, weights(model, recipe), writes)
-    return written._replace(failed=failed | written.failed)
+    def write(
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
+    ) -> Training:
+        """Locate, find target vectors, solve.
 
+        `progress(steps, loss)` follows the search for targets, and the training has its losses: the
+        mean over the edits, each with its last loss when it has ended. InputError, before any
+        weight moves, for a missing covariance or preservation text and a layer out of range; later,
+        for a singular system. Diverged for targets that are not finite.
+        """
+        solver, located, hidden, trainings = self._prepare(model, tokenizer, edits, progress)
+        losses = [
+            sum(one.losses[min(step, len(one.losses) - 1)] for one in trainings) / len(trainings)
+            for step in range(max(len(one.losses) for one in trainings))
+        ]
+        steps = max(one.steps for one in trainings)
+        return Training(losses, steps + solver.solve(located, hidden))
 
-def _prepare(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    edits: Edits,
-    recipe: LocateRecipe,
-    progress: Progress = None,
-) -> tuple[ClosedForm | BlockSteps, list[Located], Targets]:
-    chosen = sites(model, recipe.layers)
-    solver = SOLVERS[recipe.solver](model, tokenizer, chosen, recipe)
-    located = locate(model, recipe.examples(model, tokenizer, edits), recipe)
-    return solver, located, find_targets(model, located, chosen[-1], recipe, progress)
+    def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
+        """Find the targets of all edits together, then solve for each.
+
+        Edits whose targets diverge are left out, and the others begin anew.
+        """
+        failed: dict[str, str] = {}
+        while True:
+            left = [edit for edit in edits if edit.id not in failed]
+            try:
+                solver, located, hidden, trainings = self._prepare(model, tokenizer, left)
+                break
+            except Diverged as error:
+                failed |= dict.fromkeys(error.edits, str(error))
+                if len(failed) == len(edits):
+                    raise Diverged("; ".join(dict.fromkeys(failed.values())), failed) from None
+
+        def solve(one: Located, wanted: Tensor, training: Training) -> Training:
+            training.steps += solver.solve([one], wanted)
+            return training
+
+        wanted = hidden.split([len(one.windows) for one in located])
+        each = zip(located, wanted, trainings, strict=True)
+        writes = {one[0].edit: partial(solve, *one) for one in each}
+        written = write_one_by_one(model, self.weights(model), writes)
+        return written._replace(failed=failed | written.failed)
+
+    def _prepare(
+        self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
+    ) -> tuple[ClosedForm | BlockSteps, list[Located], Tensor, list[Training]]:
+        chosen = sites(model, self.layers)
+        solver = SOLVERS[self.solver](model, tokenizer, chosen, self)
+        located = locate(model, self.examples(model, tokenizer, edits), self)
+        return solver, located, *find_targets(model, located, chosen[-1], self, progress)
 
 
 def least_squares(
@@ -153,6 +204,11 @@ class ClosedForm:
         return 0
 
 
+# A call of the block to reproduce, the outputs it should have (B, T, D), and what the error at a
+# position counts (B, T).
+_Part = tuple[Callable[[], Any], Tensor, Tensor]
+
+
 class BlockSteps:
     """UnKE: AdamW on every parameter of one block, whose outputs at the anchors become the targets.
 
@@ -192,7 +248,7 @@ class BlockSteps:
         located: Sequence[Located] = (),
         wanted: Sequence[Tensor] = (),
     ) -> Iterator[_Part]:
-        """Yield the block's calls on texts; those of edits with `wanted` outputs at the anchors."""
+        """Yield the block's calls on B texts, in float32 or better; `wanted` stands at anchors."""
         tokens = sum(map(len, texts))
         for rows, ids, real in chunks(texts, self.model.device):
             (call,) = look(self.model, ids, (self.block,))
@@ -202,7 +258,8 @@ class BlockSteps:
                     anchors = [window.anchor for window in located[row].windows]
                     output[index, anchors] = wanted[row].to(output)
             args, kwargs = tree_map(_widened, (call.args, call.kwargs))
-            yield _Part(args, kwargs, output, real.to(output) / (tokens * output.shape[-1]))
+            share = real.to(output) / (tokens * output.shape[-1])
+            yield partial(self.block, *args, **kwargs), output, share
 
     def _descend(self, parts: Sequence[_Part], edits: Sequence[str]) -> None:
         recipe = self.recipe
@@ -214,11 +271,11 @@ class BlockSteps:
         for step in range(recipe.unke_steps):
             adam.zero_grad()
             error = 0.0
-            for part in parts:
-                output = self.block(*part.args, **part.kwargs)
+            for call, wanted, share in parts:
+                output = call()
                 output = output[0] if isinstance(output, tuple) else output
-                squares = (output - part.wanted).square().sum(-1)  # (B, T)
-                loss = (squares * part.share).sum()
+                squares = (output - wanted).square().sum(-1)  # (B, T)
+                loss = (squares * share).sum()
                 loss.backward()
                 error += loss.item()
             if not math.isfinite(error):
@@ -229,18 +286,6 @@ class BlockSteps:
                     edits,
                 )
             adam.step()
-
-
-class _Part(NamedTuple):
-    """A call of the block to reproduce on B texts of T tokens, in float32 or better.
-
-    `wanted`: outputs (B, T, D). `share` (B, T): what the error at a position counts.
-    """
-
-    args: tuple
-    kwargs: dict
-    wanted: Tensor
-    share: Tensor
 
 
 def _widened(value: Any) -> Any:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +22,7 @@ from uke.models.model import kept, wide
 from uke.models.prompts import group_by_length, padded
 
 if TYPE_CHECKING:
-    from uke.methods.recipes import LocateRecipe
-
-
-class Targets(NamedTuple):
-    """Wanted hidden states after the last site (n, D), and how those of each edit were found.
-
-    A training has the losses of its edit in all steps, window by window.
-    """
-
-    hidden: Tensor
-    trainings: list[Training]
-
-    def split(self, located: Sequence[Located]) -> Iterator[tuple[Located, Tensor, Training]]:
-        """Yield each edit with its own target vectors and training."""
-        hidden = self.hidden.split([len(one.windows) for one in located])
-        yield from zip(located, hidden, self.trainings, strict=True)
+    from uke.methods.locate_edit.solvers import LocateRecipe
 
 
 def find_targets(
@@ -46,8 +31,10 @@ def find_targets(
     site: Site,
     recipe: LocateRecipe,
     progress: Callable[[int, float], None] | None = None,
-) -> Targets:
-    """Find the hidden states that the anchors should have after `site`, in the anchors' order.
+) -> tuple[Tensor, list[Training]]:
+    """Find the hidden states (n, D) that the anchors, in their order, should have after `site`.
+
+    Return them and the training of each edit: the losses of all its steps, window by window.
 
     Window by window, all edits together. Each edit has its own delta (added to the output of the
     site's projection at the anchor), loss, clamp and end, and Adam is element-wise: this is one
@@ -70,15 +57,15 @@ def find_targets(
         model.requires_grad_(False)
         for turn in range(max(counts)):
             for rows in _rows(located, turn, recipe):
-                chunk = _Chunk(model, [located[row] for row in rows], site, turn, recipe)
-                chunk.read_before([deltas[first[row] : first[row] + turn] for row in rows])
+                earlier = [deltas[first[row] : first[row] + turn] for row in rows]
+                chunk = _Chunk(model, [located[row] for row in rows], site, earlier, recipe)
                 anchors = [first[row] + turn for row in rows]
                 with lower_blocks_once(model, [site.name]) as chunk.lower:
                     deltas[anchors] = _optimise(chunk, state[anchors], recipe, trainings, follow)
     with torch.no_grad():
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
     hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
-    return Targets(hidden, list(trainings.values()))
+    return hidden, list(trainings.values())
 
 
 def _in_loss(one: Located, turn: int, recipe: LocateRecipe) -> list[Window]:
@@ -148,6 +135,7 @@ class _Chunk:
     """One round of windows of B edits: what stands before the anchors is read only once.
 
     Rows begin at their anchors: S tokens from there to the end of the last window in the loss.
+    Before, `earlier[row]` (turn, D) stand at the anchors of earlier rounds.
     """
 
     def __init__(
@@ -155,11 +143,11 @@ class _Chunk:
         model: nn.Module,
         located: Sequence[Located],
         site: Site,
-        turn: int,
+        earlier: Sequence[Tensor],
         recipe: LocateRecipe,
     ) -> None:
         self.model, self.site, self.ids = model, site, [one.edit for one in located]
-        self.earlier = [[window.anchor for window in one.windows[:turn]] for one in located]
+        turn = len(earlier[0])
         windows = [_in_loss(one, turn, recipe) for one in located]
         spans = [
             (one.example.ids, own[0].anchor, own[-1].stop)
@@ -181,22 +169,18 @@ class _Chunk:
             one.to(model.device) for one in (tokens, labels, before, lengths, shares)
         )
         self.cache, self.lower = DynamicCache(), LowerBlocks()
-
-    @torch.no_grad()
-    def read_before(self, deltas: Sequence[Tensor]) -> None:
-        """Cache the tokens before the anchors; `deltas[row]` (turn, D) stand at earlier anchors."""
-        longest = self.before.shape[1]
-        if not longest:
-            return
-        padding = longest - self.lengths  # (B,)
-        at = [
-            (row, int(padding[row]) + anchor)
-            for row, anchors in enumerate(self.earlier)
-            for anchor in anchors
-        ]
-        positions = torch.arange(longest, device=self.before.device) - padding[:, None]  # (B, P)
-        with injected(self.site, at, torch.cat(list(deltas))):
-            self._forward(self.before, positions.clamp(min=0), self.cache, 1)
+        longest = before.shape[1]
+        if longest:
+            at = [
+                (row, longest - spans[row][1] + window.anchor)
+                for row, one in enumerate(located)
+                for window in one.windows[:turn]
+            ]
+            positions = (
+                torch.arange(longest, device=model.device) - (longest - self.lengths)[:, None]
+            )
+            with torch.no_grad(), injected(site, at, torch.cat(list(earlier))):
+                self._forward(self.before, positions.clamp(min=0), self.cache, 1)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but those at `rows` (R,)."""
