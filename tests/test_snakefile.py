@@ -1,21 +1,18 @@
 """The graph of the study, on small notebooks: order, resumption, and what a failed job leaves."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from snakemake.cli import main
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = 'profile = "quick"  # sizes\ndata = "world"  # dataset\nlimit = 4  # edits\n'
-WRITE = """import time
-from uke.files import write_atomic
+WRITE = """from uke.files import write_atomic
 from uke.project import Paths
-write_atomic(Paths(profile, data).sections / "{name}.json", '{{"at": %d}}' % time.time_ns())"""
+write_atomic(Paths(profile, data).sections / "{name}.json", "{{}}")"""
 STUDIES = """
 01_small: {}
 02_locality: {}
@@ -26,7 +23,7 @@ tuning: {report: false, after: [01_small]}
 
 @pytest.fixture
 def project(tmp_path):
-    """A project of four notebooks; `tuning` reads what `01_small` has written."""
+    """A project of four notebooks; `tuning` comes after `01_small`."""
     for folder in ("notebooks", "params/profiles"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / "Snakefile", tmp_path)
@@ -45,65 +42,62 @@ def write(project: Path, name: str, source: str) -> None:
     nbformat.write(notebook, project / "notebooks" / f"{name}.ipynb")
 
 
-def snakemake(project: Path, target: str, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", target, "--cores", "2", "--config"]
-    environment = os.environ | {"UKE_HOME": str(project), "XDG_CACHE_HOME": str(project / "cache")}
-    return subprocess.run(
-        [*command, "profile=smoke", *more],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+@pytest.fixture
+def snakemake(project, monkeypatch, capfd):
+    """Factory: run Snakemake in this process on a target; return what it prints."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("UKE_HOME", str(project))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
+
+    def run(target: str, *more: str, fails: bool = False) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([target, "--cores", "2", "--config", "profile=smoke", *more])
+        printed = "".join(capfd.readouterr())
+        assert bool(ended.value.code) == fails, printed
+        return printed
+
+    return run
 
 
-def planned(project: Path, target: str, *config: str) -> str:
-    done = snakemake(project, target, *config, "--dry-run", "--printshellcmds")
-    return done.stdout + done.stderr
+@pytest.fixture
+def planned(snakemake):
+    return lambda target, *config: snakemake(target, *config, "--dry-run", "--printshellcmds")
 
 
-def written(project: Path) -> dict[str, int]:
-    sections = (project / "results/smoke/sections").glob("*.json")
-    return {path.stem: int(path.read_text().split()[1].strip("}")) for path in sorted(sections)}
-
-
-def test_notebooks_run_in_order_once_and_again_when_a_parameter_changes(project):
-    done = snakemake(project, "tune")
-    assert done.returncode == 0, done.stderr
-    times = written(project)
-    assert list(times) == ["01_small", "tuning"] and times["01_small"] < times["tuning"]
-    assert "Nothing to be done" in planned(project, "tune")
-    plan = planned(project, "tune", "limit=3")
+def test_notebooks_run_in_order_once_and_a_failed_one_says_why_in_one_line(
+    project, snakemake, planned
+):
+    write(project, "tuning", "raise ValueError('nothing there')")
+    plan = planned("tune")
+    assert plan.index("uke run 01_small") < plan.index("uke run tuning")
+    printed = snakemake("tune", fails=True)
+    line = "tuning.ipynb: cell [3]: ValueError: nothing there"
+    assert sum(line in each for each in printed.splitlines()) == 1 and "Traceback" not in printed
+    assert (project / "results/smoke/notebooks/tuning.ipynb").exists()
+    sections = project / "results/smoke/sections"
+    assert [path.name for path in sections.iterdir()] == ["01_small.json"]
+    done = str(sections / "01_small.json")
+    assert "Nothing to be done" in planned(done)
+    plan = planned(done, "limit=3")
     assert "Params have changed" in plan and "--shared limit=3" in plan
 
 
-def test_a_failed_job_keeps_its_executed_notebook_and_says_why_in_one_line(project):
-    write(project, "01_small", "raise ValueError('nothing there')")
-    done = snakemake(project, "tune")
-    line = "01_small.ipynb: cell [3]: ValueError: nothing there"
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert sum(line in each for each in done.stderr.splitlines()) == 1
-    assert (project / "results/smoke/notebooks/01_small.ipynb").exists()
-    assert "tuning" not in written(project)
-
-
-def test_a_benchmark_waits_for_its_locality_set_and_the_world_does_not(project):
+def test_a_benchmark_waits_for_its_locality_set_and_the_world_does_not(project, planned):
     made = project / "made.jsonl"
     made.write_text("{}\n")
     given = [f"{name}={made}" for name in ("data_file", "documents", "structured")]
     section = str(project / "results/{}/sections/03_long.json")
-    plan = planned(project, section.format("smoke"))
+    plan = planned(section.format("smoke"))
     assert "uke run 03_long" in plan and "uke run 02_locality" not in plan
-    plan = planned(project, section.format("smoke-unkebench"), "data=unkebench", *given)
+    plan = planned(section.format("smoke-unkebench"), "data=unkebench", *given)
     assert plan.index("uke run 02_locality") < plan.index("uke run 03_long")
 
 
-def test_drawing_again_reads_the_committed_rows_of_the_searches_too(project):
-    assert "uke run tuning " not in planned(project, "report")
+def test_drawing_again_reads_the_committed_rows_of_the_searches_too(project, planned):
+    assert "uke run tuning " not in planned("report")
     rows = project / "figures/smoke/rows"
     rows.mkdir(parents=True)
     (rows / "tuning.parquet").touch()
-    plan = planned(project, "report", "rows=committed")
+    plan = planned("report", "rows=committed")
     assert "uke run tuning " in plan
     assert all("--rows committed" in line for line in plan.splitlines() if "uke run" in line)

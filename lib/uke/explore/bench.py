@@ -31,7 +31,7 @@ from uke.methods.catalog import METHODS, changed, changes, configured, differenc
 from uke.methods.edited import edited, save
 from uke.methods.method import EditRecord, Method
 from uke.methods.recipes import levels, vary
-from uke.models.generate import Generation, Token, answer, token_probabilities
+from uke.models.generate import Generation, answer, token_probabilities
 from uke.models.model import kept, load
 from uke.project import Paths, check_name
 from uke.study import dataset
@@ -82,28 +82,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Trial:
-    """The outcome of a task.
+    """The outcome of a task: `rows` has each question with both answers and their primary scores.
 
-    `rows`: one a question, with both answers and their primary scores. `tokens`: by kind and
-    number, the tokens of the wanted answer before and after the edit.
+    `tokens_before` and `tokens_after` are those of the wanted answer, where there is one.
     """
 
     number: int
     task: Task
     rows: pd.DataFrame
-    tokens: dict[tuple[str, int], tuple[list[Token], list[Token]]]
     record: EditRecord
 
     @property
     def scores(self) -> pd.DataFrame:
         """Mean score of each kind: columns kind, before, after, probes."""
-        means = self.rows.groupby("kind", as_index=False).agg(
-            before=("score_before", "mean"),
-            after=("score_after", "mean"),
-            probes=("number", "size"),
-        )
-        order = list(KINDS).index
-        return means.sort_values("kind", key=lambda kinds: kinds.map(order), ignore_index=True)
+        means = {side: (f"score_{side}", "mean") for side in ("before", "after")}
+        scores = self.rows.groupby("kind").agg(**means, probes=("number", "size"))
+        return scores.loc[[kind for kind in KINDS if kind in scores.index]].reset_index()
 
 
 class Library:
@@ -123,16 +117,14 @@ class Library:
         self.parameters |= {"split": split, "world_seed": world_seed}
         world = world_files.ensure(paths.home / "results", world_seed)
         self.order = card.of_world(world, split)
-        edits = formats.load(self.order.dataset, self.order.edit_file)
-        self._exercises = formats.load_locality(world / split / world_files.GENERAL, edits)
+        self.edits = formats.load(self.order.dataset, self.order.edit_file)
+        self._exercises = formats.load_locality(world / split / world_files.GENERAL, self.edits)
+        self._probes = {edit.id: [*edit.probes] for edit in self.edits}
+        for probe in self._exercises:
+            self._probes[probe.edit].append(probe)
         if paths.data != "world":
             found = dataset.load(paths.profile, paths.data, split, data_file=data_file)
             self.edits, self._probes = found.edits, found.probes
-        else:
-            own = {edit.id: [*edit.probes] for edit in edits}
-            for probe in self._exercises:
-                own[probe.edit].append(probe)
-            self.edits, self._probes = edits, own
 
     def find(self, name: str) -> Edit:
         """Return the edit of this id; InputError naming the nearest one."""
@@ -143,10 +135,9 @@ class Library:
 
     def search(self, words: str) -> list[Edit]:
         """Return the edits whose id, question or answer holds every one of these words."""
+        texts = {edit: f"{edit.id} {edit.question} {edit.answer}".casefold() for edit in self.edits}
         wanted = words.casefold().split()
-        texts = [f"{edit.id} {edit.question} {edit.answer}".casefold() for edit in self.edits]
-        pairs = zip(self.edits, texts, strict=True)
-        return [edit for edit, text in pairs if all(word in text for word in wanted)]
+        return [edit for edit, text in texts.items() if all(word in text for word in wanted)]
 
     def probes(self, edit: Edit, paraphrases: Sequence[str] = ()) -> tuple[Probe, ...]:
         """Return every question about an edit; further paraphrases are asked like the first."""
@@ -170,10 +161,11 @@ class Library:
         builder = Builder(alone, known.settings)
         builder.document_facts, builder.cloze_facts = known.document_facts, known.cloze_facts
         builder.words = WORDS
-        first = self._exercises[0].edit
-        exercises = [one for one in self._exercises if one.edit == first and edit not in self.edits]
-        renamed = (probe.model_copy(update={"edit": edit.id}) for probe in exercises)
-        return (*builder.block((edit,)), *renamed)
+        found = [*builder.block((edit,))]
+        if edit not in self.edits:
+            lent = (one for one in self._exercises if one.edit == self._exercises[0].edit)
+            found += (probe.model_copy(update={"edit": edit.id}) for probe in lent)
+        return tuple(found)
 
 
 def own_edit(**fields: Any) -> Edit:
@@ -198,7 +190,7 @@ class Bench:
         self.edited: nn.Module | None = None
         self._stop, self._undo = threading.Event(), ExitStack()
         self._untouched: list[tuple[nn.Parameter, Tensor]] = []  # with their values before
-        self._before: dict[Any, tuple] = {}  # what the untouched model answers to the same probes
+        self._before: dict[Any, pd.DataFrame] = {}  # by questions, what the untouched model says
 
     def stop(self) -> None:
         """Let what runs raise Stopped at its next step, from any thread."""
@@ -236,7 +228,7 @@ class Bench:
         if task.chat is None and not self.tokenizer.chat_template:
             raise Refused("chat", "The tokenizer has no chat template: ask with raw prompts.")
         self.check(task.edit, task.method)
-        probes = self.library.probes(task.edit, task.paraphrases)
+        questions = self.library.probes(task.edit, task.paraphrases), task.chat
 
         def report(steps: int, loss: float, phase: str = WRITING) -> None:
             progress(phase, steps, loss)
@@ -244,31 +236,27 @@ class Bench:
                 raise Stopped
 
         report(0, 0.0, ASKING_BEFORE)
-        if (probes, task.chat) not in self._before:
-            self._before[probes, task.chat] = self._ask(self.model, probes, task.chat)
-        before, old_tokens = self._before[probes, task.chat]
+        if questions not in self._before:
+            self._before[questions] = self._ask(self.model, *questions)
         if task.method.family == "locate-then-edit":
             measure_world(self.model, self.tokenizer)
         weights = task.method.weights(self.model).values()
         untouched = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
         report(0, 0.0)
         with ExitStack() as stack:
-            change = edited(self.model, self.tokenizer, [task.edit], task.method, report)
-            m = stack.enter_context(change)
+            written = edited(self.model, self.tokenizer, [task.edit], task.method, report)
+            m = stack.enter_context(written)
             report(0, 0.0, ASKING_AFTER)
-            after, new_tokens = self._ask(m, probes, task.chat)
+            rows = _side_by_side(self._before[questions], self._ask(m, *questions))
             report(0, 0.0, "done")
-            tokens = {key: (old, new_tokens[key]) for key, old in old_tokens.items()}
-            rows = _side_by_side(before, after)
-            self.trials.append(Trial(len(self.trials) + 1, task, rows, tokens, m.edit_record))
+            self.trials.append(Trial(len(self.trials) + 1, task, rows, m.edit_record))
             self._undo, self._untouched, self.edited = stack.pop_all(), untouched, m
         return self.trials[-1]
 
-    def undo(self) -> bool:
-        """Undo the edit in the weights, bit for bit; return whether there was one."""
-        was_edited, self.edited, self._untouched = self.edited is not None, None, []
+    def undo(self) -> None:
+        """Undo the edit in the weights, if there is one, bit for bit."""
+        self.edited, self._untouched = None, []
         self._undo.close()
-        return was_edited
 
     def keep(self, name: str) -> str:
         """Save the edit in the weights below results/explore/; return the lines that load it."""
@@ -290,19 +278,13 @@ class Bench:
             raise Refused("ask", "The question is empty; expected something to ask.")
         edit = self.trials[-1].task.edit.id if self.edited is not None else OWN_ID
         probe = Probe(edit=edit, kind="general", question=question.strip(), reference="-")
+        model = self.model if self.edited is None else self.edited
         options = {"max_new_tokens": MAX_NEW_TOKENS, "chat": chat}
-        ask = partial(answer, tokenizer=self.tokenizer, probes=[probe], **options)
+        ask = partial(answer, model, self.tokenizer, [probe], **options)
         with refused("ask"):
-            if self.edited is None:
-                return ask(self.model)[0], None
             with self._unedited():
-                (before,) = ask(self.edited)
-            return before, ask(self.edited)[0]
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks of the model."""
-        return self.model.config.get_text_config(decoder=True).num_hidden_layers
+                (before,) = ask()
+            return before, None if self.edited is None else ask()[0]
 
     @contextmanager
     def _unedited(self) -> Iterator[None]:
@@ -318,17 +300,14 @@ class Bench:
                 weight.data.copy_(before)
             yield
 
-    def _ask(
-        self, model: nn.Module, probes: Sequence[Probe], chat: bool | None
-    ) -> tuple[pd.DataFrame, dict[tuple[str, int], list[Token]]]:
+    def _ask(self, model: nn.Module, probes: Sequence[Probe], chat: bool | None) -> pd.DataFrame:
         """Answer and score all probes; read the tokens of those whose reference is wanted."""
         short = world_of(self.model.config.name_or_path) is not None
         limit = partial(token_limit, tokenizer=self.tokenizer, most=MAX_NEW_TOKENS, short=short)
         rows = answer_and_score(model, self.tokenizer, probes, Generation(limit, chat))
         wanted = [probe for probe in probes if probe.kind in EFFICACY]
-        tokens = token_probabilities(model, self.tokenizer, wanted, chat=chat)
-        keys = [(probe.kind, probe.number) for probe in wanted]
-        return rows, dict(zip(keys, tokens, strict=True))
+        tokens = iter(token_probabilities(model, self.tokenizer, wanted, chat=chat))
+        return rows.assign(tokens=[next(tokens) if one.kind in EFFICACY else [] for one in probes])
 
 
 def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -336,11 +315,17 @@ def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     rows = []
     after = with_before(after, before)
     for old, new in zip(before.to_dict("records"), after.to_dict("records"), strict=True):
-        kind = KINDS[new["kind"]]
         row = {name: new[name] for name in ("kind", "number", "question", "reference", "before")}
-        wanted = kind.against == "reference"
-        row |= {"after": new["answer"], "score_before": old[kind.metric] if wanted else 1.0}
-        row["score_after"] = new[kind.metric if wanted else f"{kind.metric}_before"]
+        row |= {
+            "after": new["answer"],
+            "tokens_before": old["tokens"],
+            "tokens_after": new["tokens"],
+        }
+        kind = KINDS[new["kind"]]
+        if kind.against == "reference":
+            row |= {"score_before": old[kind.metric], "score_after": new[kind.metric]}
+        else:
+            row |= {"score_before": 1.0, "score_after": new[f"{kind.metric}_before"]}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -349,14 +334,13 @@ def to_run(task: Task, library: Library) -> dict[str, Any]:
     """Return a task as plain values: one of the notebook's parameter `runs`."""
     edit, name = task.edit, task.method.name
     own = edit.model_dump(mode="json", exclude={"id"}, exclude_defaults=True)
-    run = {
+    return {
         "edit": edit.id if edit in library.edits else own,
         "method": name,
         "changes": changes(task.method, METHODS.get(name, task.method)),
         "paraphrases": list(task.paraphrases),
         "chat": task.chat,
     }
-    return {field: value for field, value in run.items() if value not in ([], None)}
 
 
 def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Method]) -> Task:
@@ -380,8 +364,6 @@ def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Meth
 
 def export(bench: Bench, path: Path) -> Path:
     """Write the session as a parameter file with which papermill repeats it; return its path."""
-    if not bench.trials:
-        raise Refused("export", "There is no edit in this session yet.")
     runs = [to_run(trial.task, bench.library) for trial in bench.trials]
     session = {"model": bench.name, **bench.library.parameters, "widgets": "never", "runs": runs}
     return write_atomic(path, yaml.safe_dump(session, sort_keys=False, allow_unicode=True))

@@ -10,29 +10,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from uke.data.edits import KINDS, in_group
-from uke.explore.bench import Trial
 from uke.models.generate import Token
 
-# One probe is shown at a time, for readers who need not know the field's abbreviations.
-LABELS = {name: kind.label for name, kind in KINDS.items()} | {
-    "detail": "Detail",
-    "rel_doc": "Related document",
-    "rand_doc": "Random document",
-    "struct_trip": "Unrelated triple",
-    "near_triple": "Near triple",
-}
-WRITTEN = in_group("efficacy", "portability")
-GROUPS = {
-    "What was written: the answers should become the new text": WRITTEN,
-    "What must not change: the answers should stay": [one for one in KINDS if one not in WRITTEN],
-}
 STYLE = (Path(__file__).parent / "explore.css").read_text(encoding="utf-8")
 
 
@@ -45,11 +31,6 @@ class Page(str):
     def alone(self, title: str) -> str:
         """Return the page as a file of its own, light or dark as its reader prefers."""
         return f"{show.document(title, Markup(self))}\n"
-
-
-def several(trials: Sequence[Trial], comparison: pd.DataFrame) -> Page:
-    """Show several trials on a static page, the comparison first if there is more than one."""
-    return Page(show.page(STYLE, trials, comparison))
 
 
 def marked(before: str, after: str) -> tuple[Markup, Markup]:
@@ -80,8 +61,7 @@ def points(losses: Sequence[float], stop: float, width: int, height: int) -> dic
 
     step = (width - 44) / max(1, len(losses) - 1)
     placed = [(round(34 + step * index, 1), y(loss)) for index, loss in enumerate(losses)]
-    stop_y = y(stop) if stop else None
-    return {"points": placed, "stop": stop_y, "high": math.exp(high), "low": floor}
+    return {"points": placed, "stop": stop and y(stop), "high": math.exp(high), "low": floor}
 
 
 def moved(norms: Mapping[str, float]) -> tuple[int, dict[str, dict[int, dict[str, float]]]]:
@@ -99,18 +79,12 @@ def moved(norms: Mapping[str, float]) -> tuple[int, dict[str, dict[int, dict[str
 
 def mean_probability(tokens: Sequence[Token]) -> float:
     """Return the geometric mean."""
-    logs = [math.log(max(probability, 1e-9)) for _, probability in tokens]
-    return math.exp(sum(logs) / len(logs))
+    return geometric_mean(max(probability, 1e-9) for _, probability in tokens)
 
 
-_environment = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_environment.globals |= {"kinds": KINDS, "labels": LABELS, "groups": GROUPS}
-_environment.globals["metrics"] = {"rougel_f1": "ROUGE-L F1", "exact": "exact match"}
+_templates = FileSystemLoader(Path(__file__).with_name("templates"))
+_environment = Environment(loader=_templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_environment.globals |= {"kinds": KINDS, "written": in_group("efficacy", "portability")}
 _environment.globals |= {each.__name__: each for each in (marked, points, moved, mean_probability)}
 # Each macro of the template is a function: show.message("...", "alert").
 show = _environment.get_template("explore.html").module

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,31 +21,26 @@ from uke.explore.bench import WRITING, Bench, Refused, Task, own_edit, refused
 from uke.methods.catalog import changed
 from uke.methods.method import Method
 from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, vary
-from uke.models.model import layer_index
-from uke.results.metrics import score
+from uke.models.model import blocks, layer_index
 
-FACTOR_LABELS = {
-    "loss_scope": "Loss from",
-    "layers": "Blocks",
-    "components": "Weights",
-    "chat_template": "Trained through",
-    "end_of_turn": "End of turn",
+# By factor, its label and those of the levels whose names do not explain themselves.
+LABELS: dict[str, tuple[str, dict[str, str]]] = {
+    "loss_scope": ("Loss from", {"target_tokens": "all target tokens"}),
+    "layers": ("Blocks", {"all": "all blocks"}),
+    "components": (
+        "Weights",
+        {
+            "down_proj": "down projection",
+            "mlp": "feed-forward",
+            "both": "attention and feed-forward",
+            "query_value": "query and value",
+        },
+    ),
+    "chat_template": ("Trained through", {"with": "chat template", "without": "raw prompt"}),
+    "end_of_turn": ("End of turn", {"with": "learnt", "without": "left out"}),
 }
-LEVEL_LABELS = {  # of levels whose names do not explain themselves
-    ("loss_scope", "target_tokens"): "all target tokens",
-    ("layers", "all"): "all blocks",
-    ("components", "down_proj"): "down projection",
-    ("components", "mlp"): "feed-forward",
-    ("components", "both"): "attention and feed-forward",
-    ("components", "query_value"): "query and value",
-    ("chat_template", "with"): "chat template",
-    ("chat_template", "without"): "raw prompt",
-    ("end_of_turn", "with"): "learnt",
-    ("end_of_turn", "without"): "left out",
-}
-CHAT = {"chat template": None, "raw prompt": False}  # as `Generation.chat` has it
 FIELDS = ("model", "question", "answer", "details", "layers", "learning_rate", "steps", "chat")
-FIELDS += ("keep", "action", "ask", "export")  # what may be refused, with a note beside its control
+FIELDS += ("keep", "action", "ask")  # what may be refused, with a note beside its control
 ACTIONS = {
     "Load": "Load this model and begin a new session",
     "Edit": "Ask, write the edit into the weights, ask again",
@@ -54,14 +48,8 @@ ACTIONS = {
     "Undo": "Take the edit out of the weights again",
     "Keep": "Save the edit below results/explore",
     "Ask": "Answer your question without and with the edit",
-    "Repeat": "Repeat an edit of this session with one factor at another level",
     "Export session": "Write the edits of this session as a parameter file for papermill",
 }
-WORKING = "At work. Stop ends it and leaves the model as it was."
-BUSY = "Still at work on what was asked before: press Stop to end it."
-STOPPED = "Stopped: the model is as it was before the edit."
-DRAW_EVERY = 0.1  # seconds between two drawings of the loss
-SETTLE = 0.15  # seconds in which what was typed last reaches the kernel: a click may overtake it
 
 
 def attended(widgets: str = "auto") -> bool:
@@ -78,7 +66,8 @@ def show(bench: Bench, runs: Sequence[Mapping[str, Any]], widgets: str = "auto")
     for task in tasks:
         bench.write(task)
         bench.undo()
-    return html.several(bench.trials, benches.comparison(bench.trials))
+    compared = benches.comparison(bench.trials)
+    return html.Page(html.show.page(html.STYLE, bench.trials, compared))
 
 
 def output(text: str = "") -> w.HTML:
@@ -92,28 +81,25 @@ class Levels(w.HBox):
     def __init__(self, factor: str, chosen: Callable[[], None]) -> None:
         self.factor, self._chosen, self.why = factor, chosen, output()
         self.own = self.value = ""  # the level of the method, and the chosen one
-        self.label = FACTOR_LABELS[factor]
         self.buttons = {level: w.ToggleButton() for level in FACTORS[factor].levels}
         for level, button in self.buttons.items():
             button.observe(partial(self._click, level), "value")
-        label = output(html.show.fine(self.label, "uke-name"))
+        label = output(html.show.fine(LABELS[factor][0], "uke-name"))
         super().__init__([label, w.HBox([*self.buttons.values(), self.why])])
         self.add_class("uke-levels")
-
-    def name(self, level: str, depth: int) -> str:
-        """Return a level as a person reads it; one that trains a single block says which."""
-        if level in SINGLE_BLOCKS:
-            return f"block {layer_index(*FACTORS[self.factor].levels[level], depth)}"
-        return LEVEL_LABELS.get((self.factor, level), level.replace("_", " "))
 
     def refresh(self, bench: Bench, method: Method) -> None:
         """Mark the chosen level, grey out those that do not go with the method and say why."""
         names_by_reason: dict[str, list[str]] = defaultdict(list)
+        (label, labels), depth = LABELS[self.factor], len(blocks(bench.modules))
         for level, button in self.buttons.items():
-            name, reason = self.name(level, bench.depth), bench.why_not(method, self.factor, level)
+            name = labels.get(level, level.replace("_", " "))
+            if level in SINGLE_BLOCKS:
+                name = f"block {layer_index(*FACTORS[self.factor].levels[level], depth)}"
+            reason = bench.why_not(method, self.factor, level)
             button.disabled, button.value = bool(reason), level == self.value and not reason
             button.description = f"✓ {name}" if button.value else name
-            button.tooltip = f"{self.label}: {name}" + (f" (not here: {reason})" if reason else "")
+            button.tooltip = f"{label}: {name}" + (f" (not here: {reason})" if reason else "")
             names_by_reason[reason].append(name)
         # A reason that holds for every level holds for every factor: the form says it once.
         some = names_by_reason.pop("", None)
@@ -131,10 +117,8 @@ class Form(w.HBox):
     """What to write and how; `task()` reads it."""
 
     def __init__(self, bench: Bench, notes: Mapping[str, w.HTML]) -> None:
-        optional = "optional, one on a line"
-        self.search = w.Text(
-            description="Search edits", placeholder="words of a question or answer"
-        )
+        words, optional = "words of a question or answer", "optional, one on a line"
+        self.search = w.Text(description="Search edits", placeholder=words)
         self.picked = w.Select(description="Edit", rows=4)
         self.own = w.Button(description="Write your own", tooltip="Empty the form below")
         self.found, self.why = output(), output()
@@ -145,20 +129,17 @@ class Form(w.HBox):
         self.details = w.Textarea(description="Details", rows=4, placeholder=example)
         self.method = w.Dropdown(description="Method")
         self.levels = {factor: Levels(factor, self._refresh) for factor in FACTORS}
+        place = "optional, in place of the above: 2, 5 or 0.5"
         self.numbers = {
-            "layers": w.Text(
-                description="Own blocks", placeholder="optional, in place of the above: 2, 5 or 0.5"
-            ),
+            "layers": w.Text(description="Own blocks", placeholder=place),
             "learning_rate": w.Text(description="Learning rate"),
             "steps": w.Text(description="Steps, at most"),
         }
-        self.chat = w.Dropdown(description="Asked through", options=CHAT)
+        through = {"chat template": None, "raw prompt": False}  # as `Generation.chat` has it
+        self.chat = w.Dropdown(description="Asked through", options=through)
         self.own.on_click(lambda _: self.fill(Edit.model_construct(question="", answer="")))
         self.search.observe(lambda _: self._list(), "value")
-        self.picked.observe(
-            lambda change: change["new"] and self.fill(self.bench.library.find(change["new"])),
-            "value",
-        )
+        self.picked.observe(lambda change: change["new"] and self.fill(change["new"]), "value")
         self.method.observe(lambda change: change["new"] and self._reset(), "value")
         what = [output(html.show.heading("1. What to write")), self.search, self.picked]
         what += [w.HBox([self.own, self.found]), self.question, notes["question"], self.answer]
@@ -183,8 +164,7 @@ class Form(w.HBox):
         self.picked.value = self.picked.value if edit.question else ""
         self.question.value, self.answer.value = edit.question, edit.answer
         self.paraphrases.value = edit.paraphrase or ""
-        details = (f"{detail.question} | {detail.answer}" for detail in edit.details)
-        self.details.value = "\n".join(details)
+        self.details.value = "\n".join(f"{one.question} | {one.answer}" for one in edit.details)
 
     def task(self) -> Task:
         """Read the form; Refused, naming the field, if it cannot be done."""
@@ -192,13 +172,11 @@ class Form(w.HBox):
         fields = {"paraphrase": first, "details": detail_lines(self.details.value)}
         fields |= {name: getattr(self, name).value.strip() for name in ("question", "answer")}
         edit, method = own_edit(**fields), self._method()
-        same = [
-            known
-            for known in self.bench.library.edits
-            if edit == known.model_copy(update={"id": edit.id, "facts": (), "extra": ()})
-        ]
         self.bench.check(edit, method)
-        return Task((*same, edit)[0], method, tuple(more[:-1]), self.chat.value)
+        hidden = {"id": edit.id, "facts": (), "extra": ()}  # what the form does not show
+        edits = self.bench.library.edits
+        same = (known for known in edits if edit == known.model_copy(update=hidden))
+        return Task(next(same, edit), method, tuple(more[:-1]), self.chat.value)
 
     def _method(self) -> Method:
         chosen = {factor: levels.value for factor, levels in self.levels.items() if levels.value}
@@ -218,7 +196,7 @@ class Form(w.HBox):
 
     def _list(self) -> None:
         found, every = self.bench.library.search(self.search.value), self.bench.library.edits
-        options = [(edit.question, edit.id) for edit in found]
+        options = [(edit.question, edit) for edit in found]
         self.picked.options = [("– choose one, or write your own –", ""), *options]
         self.found.value = html.show.fine(f"{len(found)} of {len(every)} edits", "", "status")
 
@@ -244,31 +222,25 @@ class Form(w.HBox):
 
 
 class Panel(w.VBox):
-    """Everything a person can do with one edit; `wait()` returns when what was begun has ended."""
+    """Everything a person can do with one edit; what was begun ends with `thread`."""
 
     def __init__(self, bench: Bench, first: Edit) -> None:
-        self.bench, self.busy, self._thread = bench, False, threading.Thread()
+        self.bench, self.busy, self.thread = bench, False, threading.Thread()
         self.notes = {field: output() for field in FIELDS}
         self.form = Form(bench, self.notes)
         self.form.fill(first)
-        # What only the first edit would wait for: the scorers, the questions around the edit.
-        score(["a"], ["a"])
-        bench.library.probes(first)
+        bench.library.probes(first)  # reads facts of documents, for which only the first edit waits
         self.model = w.Text(description="Model", value=bench.name)
         own = "a question of your own, answered without and with the edit"
         self.free = w.Text(description="Ask anything", placeholder=own)
         self.name = w.Text(description="Keep as", value=bench.free_name()).add_class("uke-narrow")
-        self.repeated = w.Dropdown(description="Repeat edit").add_class("uke-fit")
-        self.level = w.Dropdown(description="with").add_class("uke-fit")
         self.curve, self.kept, self.reply, self.shown = (output() for _ in range(4))
         self.compared, self.exported = output(), output()
-        self.buttons = {
-            name: w.Button(description=name, tooltip=text) for name, text in ACTIONS.items()
-        }
+        self.buttons = {}
+        for name, text in ACTIONS.items():
+            self.buttons[name] = w.Button(description=name, tooltip=text)
+            self.buttons[name].on_click(partial(self._click, name))
         self.buttons["Edit"].button_style = "primary"
-        for name, button in self.buttons.items():
-            button.on_click(partial(self._click, name))
-        self.repeated.observe(lambda change: change["new"] and self._offer_levels(), "value")
         super().__init__(self._rows())
         self.add_class("uke-panel")
         self._refresh()
@@ -278,49 +250,45 @@ class Panel(w.VBox):
 
     def _rows(self) -> list[w.Widget]:
         """Lay the panel out, top to bottom."""
-        notes, (load, edit, stop, undo, keep, ask, *again) = self.notes, self.buttons.values()
+        notes, (load, edit, stop, undo, keep, ask, export) = self.notes, self.buttons.values()
         rows = [output(f"<style>{html.STYLE}</style>"), w.HBox([self.model, load]), notes["model"]]
         rows += [self.form, output(html.show.heading("3. Before and after"))]
         rows += [w.HBox([edit, stop, undo, self.name, keep]), notes["keep"], self.kept]
         rows += [notes["action"], self.curve]
         rows += [w.HBox([self.free, ask]), notes["ask"], self.reply, self.shown]
         rows += [output(html.show.heading("4. The edits of this session")), self.compared]
-        self.again = w.HBox([self.repeated, self.level, *again])
-        return [*rows, self.again, notes["export"], self.exported]
+        return [*rows, w.HBox([export]), self.exported]
 
     def say(self, field: str, text: str, role: str = "status") -> None:
         """Show a line beside the control of a field, and let screen readers say it."""
         self.notes.get(field, self.notes["action"]).value = html.show.message(text, role)
-
-    def wait(self) -> None:
-        """Return when what was begun has ended."""
-        if self._thread.ident:
-            self._thread.join()
 
     def _click(self, name: str, _: Any) -> None:
         """Begin what a button stands for in a thread, so that Stop and an interrupt are heard."""
         if name == "Stop":
             return self._stop()
         if self.busy:
-            return self.say("action", BUSY, "alert")
+            busy = "Still at work on what was asked before: press Stop to end it."
+            return self.say("action", busy, "alert")
         self.busy = True
         for field in FIELDS:
-            self.say(field, WORKING if field == "action" else "")
-        self._enable()
+            self.say(field, "")
+        self.say("action", "At work. Stop ends it and leaves the model as it was.")
+        self._refresh()
         act = getattr(self, f"_{name.split()[0].lower()}")
         # Widgets report to the cell or click that they were called from, which the context knows.
         run = partial(contextvars.copy_context().run, self._run, act)
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
 
     def _run(self, act: Callable[[], str | None]) -> None:
         """Do it and say last how it ended; whatever happens, the widgets go on."""
-        time.sleep(SETTLE)
+        time.sleep(0.15)  # what was typed last reaches the kernel: a click may overtake it
         field, role = "action", "status"
         try:
             text = act() or ""
         except benches.Stopped:
-            text = STOPPED
+            text = "Stopped: the model is as it was before the edit."
         except Exception as error:
             known = isinstance(error, InputError | FloatingPointError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
@@ -335,42 +303,21 @@ class Panel(w.VBox):
             self.bench.stop()
             self.say("action", "Stopping …")
 
-    def _enable(self) -> None:
-        edited, trials = self.bench.edited is not None, bool(self.bench.trials)
-        needs = {"Undo": edited, "Keep": edited, "Repeat": trials, "Export session": trials}
-        for name, button in self.buttons.items():
-            button.disabled = self.busy != (name == "Stop") or not needs.get(name, True)
-
     def _refresh(self) -> None:
         """Show buttons and the table of the session as things stand."""
-        trials = self.bench.trials
+        trials, edited = self.bench.trials, self.bench.edited is not None
+        for name, button in self.buttons.items():
+            impossible = name in ("Undo", "Keep") and not edited
+            button.disabled = impossible or self.busy != (name == "Stop")
         caption = "Mean score of each kind after the edit, from 0 to 1."
-        table = html.show.table(benches.comparison(trials), caption) if trials else ""
-        self.compared.value, self.again.layout.display = table, None if trials else "none"
-        options = [(f"{trial.number}: {trial.task.method.name}", trial.number) for trial in trials]
-        if tuple(options) != self.repeated.options:
-            self.repeated.options = options
-            self.repeated.value = trials[-1].number if trials else None
-        self._enable()
-
-    def _offer_levels(self) -> None:
-        """Offer what the chosen edit of the session can be repeated with."""
-        method = self.bench.trials[self.repeated.value - 1].task.method
-        self.level.options = [
-            (f"{levels.label}: {levels.name(level, self.bench.depth)}", (factor, level))
-            for factor, levels in self.form.levels.items()
-            for level in levels.buttons
-            if not self.bench.why_not(method, factor, level)
-            and vary(method, {factor: level}) != method
-        ]
-        self.level.index = 0 if self.level.options else None
+        self.compared.value = html.show.table(benches.comparison(trials), caption) if trials else ""
+        self.buttons["Export session"].layout.display = None if trials else "none"
 
     def _load(self) -> str:
         with refused("model"):
             if not (name := self.model.value.strip()):
                 raise InputError("No model is named; expected embedded, a directory or a hub name.")
             bench = Bench(name, self.bench.library)
-        self.bench.undo()
         self.bench = bench
         self.form.offer(bench)
         for outcome in (self.shown, self.curve, self.reply, self.kept, self.exported):
@@ -378,29 +325,20 @@ class Panel(w.VBox):
         return f"{name} is loaded; a new session begins."
 
     def _edit(self) -> str:
-        return self._write(self.form.task())
-
-    def _repeat(self) -> str:
-        if not self.level.value:
-            raise Refused("export", "This method has no factor to change.")
-        task = self.bench.trials[self.repeated.value - 1].task
-        return self._write(replace(task, method=vary(task.method, dict([self.level.value]))))
-
-    def _write(self, task: Task) -> str:
+        task = self.form.task()
         self._losses, self._drawn, self.kept.value, self.reply.value = [], 0.0, "", ""
         started = time.perf_counter()
         trial = self.bench.write(task, partial(self._watch, task.method))
-        seconds, name = time.perf_counter() - started, f"Edit {trial.number}"
+        took, name = f"{time.perf_counter() - started:.1f} s", f"Edit {trial.number}"
         self.curve.value = ""
         self.shown.value = html.show.result(trial, f"{name}: {task.method.name}")
-        done = f"{name} is in the weights, written and asked in {seconds:.1f} s."
-        return f"{done} Undo takes it out again."
+        return f"{name} is in the weights, written and asked in {took}. Undo takes it out again."
 
     def _watch(self, method: Method, phase: str, steps: int, loss: float) -> None:
         """Draw the loss so far as a curve, and how many of the steps are done."""
         self._losses += [loss] if steps else []
         writing = phase == WRITING
-        if writing and time.perf_counter() - self._drawn < DRAW_EVERY:
+        if writing and time.perf_counter() - self._drawn < 0.1:
             return
         self._drawn, most = time.perf_counter(), getattr(method, "steps", 0)
         text = f"step {steps} of at most {most}" if writing and steps <= most else phase
@@ -435,11 +373,11 @@ class Panel(w.VBox):
 
 def detail_lines(text: str) -> list[dict[str, str]]:
     """Read details written one on a line as `question | answer`; Refused for any other line."""
-    details, example = [], "When was he born? | 1802"
+    details = []
     for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
         question, _, answer = (part.strip() for part in line.partition("|"))
         if not (question and answer):
-            expected = f"expected a question, a bar and its answer, as in: {example}"
+            expected = "expected a question, a bar and its answer: When was he born? | 1802"
             raise Refused("details", f"Details, line {number}: {expected}")
         details.append({"question": question, "answer": answer})
     return details
