@@ -88,26 +88,22 @@ def ran(factor, levels=(), methods=("FT-M", "LoRA"), **invented):
 BOTH = "second_half_minus_first_half"
 
 
-@pytest.mark.parametrize(
-    ("factor", "given", "levels", "pairs"),
-    [
-        ("end_of_turn", "", "with without", {"": ("with", "without")}),
-        ("layers", "all eighth_3", "eighth_3 all", {"": ("all", "eighth_3")}),
-        (
-            "layers",
-            "second_half first_half",
-            "first_half second_half",
-            {BOTH: ("second_half", "first_half")},
-        ),
-        ("components", "both query_value mlp", "mlp both", {"both": ("both", "mlp")}),
-        (
-            "components",
-            "mlp down_proj",
-            "down_proj mlp",
-            {"mlp_minus_down_proj": ("mlp", "down_proj")},
-        ),
-    ],
-)
+# The factor, the levels given, those compared in their order, and the pairs of the contrasts.
+CHOICES = [
+    ("end_of_turn", "", "with without", {"": "with without"}),
+    ("layers", "all eighth_3", "eighth_3 all", {"": "all eighth_3"}),
+    (
+        "layers",
+        "second_half first_half",
+        "first_half second_half",
+        {BOTH: "second_half first_half"},
+    ),
+    ("components", "both query_value mlp", "mlp both", {"both": "both mlp"}),
+    ("components", "mlp down_proj", "down_proj mlp", {"mlp_minus_down_proj": "mlp down_proj"}),
+]
+
+
+@pytest.mark.parametrize(("factor", "given", "levels", "pairs"), CHOICES)
 def test_levels_come_in_the_order_of_the_factor_with_the_contrasts_they_allow(
     factor, given, levels, pairs
 ):
@@ -115,7 +111,7 @@ def test_levels_come_in_the_order_of_the_factor_with_the_contrasts_they_allow(
     adapter = ["query_value"] if "query_value" in given else []
     assert study.levels == {"FT-M": levels.split(), "LoRA": levels.split() + adapter}
     assert study.cells == [(name, one) for name, own in study.levels.items() for one in own]
-    own = {name: pair[1:] for name, pair in study.pairs.items() if pair[0] == "FT-M"}
+    own = {name: " ".join(pair[1:]) for name, pair in study.pairs.items() if pair[0] == "FT-M"}
     assert own == {f"ft_m{end and '.'}{end}": pair for end, pair in pairs.items()}
 
 

@@ -24,6 +24,12 @@ def directory(tmp_path_factory, tiny, tokenizer):
     return path
 
 
+@pytest.fixture(scope="module")
+def llama(tiny):
+    """A model that no test changes."""
+    return tiny()
+
+
 @pytest.fixture
 def copy(directory, tmp_path):
     return shutil.copytree(directory, tmp_path / "copy")
@@ -124,22 +130,13 @@ def test_parts_are_found_in_every_family(family, tiny):
     assert not any("norm" in name for name in select(model, "all", ["attention", "mlp"]))
 
 
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [
-        ("all", [0, 1, 2, 3]),
-        ("first_half", [0, 1]),
-        ("second_half", [2, 3]),
-        (3, [3]),
-        (0.0, [0]),
-        (0.5, [2]),
-        (0.74, [2]),
-        (1.0, [3]),
-        ([3, 0.25, 1], [1, 3]),
-    ],
-)
-def test_layers_by_number_and_fraction(tiny, layers, expected):
-    names = select(tiny(), layers, ["down_proj"])
+BLOCKS = [("all", "0123"), ("first_half", "01"), ("second_half", "23"), (3, "3"), (0.0, "0")]
+BLOCKS += [(0.5, "2"), (0.74, "2"), (1.0, "3"), ([3, 0.25, 1], "13")]
+
+
+@pytest.mark.parametrize(("layers", "expected"), BLOCKS)
+def test_layers_by_number_and_fraction(llama, layers, expected):
+    names = select(llama, layers, ["down_proj"])
     assert list(names) == [f"model.layers.{i}.mlp.down_proj.weight" for i in expected]
 
 
@@ -153,9 +150,9 @@ def test_layers_by_number_and_fraction(tiny, layers, expected):
         ([], ["mlp"], "select no weight"),
     ],
 )
-def test_a_selection_of_nothing_or_of_what_is_not_there_is_refused(tiny, layers, components, fault):
+def test_a_selection_of_nothing_or_of_what_is_absent_is_refused(llama, layers, components, fault):
     with pytest.raises(InputError, match=fault):
-        select(tiny(), layers, components)
+        select(llama, layers, components)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -62,22 +62,23 @@ def test_rows_of_a_count_are_those_of_the_weights_at_that_count(toy, method, tog
 
 
 def test_a_sequence_with_rows_is_not_written_again_and_another_one_is(toy, monkeypatch):
-    sequential.run(toy(), LORA, [1, 2], 1)
+    quick = FT_M.model_copy(update={"steps": 1})
+    sequential.run(toy(), quick, [1, 2], 1)
     written, checkpoints = [], sequential._checkpoints
     monkeypatch.setattr(
         sequential, "_checkpoints", lambda *given: written.append(1) or checkpoints(*given)
     )
     again = toy()
-    sequential.run(again, LORA, [2, 1], 1)
+    sequential.run(again, quick, [2, 1], 1)
     assert written == [] and set(again.read()["batch"]) == {1, 2}
     for changed in (
         {"counts": [1, 3]},
         {"queried": 2},
         {"together": True},
-        {"method": LORA.model_copy(update={"steps": 3})},
+        {"method": FT_M.model_copy(update={"steps": 2})},
     ):
         written.clear()
-        sequential.run(toy(), **{"method": LORA, "counts": [1, 2], "queried": 1, **changed})
+        sequential.run(toy(), **{"method": quick, "counts": [1, 2], "queried": 1, **changed})
         assert written == [1], changed
 
 

@@ -26,7 +26,7 @@ from uke.study.study import Study
 
 FT_M = catalog.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
 QUICK = FT_M.model_copy(update={"steps": 2})
-LORA = catalog.find("LoRA").model_copy(update={"steps": 4, "learning_rate": 1e-2})
+LORA = catalog.find("LoRA").model_copy(update={"steps": 2, "learning_rate": 1e-2})
 SHORT = {"layers": (1, 2), "steps": 3, "memit_lambda": 1e-2}
 MEMIT = catalog.find("memit").model_copy(update=SHORT)
 MEASURED = ["train_seconds", "answer_seconds", "peak_mib"]  # of the run, not of the edit
@@ -152,12 +152,8 @@ def test_batches_are_written_together_and_a_rest_is_left_out(toy):
     study.run(QUICK, limit=2)
     assert written == [["Ada", "Grace"], ["Alan", "Mary"], ["Ada", "Grace"]]
     units = study.read().groupby(["batch_size", "batch"])["edit"].agg(set).to_dict()
-    assert units == {
-        (1, 0): {"Ada"},
-        (1, 1): {"Grace"},
-        (2, 0): {"Ada", "Grace"},
-        (2, 1): {"Alan", "Mary"},
-    }
+    pairs = {(2, 0): {"Ada", "Grace"}, (2, 1): {"Alan", "Mary"}}
+    assert units == {(1, 0): {"Ada"}, (1, 1): {"Grace"}} | pairs
 
 
 def test_the_record_of_a_batch_stands_in_its_rows(toy, tokenizer):
@@ -171,14 +167,12 @@ def test_the_record_of_a_batch_stands_in_its_rows(toy, tokenizer):
     assert found[["train_seconds", "answer_seconds"]].gt(0).all(axis=None)
 
 
-@pytest.mark.parametrize("method", [FT_M, MEMIT], ids=lambda method: method.name)
-def test_rows_written_side_by_side_are_those_written_one_by_one(toy, tokenizer, method):
+def test_rows_written_side_by_side_are_those_written_one_by_one(toy):
     frames = []
     for lanes, groups in ((1, [1, 1, 1, 1]), (3, [3, 1])):
         study = toy(lanes=lanes)
-        covariance.measure(study.model, tokenizer, SENTENCES * 3, (1, 2))
         written = batches_of(study)
-        study.run(method)
+        study.run(QUICK)
         assert [len(group) for group in written] == groups
         frames.append(study.read())
         shutil.rmtree(study.paths.rows("toy"))
@@ -297,10 +291,8 @@ def test_committed_rows_are_taken_without_a_model_whatever_code_wrote_them(toy, 
     study.run(QUICK.model_copy(update={"steps": 99}), factor="layers", level="all")
     study.run(LORA, limit=1, factor="layers", level="all")
     found = study.read()
-    assert found.groupby("method")["edit"].agg(set).to_dict() == {
-        "FT-M": {"Ada", "Grace"},
-        "LoRA": {"Ada"},
-    }
+    edits = found.groupby("method")["edit"].agg(set).to_dict()
+    assert edits == {"FT-M": {"Ada", "Grace"}, "LoRA": {"Ada"}}
     wanted = after[(after["batch_size"] == 1) & after["edit"].isin(["Ada", "Grace"])]
     wanted = wanted[(wanted["method"] == "FT-M") | (wanted["edit"] == "Ada")]
     pd.testing.assert_frame_equal(
