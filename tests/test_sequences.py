@@ -2,7 +2,6 @@
 undone."""
 
 import pytest
-import torch
 from conftest import SENTENCES
 from small import toys
 from uke.errors import InputError
@@ -109,26 +108,6 @@ def test_a_sequence_is_drawn_again_from_committed_rows(toy, monkeypatch):
     missing = "no rows of method LoRA, factor count, split test, level after 1"
     with pytest.raises(InputError, match=missing):
         sequential.run(drawn, LORA, [1, 2], 1)
-
-
-def test_a_sequence_too_large_for_memory_is_begun_anew_with_less(toy, monkeypatch, caplog):
-    plain, study, write = toy(), toy("short"), Writer.write
-    sequential.run(plain, FT_M, [1, 3], 1)
-
-    def full(writer, edits):
-        if not study.subject.checkpointing and edits[-1].id == "Alan":
-            raise torch.OutOfMemoryError("out of memory")
-        return write(writer, edits)
-
-    monkeypatch.setattr(Writer, "write", full)
-    sequential.run(study, FT_M, [1, 3], 1)
-    mine, others = study.read(), plain.read()
-    for name in ("answer", "batch"):
-        assert mine[name].tolist() == others[name].tolist()
-    assert mine["notes"].dropna().str.contains("computed again").all()
-    assert mine["notes"].notna().any() and others["notes"].isna().all() and study.unchanged()
-    [record] = caplog.records
-    assert "computed again" in record.getMessage()
 
 
 @pytest.mark.parametrize(

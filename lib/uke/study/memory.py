@@ -1,19 +1,12 @@
-"""Measure the memory of a piece of work, and let trainings take less where it runs out."""
+"""Measure the memory that a piece of work takes, and what is left."""
 
 import ctypes
 import gc
 import resource
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-from uke.methods.lanes import replaced
-from uke.models.model import blocks
 
 MIB = 2**20
 CLEAR = Path("/proc/self/clear_refs")  # where Linux takes orders to forget the peak
@@ -60,19 +53,3 @@ def free_mib(device: torch.device) -> float:
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + reserve) / MIB
     return psutil.virtual_memory().available / MIB
-
-
-def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
-    """Store only the input of each block in trainings, and compute the rest again.
-
-    Scores stay the same. Not by transformers' `gradient_checkpointing_enable`, which works in
-    training mode alone, where dropout is on, and drops the cache that target vectors read.
-    """
-    return replaced({block: _checkpoint for _, block in blocks(model)})
-
-
-def _checkpoint(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # Reading twice would change a cache; without a gradient nothing is stored anyway.
-    if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
-        return block.forward(*args, **kwargs)
-    return checkpoint(block.forward, *args, use_reentrant=False, **kwargs)

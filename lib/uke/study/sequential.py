@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from uke.data.edits import KINDS, Edit, in_group
@@ -65,14 +64,7 @@ def run(
     if not rows.done(study.paths, study.name, unit, fingerprints):
         method.examples(study.model, study.tokenizer, edits[: counts[-1]])
         labels |= {"learning_rate": method.learning_rate, "seed": method.seed}
-        frames = None
-        while frames is None:
-            try:
-                with study.subject.trainable():
-                    frames = list(_checkpoints(study, method, counts, queried, together))
-            except torch.OutOfMemoryError:
-                if not study.take_less_memory(method, 1):
-                    raise
+        frames = _checkpoints(study, method, counts, queried, together)
         frame = pd.concat(frames, ignore_index=True).assign(**labels, **fingerprints)
         rows.append(study.paths, study.name, unit, frame)
     study.units.append(unit)

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -34,27 +33,22 @@ from uke.results import rows
 from uke.results.metrics import Encoder, load_encoder
 from uke.study.committed import Committed
 from uke.study.dataset import Dataset
-from uke.study.memory import Peak, checkpointed, free_mib
+from uke.study.memory import Peak, free_mib
 from uke.study.score import answer_and_score, token_limit, with_before
 from uke.world.files import CARD, card
 
 logger = logging.getLogger(__name__)
 
 UNEDITED = "unedited"  # the method of the rows that hold the answers before any edit
-CHECKPOINTED = "activations are computed again where no cache is read"
 
 
 class Subject:
-    """The model under study, by name or as a loaded pair; a name is loaded when first needed.
-
-    `checkpointing`: trainings compute activations again, since memory ran out.
-    """
+    """The model under study, by name or as a loaded pair; a name is loaded when first needed."""
 
     def __init__(self, model: str | tuple[nn.Module, PreTrainedTokenizerBase]) -> None:
         self.name = model if isinstance(model, str) else model[0].config.name_or_path
         if not isinstance(model, str):
             self.loaded = model
-        self.checkpointing = False
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -68,10 +62,6 @@ class Subject:
         vocabulary = sorted(tokenizer.get_vocab().items())
         whole = repr([fingerprint(model), tokenizer.chat_template, vocabulary, str(model.dtype)])
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-    def trainable(self) -> AbstractContextManager[None]:
-        """Return the context in which its trainings fit into memory."""
-        return checkpointed(self.loaded[0]) if self.checkpointing else nullcontext()
 
 
 class Unit(NamedTuple):
@@ -204,8 +194,11 @@ class Study:
                 try:
                     failed |= self.write(method, group)
                 except torch.OutOfMemoryError:
-                    if not self.take_less_memory(method, len(group)):
+                    if len(group) == 1:
                         raise
+                    self.lanes = len(group) // 2
+                    change = f"{len(group)} edits side by side; going on with {self.lanes}"
+                    logger.warning("%s: %s: out of memory with %s", self.name, method.name, change)
                     continue
                 bar.update(len(group))
                 del todo[: len(group)]
@@ -217,19 +210,6 @@ class Study:
         fitting = free_mib(self.model.device) / 2 / lane_mib(self.model, method)
         return max(1, int(min(self.lanes, fitting)))
 
-    def take_less_memory(self, method: Method, at_once: int) -> bool:
-        """Halve the edits written at once, or enable checkpointing; False where both are done."""
-        if at_once > 1:
-            self.lanes = at_once // 2
-            change = f"{at_once} edits side by side; going on with {self.lanes}"
-        elif not self.subject.checkpointing:
-            self.subject.checkpointing = True
-            change = f"all activations stored; from here on {CHECKPOINTED}"
-        else:
-            return False
-        logger.warning("%s: %s: out of memory with %s", self.name, method.name, change)
-        return True
-
     def write(self, method: Method, group: Sequence[Unit]) -> dict[str, str]:
         """Write one batch of edits, or several single edits side by side, and store their rows.
 
@@ -239,7 +219,7 @@ class Study:
         alone, share = len(group[0].edits) == 1, 1 / len(group)
         before, write = self.before, edited_each if alone else edited  # answered without any edit
         peak, started = Peak(self.model.device), time.perf_counter()
-        with self.subject.trainable(), write(self.model, self.tokenizer, edits, method) as m:
+        with write(self.model, self.tokenizer, edits, method) as m:
             cost = {"train_seconds": (time.perf_counter() - started) * share}
             cost["peak_mib"] = (highest := peak.mib()) and highest * share
             ids = [edit.id for edit in edits]
@@ -302,17 +282,14 @@ class Study:
 
         InputError where the edit left weights that are not finite.
         """
-        short, norms = self.subject.checkpointing, record.change_norm
+        norms = record.change_norm
         norm = sum(norms.values()) / max(1, len(norms))  # in context nothing changes
         if not np.isfinite(norm) or np.isinf(frame["log_probability"]).any():
             edits = ", ".join(frame["edit"].unique())
             raise InputError(f"study {self.name}: edits {edits}: what was written is not finite")
         curve = json.dumps(rows.shortened({"losses": record.losses, "norms": norms}, 6))
         return frame.assign(
-            steps=record.steps,
-            change_norm=norm,
-            notes=f"memory was short: {CHECKPOINTED}" if short else None,
-            curve=[curve] + [None] * (len(frame) - 1),
+            steps=record.steps, change_norm=norm, curve=[curve] + [None] * (len(frame) - 1)
         )
 
     def read(self) -> pd.DataFrame:
