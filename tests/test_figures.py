@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,8 @@ SOME = ("original", "detail", "rel_doc", "general")
 
 def scores(*methods: str) -> pd.DataFrame:
     generator = np.random.default_rng(7)
-    rows = [
-        (method, kind, f"e{edit}", float(generator.uniform(0.2, 0.9)))
-        for method in methods
-        for kind in SOME
-        for edit in range(6)
-    ]
+    cells = product(methods, SOME, range(6))
+    rows = [(m, kind, f"e{edit}", generator.uniform(0.2, 0.9)) for m, kind, edit in cells]
     return pd.DataFrame(rows, columns=["method", "kind", "edit", "score"])
 
 
@@ -41,18 +38,13 @@ def points(ax) -> list[tuple[float, float, str]]:
 
 def lines(ax) -> list:
     """Return the solid lines that join something."""
-    return [
-        line for line in ax.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1
-    ]
+    solid = [line for line in ax.get_lines() if line.get_linestyle() == "-"]
+    return [line for line in solid if len(line.get_xdata()) > 1]
 
 
 def segments(ax) -> list[np.ndarray]:
-    return [
-        segment
-        for each in ax.collections
-        if hasattr(each, "get_segments")
-        for segment in each.get_segments()
-    ]
+    groups = [each for each in ax.collections if hasattr(each, "get_segments")]
+    return [segment for group in groups for segment in group.get_segments()]
 
 
 def test_a_point_and_its_interval_are_those_of_the_rows():
@@ -144,12 +136,10 @@ def test_names_of_lines_that_end_together_do_not_overlap():
 
 
 def test_trends_are_means_over_edits_with_a_panel_for_each_quantity():
+    scores, factors = {"FT-M": 0.02, "MEMIT": 0.01}, {"first": 1, "seconds": 40}
     rows = [
-        (name, view, count, factor * (score * count + 0.1 * edit))
-        for name, score in (("FT-M", 0.02), ("MEMIT", 0.01))
-        for view, factor in (("first", 1), ("seconds", 40))
-        for count in (10, 1)
-        for edit in (0, 2)
+        (name, view, count, factors[view] * (scores[name] * count + 0.1 * edit))
+        for name, view, count, edit in product(scores, factors, (10, 1), (0, 2))
     ]
     frame = pd.DataFrame(rows, columns=["method", "panel", "count", "score"])
     first, seconds = figures.trend(frame, "count", panel="panel").axes
@@ -195,15 +185,9 @@ TRIALS = pd.DataFrame(
 
 def test_every_trial_is_a_point_and_the_chosen_one_is_ringed_even_if_another_scored_higher():
     axes = figures.tuning(TRIALS).axes
-    rings = [
-        {
-            (float(line.get_xdata()[0]), int(line.get_ydata()[0]))
-            for line in ax.get_lines()
-            if line.get_markerfacecolor() == "none" and line.get_marker() == "o"
-        }
-        for ax in axes
-    ]
-    assert rings == [{(0.5, 0), (0.4, 1)}, {(0.65, 0), (0.5, 1)}]
+    for ax, chosen in zip(axes, [[(0.5, 0), (0.4, 1)], [(0.65, 0), (0.5, 1)]], strict=True):
+        rings = [line for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
+        assert [(*ring.get_xdata(), *ring.get_ydata()) for ring in rings] == chosen
     assert [len(cloud.get_offsets()) for ax in axes for cloud in ax.collections] == [2] * 4
 
 

@@ -1,7 +1,6 @@
 """Rows: written whole or not at all, stale or foreign ones refused, averages over what compares."""
 
 import itertools
-import os
 
 import numpy as np
 import pandas as pd
@@ -23,12 +22,8 @@ READ = {"study": "s", "factor": None, "split": None, "code": "c"}  # what `read`
 
 def unit(method="FT-M", edits=("e1", "e2"), kinds=KINDS, phase="after", **changes):
     """Rows of one unit: every probe of some edits, with scores that differ from probe to probe."""
-    probes = [
-        (edit, kind, number)
-        for edit in edits
-        for kind, count in kinds.items()
-        for number in range(count)
-    ]
+    numbers = [(kind, number) for kind, count in kinds.items() for number in range(count)]
+    probes = [(edit, *number) for edit in edits for number in numbers]
     frame = pd.DataFrame(probes, columns=["edit", "kind", "number"])
     steps = np.linspace(0.1, 0.9, len(frame))
     known = {name: steps for name in METRICS} | {f"{name}_before": 1 - steps for name in METRICS}
@@ -74,12 +69,8 @@ def test_names_that_leave_the_folder_are_refused(here, name):
 
 def test_unit_keys_are_equal_for_equal_choices_only():
     choices = {"level": ["all", "last", None], "batch": [1, 12], "learning_rate": [5e-4, 5e-3]}
-    keys = {
-        unit_key(method, **dict(zip(choices, values, strict=True)))
-        for method in ("FT-M", "FT M")
-        for values in itertools.product(*choices.values())
-    }
-    assert len(keys) == 2 * 12
+    every = [dict(zip(choices, own, strict=True)) for own in itertools.product(*choices.values())]
+    assert len({unit_key(name, **own) for name in ("FT-M", "FT M") for own in every}) == 2 * 12
     plain = unit_key("FT-M", batch=3, level="all")
     assert plain == unit_key("FT-M", level="all", batch=np.int64(3))
     assert plain.startswith("ft-m-batch-3-")
@@ -126,8 +117,7 @@ def test_bad_rows_are_refused_and_nothing_is_written(here, tmp_path, changes, me
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("moment", ["write_table", "replace"])
-def test_an_interrupted_write_leaves_everything_as_it_was(here, monkeypatch, tmp_path, moment):
+def test_an_interrupted_write_leaves_everything_as_it_was(here, monkeypatch, tmp_path):
     rows.append(here, "s", "one", unit())
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     real = pq.write_table
@@ -136,11 +126,7 @@ def test_an_interrupted_write_leaves_everything_as_it_was(here, monkeypatch, tmp
         real(table.slice(0, 1), path, **options)
         raise OSError("disk full")
 
-    def refuse(*_):
-        raise OSError("disk full")
-
-    module, change = (pq, interrupt) if moment == "write_table" else (os, refuse)
-    monkeypatch.setattr(module, moment, change)
+    monkeypatch.setattr(pq, "write_table", interrupt)
     for name in ("one", "two"):
         with pytest.raises(OSError, match="disk full"):
             rows.append(here, "s", name, unit(method="LoRA"))

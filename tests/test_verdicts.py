@@ -15,21 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def said(value, low=None, high=None):
-    return {
-        "value": value,
-        "low": low,
-        "high": high,
-        "unit": "points",
-        "said": f"{value} points, n = 40",
-    }
+    number = {"value": value, "low": low, "high": high, "unit": "points"}
+    return number | {"said": f"{value} points, n = 40"}
 
 
 def word(sign, *numbers, than=0.0, key="a.b"):
     """The verdict where each world has one number, (value, low, high), or None."""
-    worlds = {
-        f"w{place}": {} if each is None else {"a.b": said(*each)}
-        for place, each in enumerate(numbers)
-    }
+    worlds = {f"w{at}": {"a.b": said(*each)} if each else {} for at, each in enumerate(numbers)}
     return judge(Claim(key="c", claim="c", number=key, sign=sign, than=than), worlds).word
 
 
@@ -106,9 +98,8 @@ def test_every_number_that_a_pattern_matches_must_agree_and_deeper_keys_do_not_m
     verdict = judge(claim, {"w": numbers})
     assert verdict.word == HOLDS
     assert [each.key for each in verdict.evidence] == ["batch.8.lead", "batch.24.lead"]
-    assert (
-        verdicts.table([verdict])["ours"].item() == "8: 3.0 points, n = 40; 24: 3.0 points, n = 40"
-    )
+    shown = verdicts.table([verdict])["ours"].item()
+    assert shown == "8: 3.0 points, n = 40; 24: 3.0 points, n = 40"
     assert judge(claim, {"w": numbers | {"batch.40.lead": said(*AGAINST)}}).word == IN_PART
 
 
@@ -126,9 +117,8 @@ def run(folder, sections=None, numbers=None):
     folder.mkdir(parents=True)
     paths.sections.mkdir(parents=True)
     for name, content in (sections or {}).items():
-        (paths.sections / f"{name}.json").write_text(
-            json.dumps({"notebook": name, "body": [], "smoke_run": False} | content)
-        )
+        written = {"notebook": name, "body": [], "smoke_run": False} | content
+        (paths.sections / f"{name}.json").write_text(json.dumps(written))
     if numbers is not None:
         (folder / "numbers.json").write_text(json.dumps(numbers))
     return paths
@@ -184,19 +174,13 @@ def test_the_committed_files_are_sound():
 
 
 def test_the_figure_turns_every_number_into_the_direction_of_its_claim():
-    numbers = {
-        "a.b": said(-2.0, -4.0, -1.0),
-        "a.c": said(0.98, 0.97, 0.995),
-        "a.d": said(1.0, -1.0, 2.0),
-    }
-    claims = [
-        {"label": "down", "number": "a.b", "sign": "-"},
-        {"label": "bound", "number": "a.c", "sign": "+", "than": 0.99},
-        {"label": "either", "number": "a.b", "sign": "either"},
-        {"label": "opposite", "number": "a.b", "sign": "opposite", "than": "a.d"},
-        {"label": "none", "number": "q", "sign": "+"},
-    ]
-    judged = [judge(Claim(key="x", claim="x", **claim), {"w": numbers}) for claim in claims]
+    numbers = {"a.b": said(-2.0, -4.0, -1.0), "a.c": said(0.98, 0.97, 0.995)}
+    numbers |= {"a.d": said(1.0, -1.0, 2.0)}
+    claims = [("down", "a.b", "-", 0), ("bound", "a.c", "+", 0.99), ("either", "a.b", "either", 0)]
+    claims += [("opposite", "a.b", "opposite", "a.d"), ("none", "q", "+", 0)]
+    fields = ("label", "number", "sign", "than")
+    claims = [Claim(key="x", claim="x", **dict(zip(fields, c, strict=True))) for c in claims]
+    judged = [judge(claim, {"w": numbers}) for claim in claims]
     frame = verdicts.points(judged).set_index("claim")
     ends = frame[["value", "low", "high"]]
     assert ends.loc["down"].tolist() == ends.loc["either"].tolist() == [2, 1, 4]

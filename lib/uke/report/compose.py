@@ -35,8 +35,7 @@ _TEXTS.filters["prose"] = prose
 _REPORT = _TEXTS.get_template("report.md")
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
-_QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->(.*?)<!-- -->")
-_SHOWN = {"number": "said", "word": "unit"}
+_QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->.*?<!-- -->")
 _TYPST_ATTRIBUTE = re.compile(r' typst:[\w:]+="[^"]*"')
 
 
@@ -175,9 +174,8 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
         return
     section = Section("run", paths, "Cost of the run", "How long did the study take?")
     machine = {key: run[key] for run in reversed(runs) for key in run}
-    for key in ("notebook", "status", "seconds"):
-        machine.pop(key, None)
-    section.environment = machine
+    own = {"notebook", "status", "seconds"}
+    section.environment = {key: value for key, value in machine.items() if key not in own}
     frame = pd.DataFrame(runs)[["notebook", "seconds"]]
     section.table(
         frame,
@@ -201,9 +199,9 @@ def quote(page: Path, paths: Paths) -> None:
     numbers = json.loads(source.read_text(encoding="utf-8"))
 
     def quoted(match: re.Match) -> str:
-        what, key, _ = match.groups()
+        what, key = match.groups()
         if key not in numbers:
             raise InputError(f"{page}: number {key}: not in {source}{nearest(key, numbers)}")
-        return f"<!-- {what}: {key} -->{numbers[key][_SHOWN[what]]}<!-- -->"
+        return f"<!-- {what}: {key} -->{numbers[key]['unit' if what == 'word' else 'said']}<!-- -->"
 
     write_atomic(page, _QUOTED.sub(quoted, page.read_text(encoding="utf-8")))

@@ -156,14 +156,13 @@ def trend(
     baseline: float | None = None,
     label_y: str = "",
 ) -> Figure:
-    """Draw how something moves with a number `x`: the mean of `y` over the rows at each x.
+    """Draw the mean of `y` over the rows at each number `x`.
 
         trend(averages)                            lines named at their ends
         trend(costs, x="tokens", panel="panel")    a panel for each quantity
         trend(leads, y="mean", baseline=0, label_y="lead (points)")   with intervals
 
-    `low` and `high` are drawn where the frame has them, `baseline` is a dashed line. A single line
-    has its numbers beside it.
+    `baseline` is a dashed line. A single line has its numbers beside it.
     """
     look = looks(ordered(frame[by]))
     alone = len(look) == 1 and not panel

@@ -88,8 +88,7 @@ def printed_score(score: Score) -> Cell:
 def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     """Return a row for each `by` and a column of `Score` cells for each kind, the best one marked.
 
-    `frame` has the columns by, kind, edit, score (see `summarise`). Rows called as in REFERENCES
-    come last and are never the best.
+    `frame` has by, kind, edit, score (see `summarise`). REFERENCES come last, never the best.
     """
     summary = summarise(frame, [by, "kind"]).set_index([by, "kind"])
     names = list(summary.index.unique(by))

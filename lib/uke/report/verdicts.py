@@ -6,7 +6,6 @@ section.table(verdicts.table(judged), "verdicts", "Each claim, our number and th
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -68,8 +67,8 @@ def claims(path: str | Path) -> list[Claim]:
 class Evidence(NamedTuple):
     """A number that counts for a claim, as it is said in the report.
 
-    `distance`: value, low and high (NaN for no interval) from what it is compared with, on the
-    claim's side. `state`: 1 or -1 if the interval is on one side of zero, else a half, or 0.
+    `distance`: value, low and high (or NaN) from what it is compared with, on the claim's side.
+    `state`: 1 or -1 if the interval is on one side of zero, else a half, or 0.
     """
 
     world: str
@@ -97,9 +96,9 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 
     *holds*: the paper's sign, with an interval that excludes zero, in every world. *in part*: its
     sign, but an interval includes or touches zero or is missing, or not in every world. *does not
-    hold*: the other sign, or zero, in every world. "either" has no sign of its own: it holds if
-    every interval excludes zero on the same side, in part if some does, else not. Two numbers
-    differ if their intervals do not overlap.
+    hold*: the other sign, or zero, in every world. "either" holds if every interval excludes zero
+    on the same side, in part if some does, else not. Two numbers differ if their intervals do not
+    overlap.
     """
     evidence = () if claim.untestable else tuple(_evidence(claim, worlds))
     if not evidence:
@@ -157,10 +156,9 @@ def _matching(numbers: Numbers, pattern: str) -> list[str]:
 
 
 def gather(paths: Paths) -> dict[str, Numbers]:
-    """Return the numbers of this run and of the same study on other worlds, by the run's name.
+    """Return the numbers of this run and of `figures/<run>-world-*`, by the run's name.
 
-    This run's are read from its sections (else from numbers.json), without verdicts and
-    smoke runs, those of `figures/<run>-world-*` from their numbers.json.
+    This run's are read from its sections (else from numbers.json), without verdicts and smoke runs.
     """
     own = paths.figures.name
     files = [paths.figures / "numbers.json"]
@@ -206,16 +204,16 @@ def _distinction(verdict: Verdict, each: Evidence) -> str:
 def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """Return a row for each number that decides a claim, for `figures.claims`.
 
-    Columns: claim (its label), verdict, value, low, high (the distance from what it is compared
-    with, in the direction of the claim) and text.
+    Columns: claim (its label), verdict, value, low, high (the distance in the direction of the
+    claim) and text.
     """
     rows = []
     for verdict in verdicts:
         claim, seen = verdict.claim, verdict.evidence
         turn = seen[0].distance[0] if seen and claim.sign == "either" else 1
         for each in seen:
-            value, *ends = _turned(each.distance, turn)
-            ends = [value if math.isnan(end) else end for end in ends]
-            text = _distinction(verdict, each) + each.said.partition(", n =")[0]
-            rows.append((claim.label or claim.key, verdict.word, value, *ends, text))
-    return pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
+            ends, text = _turned(each.distance, turn), each.said.partition(", n =")[0]
+            text = _distinction(verdict, each) + text
+            rows.append((claim.label or claim.key, verdict.word, *ends, text))
+    frame = pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
+    return frame.assign(**{end: frame[end].fillna(frame["value"]) for end in ("low", "high")})

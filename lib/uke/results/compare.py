@@ -27,7 +27,6 @@ LABELS = {name: kind.label for name, kind in KINDS.items()} | {
     "target_tokens": "all target tokens",
 }
 _PLAIN = re.compile(r"[a-z]+_half|eighth_\d|loss_scope|chat_template|end_of_turn|batch_size")
-COSTS = ["learning_rate", "steps", "train_seconds", "answer_seconds", "peak_mib", "change_norm"]
 
 
 def label(name: Any) -> str:
@@ -124,9 +123,8 @@ def contrasts(
 
         contrasts(scores, {"gain": {("FT-M", "all"): 1, ("FT-M", "eighth_3"): -1}})
 
-    `wanted` has the weight of each cell by the effect's name; effects of absent cells are left out.
-    Columns: effect, kind, difference, low, high, p (Holm-corrected over all effects given), n.
-    InputError where the cells of an effect differ in their edits.
+    Effects of absent cells are left out. Columns: effect, kind, difference, low, high, n, p
+    (Holm-corrected over all). InputError where the cells of an effect differ in their edits.
     """
     found, cells_of_kind = [], {}
     for kind, own in scores.groupby("kind"):
@@ -271,8 +269,7 @@ def separation(after: pd.DataFrame) -> dict[str, Interval]:
     """Return how well locality and a general skill tell methods apart, and their difference.
 
     That is, of the variance of scores, edits aside, the share that lies between methods. Empty
-    where the data lacks such probes or there is one method; InputError where edits have more probes
-    of one sort than of the other.
+    without such probes or a second method; InputError for unequal numbers of probes.
     """
     primary, tables, counts = rows.primary(after), [], set()
     primary["total"] = primary["score"] * primary["probes"]
@@ -324,9 +321,9 @@ def curves(after: pd.DataFrame) -> pd.DataFrame:
 
 def costs(after: pd.DataFrame, by: Sequence[str] = ("method", "level")) -> pd.DataFrame:
     """Return what writing an edit or a batch costs and how large its change is: means over them."""
-    by = list(by)
+    names = "learning_rate steps train_seconds answer_seconds peak_mib change_norm".split()
     batches = after.drop_duplicates([*by, "batch"])
-    return batches.groupby(by, sort=False)[COSTS].mean().reset_index()
+    return batches.groupby(list(by), sort=False)[names].mean().reset_index()
 
 
 def answers(after: pd.DataFrame, edit: str, kinds: Sequence[str]) -> pd.DataFrame:

@@ -58,8 +58,7 @@ def use_committed() -> bool:
 def append(paths: Paths, study: str, unit: str, frame: pd.DataFrame) -> Path:
     """Write the rows of one unit to a parquet file of its own, in place of any it had.
 
-    Absent columns become null, `study` and `code` are filled in. InputError, with nothing written,
-    for an unknown column, an absent value or a wrong type.
+    `study` and `code` are filled in. InputError for an unknown column, absent value or wrong type.
     """
     place = f"rows of study '{study}', unit '{check_name('unit', unit)}'"
     frame = frame.assign(study=study, code=code_fingerprint())
@@ -164,8 +163,8 @@ def average(
 ) -> pd.DataFrame:
     """Return the average metric (`score`) by run, batch and edit: the plain mean over `kinds`.
 
-    `frame` is what `primary` gives. InputError naming what is missing where an edit lacks a kind,
-    or (`same_edits`) runs that stand side by side differ in their edits.
+    `frame` is what `primary` gives. InputError where an edit lacks a kind, or (`same_edits`) runs
+    side by side differ in their edits.
     """
     scores = frame[frame["kind"].isin(kinds)]
     if scores.empty:
