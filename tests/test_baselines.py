@@ -283,18 +283,6 @@ def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer):
     assert drift[1] < 0.5 * drift[0]
 
 
-@pytest.mark.parametrize("name", ["memit", "unke"])
-@pytest.mark.parametrize("anchors", ["windows", "surprisal", "nested"])
-def test_with_one_window_and_no_kept_keys_every_anchor_rule_is_its_base_method(
-    ready, tokenizer, name, anchors
-):
-    model, written = ready(), []
-    for recipe in (quick(name), quick(name, anchors=anchors, window=99)):
-        with edited(model, tokenizer, EDITS, recipe) as m:
-            written.append(state(m))
-    assert all(torch.equal(one, written[1][key]) for key, one in written[0].items())
-
-
 @pytest.mark.parametrize(("name", "family"), list(zip(WRITING, FAMILIES * 2, strict=False)))
 def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace(
     ready, tokenizer, name, family

@@ -185,14 +185,6 @@ def test_a_lane_that_has_ended_stays_as_it_is_and_disturbs_no_other(
     assert not moved(model, before)
 
 
-def test_an_edit_that_is_known_already_is_not_moved(tiny, tokenizer):
-    method = QUICK["FT-A"].model_copy(update={"stop_loss": 1e3})
-    with edited_each(tiny(), tokenizer, EDITS, method) as m:
-        for record in m.edit_records.values():
-            assert (record.steps, len(record.losses)) == (0, 1)
-            assert not any(record.change_norm.values())
-
-
 # --- a loss that is not finite ---
 
 

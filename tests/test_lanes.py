@@ -135,13 +135,6 @@ def test_a_row_moves_the_weights_of_its_own_lane_alone(tiny):
         assert weight.grad[0].abs().sum() > 0 and not weight.grad[1:].any()
 
 
-def test_half_precision_stays_half_under_lanes_in_float32(tiny):
-    model = tiny().bfloat16()
-    weights = {name: weight.float() for name, weight in select(model, 2, ["all"]).items()}
-    with Lanes(model, IDS, stacks(weights), low_ranks(model)).laid() as m:
-        assert read(m, tokens(3)).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_no_trace_is_left_in_the_model(tiny, error):
     model, ids = tiny("qwen3"), tokens(3)

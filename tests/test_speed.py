@@ -156,15 +156,6 @@ def test_an_edit_that_diverges_in_lanes_is_named(toy):
         timed("lanes", toy, toy.dataset.edits, FT_M)
 
 
-def test_plain_generate_keeps_the_limit_of_each_answer(toy):
-    probes = toy.dataset.probes["Ada"]
-    limits = {probe: 2 + 5 * place for place, probe in enumerate(probes)}
-    study = replace(toy)
-    study.token_limit = limits.__getitem__
-    own = answer(toy.model, toy.tokenizer, probes, max_new_tokens=study.token_limit)
-    assert variants.generated(toy.model, study, probes) == own and len(set(own)) > 1
-
-
 def test_ratios_compare_seconds_of_an_edit_within_a_repeat():
     """Ten seconds for two edits one by one beside ten for eight in lanes are a factor of four."""
     rows = [(0, "single", 2, 6.0), (0, "lanes", 8, 6.0), (1, "single", 2, 16.0)]

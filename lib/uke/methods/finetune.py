@@ -102,10 +102,7 @@ def train(
 
 
 def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe) -> Written:
-    """Train each edit as if alone, side by side with those of similar length.
-
-    An edit whose loss is not finite gets no lane; Diverged where that is every edit.
-    """
+    """Train each edit as if alone, side by side with those of similar length."""
     examples = recipe.examples(model, tokenizer, edits)
     lanes = {edit: _Lane(recipe) for edit in examples}
     for batch in _batches(list(examples), examples, tokenizer, model.device):
@@ -143,11 +140,10 @@ class _Lane:
         """Note the losses of its edits in one batch; return whether they ask for a step."""
         broken = [edit for edit, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
         if broken and not self.ended:
-            recipe, names = self.recipe, ", ".join(map(repr, broken))
+            names, rate = ", ".join(map(repr, broken)), self.recipe.learning_rate
             where = f"the loss of edit {names} is not finite after {self.training.steps} steps"
-            expected = f"expected a learning_rate below {recipe.learning_rate:g}"
-            self.error = Diverged(f"recipe {recipe.name}: {where}; {expected}", broken)
-            self.ended = True
+            message = f"recipe {self.recipe.name}: {where}; expected a learning_rate below {rate:g}"
+            self.error, self.ended = Diverged(message, broken), True
         step = not self.ended and fmean(losses) >= self.recipe.stop_loss
         self.seen += losses
         self.training.steps += step

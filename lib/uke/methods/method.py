@@ -137,10 +137,8 @@ class Method(BaseModel, ABC):
                 raise InputError(f"edit '{edit.id}': given twice; expected unique ids")
             found[edit.id] = example(tokenizer, edit.question, edit.answer, *form)
             if (length := len(found[edit.id].ids)) > longest:
-                raise InputError(
-                    f"edit '{edit.id}': question and answer are {length} tokens; "
-                    f"the model's context holds {longest}"
-                )
+                context = f"the model's context holds {longest}"
+                raise InputError(f"edit '{edit.id}': it is {length} tokens long; {context}")
         return found
 
     @contextmanager

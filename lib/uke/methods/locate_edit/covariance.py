@@ -134,10 +134,8 @@ def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> li
     found = [_projector(path, threshold, model.device) for path in paths]
     for site, projector in zip(chosen, found, strict=True):
         if not projector.any():
-            raise InputError(
-                f"{site.name}: no direction has a variance below null_threshold {threshold:g}; "
-                "expected a larger one"
-            )
+            none = f"no direction has a variance below null_threshold {threshold:g}"
+            raise InputError(f"{site.name}: {none}; expected a larger one")
     return found
 
 

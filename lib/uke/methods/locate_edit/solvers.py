@@ -53,8 +53,7 @@ class LocateRecipe(Method):
 
     Sources: the published code of each, and arXiv 2210.07229, 2410.02355, 2405.15349, 2502.05628.
     AnyEdit's code divides residuals of batches by a counter of layers that an inner loop overwrites
-    (`as_published`); here each layer closes its share. Published blocks are fractions of the depth:
-    MEMIT's 4-8 of 32 are blocks 1 and 2 of the embedded model's 8.
+    (`as_published`); here each layer closes its share.
     """
 
     solver: Literal["memit", "alphaedit", "unke"]
@@ -196,10 +195,9 @@ class ClosedForm:
             try:
                 change = least_squares(site.back(now.outputs, residual), now.keys, others, *system)
             except ValueError as error:
-                raise InputError(
-                    f"{self.recipe.name}: the system of {site.name} is {error}; "
-                    "expected the covariance of more texts, or a larger ridge"
-                ) from None
+                where = f"{self.recipe.name}: the system of {site.name} is {error}"
+                expected = "expected the covariance of more texts, or a larger ridge"
+                raise InputError(f"{where}; {expected}") from None
             site.projection.weight.copy_(site.projection.weight.double() + change)
         return 0
 
@@ -279,12 +277,10 @@ class BlockSteps:
                 loss.backward()
                 error += loss.item()
             if not math.isfinite(error):
-                raise Diverged(
-                    f"{recipe.name}: the block's error of edit {', '.join(map(repr, edits))} is "
-                    f"not finite after {step} steps; expected an unke_rate below "
-                    f"{recipe.unke_rate:g}",
-                    edits,
-                )
+                where = f"the block's error of edit {', '.join(map(repr, edits))} is not finite"
+                expected = f"expected an unke_rate below {recipe.unke_rate:g}"
+                message = f"{recipe.name}: {where} after {step} steps; {expected}"
+                raise Diverged(message, edits)
             adam.step()
 
 

@@ -124,11 +124,10 @@ def _optimise(
 def _check_finite(chunk: _Chunk, values: Tensor, recipe: LocateRecipe) -> None:
     pairs = zip(chunk.ids, values.tolist(), strict=True)
     if broken := [edit for edit, value in pairs if not math.isfinite(value)]:
-        raise Diverged(
-            f"{recipe.name}: the target vector of edit {', '.join(map(repr, broken))} diverges: "
-            f"its loss is not finite; expected a learning_rate below {recipe.learning_rate:g}",
-            broken,
-        )
+        where = f"the target vector of edit {', '.join(map(repr, broken))} diverges"
+        expected = f"expected a learning_rate below {recipe.learning_rate:g}"
+        message = f"{recipe.name}: {where}: its loss is not finite; {expected}"
+        raise Diverged(message, broken)
 
 
 class _Chunk:
