@@ -165,7 +165,8 @@ def _plain(value: Any, where: str) -> float | int | None:
 def _show(what: Any) -> None:
     """Show a figure, a table or a text in the running notebook, if any."""
     if IPython.get_ipython():
-        print(what) if isinstance(what, str) else IPython.display.display(what)
+        text = isinstance(what, str)
+        IPython.display.display({"text/plain": what} if text else what, raw=text)
 
 
 def prose(text: str) -> str:

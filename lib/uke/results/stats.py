@@ -49,8 +49,7 @@ def p_value(differences: Sequence[float]) -> float:
         return 1.0
     options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": AT_ONCE}
     options |= {"vectorized": True, "rng": np.random.default_rng(SEED)}
-    found = permutation_test((np.asarray(differences, dtype=float),), np.sum, **options)
-    return float(found.pvalue)
+    return float(permutation_test((np.asarray(differences, float),), np.sum, **options).pvalue)
 
 
 def holm(ps: Iterable[float]) -> list[float]:
