@@ -37,12 +37,9 @@ EXPECTED = [
 ]
 
 
-def test_json_lines_become_documents(tmp_path):
+def test_parquet_reads_as_json_lines_do(tmp_path):
     lines = f"\ufeff{json.dumps(ADA)}\n\n{json.dumps(BRELEN)}"
     assert documents.gather([written(tmp_path, "town.jsonl", lines)]) == EXPECTED
-
-
-def test_parquet_reads_as_json_lines_do(tmp_path):
     path = tmp_path / "town.parquet"
     pd.DataFrame([ADA, BRELEN | {"id": "7"}]).to_parquet(path)
     assert documents.gather([path]) == EXPECTED
@@ -62,11 +59,9 @@ def test_a_record_without_a_text_is_left_out_with_a_warning(tmp_path):
         (b'{"title": " ", "text": "b"}', "line 2, field 'title': String should have at least 1"),
         (b'{"title": "a", "text": ["b"]}', "line 2, field 'text': Input should be a valid string"),
         (b'{"title": "a", "text": "b", "id": ""}', "line 2, field 'id': String should have"),
-        (b'{"title": "a", "text": "b", "section": 3}', "line 2: not of the expected form"),
         (b'{"title": "\\ud800", "text": "b"}', "line 2, field 'title': "),
         (b'["a"]', "line 2: not of the expected form"),
         (b"nonsense", "line 2: not valid JSON: Expecting value"),
-        (b'{"title": "a", "te', "line 2: not valid JSON: Unterminated string"),
         (b'{"a":' * 100_000, "line 2: not valid JSON: maximum recursion"),
         (b'{"title": "\xff"}', "line 2: not valid JSON: 'utf-8' codec can't decode byte 0xff"),
     ],
@@ -90,7 +85,6 @@ SQUAD = b'{"data": [{"title": "a", "paragraphs": [{"context": "b"}]}]}'
         ),
         ("spoilt.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
         ("a.json", b'[{"title": "a"}]', "record 0: field 'text' is missing"),
-        ("a.json", b'[{"title": "a", "text"', "not valid JSON: Expecting ':'"),
         ("a.json", b'[{"title": "a", "text": "b", "questions": [{}]}]', "'question' is missing"),
         ("a.json", SQUAD, "expected SQuAD's layout: field 'qas' is missing"),
         ("a.json", b"5", "expected SQuAD's layout: not of the expected form"),
@@ -111,23 +105,12 @@ def test_missing_files_and_columns_and_no_document_at_all_are_named(tmp_path):
 
 def test_both_layouts_of_squad_give_paragraphs_with_questions(tmp_path):
     questions = [{"question": "How many\npoints?", "answer": "308"}]
-    flat = [
-        {"title": "Super Bowl 50", "text": "It was 308.", "questions": questions},
-        {"id": "x", "title": "B", "text": "C."},
-    ]
+    flat = [{"title": "Super Bowl 50", "text": "It was 308.", "questions": questions}]
     expected = (("How many points?", "308"),)
-    assert documents.gather([written(tmp_path, "flat.json", json.dumps(flat))]) == [
-        Document("flat-0", "Super Bowl 50", "It was 308.", "", expected),
-        Document("x", "B", "C."),
-    ]
-    answers = [{"text": "308", "answer_start": 7}, {"text": "308."}]
-    paragraph = {
-        "context": "It was 308.",
-        "qas": [
-            {"id": "1", "question": "How many points?", "answers": answers},
-            {"id": "2", "question": "Why?", "answers": [], "is_impossible": True},
-        ],
-    }
+    (found,) = documents.gather([written(tmp_path, "flat.json", json.dumps(flat))])
+    assert found == Document("flat-0", "Super Bowl 50", "It was 308.", "", expected)
+    asked = {"question": "How many points?", "answers": [{"text": "308"}, {"text": "308."}]}
+    paragraph = {"context": "It was 308.", "qas": [asked, {"question": "Why?", "answers": []}]}
     article = {"title": "Beyonc%C3%A9_Knowles", "paragraphs": [paragraph] * 2}
     squad = json.dumps({"version": "1.1", "data": [article, article]}, indent=1)
     found = documents.gather([written(tmp_path, "squad.json", squad)])

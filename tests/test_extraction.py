@@ -89,11 +89,9 @@ def test_a_name_is_found_in_other_words(forms):
         assert common(first.format(name), second.format(other)), (other, first, second)
 
 
-@pytest.mark.parametrize(
-    "other", ["June 12, 1985", "12 June 1985", "June 12th, 1985", "12th of June, 1985", "1985"]
-)
-def test_a_date_is_found_in_other_orders(other):
-    assert common("Ada Quist was born on June 12, 1985.", f"The bridge fell in {other}, in fog.")
+def test_a_date_is_found_in_other_orders():
+    for other in ("June 12, 1985", "12 June 1985", "June 12th, 1985", "12th of June, 1985", "1985"):
+        assert common("Ada was born on June 12, 1985.", f"The bridge fell in {other}, in fog.")
 
 
 def test_a_common_noun_counts_where_it_is_given_as_a_name():
@@ -109,10 +107,7 @@ def test_an_answer_is_written_as_its_text_writes_it():
     assert {"political issues", "Genetics"} <= answers.names
     brown = facts("He left Yale for Brown; his hair is brown.", (), ["Brown"])
     assert not shared(brown, stated("It has brown hair."))
-
-
-def test_an_uncased_question_names_all_the_same():
-    assert shared(stated("Croatia is home to many."), stated("nq question: who governs croatia"))
+    assert common("Croatia is home to many.", "nq question: who governs croatia")  # uncased
 
 
 def test_of_a_clause_only_the_names_count():
@@ -167,9 +162,8 @@ def test_texts_without_names_share_nothing():
 def test_a_union_shares_what_its_parts_share():
     one, other = stated("Ellie Kemper lives in Croatia."), stated("Kemper left Kansas in 1998.")
     flood = stated("The flood of 1998 reached Croatia.")
-    parts = shared(one, flood) | shared(other, flood)
-    assert shared(union([one, other]), flood) == shared(flood, union([other, one])) == parts
-    assert parts == {"Croatia", "1998"} and not shared(one, stated("It rained."))
+    both = shared(union([one, other]), flood), shared(flood, union([other, one]))
+    assert both == ({"Croatia", "1998"}, {"Croatia", "1998"})
 
 
 def test_the_kinds_of_names_in_their_order():
@@ -177,32 +171,24 @@ def test_the_kinds_of_names_in_their_order():
     assert names(text) == ["Some Title", "Ann Lee", "300 coins", "May 1998", "Old Rome"]
 
 
-LONG = {
-    "list": "Bram Vik visited " + ", ".join(f"City{number}" for number in range(20000)),
-    "names": "Ada " * 50000,
-    "quotes": 'a "' * 50000,
-}
-
-
-@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
-def test_a_very_long_text_takes_no_longer_than_its_length_asks(text):
+def test_a_very_long_text_takes_no_longer_than_its_length_asks():
     start = time.process_time()
-    stated(text)
-    assert time.process_time() - start < 10
+    stated("Bram Vik visited " + ", ".join(f"City{number}" for number in range(5000)))
+    stated("Ada " * 10000)
+    stated('a "' * 10000)
+    assert time.process_time() - start < 8
 
 
 def test_an_edit_states_its_facts_and_names_its_details():
-    fact = {"subject": "Balmora Club", "relation": "{} is associated with", "object": "cricket"}
     edit = Edit(
         id="1",
         question="What does Balmora Club play?",
         answer="Balmora Club plays cricket in Seyda.",
-        subject="Balmora Club",
-        facts=(fact,),
+        facts=({"subject": "Balmora Club", "relation": "{} plays", "object": "cricket"},),
         details=({"question": "Where?", "answer": "In a large meadow."},),
     )
-    expected = {"balmora club", "cricket", "Seyda", "large meadow"}
-    assert expected <= edit_facts(edit).names
+    assert {"balmora club", "cricket", "Seyda", "large meadow"} <= edit_facts(edit).names
+    assert not {"cricket", "large meadow"} & edit_facts(edit, stated=False).names
 
 
 def test_every_question_of_unkebench_shares_a_fact_with_its_answer():

@@ -36,7 +36,7 @@ DOCUMENTS = [
     for number, line in enumerate(lines)
 ]
 PASSAGES = [retrieval.passage(document) for document in DOCUMENTS]
-QUICK = Training(steps=6, batch=6, rate=2e-4, warm_up=1, length=24, frozen=5, depth=4)
+QUICK = Training(steps=2, batch=4, rate=2e-4, warm_up=0, length=16, frozen=5, depth=4)
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,8 @@ def test_training_moves_only_the_upper_blocks_and_is_the_same_twice(base, tmp_pa
     before, after = (load_file(folder / "model.safetensors") for folder in (base, trained))
     moved = {name for name in after if name in before and (before[name] != after[name]).any()}
     assert moved and all("layer.5." in name or "pooler" in name for name in moved)
-    assert (again / "model.safetensors").read_bytes() == (
-        trained / "model.safetensors"
-    ).read_bytes()
-    made = metrics.open_encoder(trained)
-    assert made.max_seq_length == metrics.open_encoder(base).max_seq_length
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (trained, again))
+    assert first == second
     assert retrieval.build(str(trained), PASSAGES)([PASSAGES[7]]).argmax() == 7
 
 

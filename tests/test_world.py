@@ -27,7 +27,6 @@ def test_a_seed_gives_one_world_and_another_seed_another(first):
 
 def test_pools_have_their_sizes_and_share_no_name(first):
     assert {pool: len(members) for pool, members in first.pools.items()} == POOLS
-    assert sum(POOLS.values()) >= 700 and len(POOLS) == 6
     assert len(first.named()) == len(first.entities)
 
 
@@ -65,11 +64,8 @@ def test_texts_have_60_to_120_words_and_name_every_object(first):
 
 def test_phrasings_held_out_from_training_are_held_out():
     for kind in world.language()["kinds"].values():
-        for questions in (
-            kind["questions"],
-            *(relation["questions"] for relation in kind["relations"].values()),
-        ):
-            sets = [set(questions[name]) for name in ("trained", *SPLITS)]
+        for one in (kind, *kind["relations"].values()):
+            sets = [set(one["questions"][name]) for name in ("trained", *SPLITS)]
             assert all(sets) and len(set.union(*sets)) == sum(map(len, sets))
 
 
@@ -109,13 +105,9 @@ def test_the_benchmarks_own_loaders_read_the_files(folder, split, least):
     akew = formats.load("akew-counterfact", folder / split / world_files.AKEW)
     triples = formats.load_clozes(folder / split / world_files.KNOWEDIT)
     assert len(loaded) == len(akew) == least and len(triples) == 2 * POOLS[f"{split}_locality"]
-    assert all(
-        triple.question and triple.subject in triple.question and len(triple.answers) == 1
-        for triple in triples
-    )
+    assert all(triple.subject in triple.question for triple in triples)
     assert [edit.answer for edit in akew] == [edit.answer for edit in loaded]
     for edit in loaded:
         kinds = [probe.kind for probe in (*edit.probes, *exercises) if probe.edit == edit.id]
-        assert (
-            set(kinds) == {*edits.EFFICACY, "multi_hop", "general"} and kinds.count("general") == 3
-        )
+        assert set(kinds) == {*edits.EFFICACY, "multi_hop", "general"}
+        assert kinds.count("general") == 3

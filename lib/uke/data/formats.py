@@ -20,8 +20,6 @@ from pydantic import ValidationError
 from uke.data.edits import Cloze, Edit, Item, Probe
 from uke.errors import InputError, nearest
 
-LETTERS = string.ascii_uppercase
-
 
 def read_json(path: str | Path) -> Any:
     """Read one JSON value from a UTF-8 file; InputError says what is wrong and where."""
@@ -72,19 +70,13 @@ def edit_everything(record: Mapping) -> Edit:
 def unkebench(record: Mapping) -> Edit:
     """Read UnKEBench v2, or v3 with its `mmlu_*` lists; may have MQuAKE's multi-hop keys too."""
     details = _together(record, "sub_question", "sub_answer")
-    exercises = ()
-    if "mmlu_questions" in record:
-        exercises = _together(record, "mmlu_questions", "mmlu_choices", "mmlu_answer")
     return Edit(
         id=record["id"],
         question=record["question"],
         answer=record["answer"],
         paraphrase=record["para_question"],
         details=[{"question": question, "answer": answer} for question, answer in details],
-        extra=(
-            *_hops(record),
-            *(_exercise(record["id"], n, *each) for n, each in enumerate(exercises)),
-        ),
+        extra=(*_hops(record), *_exercises(record)),
     )
 
 
@@ -139,23 +131,27 @@ def _hops(record: Mapping) -> Iterator[Probe]:
         )
 
 
-def _exercise(edit: str, number: int, question: str, choices: list[str], answer: Any) -> Probe:
-    """Make a multiple choice, whose answer files give as letter, index from 0, or text."""
-    letters = LETTERS[: len(choices)]
-    names = (*choices, *map(str, range(len(letters))), *letters)
-    letter = dict(zip(names, letters * 3, strict=True)).get(str(answer).strip())
-    if letter is None:
-        expected = f"expected one of {', '.join(letters)}, or its index from 0"
-        raise ValueError(f"'mmlu_answer' has {answer!r}; {expected}")
-    lines = [f"{name}. {text}" for name, text in zip(letters, choices, strict=True)]
-    return Probe(
-        edit=edit,
-        kind="general",
-        number=number,
-        question="\n".join((question, *lines)),
-        reference=letter,
-        aliases=(lines[LETTERS.index(letter)],),
-    )
+def _exercises(record: Mapping) -> Iterator[Probe]:
+    """Yield multiple choices, whose answers files give as letter, index from 0, or text."""
+    if "mmlu_questions" not in record:
+        return
+    rows = _together(record, "mmlu_questions", "mmlu_choices", "mmlu_answer")
+    for number, (question, choices, answer) in enumerate(rows):
+        letters = string.ascii_uppercase[: len(choices)]
+        names = (*choices, *map(str, range(len(letters))), *letters)
+        letter = dict(zip(names, letters * 3, strict=True)).get(str(answer).strip())
+        if letter is None:
+            expected = f"expected one of {', '.join(letters)}, or its index from 0"
+            raise ValueError(f"'mmlu_answer' has {answer!r}; {expected}")
+        lines = [f"{name}. {text}" for name, text in zip(letters, choices, strict=True)]
+        yield Probe(
+            edit=record["id"],
+            kind="general",
+            number=number,
+            question="\n".join((question, *lines)),
+            reference=letter,
+            aliases=(lines[letters.index(letter)],),
+        )
 
 
 def _locality(record: Mapping) -> Iterator[Probe]:
@@ -252,9 +248,8 @@ def load(dataset: str, path: str | Path) -> tuple[Edit, ...]:
 
         edits = load("unkebench", "final_data_v2.json")
 
-    `dataset` is a key of `FORMATS`. No record is left out, and two may ask the same question, as in
-    real files. Raises InputError, naming file, record and field, for an unknown dataset, an
-    unreadable file, a record that lacks or misuses a field, or an id that occurs twice.
+    `dataset` is a key of `FORMATS`. No record is left out. Raises InputError for an unknown
+    dataset, an unreadable file, a field that is missing or wrong, or an id that occurs twice.
     """
     if dataset not in FORMATS:
         raise InputError(f"unknown dataset {dataset!r}{nearest(str(dataset), FORMATS)}")

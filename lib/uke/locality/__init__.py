@@ -1,11 +1,8 @@
 """Locality sets: the questions whose answers an edit must not change.
 
-    from uke.locality import Settings, ensure, of_world
+from uke.locality import Settings, ensure, of_world
 
-    path = ensure(of_world(folder, "test"), Settings(), folder / "locality")
-
-`build` chooses the probes, `facts` decides which texts share a fact, `retrieval` ranks documents,
-`card` keeps a set in files, `audit` checks it with evidence that did not build it.
+path = ensure(of_world(folder, "test"), Settings(), folder / "locality")
 """
 
 from uke.locality.build import Builder, Settings, Sources

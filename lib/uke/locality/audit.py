@@ -1,22 +1,19 @@
 """Audit a locality set by facts known from elsewhere: those of the world, or that records state.
 
-    >>> frame = assess_run(Paths("quick"))
-    >>> leak_counts(frame)   # items, and those that share a fact with an edit
-
-Tables and figures are made from the rows of `assess`, which hold none of the texts.
+>>> frame = assess_run(Paths("quick"))
+>>> leak_counts(frame)   # items, and those that share a fact with an edit
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from uke.data.edits import Edit, Item
 from uke.data.formats import load, load_locality
 from uke.files import sha256
+from uke.locality import card
 from uke.locality.build import Sources, text_of, unfiltered
-from uke.locality.card import built, ensure, of_files, of_world, set_name
-from uke.locality.card import settings as read_settings
 from uke.locality.facts import LONGEST, facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
@@ -31,32 +28,26 @@ Names = Mapping[str, Sequence[str]]
 
 
 def known_of_world(seed: int, split: str, sources: Sources) -> tuple[Names, Names]:
-    """Look up the true subjects and objects of every edit, and of every document and triple, by id.
-
-    `sources`: those of a file of this split, whose edits stand in the world's order.
-    """
+    """Look up the true subjects and objects of edits, and those of documents and triples, by id."""
     made = world.build(seed)
-    pairs = zip(sources.edits, world_files.shuffled(made, split), strict=True)
-    edited = {edit.id: [new.name, *new.objects.values()] for edit, (_, _, new) in pairs}
+    pairs = zip(sources.edits, world_files.edited(made, split).values(), strict=True)
+    edited = {edit.id: [new.name, *new.objects.values()] for edit, new in pairs}
     probed = {cloze.id: [cloze.subject, *cloze.answers] for cloze in sources.clozes}
     for entity in world_files.collection(made, split):
         probed[entity.name] = [entity.name, *entity.objects.values()]
     return edited, probed
 
 
-def stated_names(edits: Iterable[Edit]) -> Names:
-    """Look up the named subjects and objects of the facts that each record states, by id.
+def stated_names(edit: Edit) -> list[str]:
+    """List the named subjects and objects of the facts that a record states.
 
     "He", "the series" and "many" are subjects in AKEW's triplets, but name nothing in another text:
     a name has a capital or a digit, at most LONGEST words, and a normal form.
     """
-    found: dict[str, list[str]] = {}
-    for edit in edits:
-        for phrase in (phrase for fact in edit.facts for phrase in (fact.subject, fact.object)):
-            name = re.sub(r"^(the|an|a) ", "", phrase.strip(" ."), flags=re.I)
-            if re.search(r"[A-Z\d]", name) and normal(name) and len(name.split()) <= LONGEST:
-                found.setdefault(edit.id, []).append(name)
-    return {edit: list(dict.fromkeys(every)) for edit, every in found.items()}
+    phrases = [phrase for fact in edit.facts for phrase in (fact.subject, fact.object)]
+    phrases = [re.sub(r"^(the|an|a) ", "", each.strip(" ."), flags=re.I) for each in phrases]
+    short = [each for each in dict.fromkeys(phrases) if len(each.split()) <= LONGEST]
+    return [each for each in short if re.search(r"[A-Z\d]", each) and normal(each)]
 
 
 def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
@@ -68,7 +59,7 @@ def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
     rows = []
     for place, edit in enumerate(edits):
         own = facts(edit.answer, names(edit.answer)).names
-        for name in stated_names([edit]).get(edit.id, ()):
+        for name in stated_names(edit):
             found = bool(own & facts(name, [name]).names)
             rows.append((edit.id, found, "held out" if place % 2 else "looked at"))
     return pd.DataFrame(rows, columns=["edit", "found", "half"])
@@ -153,33 +144,33 @@ def assess_run(
     """Build and assess the set of a benchmark's file, or both forms of one split of the world.
 
     Items are assessed as they are used, filtered by texts alone, and unfiltered: a set as it is
-    used knows what records state, by which leaks of a benchmark are counted. There, records at odd
-    places count: the others were looked at when names were first found. Columns of `assess`, and
-    set, filter, and of the set edits, documents, triples and sha256.
+    used knows what records state, by which leaks of a benchmark are counted, though only of records
+    at odd places (see `names_found`). Columns of `assess`, and filter and figures of the set.
     """
     if paths.data == "world":
         home = world_files.ensure(paths.home / "results", world_seed)
-        sets = [of_world(home, split, form) for form in ("unkebench", "akew-counterfact")]
+        sets = [card.of_world(home, split, form) for form in ("unkebench", "akew-counterfact")]
         folder = home / split / "locality"
     else:
-        sets = [of_files(paths.data, data_file, documents, structured)]
-        folder = built(paths).parent
-    settings, encoder = read_settings(paths.home, paths.data), load_encoder()
+        sets = [card.of_files(paths.data, data_file, documents, structured)]
+        folder = card.built(paths).parent
+    settings, encoder = card.settings(paths.home, paths.data), load_encoder()
     blind = settings.model_copy(update={"stated": False})
     frames = []
     for files in sets:
-        sources, path = files.sources(), ensure(files, settings, folder)
+        sources, path = files.sources(), card.ensure(files, settings, folder)
         if files.generated:
             known = known_of_world(world_seed, split, sources)
         else:
-            known = stated_names(load(files.dataset, files.edit_file)[1::2]), {}
+            edits = load(files.dataset, files.edit_file)[1::2]
+            known = {edit.id: names for edit in edits if (names := stated_names(edit))}, {}
         made = {USED: load_locality(path, sources.edits)}
         if known[0]:
-            made[ALONE] = load_locality(ensure(files, blind, folder), sources.edits)
+            made[ALONE] = load_locality(card.ensure(files, blind, folder), sources.edits)
             made[UNFILTERED] = unfiltered(sources, blind)
         for name, items in made.items():
             frame = assess(items, sources, settings.batch, *known, encoder=encoder).assign(
-                set=set_name(files.dataset),
+                set=card.set_name(files.dataset),
                 edits=len(sources.edits),
                 documents=len(sources.documents),
                 triples=len(sources.clozes),

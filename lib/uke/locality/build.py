@@ -2,8 +2,7 @@
 
 Source of the kinds: arXiv 2506.09672 (UnKEBench-Loc, AKEW-Loc); the near triple is ours. RelDoc is
 the best-ranked document that shares no fact with any edit written in one batch with its own;
-RandDoc is drawn from those ranked below a floor. What the paper leaves open is a field of
-`Settings`, with the reason for its default.
+RandDoc is drawn from those ranked below a floor.
 """
 
 import random
@@ -34,8 +33,8 @@ class Settings(Frozen):
       the directory of a sentence encoder, as tools/train_retriever.py makes one.
     - `stated`: whether what a record states beside its text (subject, triples, short answers)
       counts as its facts, which is surer than what is found in the text.
-    - `batch`: edits that may be written together, consecutive ones of a split; no document shares a
-      fact with any of them. 0 is all of a split, so that a set serves every batch size.
+    - `batch`: consecutive edits of a split that may be written together; no document shares a fact
+      with any of them. 0 is all of a split, so that a set serves every batch size.
     - `floor`: RandDoc stands below this rank.
     - `seed`: of every draw.
     """
@@ -148,9 +147,7 @@ class Builder:
         below[ranked[: self.settings.floor]] = False
         below[related] = False
         drawn = self.draw("rand_doc", edit, below)
-        for kind, index in (("rel_doc", related), ("rand_doc", drawn)):
-            if index is None:
-                continue
+        for kind, index in ({"rel_doc": related} | drawn).items():
             document = self.sources.documents[index]
             question, aliases = question_for(document)
             yield Item(
@@ -168,24 +165,21 @@ class Builder:
 
         They are numbered on from the probes that the edit brings.
         """
-        drawn = self.draw("struct_trip", edit, apart)
-        if drawn is None:
+        if not apart.any():
             return
+        drawn = self.draw("struct_trip", edit, apart)
         left, scores = apart.copy(), self.nearness[edit.id]
-        left[drawn] = False
+        left[drawn["struct_trip"]] = False
         # Triples of one relation differ in the subject, which was taken out: equally near.
         nearest = left & (scores == scores[left].max(initial=-np.inf))
-        near = self.draw("near_triple", edit, nearest)
-        for kind, index in (("struct_trip", drawn), ("near_triple", near)):
-            if index is None:
-                continue
+        drawn |= self.draw("near_triple", edit, nearest)
+        for kind, index in drawn.items():
             cloze = self.sources.clozes[index]
-            own = [probe.number for probe in edit.extra if probe.kind == kind]
             as_question = kind == "near_triple"
             yield Item(
                 edit=edit.id,
                 kind=kind,
-                number=1 + max(own, default=-1),
+                number=sum(probe.kind == kind for probe in edit.extra),
                 question=cloze.question or cloze.prompt if as_question else cloze.prompt,
                 chat=as_question or is_question(cloze.prompt),
                 reference=cloze.answers[0],
@@ -193,9 +187,10 @@ class Builder:
                 source=cloze.id,
             )
 
-    def draw(self, kind: str, edit: Edit, marked: np.ndarray) -> int | None:
-        """Draw one of the marked indices for an edit; None where there is none."""
-        return int(self.rng(kind, edit).choice(np.flatnonzero(marked))) if marked.any() else None
+    def draw(self, kind: str, edit: Edit, marked: np.ndarray) -> dict[str, int]:
+        """Draw one of the marked indices for an edit, by kind; nothing where none is marked."""
+        indices = np.flatnonzero(marked)
+        return {kind: self.rng(kind, edit).choice(indices)} if len(indices) else {}
 
 
 def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
@@ -208,10 +203,7 @@ def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
 
 
 def build(sources: Sources, settings: Settings) -> tuple[Item, ...]:
-    """Build four items for every edit, in the order of the edits.
-
-    Raises InputError, with counts, where some edit is left without an item.
-    """
+    """Build four items for every edit, in their order; InputError, with counts, where one lacks."""
     if len({cloze.id for cloze in sources.clozes}) < len(sources.clozes):
         raise InputError("locality: triples share ids; expected structured files of unlike names")
     builder = Builder(sources, settings)

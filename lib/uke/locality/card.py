@@ -1,10 +1,8 @@
 """Keep a locality set in files: its sources, the set itself, its schema and its data card.
 
-    >>> files = of_world(world_files.ensure(results, seed=1), "test")
-    >>> path = ensure(files, Settings(), results / "locality")
-    >>> probes = load_locality(path, files.sources().edits)
-
-A set is built once, whole or not at all, and again only when what decides it has changed.
+>>> files = of_world(world_files.ensure(results, seed=1), "test")
+>>> path = ensure(files, Settings(), results / "locality")
+>>> probes = load_locality(path, files.sources().edits)
 """
 
 import hashlib
@@ -41,8 +39,7 @@ BUILDING = ("data", "locality.build", "locality.facts", "locality.retrieval")
 class SetFiles:
     """The files a set is built from: an edit file, collections of documents, structured sets.
 
-    `dataset` names the parser of the edit file. `generated`: the file is one split of a world; any
-    other file holds both splits, told apart by a hash of the id.
+    `generated`: the edit file is one split of a world; any other holds both, told apart by the id.
     """
 
     dataset: str
@@ -110,10 +107,7 @@ def settings(home: Path, data: str) -> Settings:
 
 
 def ensure(files: SetFiles, chosen: Settings, folder: Path) -> Path:
-    """Return the path of the set below `folder`, built if it is missing or out of date.
-
-    A set that is blind to what records state has a name of its own.
-    """
+    """Return the path of the set below `folder`, built if it is missing or out of date."""
     name = set_name(files.dataset) + ("" if chosen.stated else "-texts-alone")
     target = Path(folder) / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -247,8 +247,8 @@ def _tells(word: str) -> bool:
 def _forms(phrase: str) -> frozenset[str]:
     """List the names in a phrase in every form that another text may use.
 
-    The phrase itself counts if it is short and has a capital or digit of its own; names count with
-    and without initials and what stands before "of", dates with the day before and after the month.
+    A short phrase with a capital or digit counts itself; names count with and without initials and
+    what stands before "of", dates with the day before and after the month.
     """
     parts, kept = _names(phrase), trimmed(phrase)
     # "The Tokyo area", but not "Friday".

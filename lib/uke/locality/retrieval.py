@@ -30,10 +30,7 @@ def ranking(scores: np.ndarray) -> np.ndarray:
 
 
 def build(retriever: str, texts: Sequence[str]) -> Score:
-    """Index N passages by "bm25", "dense" (MiniLM) or a sentence encoder's directory.
-
-    Raises InputError for an encoder that is not there.
-    """
+    """Index N passages by "bm25", "dense" (MiniLM) or an encoder's directory, else InputError."""
     if retriever == "bm25":
         return bm25(texts)
     model = encoder_folder() if retriever == "dense" else Path(retriever)

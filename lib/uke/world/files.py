@@ -1,8 +1,4 @@
-"""The world on disk, in the formats of published benchmarks, as the loaders of real data expect.
-
-For both splits: edits as UnKEBench v3 and as AKEW CounterFact, triples of the locality pool as
-KnowEdit, exercises as a locality file, and documents; and the texts of the preservation pool.
-"""
+"""The world on disk, in the formats of published benchmarks, as the loaders of real data expect."""
 
 import json
 import random
@@ -13,23 +9,19 @@ from typing import Any
 
 from filelock import FileLock
 
-from uke.errors import InputError
+from uke.data.formats import read_json
 from uke.files import replacing, sha256, write_atomic
 from uke.project import code_fingerprint, digest
 from uke.world.generate import SPLITS, Entity, World, build, choice, exercise, hop, language
 
 UNKEBENCH, AKEW, KNOWEDIT = "UnKEBench.json", "AKEW-CounterFact.json", "KnowEdit.json"
 GENERAL, DOCUMENTS, PRESERVATION = "general.json", "documents.json", "preservation.json"
-CARD = "training.json"  # how a model of a world was made
+CARD = "training.json"  # how tools/train_world_model.py made a model
 
 
 def card(directory: Path) -> dict[str, Any]:
     """Read how the model of a directory was made; InputError for a directory without a card."""
-    path = Path(directory) / CARD
-    if not path.is_file():
-        expected = "expected the directory of a model made by tools/train_world_model.py"
-        raise InputError(f"{path}: no such file; {expected}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(Path(directory) / CARD)
 
 
 def ensure(folder: Path, seed: int) -> Path:
@@ -45,23 +37,21 @@ def ensure(folder: Path, seed: int) -> Path:
     return target
 
 
-def shuffled(world: World, split: str) -> list[tuple[str, Entity, Entity]]:
-    """List the edits of a split, (id, entity as trained, as edited), kinds mixed by chance."""
+def edited(world: World, split: str) -> dict[str, Entity]:
+    """Map the ids of a split's edits to the entities as edited, kinds mixed by chance."""
     rng = random.Random(f"order-{world.seed}-{split}")
     pairs = rng.sample(world.edits[split], len(world.edits[split]))
-    return [(f"{split}-{number}", old, new) for number, (old, new) in enumerate(pairs)]
+    return {f"{split}-{number}": new for number, (_, new) in enumerate(pairs)}
 
 
 def write(world: World, folder: Path) -> None:
-    """Write every file of a world, a subfolder per split; the same world gives the same bytes."""
+    """Write a world: a subfolder per split and, beside them, the texts of the preservation pool."""
     makers = {UNKEBENCH: unkebench, AKEW: akew, KNOWEDIT: knowedit}
     makers |= {GENERAL: general, DOCUMENTS: documents}
-    texts = [
-        {"question": entity.introduce(), "answer": entity.text}
-        for entity in world.pools["preservation"]
-    ]
     made = {f"{split}/{name}": makers[name](world, split) for split in SPLITS for name in makers}
-    for name, records in (made | {PRESERVATION: texts}).items():
+    kept = world.pools["preservation"]
+    made[PRESERVATION] = [{"question": one.introduce(), "answer": one.text} for one in kept]
+    for name, records in made.items():
         write_atomic(folder / name, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -69,8 +59,8 @@ def unkebench(world: World, split: str) -> list[dict]:
     """Write edits as UnKEBench v3; two-hop questions under the keys of MQuAKE."""
     rng = random.Random(f"unkebench-{world.seed}-{split}")
     records = []
-    for name, _, new in shuffled(world, split):
-        question, choices, answer = choice(rng.sample(range(10, 100), 4), rng)
+    for name, new in edited(world, split).items():
+        question, choices, answer = choice(rng)
         record = {
             "id": name,
             "question": new.introduce(number=rng.randrange(6)),
@@ -92,7 +82,7 @@ def akew(world: World, split: str) -> list[dict]:
     """Write edits as AKEW CounterFact, without what no loader reads: a cloze asks for the text."""
     rng = random.Random(f"akew-{world.seed}-{split}")
     records = []
-    for name, _, new in shuffled(world, split):
+    for name, new in edited(world, split).items():
         relation = rng.choice(list(new.objects))
         prompts = {key: new.cloze(key).replace(new.name, "{}") for key in new.objects}
         rewrite = {
@@ -106,13 +96,8 @@ def akew(world: World, split: str) -> list[dict]:
                 for key, target in new.objects.items()
             ],
         }
-        records.append(
-            {
-                "case_id": int(name.split("-")[1]),
-                "requested_rewrite": rewrite,
-                "paraphrase_prompts": [new.ask(relation, split)],
-            }
-        )
+        record = {"case_id": int(name.split("-")[1]), "requested_rewrite": rewrite}
+        records.append(record | {"paraphrase_prompts": [new.ask(relation, split)]})
     return records
 
 
@@ -135,7 +120,7 @@ def general(world: World, split: str) -> list[dict]:
     """Write a sum and a sorting task for every edit; its record has a multiple choice, number 0."""
     rng = random.Random(f"general-{world.seed}-{split}")
     probes = []
-    for name, _, _ in shuffled(world, split):
+    for name in edited(world, split):
         for number, skill in enumerate(("sum", "sort"), start=1):
             task = dict(zip(("question", "reference"), exercise(rng, skill), strict=True))
             probes.append({"edit": name, "kind": "general", "number": number, **task})
@@ -176,8 +161,7 @@ def ambiguous() -> set[str]:
     kinds, values = language()["kinds"].values(), language()["values"].values()
     listed = [value for group in values if isinstance(group, list) for value in group]
     relations = [relation for kind in kinds for relation in kind["relations"].values()]
-    wordings = [wording for relation in relations for wording in relation["wordings"]]
-    texts = [text.casefold() for text in (*wordings, *listed)]
-    counts = Counter(word for text in texts for word in set(re.findall(r"\w+", text)))
+    texts = [*listed, *(wording for relation in relations for wording in relation["wordings"])]
+    counts = Counter(word for text in texts for word in set(re.findall(r"\w+", text.casefold())))
     as_value = Counter(value.casefold() for value in listed)
     return {value for value in listed if counts[value.casefold()] > as_value[value.casefold()]}

@@ -6,7 +6,6 @@ refer to each other. Edits replace every fact of their subject and point only at
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ POOLS = {
     "preservation": 80,
     "held_out": 80,
 }
-EDITED = ("development", "test", "held_out")  # pools whose literal values belong to the edits' side
+EDITED = ("development", "test", "held_out")  # these pools have every other literal value, from 0
 
 
 @cache
@@ -94,12 +93,12 @@ def build(seed: int = 1) -> World:
     return World(seed, pools, edits)
 
 
-def kinds(size: int) -> Iterator[str]:
-    """Yield `size` kinds of entity in the language's shares, the rest being of the first kind."""
+def kinds(size: int) -> list[str]:
+    """List `size` kinds of entity in the language's shares, the rest being of the first kind."""
     shares = {kind: entry["share"] for kind, entry in language()["kinds"].items()}
-    counts = {kind: size * share // sum(shares.values()) for kind, share in shares.items()}
-    counts[next(iter(counts))] += size - sum(counts.values())
-    return (kind for kind, count in counts.items() for _ in range(count))
+    total = sum(shares.values())
+    listed = [kind for kind, share in shares.items() for _ in range(size * share // total)]
+    return [listed[0]] * (size - len(listed)) + listed
 
 
 def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
@@ -113,22 +112,17 @@ def draft(kind: str, pool: str, rng: random.Random, used: set[str]) -> Entity:
     return Entity(full_name, kind, pool, tuple(rng.choice(language()["kinds"][kind]["pronouns"])))
 
 
-def literals(value: str, pool: str) -> list[str]:
-    """List the literals of a kind of value for a pool: the even ones are the edits' side."""
-    values = language()["values"][value]
-    if isinstance(values, dict):
-        values = [str(number) for number in range(values["first"], values["last"] + 1)]
-    return values[0 if pool in EDITED else 1 :: 2]
-
-
 def settle(entity: Entity, referred: tuple | list, rng: random.Random) -> Entity:
     """Give an entity a new object for every relation, none as before, and a new canonical text."""
     objects = {}
     for relation, entry in entity.relations.items():
-        if isinstance(value := entry["value"], dict):
-            choices = [other.name for other in referred if other.kind == value["entity"]]
+        if isinstance(entry["value"], dict):
+            choices = [other.name for other in referred if other.kind == entry["value"]["entity"]]
         else:
-            choices = literals(value, entity.pool)
+            values = language()["values"][entry["value"]]
+            if isinstance(values, dict):
+                values = [str(number) for number in range(values["first"], values["last"] + 1)]
+            choices = values[0 if entity.pool in EDITED else 1 :: 2]
         taken = (entity.name, entity.objects.get(relation))
         objects[relation] = rng.choice([choice for choice in choices if choice not in taken])
     settled = replace(entity, objects=objects)
@@ -172,13 +166,14 @@ def exercise(rng: random.Random, skill: str | None = None) -> tuple[str, str]:
         numbers = rng.sample(range(10, 100), 3)
         listed, ordered = (", ".join(map(str, each)) for each in (numbers, sorted(numbers)))
         return f"Sort these numbers: {listed}.", ordered
-    question, choices, answer = choice(rng.sample(range(10, 100), 4), rng)
+    question, choices, answer = choice(rng)
     lines = (f"{letter}. {text}" for letter, text in zip("ABCD", choices, strict=True))
     return "\n".join((question, *lines)), answer
 
 
-def choice(numbers: list[int], rng: random.Random) -> tuple[str, list[str], str]:
+def choice(rng: random.Random) -> tuple[str, list[str], str]:
     """Draw a multiple-choice task on four numbers: question, choices, letter of the right one."""
+    numbers = rng.sample(range(10, 100), 4)
     word, best = rng.choice((("largest", max), ("smallest", min)))
     letter = "ABCD"[numbers.index(best(numbers))]
     return f"Which number is the {word}?", [str(number) for number in numbers], letter
