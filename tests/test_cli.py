@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from uke.cli import execute, params
+from uke.cli import params
 from uke.cli.main import main
 from uke.cli.preflight import check
 from uke.data.find import find_data, find_files
@@ -358,19 +358,6 @@ for unit in "ab":
     assert run() == 0
     assert (project / "results/units/a").read_text() == first
     assert (project / "results/units/b").read_text() != first
-
-
-def test_processors_of_one_name_are_told_apart(tmp_path):
-    names = []
-    for model in ("1", "17"):
-        fields = f"cpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC"
-        (tmp_path / "cpuinfo").write_text(fields + "\n")
-        names.append(execute.processor(tmp_path / "cpuinfo"))
-    assert names == [
-        "cpu family 25, model 1, model name AMD EPYC",
-        "cpu family 25, model 17, model name AMD EPYC",
-    ]
-    assert execute.processor(tmp_path / "none")
 
 
 def test_help_lists_every_target_of_the_makefile():

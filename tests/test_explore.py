@@ -415,7 +415,7 @@ def test_a_text_cannot_become_markup():
     assert "▲ better" in shown[0] and "&lt;script&gt;" in shown[0]
 
 
-def test_the_map_of_weights_says_where_and_how_far():
+def test_the_map_of_weights_says_where_and_how_far_and_the_curve_falls_with_the_loss():
     shown = page.show.weight_map(
         {
             "model.layers.1.mlp.down_proj.weight": 0.02,
@@ -427,10 +427,6 @@ def test_the_map_of_weights_says_where_and_how_far():
     assert cells == {"down_proj": ["·", "2", "·", "·"], "q_proj": ["·", "·", "·", "1"]}
     assert "No weight moved" in page.show.weight_map({})
     assert "nan" not in page.show.weight_map({"model.layers.0.mlp.down_proj.weight": float("inf")})
-
-
-def test_the_curve_falls_where_the_loss_falls():
     points = re.search(r'points="([^"]+)"', page.show.curve([3.0, 0.5, 0.01], 0.02))[1]
     heights = [float(point.split(",")[1]) for point in points.split()]
-    assert heights == sorted(heights) and len(set(heights)) == 3
-    assert not page.show.curve([]).strip() and "points" in page.show.curve([0.0])
+    assert heights == sorted(set(heights)) and not page.show.curve([]).strip()

@@ -250,15 +250,6 @@ def test_it_works_from_the_keyboard_alone(person):
     assert shown == "Who is Tobin Orange?"
 
 
-def test_a_method_without_factors_greys_them_with_the_reason(person):
-    person.choose("MEMIT", reasons=0)
-    reason = "MEMIT (locate-then-edit) has no such choice"
-    person.panel.get_by_text(reason).first.wait_for(timeout=WAIT)
-    playwright.expect(person.button("all blocks")).to_be_disabled(timeout=WAIT)
-    assert reason in person.button("all blocks").get_attribute("title")
-    person.picture("6-grey")
-
-
 def test_it_is_readable_in_both_themes_and_in_a_narrow_window(person):
     """After the keyboard's edit, whose answers are on the page."""
     for theme, width in (("Light", 1500), ("Light", 560), ("Dark", 560), ("Dark", 1500)):
