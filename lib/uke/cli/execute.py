@@ -59,7 +59,12 @@ def execute(job: Job) -> None:
         _run(job)
         if not section.exists() or section.stat().st_mtime < started:
             raise Failure(f"{job.notebook}: finished without writing its section {section}")
-        _put_on_top(json.loads(section.read_text(encoding="utf-8")).get("answer"), job.executed)
+        if answer := json.loads(section.read_text(encoding="utf-8")).get("answer"):
+            # It replaces the answer in the notebook's title.
+            notebook, text = nbformat.read(job.executed, as_version=4), f"**Answer** {answer}"
+            title, pattern = notebook.cells[0], r"(?s)\*\*Answer\*\*.*?(?=\n\n|$)"
+            title.source = re.sub(pattern, lambda _: text, title.source)
+            write_atomic(job.executed, nbformat.writes(notebook))
         status = "done"
     finally:
         manifest = {
@@ -126,15 +131,6 @@ def _run(job: Job) -> None:
 
 def _first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _put_on_top(answer: str | None, executed: Path) -> None:
-    """Replace the answer in the notebook's title by the one that the run has given, if any."""
-    if answer:
-        notebook, text = nbformat.read(executed, as_version=4), f"**Answer** {answer}"
-        title, pattern = notebook.cells[0], r"\*\*Answer\*\*.*?(?=\n\n|$)"
-        title.source = re.sub(pattern, lambda _: text, title.source, flags=re.DOTALL)
-        write_atomic(executed, nbformat.writes(notebook))
 
 
 def runs(paths: Paths) -> list[dict[str, Any]]:

@@ -49,9 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--profile", required=True, help="a file of params/profiles")
     profile.add_argument("--data", help="a benchmark's name instead of the profile's data")
     profile.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
-    profile.add_argument(
-        "--rows", choices=["committed"], help="draw again from figures/<profile>/rows"
-    )
+    profile.add_argument("--rows", choices=["committed"], help="draw again from committed rows")
 
     def command(name, function, text, parents=(profile,)):
         added = commands.add_parser(name, help=text, allow_abbrev=False, parents=parents)

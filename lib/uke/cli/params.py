@@ -19,10 +19,6 @@ from uke.files import read_yaml
 
 Parameters = dict[str, Any]
 
-# Chosen by the option of the same name, since they name the folder of the results.
-RESERVED = ("profile", "data")
-LOCALITY = "02_locality"  # the notebook that builds locality sets
-
 
 class Study(BaseModel):
     """One notebook's entry in `params/studies.yaml`.
@@ -64,16 +60,12 @@ def reported(root: Path, profile: str, data: str, documents: bool = True) -> lis
     own = [name for name, study in every.items() if study.report == profile]
     general = [name for name, study in every.items() if study.report is True]
     buildable = data == "world" or documents
-    return own or [name for name in general if name != LOCALITY or buildable]
-
-
-def _profile(root: Path, name: str) -> Path:
-    return root / "params" / "profiles" / f"{name}.yaml"
+    return own or [name for name in general if name != "02_locality" or buildable]
 
 
 def dataset(root: Path, profile: str, data: str | None = None) -> str:
     """Name the dataset of a run: `data` if given, otherwise the profile's, otherwise the world."""
-    chosen = data or read_yaml(_profile(root, profile)).get("data", "world")
+    chosen = data or read_yaml(root / f"params/profiles/{profile}.yaml").get("data", "world")
     valid = ["world", *FORMATS]
     if chosen not in valid:
         raise InputError(f"data: unknown dataset '{chosen}'{nearest(str(chosen), valid)}")
@@ -105,28 +97,28 @@ def merge(root: Path, notebook: str, profile: str, shared=(), own=()) -> Paramet
     merged = declared(root / "notebooks" / f"{notebook}.ipynb")
     known = set(merged)
     anywhere = known.union(*map(declared, (root / "notebooks").glob("*.ipynb")))
-    values = read_yaml(_profile(root, profile))
+    source = root / f"params/profiles/{profile}.yaml"
+    values = read_yaml(source)
     values.pop("data", None)
     study = studies(root).get(notebook, Study())
     entry = f"{root / 'params' / 'studies.yaml'}: {notebook}"
     for place, given, valid in (
-        (f"{_profile(root, profile)}", values, anywhere),
+        (f"{source}", values, anywhere),
         (f"{entry}: fixed", study.fixed, known),
         (f"{entry}: profiles: {profile}", study.profiles.get(profile, {}), known),
         ("--shared", _pairs("--shared", shared, merged), anywhere),
         ("--set", _pairs("--set", own, merged), known),
     ):
         for name, value in given.items():
-            if name in RESERVED:
+            if name in ("profile", "data"):  # which name the folder of the results
                 raise InputError(f"{place}: '{name}' is chosen by --{name}, not here")
             if name not in valid:
                 raise InputError(f"{place}: unknown parameter '{name}'{nearest(name, valid)}")
             if name in known:
                 # On the command line everything is text, in which lax reading finds the type.
                 strict, default = not place.startswith("--"), merged[name]
-                kind = (
-                    list[type(default[0])] if default and type(default) is list else type(default)
-                )
+                kind = type(default)
+                kind = list[type(default[0])] if default and kind is list else kind
                 with located(f"{place}: {name}"):
                     merged[name] = TypeAdapter(kind).validate_python(value, strict=strict)
     return merged

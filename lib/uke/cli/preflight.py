@@ -8,10 +8,9 @@ from uke.data import edits, formats
 from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.locality.card import settings
-from uke.methods import recipes
 from uke.methods.catalog import configured, find, trials
 from uke.methods.method import Method
-from uke.methods.recipes import RECIPES
+from uke.methods.recipes import RECIPES, levels
 from uke.models.model import load, source
 from uke.results.metrics import encoder_folder
 
@@ -33,7 +32,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
         encoder_folder()
     methods = list(_methods(home, parameters, split))
     if "levels" in parameters:
-        recipes.levels(RECIPES["FT-M"], parameters["levels"])
+        levels(RECIPES["FT-M"], parameters["levels"])
         if not any(method.factors for method in methods):
             fault = "it has no levels of factors; expected a way to fine-tune"
             raise InputError(f"methods: {methods[0].name}: {fault}")

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from uke.world import files as world_files
 OWN_ID = "mine"
 AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
 MAX_NEW_TOKENS = 160  # of an answer whose reference is not longer
-WORDS = 60  # of a document's text: as the world's texts, however short the edit is
 ASKING_BEFORE, WRITING, ASKING_AFTER = "asking the untouched model", "writing", "asking the edited"
 
 
@@ -117,6 +116,8 @@ class Library:
         self.parameters |= {"split": split, "world_seed": world_seed}
         world = world_files.ensure(paths.home / "results", world_seed)
         self.order = card.of_world(world, split)
+        # It holds the facts of documents and triples, which are the same for every edit.
+        self._builder = Builder(self.order.sources(), Settings(retriever="bm25"))
         self.edits = formats.load(self.order.dataset, self.order.edit_file)
         self._exercises = formats.load_locality(world / split / world_files.GENERAL, self.edits)
         self._probes = {edit.id: [*edit.probes] for edit in self.edits}
@@ -150,17 +151,12 @@ class Library:
         has_locality = any(probe.kind in AROUND for probe in own)
         return (*own, *more, *(() if has_locality else self._around(edit)))
 
-    @cached_property
-    def _builder(self) -> Builder:
-        """Holds the facts of documents and triples, which are the same for every edit."""
-        return Builder(self.order.sources(), Settings(retriever="bm25"))
-
     def _around(self, edit: Edit) -> tuple[Probe, ...]:
         known = self._builder
         alone = Sources(((edit,),), known.sources.documents, known.sources.clozes)
         builder = Builder(alone, known.settings)
         builder.document_facts, builder.cloze_facts = known.document_facts, known.cloze_facts
-        builder.words = WORDS
+        builder.words = 60  # as the world's texts, however short the edit is
         found = [*builder.block((edit,))]
         if edit not in self.edits:
             lent = (one for one in self._exercises if one.edit == self._exercises[0].edit)
@@ -282,23 +278,17 @@ class Bench:
         options = {"max_new_tokens": MAX_NEW_TOKENS, "chat": chat}
         ask = partial(answer, model, self.tokenizer, [probe], **options)
         with refused("ask"):
-            with self._unedited():
+            with ExitStack() as stack:  # the edit is out of the model, whatever form it has
+                if isinstance(self.edited, PeftModel):
+                    stack.enter_context(self.edited.disable_adapter())
+                if passages := vars(self.model).pop("passages", None):
+                    stack.callback(setattr, self.model, "passages", passages)
+                weights = {str(number): pair[0] for number, pair in enumerate(self._untouched)}
+                stack.enter_context(kept(self.model, weights))
+                for weight, value in self._untouched:
+                    weight.data.copy_(value)
                 (before,) = ask()
             return before, None if self.edited is None else ask()[0]
-
-    @contextmanager
-    def _unedited(self) -> Iterator[None]:
-        """Take the edit out of the model for a moment, whatever form it has."""
-        with ExitStack() as stack:
-            if isinstance(self.edited, PeftModel):
-                stack.enter_context(self.edited.disable_adapter())
-            if passages := vars(self.model).pop("passages", None):
-                stack.callback(setattr, self.model, "passages", passages)
-            weights = {str(number): pair[0] for number, pair in enumerate(self._untouched)}
-            stack.enter_context(kept(self.model, weights))
-            for weight, before in self._untouched:
-                weight.data.copy_(before)
-            yield
 
     def _ask(self, model: nn.Module, probes: Sequence[Probe], chat: bool | None) -> pd.DataFrame:
         """Answer and score all probes; read the tokens of those whose reference is wanted."""
@@ -312,22 +302,17 @@ class Bench:
 
 def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Return one row a question: both answers, and the primary score of its kind for each."""
-    rows = []
-    after = with_before(after, before)
-    for old, new in zip(before.to_dict("records"), after.to_dict("records"), strict=True):
-        row = {name: new[name] for name in ("kind", "number", "question", "reference", "before")}
-        row |= {
-            "after": new["answer"],
-            "tokens_before": old["tokens"],
-            "tokens_after": new["tokens"],
-        }
+    rows = with_before(after, before).rename(columns={"answer": "after", "tokens": "tokens_after"})
+    scores = []
+    for old, new in zip(before.to_dict("records"), rows.to_dict("records"), strict=True):
         kind = KINDS[new["kind"]]
-        if kind.against == "reference":
-            row |= {"score_before": old[kind.metric], "score_after": new[kind.metric]}
-        else:
-            row |= {"score_before": 1.0, "score_after": new[f"{kind.metric}_before"]}
-        rows.append(row)
-    return pd.DataFrame(rows)
+        correct = (old[kind.metric], new[kind.metric])
+        unchanged = (1.0, new[f"{kind.metric}_before"])
+        scores.append(correct if kind.against == "reference" else unchanged)
+    rows[["score_before", "score_after"]] = scores
+    rows["tokens_before"] = before["tokens"]
+    pairs = [f"{name}_{side}" for name in ("tokens", "score") for side in ("before", "after")]
+    return rows[["kind", "number", "question", "reference", "before", "after", *pairs]]
 
 
 def to_run(task: Task, library: Library) -> dict[str, Any]:

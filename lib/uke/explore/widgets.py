@@ -169,7 +169,14 @@ class Form(w.HBox):
     def task(self) -> Task:
         """Read the form; Refused, naming the field, if it cannot be done."""
         first, *more = [*filter(None, map(str.strip, self.paraphrases.value.splitlines())), None]
-        fields = {"paraphrase": first, "details": detail_lines(self.details.value)}
+        details = []
+        for number, line in enumerate(filter(str.strip, self.details.value.splitlines()), 1):
+            question, _, answer = (part.strip() for part in line.partition("|"))
+            if not (question and answer):
+                expected = "expected a question, a bar and its answer: When was he born? | 1802"
+                raise Refused("details", f"Details, line {number}: {expected}")
+            details.append({"question": question, "answer": answer})
+        fields: dict[str, Any] = {"paraphrase": first, "details": details}
         fields |= {name: getattr(self, name).value.strip() for name in ("question", "answer")}
         edit, method = own_edit(**fields), self._method()
         self.bench.check(edit, method)
@@ -241,15 +248,6 @@ class Panel(w.VBox):
             self.buttons[name] = w.Button(description=name, tooltip=text)
             self.buttons[name].on_click(partial(self._click, name))
         self.buttons["Edit"].button_style = "primary"
-        super().__init__(self._rows())
-        self.add_class("uke-panel")
-        self._refresh()
-        if kernel := getattr(get_ipython(), "kernel", None):
-            # What the kernel does on an interrupt after this cell, instead of ignoring it.
-            kernel.saved_sigint_handler = lambda *_: self._stop()
-
-    def _rows(self) -> list[w.Widget]:
-        """Lay the panel out, top to bottom."""
         notes, (load, edit, stop, undo, keep, ask, export) = self.notes, self.buttons.values()
         rows = [output(f"<style>{html.STYLE}</style>"), w.HBox([self.model, load]), notes["model"]]
         rows += [self.form, output(html.show.heading("3. Before and after"))]
@@ -257,7 +255,12 @@ class Panel(w.VBox):
         rows += [notes["action"], self.curve]
         rows += [w.HBox([self.free, ask]), notes["ask"], self.reply, self.shown]
         rows += [output(html.show.heading("4. The edits of this session")), self.compared]
-        return [*rows, w.HBox([export]), self.exported]
+        super().__init__([*rows, w.HBox([export]), self.exported])
+        self.add_class("uke-panel")
+        self._refresh()
+        if kernel := getattr(get_ipython(), "kernel", None):
+            # What the kernel does on an interrupt after this cell, instead of ignoring it.
+            kernel.saved_sigint_handler = lambda *_: self._stop()
 
     def say(self, field: str, text: str, role: str = "status") -> None:
         """Show a line beside the control of a field, and let screen readers say it."""
@@ -369,15 +372,3 @@ class Panel(w.VBox):
         command = f"papermill -f {path} notebooks/explore.ipynb {path.with_suffix('.ipynb')}"
         introduction = f"Written to {path}. In the project's folder this repeats it:"
         self.exported.value = html.show.code(introduction, command)
-
-
-def detail_lines(text: str) -> list[dict[str, str]]:
-    """Read details written one on a line as `question | answer`; Refused for any other line."""
-    details = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-        question, _, answer = (part.strip() for part in line.partition("|"))
-        if not (question and answer):
-            expected = "expected a question, a bar and its answer: When was he born? | 1802"
-            raise Refused("details", f"Details, line {number}: {expected}")
-        details.append({"question": question, "answer": answer})
-    return details

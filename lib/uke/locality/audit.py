@@ -87,9 +87,8 @@ def assess(
     together = {edit.id: block for block in sources.blocks(batch) for edit in block}
     passages = {document.id: passage(document) for document in sources.documents}
     phrases = {**known, **of_documents}
-    patterns = {
-        name: _pattern(phrases.get(name, ())) for name in {*edits, *(item.source for item in items)}
-    }
+    every = {*edits, *(item.source for item in items)}
+    patterns = {name: _pattern(phrases.get(name, ())) for name in every}
     rows, pairs = [], []
     for item in items:
         text, overlap = " ".join((item.question, item.reference, *item.aliases)), None

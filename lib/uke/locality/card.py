@@ -149,9 +149,8 @@ def write(head: Mapping, items: Sequence[Item], target: Path) -> None:
     """Write schema, data card and set; the set last, since it is what others look for."""
     records = [item.model_dump(mode="json", exclude_defaults=True) for item in items]
     schema = TypeAdapter(list[Item]).json_schema() | {"title": head["set"]}
-    content, described = (
-        json.dumps(value, indent=1, ensure_ascii=False) + "\n" for value in (records, schema)
-    )
+    content = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+    described = json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
     decided = {**head, "sha256": hashlib.sha256(content.encode()).hexdigest()}
     frame = pd.DataFrame([(item.kind, item.source) for item in items], columns=["kind", "source"])
     kinds = frame.groupby("kind", sort=False)["source"].agg(["size", "nunique"])

@@ -32,11 +32,9 @@ _TEXTS = Environment(
     comment_end_string="#>",
 )
 _TEXTS.filters["prose"] = prose
-_REPORT = _TEXTS.get_template("report.md")
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
 _QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->.*?<!-- -->")
-_TYPST_ATTRIBUTE = re.compile(r' typst:[\w:]+="[^"]*"')
 
 
 def compose(
@@ -52,12 +50,16 @@ def compose(
         raise InputError(f"{paths.sections}: no sections; run the notebooks of this profile first")
     order = [FIRST, *(section["notebook"] for section in sections)]
     sections.sort(key=lambda section: order.index(section["notebook"]))
+    missing = sorted({*expected}.difference(section["notebook"] for section in sections))
+    failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
+    warnings = [f"Notebook `{name}` has no section: it was not run." for name in missing]
+    warnings += [f"The last run of `{name}` failed: its section is older." for name in failed]
     numbers = _merge_numbers(sections)
-    text = _REPORT.render(
+    text = _TEXTS.get_template("report.md").render(
         paths=paths,
         sections=sections,
         appendix=APPENDIX,
-        warnings=_warnings(sections, expected, runs),
+        warnings=warnings,
         methods=_methods(sections),
         environment=_environment(sections),
     )
@@ -81,16 +83,6 @@ def _merge_numbers(sections: Sequence[Mapping]) -> dict[str, dict]:
                 what = " ".join(thing)
                 raise InputError(f"{what} is in two sections: {owner} and {section['notebook']}")
     return dict(sorted(entry for section in sections for entry in section["numbers"].items()))
-
-
-def _warnings(
-    sections: Iterable[Mapping], expected: Iterable[str], runs: Iterable[Mapping[str, Any]]
-) -> list[str]:
-    missing = set(expected) - {section["notebook"] for section in sections}
-    failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
-    texts = [f"Notebook `{name}` has no section: it was not run." for name in sorted(missing)]
-    texts += [f"The last run of `{name}` failed: its section is older." for name in failed]
-    return texts
 
 
 def _methods(sections: Iterable[Mapping]) -> str:
@@ -145,7 +137,7 @@ def _value(value: Any) -> str:
 
 def _html(paths: Paths, text: str) -> str:
     """Return one self-contained page, figures embedded."""
-    text = _TYPST_ATTRIBUTE.sub("", text)
+    text = re.sub(r' typst:[\w:]+="[^"]*"', "", text)
     page = _pandoc(paths, text, "html5", "report.html", "--embed-resources", "--toc")
     page = page.replace(' style="text-align: left;"', "")
     return page.replace(' style="text-align: right;"', ' class="r"')
@@ -155,16 +147,14 @@ def _pdf(paths: Paths, text: str) -> bytes:
     """Return the report as a PDF, byte-identical for the same sections and figures."""
     source = _pandoc(paths, text, "typst", "report.typ")
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    compiler = typst.Compiler(
-        source.encode(), root=paths.figures, font_paths=[str(fonts)], ignore_system_fonts=True
-    )
+    own_fonts = {"font_paths": [str(fonts)], "ignore_system_fonts": True}
+    compiler = typst.Compiler(source.encode(), root=paths.figures, **own_fonts)
     return compiler.compile(format="pdf", timestamp=_DATED, pdf_tags=False)
 
 
 def _pandoc(paths: Paths, text: str, form: str, template: str, *arguments: str) -> str:
-    places = [f"--template={_TEMPLATES / template}", f"--resource-path={paths.figures}"]
-    shared = ["--standalone", "--toc-depth=1", "--columns=100000", "--wrap=none"]
-    extra = [*places, *shared, *arguments]
+    extra = [f"--template={_TEMPLATES / template}", f"--resource-path={paths.figures}"]
+    extra += ["--standalone", "--toc-depth=1", "--columns=100000", "--wrap=none", *arguments]
     return pypandoc.convert_text(text, form, format=_FORMAT, extra_args=extra)
 
 

@@ -132,14 +132,11 @@ def curves(frame: pd.DataFrame, by: str = "method") -> Figure:
     summary = {"estimator": "median", "errorbar": ("pi", 80), "err_kws": {"alpha": 0.15, "lw": 0}}
     sns.lineplot(going, x="step", y="loss", **options, **summary)
     ax.set(xlabel="", ylabel="")
-    ends = {
-        name: (*line.get_xydata()[-1], colours[name])
-        for name, line in zip(look, ax.lines, strict=True)
-    }
+    lines = zip(look, ax.lines, strict=True)
+    ends = {name: (*line.get_xydata()[-1], colours[name]) for name, line in lines}
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=9)
     ax.grid(axis="y")
-    if _wide(edits["loss"]):
-        _log(ax.yaxis, edits["loss"])
+    _log_if_wide(ax.yaxis, edits["loss"])
     ax.margins(x=0)
     label_ends(ax, ends)
     _titles(fig, "training step", "loss (nats per token)")
@@ -183,9 +180,7 @@ def trend(
             ends[name] = (line.index[-1], line.iloc[-1], each.colour)
         if means.between(0, 1).all():
             ax.set(**{"ylim": (0, 1.03), "yticks": [0, 0.5, 1]} if panel else {})
-        elif _wide(means):
-            _log(ax.yaxis, means)
-        elif baseline is None:
+        elif not _log_if_wide(ax.yaxis, means) and baseline is None:
             ax.set_ylim(0, means.max() * 1.1)
         _sizes(ax, sorted(frame[x].unique()))
         ax.grid(axis="y")
@@ -253,8 +248,7 @@ def distribution(
         if floor is not None:
             ax.axvline(floor, **REFERENCE)
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
-        if _wide(own[value]):
-            _log(ax.xaxis, own[value])
+        _log_if_wide(ax.xaxis, own[value])
         ax.grid(axis="y")
     _explain(fig, look if len(look) > 1 else {})
     _titles(fig, label_x or value.replace("_", " "), "share of items")
@@ -380,15 +374,13 @@ def _sizes(ax: Axes, values: list[float]) -> None:
     ax.set_xticks(values, [f"{value:,.0f}" for value in values])
 
 
-def _wide(values: pd.Series) -> bool:
-    """Whether values span a factor of more than twenty, and so need a log axis."""
-    return 0 < 20 * values.min() < values.max()
-
-
-def _log(axis: Axis, values: pd.Series) -> None:
-    """Set a log axis whose ticks are plain numbers, also 3, 30 ... where there are few decades."""
+def _log_if_wide(axis: Axis, values: pd.Series) -> bool:
+    """Set a log axis with plain numbers if values span a factor over 20; return whether they do."""
+    if not 0 < 20 * values.min() < values.max():
+        return False
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    if values.max() < 300 * values.min():
+    if values.max() < 300 * values.min():  # few decades: ticks at 3, 30 ... too
         axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_major_formatter("{x:,g}")
     axis.axes.minorticks_off()
+    return True

@@ -26,10 +26,6 @@ from uke.project import Paths
 from uke.report import style, tables
 from uke.report.tables import Cell, absent, bracket, number, places
 
-_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_SPECIAL = re.compile(r"([\\*_{}\[\]<>#$^~|@&`])")
-_START = re.compile(r"^(\d+(?=[.)])|)([-+:%.)])")
 _TOGETHER = re.compile(r"\[[−\d.,]+, [−\d.,]+\]|\bn = [\d,]+")  # set without a line break
 _LINE = 100  # letters; a wider table scrolls on a narrow screen
 
@@ -59,7 +55,7 @@ class Section:
         with the notebook and the cell that said it.
         """
         where = f"{self.notebook}: number {key}"
-        if not _KEY.fullmatch(key) or key in self._numbers:
+        if not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", key) or key in self._numbers:
             raise InputError(f"{where}: expected new lower-case words joined by dots")
         value, low, high = (_plain(each, where) for each in (value, low, high))
         if value is None or (low is None) != (high is None) or (low is not None and low > high):
@@ -140,7 +136,7 @@ class Section:
         return write_atomic(self.paths.sections / f"{self.notebook}.json", text + "\n")
 
     def _check_name(self, what: str, name: str, caption: str) -> None:
-        if not _NAME.fullmatch(name) or not caption.strip():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or not caption.strip():
             expected = "expected a name of a-z, 0-9, _ and -, and a caption"
             raise InputError(f"{self.notebook}: {what} '{name}': {expected}")
         if any((each["type"], each.get("name")) == (what, name) for each in self._body):
@@ -173,9 +169,9 @@ def prose(text: str) -> str:
     """Return plain text as Markdown in which only words between backticks are markup."""
     text = _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), " ".join(text.split()))
     parts = re.split("`([^`]*)`", text)
-    parts[::2] = [_SPECIAL.sub(r"\\\1", plain) for plain in parts[::2]]
+    parts[::2] = [re.sub(r"([\\*_{}\[\]<>#$^~|@&`])", r"\\\1", plain) for plain in parts[::2]]
     parts[1::2] = [f"`` {code} ``" for code in parts[1::2]]
-    return _START.sub(r"\1\\\2", "".join(parts))
+    return re.sub(r"^(\d+(?=[.)])|)([-+:%.)])", r"\1\\\2", "".join(parts))
 
 
 def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: Iterable[Path] = ()) -> str:

@@ -121,8 +121,7 @@ def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]
             if claim.sign != "opposite":
                 against = "" if bound else f" (against {other['said']})"
                 distance = _turned(_minus(own, other), -1 if claim.sign == "-" else 1)
-                said = own["said"] + against
-                yield Evidence(world, key, said, distance, _state(distance))
+                yield Evidence(world, key, own["said"] + against, distance, _state(distance))
                 continue
             pair = [_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other)]
             state = -_state(pair[0]) * _state(pair[1])
@@ -150,9 +149,7 @@ def _matching(numbers: Numbers, pattern: str) -> list[str]:
     """Return the keys that a pattern matches part by part: batch.8 comes before batch.24."""
     keys = [key for key in numbers if fnmatchcase(key, pattern)]
     keys = [key for key in keys if key.count(".") == pattern.count(".")]
-    return sorted(
-        keys, key=lambda key: [(len(p) if p.isdigit() else 99, p) for p in key.split(".")]
-    )
+    return sorted(keys, key=lambda key: [p.zfill(9) if p.isdigit() else p for p in key.split(".")])
 
 
 def gather(paths: Paths) -> dict[str, Numbers]:
