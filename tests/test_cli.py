@@ -273,7 +273,7 @@ def test_what_does_not_fit_the_model_is_named(project, directory, tmp_path):
     file = tmp_path / "edits.json"
     file.write_text(json.dumps(records))
     given = {"data_file": str(file), "model": str(directory)}
-    with pytest.raises(InputError, match="FT-M: edit '2': .* tokens; .* context holds 256"):
+    with pytest.raises(InputError, match="FT-M: edit '2': .* tokens long; .* context holds 256"):
         for split in ("test", "development"):  # the long one is in one of them
             check(project, "editeverything", {"methods": ["FT-M"], "split": split, **given})
     file.write_text(json.dumps([*records[:7], records[7] | {"answer": ""}]))
