@@ -218,8 +218,8 @@ def test_writing_keeps_the_rest_of_the_file(folder):
     chosen = {"steps": 9, "learning_rate": 1e-3}
     catalog.tune(folder, "embedded", 8, {"FT-M": chosen})
     catalog.tune(folder, "Qwen/Qwen2.5-7B-Instruct", 1, {"ft_m": {"layers": [1, 2]}})
-    catalog.keep_levels(folder, "embedded", {"FT-M": {"layers": {"all": {"steps": 7}}}})
-    catalog.keep_levels(folder, "embedded", {"FT-M": {"components": {"mlp": {"average": 0.5}}}})
+    catalog.write(folder, "embedded", "levels", {"FT-M": {"layers": {"all": {"steps": 7}}}})
+    catalog.write(folder, "embedded", "levels", {"FT-M": {"components": {"mlp": {"average": 0.5}}}})
     assert yaml.safe_load(path.read_text()) == {
         "base": "FT-M",
         "steps": 3,
@@ -341,6 +341,6 @@ def test_the_best_single_block_is_that_of_development_rows_among_those_given(fol
     assert best_single(folder, "embedded", "FT-M", ["eighth_1", "all"]) == "eighth_1"
     averages = {"all": 0.9, "eighth_2": 0.7, "eighth_3": 0.8, "eighth_7": 0.6}
     known = {level: {"average": average} for level, average in averages.items()}
-    catalog.keep_levels(folder, "embedded", {"FT-M": {"layers": known}})
+    catalog.write(folder, "embedded", "levels", {"FT-M": {"layers": known}})
     assert best_single(folder, "embedded", "ft_m", every) == "eighth_2"
     assert best_single(folder, "embedded", "LoRA", every) == "eighth_6"

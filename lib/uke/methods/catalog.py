@@ -232,19 +232,12 @@ def rates_by_level(folder: Path, model: str, families: Iterable[Recipe]) -> dict
     return _equal(found, f"{folder}/methods: level_rates for model '{model}'")
 
 
-def tune(
-    folder: Path, model: str, batch_size: int, chosen: Mapping[str, Mapping[str, Any]]
-) -> None:
+def tune(folder: Path, model: str, batch_size: int, chosen: Mapping[str, Changes]) -> None:
     """Write the changes chosen for methods at a batch size into their files."""
-    _write(folder, model, "tuned", {name: {batch_size: own} for name, own in chosen.items()})
+    write(folder, model, "tuned", {name: {batch_size: own} for name, own in chosen.items()})
 
 
-def keep_levels(folder: Path, model: str, chosen: Mapping[str, Mapping]) -> None:
-    """Write what was chosen at each level, by method and factor; other factors stay."""
-    _write(folder, model, "levels", chosen)
-
-
-def _write(folder: Path, model: str, block: str, new: Mapping[str, Mapping]) -> None:
+def write(folder: Path, model: str, block: str, new: Mapping[str, Mapping]) -> None:
     """Update the model's part of a block of methods' files, and leave the rest as written."""
     if _own_name(model) != model:
         world = f"{model}: the model of another world has the settings of the embedded one"

@@ -24,6 +24,7 @@ from uke.data.formats import located, read_json
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import METHODS, find
+from uke.methods.lanes import attached
 from uke.methods.method import (
     EditRecord,
     Edits,
@@ -31,7 +32,6 @@ from uke.methods.method import (
     Progress,
     Tokenizer,
     Training,
-    attached,
     change_norms,
 )
 from uke.models.model import fingerprint, kept
@@ -65,7 +65,8 @@ def edited(
     what it raises ends the edit. InputError for an unknown method, one that selects no weight and
     an edit longer than the context; Diverged (a FloatingPointError) for a loss that is not finite.
     """
-    method = _method(method, model, tokenizer, edits)
+    method = find(method, METHODS) if isinstance(method, str) else method
+    method.examples(model, tokenizer, edits)
     with (
         kept(model, {}),
         method.applied(model.eval(), tokenizer, edits, progress) as (m, record),
@@ -88,7 +89,8 @@ def edited_each(
     answered by the lane of its `edit`, but for rounding as `edited` answers it. `edit_records` has
     an EditRecord by the edit's id; `failed` says why others have no lane. Raises as `edited` does.
     """
-    method = _method(method, model, tokenizer, edits)
+    method = find(method, METHODS) if isinstance(method, str) else method
+    method.examples(model, tokenizer, edits)
     if not method.moves_weights:
         with edited(model, tokenizer, edits, method) as m:
             with attached(m, edit_records={edit.id: m.edit_record for edit in edits}, failed={}):
@@ -143,13 +145,6 @@ def sequence(
     weights = method.weights(model)
     with kept(model, weights) as before:
         yield Writer(model.eval(), tokenizer, method, weights, before)
-
-
-def _method(method: str | Method, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Method:
-    """Find the method and check the edits."""
-    method = find(method, METHODS) if isinstance(method, str) else method
-    method.examples(model, tokenizer, edits)
-    return method
 
 
 def lane_mib(model: nn.Module, method: Method) -> float:

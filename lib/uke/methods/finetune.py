@@ -122,9 +122,6 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
     return Written(stacks, [lane.training for lane in written.values()], failed)
 
 
-# --- The loop ---
-
-
 @dataclass
 class _Lane:
     """What becomes of one copy of the weights; beside others that go on, also its last weights."""
@@ -314,9 +311,6 @@ def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
         low_rank[name] = LowRank(stack(down), stack(up), float(layer.scaling[own]))
     wrapped.unload()
     return Lanes(model, ids, {}, low_rank)
-
-
-# --- Adapters: LoRA and AdaLoRA, by peft ---
 
 
 def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:

@@ -133,12 +133,8 @@ class Lanes:
             module = self.model.get_submodule(name)
             forward = self._linear if isinstance(module, nn.Linear) else self._each
             forwards[module] = partial(forward, name)
-        with replaced(forwards):
-            self.model.lanes = self
-            try:
-                yield self.model
-            finally:
-                del self.model.lanes
+        with replaced(forwards), attached(self.model, lanes=self):
+            yield self.model
 
     def _of(self, name: str, stack: Tensor) -> Tensor:
         """Return the part of a stack that the lanes in use hold."""
@@ -249,3 +245,16 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
             vars(module).pop("forward", None)
             if own is not None:
                 module.forward = own
+
+
+@contextmanager
+def attached(model: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Give the model these attributes; on exit it has those of before."""
+    before = {name: vars(model)[name] for name in attributes if name in vars(model)}
+    vars(model).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(model)[name]
+        vars(model).update(before)

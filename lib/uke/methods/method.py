@@ -191,16 +191,3 @@ def change_norms(
         name: relative_norm(weight.detach() - before[name], before[name])
         for name, weight in weights.items()
     }
-
-
-@contextmanager
-def attached(model: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Give the model these attributes; on exit it has those of before."""
-    before = {name: vars(model)[name] for name in attributes if name in vars(model)}
-    vars(model).update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(model)[name]
-        vars(model).update(before)

@@ -16,6 +16,7 @@ from torch import nn
 
 from uke.errors import InputError, nearest
 from uke.methods import finetune
+from uke.methods.lanes import attached
 from uke.methods.locate_edit.covariance import LAYERS
 from uke.methods.locate_edit.solvers import LocateRecipe
 from uke.methods.method import (
@@ -30,7 +31,6 @@ from uke.methods.method import (
     Tokenizer,
     Training,
     Written,
-    attached,
 )
 from uke.models.model import module_names, select
 from uke.project import number_key

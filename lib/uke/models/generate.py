@@ -195,15 +195,10 @@ def _decode(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
     select_lanes(model, [query.lane for query in queries])
     while True:
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits  # (B, 1, V)
-        tokens, positions = logits[:, -1].argmax(-1), positions[:, -1:]  # (B,), (B, 1)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens = output.logits[:, -1].argmax(-1)  # of (B, 1, V) to (B,)
+        positions = positions[:, -1:]  # (B, 1)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in running and token not in endings:
                 answers[row].append(token)
@@ -251,13 +246,10 @@ def surprisals(
 
 
 def _reference_surprisals(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
-    chosen: Generation,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
 ) -> tuple[list[Example], list[Tensor]]:
     """Return each probe as an example with its reference, and the surprisals of its tokens."""
-    examples: list[Example] = []
+    chosen, examples = Generation(**options), []
     for probe in probes:
         text, chat = chosen.prompt(model, probe)
         examples.append(example(tokenizer, text, probe.reference, chat, False))
@@ -274,7 +266,7 @@ def target_log_probability(
     `options` are the fields of `Generation`; the token that ends a turn is not counted. Raises
     InputError where prompt and reference exceed the context.
     """
-    _, values = _reference_surprisals(model, tokenizer, probes, Generation(**options))
+    _, values = _reference_surprisals(model, tokenizer, probes, **options)
     return [-float(value.mean()) for value in values]
 
 
@@ -292,7 +284,7 @@ def token_probabilities(
 
     Options and errors are those of `target_log_probability`.
     """
-    examples, values = _reference_surprisals(model, tokenizer, probes, Generation(**options))
+    examples, values = _reference_surprisals(model, tokenizer, probes, **options)
     return [
         list(map(Token, _pieces(tokenizer, one.ids[one.prompt_length :]), (-value).exp().tolist()))
         for one, value in zip(examples, values, strict=True)

@@ -43,13 +43,8 @@ def load(
             config = AutoConfig.from_pretrained(path, local_files_only=local)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config), tokenizer
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=local,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        options = {"local_files_only": local, "use_safetensors": True, "output_loading_info": True}
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except Exception as error:  # the readers of files raise classes with no common base
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = "expected a causal language model with its tokenizer"

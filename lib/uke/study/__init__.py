@@ -1,5 +1,4 @@
-"""Run studies: ask, edit, ask again, score, and keep the rows; compare levels, methods,
-sequences."""
+"""Run studies unit by unit and keep their rows; compare levels, methods and sequences."""
 
 from uke.study.comparison import say_leads, say_means
 from uke.study.dataset import Dataset, load

@@ -53,17 +53,7 @@ class MethodStudy(Comparison):
         places = [study.paths, Paths("embedded")] if of_world else [study.paths]
         self.best = compare.best_baselines(places, sizes, self.baselines)
         full, limit = sizes if full is None else full, limit or len(study.dataset.edits)
-        self.plan = self._plan(sizes, full, limit, batches)
-        self.runs = [
-            (configured(*params, size)[name], {"batch_size": size, "limit": count})
-            for (size, name), count in self.plan.items()
-        ]
-
-    def _plan(
-        self, sizes: Sequence[int], full: Sequence[int], limit: int, batches: int
-    ) -> dict[tuple[int, str], int]:
-        """Return how many edits each method writes at each batch size, by size and name."""
-        found = {}
+        self.plan: dict[tuple[int, str], int] = {}  # how many edits, by batch size and name
         for size in sizes:
             compared = [self.best[size]] if size in self.best else self.baselines
             for name in self.names:
@@ -71,8 +61,11 @@ class MethodStudy(Comparison):
                 if left_out or (size == 1 and not _writes_one(self.published[name])):
                     continue
                 counted = name in (self.leader, *compared) or (size in full and size <= limit)
-                found[size, name] = max(limit // size, batches if counted else 1) * size
-        return found
+                self.plan[size, name] = max(limit // size, batches if counted else 1) * size
+        self.runs = [
+            (configured(*params, size)[name], {"batch_size": size, "limit": count})
+            for (size, name), count in self.plan.items()
+        ]
 
     @staticmethod
     def edits_needed(sizes: Sequence[int], limit: int, batches: int) -> int:

@@ -63,9 +63,8 @@ def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, sho
     """
     if short and len(probe.reference.split()) <= SHORT_WORDS:
         return min(SHORT_TOKENS, most)
-    return max(
-        most, len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"]) * 3 // 2
-    )
+    length = len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"])
+    return max(most, length * 3 // 2)
 
 
 def against_references(before: pd.DataFrame) -> pd.DataFrame:

@@ -88,9 +88,8 @@ def _checkpoints(
             ]
             batch = edits[start:count]
             peak, started = Peak(study.model.device), time.perf_counter()
-            trainings = [
-                writer.write(each) for each in ([batch] if together else [[one] for one in batch])
-            ]
+            groups = [batch] if together else [[edit] for edit in batch]
+            trainings = [writer.write(group) for group in groups]
             cost = {"train_seconds": time.perf_counter() - started, "peak_mib": peak.mib()}
             labels = {"batch": count, "batch_size": count, "level": f"after {count}"}
             frame = study.scored(writer.model, probes, before).assign(**labels, **cost)

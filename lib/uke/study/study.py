@@ -254,15 +254,9 @@ class Study:
             started = time.perf_counter()
             known = AnswerCache(self.paths.answers(self.fingerprints["model"]))
             frame = self.answer_and_score(self.model, self.dataset.every_probe, known)
-            frame = frame.assign(
-                method=UNEDITED,
-                batch=0,
-                phase="before",
-                split=self.dataset.split,
-                answer_seconds=time.perf_counter() - started,
-                **fingerprints,
-            )
-            rows.append(self.paths, UNEDITED, unit, frame)
+            labels = {"method": UNEDITED, "batch": 0, "phase": "before"}
+            labels |= {"split": self.dataset.split, "answer_seconds": time.perf_counter() - started}
+            rows.append(self.paths, UNEDITED, unit, frame.assign(**labels, **fingerprints))
         return rows.read(self.paths, UNEDITED, [unit])
 
     def answer_and_score(

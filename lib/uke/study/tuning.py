@@ -201,7 +201,7 @@ class LevelTrials(Trials):
         )
 
     def to_keep(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """Return best rates and averages by method, factor and level, for `keep_levels`."""
+        """Return best rates and averages by method, factor and level, for `catalog.write`."""
         found: dict[str, dict[str, dict]] = {}
         for row in self.best().itertuples():
             own = {"learning_rate": row.learning_rate, "average": round(row.score, 4)}

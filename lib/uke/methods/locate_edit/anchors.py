@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -143,13 +143,10 @@ def look(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) -> list[Ca
         if len(seen) == len(set(modules)):
             raise _AllSeen
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, suppress(_AllSeen):
         for module in dict.fromkeys(modules):
-            hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
-        try:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        except _AllSeen:
-            pass
+            hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return [seen[module] for module in modules]
 
 

@@ -188,6 +188,4 @@ def _projector(path: Path, threshold: float, device: torch.device) -> Tensor:
     return null @ null.T
 
 
-@lru_cache(maxsize=2)
-def _corpus(path: Path) -> dict:
-    return read_json(path)
+_corpus = lru_cache(maxsize=2)(read_json)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, StrictBool, StrictInt
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from uke.errors import Diverged, InputError
 from uke.methods.locate_edit import covariance
@@ -61,8 +61,6 @@ class LocateRecipe(Method):
     window: Count = 40
     weighting: Literal["prefix"] = "prefix"
     layers: Layers
-    chat_template: StrictBool = True
-    end_of_turn: StrictBool = True
     learning_rate: Positive = 0.5
     steps: Count = 25
     stop_loss: NotNegative = 5e-2
@@ -255,7 +253,9 @@ class BlockSteps:
                 if located:
                     anchors = [window.anchor for window in located[row].windows]
                     output[index, anchors] = wanted[row].to(output)
-            args, kwargs = tree_map(_widened, (call.args, call.kwargs))
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: wide(x) if x.is_floating_point() else x, (call.args, call.kwargs)
+            )
             share = real.to(output) / (tokens * output.shape[-1])
             yield partial(self.block, *args, **kwargs), output, share
 
@@ -282,10 +282,6 @@ class BlockSteps:
                 message = f"{recipe.name}: {where} after {step} steps; {expected}"
                 raise Diverged(message, edits)
             adam.step()
-
-
-def _widened(value: Any) -> Any:
-    return wide(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 SOLVERS = {"memit": ClosedForm, "alphaedit": ClosedForm, "unke": BlockSteps}

@@ -6,8 +6,8 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -209,27 +209,18 @@ class _Chunk:
         padding = self.before.shape[1] - self.lengths[:, None]  # (B, 1)
         width = self.before.shape[1] + (ids.shape[1] if ids is self.tokens else 0)
         mask = (torch.arange(width, device=ids.device) >= padding).long()  # (B, width)
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        return output.logits
 
 
-@contextmanager
-def injected(site: Site, at: Sequence[tuple[int, int]], deltas: Tensor) -> Iterator[None]:
+def injected(
+    site: Site, at: Sequence[tuple[int, int]], deltas: Tensor
+) -> AbstractContextManager[Any]:
     """Add `deltas` (n, D) to the output of the site's projection at each (row, position)."""
 
     def add(module, args, output):
         rows, columns = (torch.tensor(one, device=output.device) for one in zip(*at, strict=True))
         return output.index_put((rows, columns), deltas.to(output.dtype), accumulate=True)
 
-    handle = site.projection.register_forward_hook(add) if at else None
-    try:
-        yield
-    finally:
-        if handle:
-            handle.remove()
+    return site.projection.register_forward_hook(add) if at else nullcontext()
