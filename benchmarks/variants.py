@@ -109,7 +109,7 @@ def lanes(study: Study, edits: Sequence[Edit], method: Method, watch: Watch) -> 
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
-            study.take_less_memory(method, len(group))
+            study.lanes = len(group) // 2
             continue
         watch.lap("train")
         del left[: len(group)]
