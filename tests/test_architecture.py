@@ -47,7 +47,8 @@ def test_reading_rows_and_reports_loads_no_torch():
 
 
 def test_every_package_stays_within_its_lines():
-    allowed = PROJECT["tool"]["uke"]["lines"]
+    allowed, most = PROJECT["tool"]["uke"]["lines"], PROJECT["tool"]["uke"]["test_lines"]
+    assert sum(allowed.values()) <= 10_500 and most <= 9_000  # the library is thin, its tests few
     counted = dict.fromkeys(allowed, 0)
     for path in MODULES:
         parts = path.relative_to(LIBRARY).parts
@@ -55,7 +56,7 @@ def test_every_package_stays_within_its_lines():
     over = {name: count for name, count in counted.items() if count > allowed[name]}
     assert not over, f"lines by package: {over}; allowed: {allowed}"
     tests = sum(lines(path) for path in (ROOT / "tests").glob("*.py"))
-    assert tests <= PROJECT["tool"]["uke"]["test_lines"], f"{tests} lines of tests"
+    assert tests <= most, f"{tests} lines of tests"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(LIBRARY)))
