@@ -163,7 +163,8 @@ def home(tmp_path_factory, results):
 @pytest.fixture(scope="module")
 def environment(home):
     """The environment of processes that run notebooks there; progress bars are off."""
-    return os.environ | {"UKE_HOME": str(home), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return os.environ | quiet | {"UKE_HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,9 @@ def executed(home, environment) -> list[Path]:
         options = {"env": environment, "capture_output": True, "text": True, "timeout": 900}
         return name, subprocess.run(command, **options)
 
-    needs = {name: set(STUDIES[name].after) if name in STUDIES else () for name in RUN}
+    needs = {name: set(STUDIES[name].after) if name in STUDIES else set() for name in RUN}
+    for name in ("07_recipe", "08_batch_size"):  # whose best baseline tuning decides
+        needs[name].add("tuning")
     order = TopologicalSorter(needs)
     order.prepare()
     with ThreadPoolExecutor(2) as pool:
