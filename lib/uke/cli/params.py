@@ -18,6 +18,7 @@ from uke.errors import InputError, nearest
 from uke.files import read_yaml
 
 Parameters = dict[str, Any]
+LOCALITY = "02_locality"  # the notebook that builds locality sets
 
 
 class Study(BaseModel):
@@ -60,7 +61,7 @@ def reported(root: Path, profile: str, data: str, documents: bool = True) -> lis
     own = [name for name, study in every.items() if study.report == profile]
     general = [name for name, study in every.items() if study.report is True]
     buildable = data == "world" or documents
-    return own or [name for name in general if name != "02_locality" or buildable]
+    return own or [name for name in general if name != LOCALITY or buildable]
 
 
 def dataset(root: Path, profile: str, data: str | None = None) -> str:
