@@ -202,11 +202,22 @@ def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.
 
 def test_drawing_again_from_the_rows_shows_the_same(executed, home, environment):
     """Every output but a duration is that of the run that made the rows."""
+    before = numbers_of(home)
     environment = environment | {"UKE_ROWS": "committed"}
     verdicts = [path for path in executed if path.stem == "11_verdicts"]  # reads all the others
     for notebooks in ([path for path in executed if path not in verdicts], verdicts):
         done = rerun(notebooks, home, environment)
         assert done.returncode == 0, done.stdout[-5000:]
+    assert numbers_of(home) == before
+
+
+def numbers_of(home: Path) -> dict[str, dict]:
+    """Every number of every section, but for its cell: nbval counts none."""
+    found = {}
+    for path in (home / "results/smoke/sections").glob("*.json"):
+        numbers = json.loads(path.read_text())["numbers"]
+        found[path.stem] = {key: number | {"source": ""} for key, number in numbers.items()}
+    return found
 
 
 def test_a_notebook_shows_all_of_its_section_and_its_answer_on_top(executed, home):
