@@ -62,8 +62,9 @@ class MethodStudy(Comparison):
                     continue
                 counted = name in (self.leader, *compared) or (size in full and size <= limit)
                 self.plan[size, name] = max(limit // size, batches if counted else 1) * size
+        tuned = {size: configured(*params, size) for size in sizes}
         self.runs = [
-            (configured(*params, size)[name], {"batch_size": size, "limit": count})
+            (tuned[size][name], {"batch_size": size, "limit": count})
             for (size, name), count in self.plan.items()
         ]
 
