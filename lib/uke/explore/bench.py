@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from peft import PeftModel
 from torch import Tensor, nn
 
 from uke.data import formats
@@ -279,7 +278,7 @@ class Bench:
         ask = partial(answer, model, self.tokenizer, [probe], **options)
         with refused("ask"):
             with ExitStack() as stack:  # the edit is out of the model, whatever form it has
-                if isinstance(self.edited, PeftModel):
+                if hasattr(self.edited, "peft_config"):
                     stack.enter_context(self.edited.disable_adapter())
                 if passages := vars(self.model).pop("passages", None):
                     stack.callback(setattr, self.model, "passages", passages)

@@ -7,18 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from peft import (
-    AdaLoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from uke.data.formats import located, read_json
 from uke.errors import InputError
@@ -45,7 +36,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @contextmanager
 def edited(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: Tokenizer,
     edits: Edits,
     method: str | Method,
@@ -77,7 +68,7 @@ def edited(
 
 @contextmanager
 def edited_each(
-    model: PreTrainedModel, tokenizer: Tokenizer, edits: Edits, method: str | Method
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, method: str | Method
 ) -> Iterator[nn.Module]:
     """Yield the model with every edit written alone, each in a lane of its own.
 
@@ -109,7 +100,7 @@ def edited_each(
 class Writer:
     """Writes edits on top of what it wrote before; `before` holds the weights as they were."""
 
-    model: PreTrainedModel
+    model: nn.Module
     tokenizer: Tokenizer
     method: Method
     weights: dict[str, nn.Parameter]
@@ -125,9 +116,7 @@ class Writer:
 
 
 @contextmanager
-def sequence(
-    model: PreTrainedModel, tokenizer: Tokenizer, method: str | Method
-) -> Iterator[Writer]:
+def sequence(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> Iterator[Writer]:
     """Yield a writer whose edits pile up in the model's own weights.
 
         with sequence(model, tokenizer, "FT-M") as writer:
@@ -169,9 +158,9 @@ def save(m: nn.Module, directory: str | Path) -> None:
     if record is None or hasattr(m, "passages"):
         raise InputError(f"{directory}: nothing to save; expected what edited(...) yields")
     directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(m, PeftModel):
+    if hasattr(m, "peft_config"):
         form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
-        if isinstance(m.active_peft_config, AdaLoraConfig):
+        if m.active_peft_config.peft_type == "ADALORA":
             # Pruned ranks are zeros: kept in the file they change nothing, cut out the rounding.
             m.active_peft_config.rank_pattern = None
         # Without this, peft would look for the base model on the hub to compare vocabularies.
@@ -185,12 +174,14 @@ def save(m: nn.Module, directory: str | Path) -> None:
     write_atomic(directory / RECORD, json.dumps(content, indent=1) + "\n")
 
 
-def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
+def load(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load a saved edit into the model: return it, or peft's wrapper around it, with `edit_record`.
 
     InputError, and the model is as before, where the directory is incomplete or damaged, or where
     any weight that the edit does not bring differs from the model it was made on.
     """
+    import peft  # seconds, which drawing again from rows does without
+
     path = Path(directory) / RECORD
     with located(f"{path}: not a record written by save(...)"):
         content = read_json(path)
@@ -205,7 +196,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
             raise InputError(f"{path}: no such file; expected one of save(...)")
     try:
         saved = load_file(path)
-        config = None if changed else PeftConfig.from_pretrained(path.parent)
+        config = None if changed else peft.PeftConfig.from_pretrained(path.parent)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: no readable file, or no configuration ({reason})") from None
@@ -218,12 +209,12 @@ def load(model: PreTrainedModel, directory: str | Path) -> nn.Module:
         loaded = model
     else:
         with kept(model, {}):
-            loaded = get_peft_model(model, config).eval()
-            own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+            loaded = peft.get_peft_model(model, config).eval()
+            own = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
             if _shapes(saved) != _shapes(own):
                 loaded.unload()
                 raise InputError(f"{path}: not the weights that adapter_config.json describes")
-            set_peft_model_state_dict(loaded, saved)
+            peft.set_peft_model_state_dict(loaded, saved)
     loaded.edit_record = record
     return loaded
 
@@ -232,7 +223,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _unchanged(model: PreTrainedModel, changed: Collection[str]) -> str:
+def _unchanged(model: nn.Module, changed: Collection[str]) -> str:
     """Fingerprint of all weights but the changed ones, by their names without an adapter."""
     tensors = {
         name.replace(".base_layer.", "."): tensor

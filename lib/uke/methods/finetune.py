@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uke.errors import Diverged, InputError
@@ -313,12 +311,14 @@ def _stacks(model: nn.Module, recipe: Recipe, ids: Sequence[str]) -> Lanes:
     return Lanes(model, ids, {}, low_rank)
 
 
-def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
+def adapt(model: nn.Module, recipe: Recipe, count: int) -> nn.Module:
     """Wrap the model in the recipe's adapter for training on `count` edits; `unload` undoes it."""
+    import peft  # seconds, which drawing again from rows does without
+
     names = module_names(model, recipe.layers, recipe.components)
     common = {"target_modules": names, "lora_alpha": recipe.alpha, "lora_dropout": 0.0}
     if recipe.adapter == "lora":
-        config = LoraConfig(r=recipe.rank, **common)
+        config = peft.LoraConfig(r=recipe.rank, **common)
     else:
         steps = recipe.steps * math.ceil(count / (recipe.batch_size or count))
         if steps < 3:
@@ -326,10 +326,10 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> PeftModel:
             raise InputError(f"recipe {recipe.name}: steps: {reason}")
         schedule = {"tinit": int(WARM_UP * steps), "tfinal": int(FINISH * steps)}
         ranks = {"init_r": math.ceil(SPARE_RANK * recipe.rank), "target_r": recipe.rank}
-        config = AdaLoraConfig(total_step=steps, **schedule, **ranks, **common)
+        config = peft.AdaLoraConfig(total_step=steps, **schedule, **ranks, **common)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return get_peft_model(model, config).eval()
+        return peft.get_peft_model(model, config).eval()
 
 
 @contextmanager
@@ -349,9 +349,9 @@ def adapted(
         wrapped.unload()
 
 
-def _adapted_layers(wrapped: PeftModel) -> dict[str, LoraLayer]:
+def _adapted_layers(wrapped: nn.Module) -> dict[str, nn.Module]:
     modules = wrapped.get_base_model().named_modules()
-    return {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
+    return {name: layer for name, layer in modules if hasattr(layer, "lora_A")}
 
 
 def _orthogonality(adalora: nn.Module) -> Tensor:

@@ -10,13 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from uke.errors import InputError, nearest
 from uke.project import EMBEDDED
@@ -24,7 +18,7 @@ from uke.project import EMBEDDED
 
 def load(
     name: str, device: str = "auto", dtype: str | torch.dtype = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model in eval mode, and its tokenizer.
 
         model, tokenizer = load("embedded")
