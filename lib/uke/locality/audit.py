@@ -17,7 +17,7 @@ from uke.locality.build import Sources, text_of, unfiltered
 from uke.locality.facts import LONGEST, facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
-from uke.results.metrics import Encoder, cosines, load_encoder
+from uke.results.metrics import cosines, load_encoder
 from uke.results.stats import Interval, interval
 from uke.world import files as world_files
 from uke.world import generate as world
@@ -66,12 +66,7 @@ def names_found(edits: Sequence[Edit]) -> pd.DataFrame:
 
 
 def assess(
-    items: Sequence[Item],
-    sources: Sources,
-    batch: int,
-    known: Names,
-    of_documents: Names,
-    encoder: Encoder | None = None,
+    items: Sequence[Item], sources: Sources, batch: int, known: Names, of_documents: Names
 ) -> pd.DataFrame:
     """Assess every item: one row each, without its text.
 
@@ -80,8 +75,7 @@ def assess(
     a longer known name ("swan" in "glass swan"). Columns: edit, kind, source, own and batch (how
     many names it shares with its edit, and with all edits of the batch; missing where nothing is
     known of its edit), rank, words (of the reference), and for documents overlap (the share of the
-    reference's words of four letters or more that the answer has) and similarity (the cosine of
-    their embeddings, with an encoder).
+    reference's words of four letters or more that the answer has).
     """
     edits = {edit.id: edit for edit in sources.edits}
     together = {edit.id: block for block in sources.blocks(batch) for edit in block}
@@ -89,13 +83,13 @@ def assess(
     phrases = {**known, **of_documents}
     every = {*edits, *(item.source for item in items)}
     patterns = {name: _pattern(phrases.get(name, ())) for name in every}
-    rows, pairs = [], []
+    rows = []
     for item in items:
         text, overlap = " ".join((item.question, item.reference, *item.aliases)), None
         if item.kind.endswith("doc"):
             text = passages[item.source]
-            pairs.append((item.reference, edits[item.edit].answer))
-            words, answer = (set(re.findall(r"\w{4,}", each.casefold())) for each in pairs[-1])
+            pair = (item.reference, edits[item.edit].answer)
+            words, answer = (set(re.findall(r"\w{4,}", each.casefold())) for each in pair)
             overlap = len(words & answer) / max(1, len(words))
         own, shared = patterns[item.source], {}
         for edit in together[item.edit]:
@@ -108,9 +102,6 @@ def assess(
     types = dict.fromkeys(("own", "batch", "rank"), "Int64") | {"overlap": float}
     frame = pd.DataFrame(rows, columns=columns).astype(types)
     frame.loc[~frame["edit"].isin(known), ["own", "batch"]] = pd.NA
-    if encoder and pairs:
-        similarity = cosines(*zip(*pairs, strict=True), encoder)
-        frame.loc[frame["kind"].str.endswith("doc"), "similarity"] = similarity
     return frame
 
 
@@ -144,7 +135,8 @@ def assess_run(
 
     Items are assessed as they are used, filtered by texts alone, and unfiltered: a set as it is
     used knows what records state, by which leaks of a benchmark are counted, though only of records
-    at odd places (see `names_found`). Columns of `assess`, and filter and figures of the set.
+    at odd places (see `names_found`). Columns of `assess`, filter and figures of the set, and,
+    where the encoder is installed, similarity (of a document's reference and the edit's answer).
     """
     if paths.data == "world":
         home = world_files.ensure(paths.home / "results", world_seed)
@@ -153,9 +145,9 @@ def assess_run(
     else:
         sets = [card.of_files(paths.data, data_file, documents, structured)]
         folder = card.built(paths).parent
-    settings, encoder = card.settings(paths.home, paths.data), load_encoder()
+    settings = card.settings(paths.home, paths.data)
     blind = settings.model_copy(update={"stated": False})
-    frames = []
+    frames, pairs = [], []
     for files in sets:
         sources, path = files.sources(), card.ensure(files, settings, folder)
         if files.generated:
@@ -168,7 +160,10 @@ def assess_run(
             made[ALONE] = load_locality(card.ensure(files, blind, folder), sources.edits)
             made[UNFILTERED] = unfiltered(sources, blind)
         for name, items in made.items():
-            frame = assess(items, sources, settings.batch, *known, encoder=encoder).assign(
+            answers = {edit.id: edit.answer for edit in sources.edits}
+            documents = [item for item in items if item.kind.endswith("doc")]
+            pairs += [(item.reference, answers[item.edit]) for item in documents]
+            frame = assess(items, sources, settings.batch, *known).assign(
                 set=card.set_name(files.dataset),
                 edits=len(sources.edits),
                 documents=len(sources.documents),
@@ -177,7 +172,11 @@ def assess_run(
                 filter=name,
             )
             frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    frame = pd.concat(frames, ignore_index=True)
+    if pairs and (encoder := load_encoder()):
+        similarity = cosines(*zip(*pairs, strict=True), encoder)
+        frame.loc[frame["kind"].str.endswith("doc"), "similarity"] = similarity
+    return frame
 
 
 def shape(frame: pd.DataFrame) -> pd.DataFrame:

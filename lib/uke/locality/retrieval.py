@@ -16,6 +16,8 @@ import numpy as np
 
 from uke.data.documents import Document
 from uke.errors import InputError
+from uke.files import replacing, sha256
+from uke.project import Paths, digest
 from uke.results.metrics import encoder_folder, open_encoder
 
 SCALE = 4000  # of vectors: products of their whole numbers stay below 2^24, exact in float32
@@ -70,11 +72,16 @@ def dense(texts: Sequence[str], model: Path) -> Score:
     return lambda queries: _encode(queries, model).astype(np.float32) @ vectors.T / SCALE**2
 
 
-@functools.lru_cache(maxsize=8)  # a set is built and audited from the same documents
+@functools.lru_cache(maxsize=8)
 def _vectors(texts: tuple[str, ...], model: Path) -> np.ndarray:
-    """Embed each text once: equal texts get equal vectors, whatever stands beside them."""
-    distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    return _encode(list(distinct), model)[[distinct[text] for text in texts]]
+    """Embed texts once for all sets and runs: they are kept below `results/embeddings`."""
+    name = digest(sha256(model / "model.safetensors"), texts=texts)
+    path = Paths("embedded").home / "results" / "embeddings" / f"{name}.npy"
+    if not path.is_file():
+        with replacing(path) as part, part.open("wb") as file:
+            distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+            np.save(file, _encode(list(distinct), model)[[distinct[text] for text in texts]])
+    return np.load(path)
 
 
 def _encode(texts: Sequence[str], model: Path) -> np.ndarray:

@@ -126,7 +126,9 @@ def _length_ratio(prediction: str, reference: str) -> float:
 
 def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
     """Cosine of MiniLM sentence embeddings (first 256 word pieces); the papers' BERT score."""
-    first, second = encoder(predictions), encoder(references)  # (N, width), unit length
+    distinct = {text: row for row, text in enumerate(dict.fromkeys((*predictions, *references)))}
+    vectors = encoder(list(distinct))  # each text once: (distinct texts, width), unit length
+    first, second = (vectors[[distinct[one] for one in each]] for each in (predictions, references))
     return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)  # (N,)
 
 
