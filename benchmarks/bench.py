@@ -53,9 +53,9 @@ CPU_SIZES: dict[str, dict[str, Any]] = {
     },
     "smoke": {  # short questions after few steps: that it runs, and that the variants answer alike
         "methods": ("FT-UKE", "LoRA"),
-        "first": (3, 2, 1),
+        "first": (2, 1, 1),
         "others": (2, 1, 1),
-        "repeats": 2,
+        "repeats": 1,
         "kinds": ("detail", "struct_trip"),
         "steps": 5,
         "grow": {"edits": (2,), "length": (1.0,), "width": (0.5,), "at": 2},
@@ -63,7 +63,7 @@ CPU_SIZES: dict[str, dict[str, Any]] = {
 }
 GPU_SIZES: dict[str, dict[str, Any]] = {
     "full": {"edits": (512, 16, 6), "repeats": 3, "shape": QWEN, "of_shape": (128, 4, 4)},
-    "smoke": {"edits": (3, 2, 1), "repeats": 1, "shape": TINY, "of_shape": (3, 2, 1), "steps": 2},
+    "smoke": {"edits": (2, 1, 1), "repeats": 1, "shape": TINY, "of_shape": (2, 1, 1), "steps": 2},
 }
 TEXT_TOKENS, ANSWER_TOKENS, PROBES, LANES = 130, 128, 11, 512  # of an edit of random words
 

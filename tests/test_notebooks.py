@@ -8,8 +8,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from uke.cli import params
 
 ROOT = Path(__file__).parents[1]
+FORKED = ROOT / "tests" / "forked" / "ipykernel_launcher.py"
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 STUDIES = params.studies(ROOT)
 # What needs benchmark files runs only where UKE_DATA names their folder.
@@ -26,6 +28,8 @@ RUN = [
     for name in NAMES
     if os.environ.get("UKE_DATA") or name not in STUDIES or STUDIES[name].report != "benchmarks"
 ]
+# What the longest chains wait for starts first.
+SLOWEST = dict.fromkeys(NAMES, 0) | {"02_locality": 2, "tuning": 1}
 HEADINGS = ("Set-up", "Checks", "Saved", "Limits")  # every other heading asks something
 PARAMETER = re.compile(r"[a-z_]+ = [^#]+  # [^=]+")
 SANITISE = r"""
@@ -162,9 +166,20 @@ def home(tmp_path_factory, results):
 
 @pytest.fixture(scope="module")
 def environment(home):
-    """The environment of processes that run notebooks there; progress bars are off."""
-    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return os.environ | quiet | {"UKE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    """The environment of processes that run notebooks there, in kernels forked from one process.
+
+    Progress bars are off.
+    """
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(FORKED.parent), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        quiet |= {"UKE_HOME": str(home), "PYTHONPATH": path, "FORKED_KERNELS": f"{folder}/socket"}
+        environment = os.environ | quiet
+        options = {"env": environment, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, FORKED], **options) as server:
+            assert server.stdout.readline() == "ready\n"
+            yield environment
+            server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -172,27 +187,37 @@ def executed(home, environment) -> list[Path]:
     """Every notebook run on profile smoke, two at once, those that read another's rows after it."""
 
     def run(name: str) -> tuple[str, subprocess.CompletedProcess]:
-        command = [sys.executable, "-m", "uke", "run", name, "--profile", "smoke"]
+        return name, command("run", name, "--checked")
+
+    def command(*given: str) -> subprocess.CompletedProcess:
+        given = [sys.executable, "-m", "uke", *given, "--profile", "smoke"]
         options = {"env": environment, "capture_output": True, "text": True, "timeout": 900}
-        return name, subprocess.run(command, **options)
+        return subprocess.run(given, **options)
+
+    assert (checked := command("check")).returncode == 0, checked.stderr
 
     needs = {name: set(STUDIES[name].after) if name in STUDIES else set() for name in RUN}
     for name in ("07_recipe", "08_batch_size"):  # whose best baseline tuning decides
         needs[name].add("tuning")
     order = TopologicalSorter(needs)
     order.prepare()
+    running = set()
     with ThreadPoolExecutor(2) as pool:
         while order.is_active():
-            for name, done in pool.map(run, order.get_ready()):
+            ready = sorted(order.get_ready(), key=SLOWEST.get, reverse=True)
+            running |= {pool.submit(run, name) for name in ready}
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for name, done in (each.result() for each in ended):
                 assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
                 order.done(name)
     return [home / "results" / "smoke" / "notebooks" / f"{name}.ipynb" for name in RUN]
 
 
 def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.CompletedProcess:
-    """Pytest with nbval on executed notebooks, two at once, in a process of its own."""
+    """Pytest with nbval on executed notebooks, at most two at once, in a process of its own."""
     (folder / "sanitise.cfg").write_text(SANITISE)
-    options = "--nbval --nbval-current-env -q -n 2 --dist loadfile -p no:cacheprovider".split()
+    options = "--nbval --nbval-current-env -q --dist loadfile -p no:cacheprovider".split()
+    options += ["-n", str(min(2, len(notebooks) - 1))]
     command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, "--rootdir", str(folder)]
     command += ["--nbval-sanitize-with", str(folder / "sanitise.cfg"), *map(str, notebooks)]
     return subprocess.run(
