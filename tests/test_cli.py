@@ -88,7 +88,7 @@ def merge(project: Path, profile: str = "quick", notebook: str = "01_small", **g
         (["--set", "methods=FT-M,FT-Q"], "methods: unknown method 'FT-Q'; did you mean"),
         (["--set", "data=zsre"], "--set: 'data' is chosen by --data"),
         (["--data", "unkebensh"], "data: unknown dataset 'unkebensh'; did you mean 'unkebench'?"),
-        (["--data", "unkebench"], "in the folder UKE_DATA (not set), found none"),
+        (["--data", "unkebench"], "results/data, found none (`make data` downloads it); name it"),
         (["--data", "unkebench", "--set", "data_file=no.json"], "unkebench: no.json: no such file"),
         (["--set", "model=./nowhere"], "nowhere: no such directory"),
         (["--profile", "quik"], "quik.yaml: no such file; did you mean 'quick'?"),

@@ -249,7 +249,7 @@ def test_settings_of_a_dataset_are_read_and_faults_are_named_with_their_file(tmp
 
 
 def test_documents_and_structured_sets_are_needed(tmp_path, monkeypatch):
-    monkeypatch.delenv("UKE_DATA", raising=False)
+    monkeypatch.setenv("UKE_DATA", str(tmp_path))
     with pytest.raises(InputError, match="no file to take documents from; name them with DOCUMENT"):
         card.of_files("unkebench", "edits.json")
     (tmp_path / "one.jsonl").write_text('{"title": "A", "text": "A is."}\n')

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     command("check", _check, "check the parameters of every notebook, run nothing")
     command("report", _report, "compose numbers.json, report.html and report.pdf")
     measure = command("covariance", _covariance, "measure key covariances of a model", ())
-    measure.add_argument("model", help="embedded, a model directory or a hub name")
+    measure.add_argument("model", help="embedded, smollm2, a model directory or a hub name")
     measure.add_argument("texts", nargs="?", help="JSON list of texts; the world's for 'embedded'")
     measure.add_argument("--layers", type=int, nargs="+", help="blocks (default: every block)")
     return parser
@@ -91,7 +91,7 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
 def _run(options: argparse.Namespace) -> None:
     planned = job(options, options.notebook)
     model = planned.parameters.get("model", "embedded")
-    if model == "embedded" or Path(model).expanduser().is_dir():
+    if model in ("embedded", "smollm2") or Path(model).expanduser().is_dir():
         # A model on disk needs no hub: a mistaken look-up fails at once and waits for no network.
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if options.rows:

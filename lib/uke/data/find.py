@@ -1,13 +1,14 @@
-"""Find the files of a run: those given by name, else what the folder UKE_DATA has."""
+"""Find the files of a run: those given by name, else what the folder of benchmarks has."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from uke.errors import InputError
+from uke.project import Paths
 
 COLLECTIONS = ("documents", "structured")  # what a benchmark's locality set is built from
-# Where files lie below the folder UKE_DATA; "world" is generated and needs none.
+# Where files lie below `data_folder()`; "world" is generated and needs none.
 PATTERNS = {
     "unkebench": "unkebench/final_data_v*",
     "akew-counterfact": "akew/CounterFact*",
@@ -19,6 +20,11 @@ PATTERNS = {
 }
 
 
+def data_folder() -> Path:
+    """Return the folder of benchmarks: UKE_DATA, by default where `make data` puts them."""
+    return Path(os.environ.get("UKE_DATA") or Paths("embedded").home / "results" / "data")
+
+
 def find_files(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
     """Return the absolute paths of the files given, else of those that `PATTERNS` names.
 
@@ -27,8 +33,8 @@ def find_files(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
     files = [Path(path).expanduser() for path in given]
     if missing := [path for path in files if not path.is_file()]:
         raise InputError(f"{name}: {missing[0]}: no such file")
-    if not files and (root := os.environ.get("UKE_DATA")):
-        found = sorted(Path(root).glob(PATTERNS[name]))
+    if not files:
+        found = sorted(data_folder().glob(PATTERNS[name]))
         files = [path for path in found if path.suffix in (".json", ".jsonl", ".parquet")]
     return tuple(path.resolve() for path in files)
 
@@ -36,7 +42,7 @@ def find_files(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
 def find_data(data: str, data_file: str = "") -> str:
     """Return the absolute path of the file of the benchmark `data`; "" for the generated world.
 
-    Raises InputError where neither `data_file` nor UKE_DATA names exactly one file.
+    Raises InputError where neither `data_file` nor `data_folder()` names exactly one file.
     """
     if data == "world":
         if data_file:
@@ -44,10 +50,9 @@ def find_data(data: str, data_file: str = "") -> str:
         return ""
     files = find_files(data, filter(None, [data_file]))
     if len(files) != 1:
-        folder = os.environ.get("UKE_DATA") or "not set"
-        found = ", ".join(path.name for path in files) or "none"
+        found = ", ".join(path.name for path in files) or "none (`make data` downloads it)"
         raise InputError(
-            f"data: {data}: expected one file {PATTERNS[data]} in the folder UKE_DATA ({folder}), "
+            f"data: {data}: expected one file {PATTERNS[data]} in {data_folder()}, "
             f"found {found}; name it with DATA_FILE"
         )
     return str(files[0])

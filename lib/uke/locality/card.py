@@ -69,11 +69,11 @@ def of_world(folder: Path, split: str, dataset: str = "unkebench") -> SetFiles:
 def of_files(
     data: str, data_file: str = "", documents: Sequence[str] = (), structured: Sequence[str] = ()
 ) -> SetFiles:
-    """Find the files for a benchmark's set: those given, else what the folder UKE_DATA has."""
+    """Find the files for a benchmark's set: those given, else those of `data_folder()`."""
     given = {"documents": documents, "structured": structured}
     found = {name: find_files(name, given[name]) for name in COLLECTIONS}
     if missing := [name for name in COLLECTIONS if not found[name]]:
-        expected = f"name them with {missing[0].upper()}=, or set UKE_DATA"
+        expected = f"name them with {missing[0].upper()}=, set UKE_DATA, or run `make data`"
         raise InputError(f"locality: no file to take {missing[0]} from; {expected}")
     return SetFiles(data, Path(find_data(data, data_file)), **found)
 

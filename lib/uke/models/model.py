@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from uke.errors import InputError, nearest
-from uke.project import EMBEDDED
+from uke.project import EMBEDDED, Paths
 
 
 def load(
@@ -23,9 +23,10 @@ def load(
 
         model, tokenizer = load("embedded")
 
-    `name` is "embedded" (the model shipped here), a directory (read without the network), or a name
-    on the hub. By default `device` is CUDA where there is any, and `dtype` its `precision`; on
-    "meta" no weights are read. Raises InputError where `name` is no complete causal model.
+    `name` is "embedded" (the model shipped here), "smollm2" (the one that `make model` makes), a
+    directory (read without the network), or a name on the hub. By default `device` is CUDA where
+    there is any, and `dtype` its `precision`; on "meta" no weights are read. Raises InputError
+    where `name` is no complete causal model.
     """
     path, local = source(name)
     if device == "auto":
@@ -59,12 +60,16 @@ def precision(device: str) -> torch.dtype:
 def source(name: str) -> tuple[str, bool]:
     """Return what `from_pretrained` reads, and whether it is a local directory."""
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    if name == "smollm2":
+        path = Paths("embedded").home / "results" / "models" / name
+        if not path.is_dir():
+            raise InputError(f"{name}: no directory {path}; `make model` makes it")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path}: no config.json; expected a model directory")
         return str(path), True
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or name == "embedded":
-        expected = "expected 'embedded', a model directory or a hub name"
+        expected = "expected 'embedded', 'smollm2', a model directory or a hub name"
         raise InputError(f"{path}: no such directory; {expected}")
     return name, False
 
