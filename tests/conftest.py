@@ -51,6 +51,13 @@ OWN_SHAPE = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Start the files that take longest first, so that no core is idle at the end."""
+    names = ("notebooks", "explore", "explore_browser", "speed", "studies", "embedded")
+    longest = [f"test_{name}.py" for name in names]
+    items.sort(key=lambda item: ([*longest, item.path.name]).index(item.path.name))
+
+
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """The folder `results` of a project with the world and its locality sets.
