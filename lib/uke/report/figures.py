@@ -30,7 +30,8 @@ NO_EDIT = REFERENCES[0]
 LEAST_LOSS = 1e-3  # nats per token; smaller losses are drawn as this, so that a log axis ends
 VERDICTS = {
     "holds": Look("#009e73", "o", ""),
-    "in part": Look("#e69f00", "D", ""),
+    "holds in part": Look("#e69f00", "D", ""),
+    "not shown": Look(style.GREY, "s", ""),
     "does not hold": Look(style.RED, "X", ""),
 }
 
@@ -257,20 +258,22 @@ def distribution(
 
 @styled
 def plane(frame: pd.DataFrame) -> Figure:
-    """Draw efficacy against locality, a point for each method; dashed lines are of equal mean.
+    """Draw efficacy against locality, a point for each method; dashed lines are of equal balance.
 
     `frame` has method, efficacy and locality; the row called `no edit` is a cross.
     """
     fig = Figure(figsize=(FULL, 3.2))
     ax = fig.subplots()
-    for total in np.arange(0.1, 2, 0.1):
-        ax.axline((0, total), slope=-1, color=style.GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
+    for equal in np.arange(0.1, 1, 0.1):
+        kept = np.linspace(equal / 2 + 1e-3, 1, 99)
+        wanted = equal * kept / (2 * kept - equal)
+        ax.plot(kept, wanted, color=style.GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
     look = {name: each._replace(dashes="") for name, each in looks(frame["method"]).items()}
     for method in frame.itertuples():
         _mark(ax, method.locality, method.efficacy, look[method.method], 6)
     ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean score)")
     ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
-    ax.set_ylim(0, max(0.5, frame["efficacy"].max() + 0.05))
+    ax.set_ylim(min(0, frame["efficacy"].min() - 0.02), max(0.5, frame["efficacy"].max() + 0.05))
     _explain(fig, look, right=True)
     return fig
 

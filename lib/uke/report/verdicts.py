@@ -20,8 +20,10 @@ from uke.files import read_yaml
 from uke.project import Paths
 from uke.report.section import read_sections
 
-HOLDS, IN_PART, FAILS, UNTESTABLE = "holds", "in part", "does not hold", "not testable here"
-WORDS = {HOLDS: 1, IN_PART: 0.5, FAILS: 0, UNTESTABLE: None}  # a verdict as a number
+HOLDS, IN_PART, NOT_SHOWN = "holds", "holds in part", "not shown"
+FAILS, UNTESTABLE = "does not hold", "not testable here"
+WORDS = {HOLDS: 1, IN_PART: 0.5, NOT_SHOWN: 0, FAILS: -1, UNTESTABLE: None}  # as numbers
+MARGIN = 3.0  # points: a whole interval within them is a difference of nothing
 NOTEBOOK = "11_verdicts"
 _ENDS = ("value", "low", "high")
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
@@ -32,7 +34,8 @@ class Claim(BaseModel):
 
     `number` is its key; `*` stands for any part, and then every number that matches must agree.
     `sign`: "+" or "-", above or below `than` (a value, or the key of another number); "either", a
-    difference in any direction; "opposite", `number` and the number `than` differ in sign.
+    difference in any direction; "opposite", `number` and the number `than` differ in sign. `ours`:
+    a statement of this study, not of the paper. `could_fail`: whether it could have failed here.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +48,8 @@ class Claim(BaseModel):
     sign: Literal["", "+", "-", "either", "opposite"] = ""
     than: FiniteFloat | StrictStr = 0.0
     untestable: StrictStr = ""
+    could_fail: StrictStr = ""
+    ours: bool = False
 
     @model_validator(mode="after")
     def _decided(self) -> Self:
@@ -68,7 +73,7 @@ class Evidence(NamedTuple):
     """A number that counts for a claim, as it is said in the report.
 
     `distance`: value, low and high (or NaN) from what it is compared with, on the claim's side.
-    `state`: 1 or -1 if the interval is on one side of zero, else a half, or 0.
+    `state`: 1 or -1 if the interval is on one side of zero, 0 if it is within MARGIN, else NaN.
     """
 
     world: str
@@ -94,21 +99,21 @@ class Verdict(NamedTuple):
 def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     """Judge a claim by the numbers of each world run; a world without the number does not count.
 
-    *holds*: the paper's sign, with an interval that excludes zero, in every world. *in part*: its
-    sign, but an interval includes or touches zero or is missing, or not in every world. *does not
-    hold*: the other sign, or zero, in every world. "either" holds if every interval excludes zero
-    on the same side, in part if some does, else not. Two numbers differ if their intervals do not
-    overlap.
+    *holds*: every interval is on the claim's side of zero. *holds in part*: some are. *does not
+    hold*: every one is on the other side, or within MARGIN of zero. *not shown*: none is on the
+    claim's side, and one includes zero, or is missing. "either" takes the side of the first that
+    excludes zero. Two numbers differ if their intervals do not overlap.
     """
     evidence = () if claim.untestable else tuple(_evidence(claim, worlds))
     if not evidence:
         reason = f"no number `{claim.number}`: its study was not run, or only as a smoke run"
         return Verdict(claim, UNTESTABLE, claim.untestable or reason, ())
-    states = {each.state for each in evidence}
-    sure, hinted = [{1}], max(states) > 0
-    if claim.sign == "either":
-        sure, hinted = [{1}, {-1}], bool({1, -1} & states)
-    return Verdict(claim, HOLDS if states in sure else IN_PART if hinted else FAILS, "", evidence)
+    states = [each.state for each in evidence]
+    side = next((each for each in states if abs(each) == 1), 1) if claim.sign == "either" else 1
+    word = HOLDS if all(each == side for each in states) else IN_PART
+    if side not in states:
+        word = NOT_SHOWN if np.isnan(states).any() else FAILS
+    return Verdict(claim, word, "", evidence)
 
 
 def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]:
@@ -121,10 +126,12 @@ def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]
             if claim.sign != "opposite":
                 against = "" if bound else f" (against {other['said']})"
                 distance = _turned(_minus(own, other), -1 if claim.sign == "-" else 1)
-                yield Evidence(world, key, own["said"] + against, distance, _state(distance))
+                state = _state(distance, own["unit"])
+                yield Evidence(world, key, own["said"] + against, distance, state)
                 continue
             pair = [_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other)]
-            state = -_state(pair[0]) * _state(pair[1])
+            states = [_state(each, own["unit"]) for each in pair]
+            state = 0.0 if 0 in states else -states[0] * states[1]
             for name, each, distance in zip((key, claim.than), (own, other), pair, strict=True):
                 distance = _turned(distance, pair[0][0])
                 yield Evidence(world, name, each["said"], distance, state)
@@ -140,9 +147,11 @@ def _turned(distance: np.ndarray, sign: float) -> np.ndarray:
     return -distance[[0, 2, 1]] if sign < 0 else distance
 
 
-def _state(distance: np.ndarray) -> float:
-    value, low, high = distance
-    return 1 if low > 0 else -1 if high < 0 else np.sign(value) / 2
+def _state(distance: np.ndarray, unit: str) -> float:
+    _, low, high = distance
+    margin = MARGIN if unit.startswith("points") else MARGIN / 100
+    same = -margin <= low and high <= margin
+    return 1.0 if low > 0 else -1.0 if high < 0 else 0.0 if same else np.nan
 
 
 def _matching(numbers: Numbers, pattern: str) -> list[str]:
@@ -168,21 +177,22 @@ def gather(paths: Paths) -> dict[str, Numbers]:
     return worlds
 
 
-def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Return how many claims got each verdict, in the order of WORDS."""
-    words = [each.word for each in verdicts]
+def counts(verdicts: Iterable[Verdict], ours: bool = False) -> dict[str, int]:
+    """Return how many statements of the paper (or of ours) got each verdict, as in WORDS."""
+    words = [each.word for each in verdicts if each.claim.ours == ours]
     return {word: words.count(word) for word in WORDS}
 
 
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """Return a row for each claim: claim, the paper, ours, verdict, worlds."""
+    """Return a row for each claim: its words, ours, verdict, where tried, could it have failed."""
     rows = [
         {
             "claim": each.claim.claim,
             "the paper": each.claim.paper,
             "ours": "; ".join(_distinction(each, seen) + seen.said for seen in each.evidence),
             "verdict": f"{each.word}: {each.reason}" if each.reason else each.word,
-            "worlds": each.worlds,
+            "models and worlds": each.worlds,
+            "could it have failed here": each.claim.could_fail,
         }
         for each in verdicts
     ]

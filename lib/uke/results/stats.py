@@ -1,7 +1,14 @@
-"""Bootstrap intervals, paired tests and the correction for many tests."""
+"""Intervals of means and of balances, paired tests and the correction for many tests.
+
+A sample of edits is drawn again through its units: the batches that edits were written in, each
+edit its own if written alone. From FEWEST units on an interval is the percentile bootstrap over the
+hierarchy (batches, then the edits of each; Efron 1979). From fewer it is a t interval over units
+(n - 1 degrees of freedom; jackknife, Tukey 1958), never a percentile of three.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +16,7 @@ import pandas as pd
 
 from uke.errors import InputError
 
-RESAMPLES, AT_ONCE, SEED = 9999, 1000, 2024
+RESAMPLES, AT_ONCE, SEED, FEWEST = 9999, 1000, 2024, 6
 
 
 class Interval(NamedTuple):
@@ -31,14 +38,33 @@ class Score:
     best: bool = False
 
 
-def interval(values: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
-    """Return the mean of `values` (N,) with its bootstrap interval.
+def balance(efficacy: Any, locality: Any) -> Any:
+    """Return the harmonic mean of max(0, efficacy) and locality: 0 for doing nothing."""
+    efficacy = np.maximum(efficacy, 0.0)
+    total = np.asarray(efficacy + locality)
+    return np.divide(2 * efficacy * locality, total, out=np.zeros_like(total), where=total > 0)
 
-    Units are drawn: values (edits), or whole `groups` of them (batches). InputError for no value,
-    or one that is not finite.
+
+def pooled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean of values (N,), or the balance of the means of pairs (N, 2), by weight.
+
+    Weights are (..., N); one number each.
     """
-    sums, counts = units(values, groups)
-    return bootstrapped(lambda drawn: sums[drawn].sum(-1) / counts[drawn].sum(-1), len(sums))
+    means = (weights @ values).T / weights.sum(-1)
+    return means.T if values.ndim == 1 else balance(*means)
+
+
+def interval(values: Sequence, groups: Sequence[Any] | None = None) -> Interval:
+    """Return `pooled` values with its interval; units are values (edits), or `groups` (batches).
+
+    InputError for no value, or one that is not finite.
+    """
+    values = np.asarray(values, dtype=float)
+    absent = (~np.isfinite(values)).sum()
+    if not len(values) or absent:
+        found = f"{absent} missing of {values.size}"
+        raise InputError(f"interval: expected finite values, found {found}")
+    return estimated(lambda drawn: pooled(values, drawn), len(values) if groups is None else groups)
 
 
 def p_value(differences: Sequence[float]) -> float:
@@ -55,43 +81,68 @@ def p_value(differences: Sequence[float]) -> float:
 def holm(ps: Iterable[float]) -> list[float]:
     """Return adjusted p values in the order given, holding the family-wise error (Holm 1979)."""
     ranked = pd.Series(list(ps), dtype=float).sort_values(kind="stable")
-    adjusted = (ranked * np.arange(len(ranked), 0, -1)).cummax().clip(upper=1)
-    return adjusted.sort_index().tolist()
+    adjusted = (ranked * np.arange(ranked.count(), ranked.count() - len(ranked), -1)).cummax()
+    return adjusted.clip(upper=1).sort_index().tolist()
 
 
-def units(values: Sequence[float], groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return sum and count of the values of each unit: a value, or a group of them; (units,)."""
-    values = np.asarray(values, dtype=float)
-    absent = (~np.isfinite(values)).sum()
-    if not len(values) or absent:
-        found = f"{absent} missing of {values.size}"
-        raise InputError(f"interval: expected finite values, found {found}")
-    if groups is None:
-        return values, np.ones_like(values)
-    codes, names = pd.factorize(np.asarray(groups))
-    counts = np.bincount(codes, minlength=len(names)).astype(float)
-    return np.bincount(codes, values, len(names)), counts
+def estimated(statistic: Callable[..., np.ndarray], *samples: int | Sequence[Any]) -> Interval:
+    """Return a statistic with its 95 % interval.
 
+        estimated(lambda drawn: pooled(values, drawn), batches)
 
-def bootstrapped(statistic: Callable[..., np.ndarray], *counts: int) -> Interval:
-    """Return a statistic with its 95 % percentile bootstrap interval (Efron 1979).
-
-        bootstrapped(lambda drawn: values[drawn].mean(-1), len(values))
-
-    `statistic` takes the indices of the units drawn, (resamples, count) or all of them (count,);
-    of several independent samples of `counts` units one array for each.
+    `samples` has the unit of every edit of each independent sample, or how many edits there are.
+    `statistic` takes how often each edit is drawn, (resamples, edits) or (edits,), of each sample.
     """
-    value = statistic(*map(np.arange, counts))
-    if max(counts) < 2:
-        return Interval(float(value), np.nan, np.nan, sum(counts))
-    generators = [np.random.default_rng([SEED, stream]) for stream in range(len(counts))]
-    draws = []
-    for start in range(0, RESAMPLES, AT_ONCE):
-        rows = min(AT_ONCE, RESAMPLES - start)
-        drawn = zip(generators, counts, strict=True)
-        draws.append(statistic(*(each.integers(0, count, (rows, count)) for each, count in drawn)))
-    low, high = np.quantile(np.concatenate(draws), (0.025, 0.975))
-    return Interval(float(value), float(low), float(high), sum(counts))
+    codes = [
+        np.arange(each) if isinstance(each, int) else pd.factorize(np.asarray(each))[0]
+        for each in samples
+    ]
+    counts = [1 + int(own.max()) for own in codes]
+    value = float(statistic(*(np.ones(len(own)) for own in codes)))
+    if min(counts) < FEWEST:
+        return Interval(value, *_jackknife(statistic, value, codes), sum(counts))
+    draws = statistic(*(_draws(own, stream) for stream, own in enumerate(codes)))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(value, float(low), float(high), sum(counts))
+
+
+def _draws(codes: np.ndarray, stream: int) -> np.ndarray:
+    """Return how often each edit is drawn: units anew, then the edits of each as often."""
+    order = np.argsort(codes, kind="stable")
+    drawn = np.empty((RESAMPLES, len(codes)))
+    drawn[:, order] = _sorted_draws(tuple(np.bincount(codes).tolist()), stream)
+    return drawn
+
+
+@lru_cache(maxsize=8)
+def _sorted_draws(sizes: tuple[int, ...], stream: int) -> np.ndarray:
+    generator = np.random.default_rng([SEED, stream])
+    rows = [min(AT_ONCE, RESAMPLES - start) for start in range(0, RESAMPLES, AT_ONCE)]
+    units = np.concatenate([generator.integers(0, len(sizes), (n, len(sizes))) for n in rows])
+    places = units + len(sizes) * np.arange(RESAMPLES)[:, None]
+    times = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
+    parts = [
+        generator.multinomial(size * own, [1 / size] * size) if size > 1 else own[:, None]
+        for size, own in zip(sizes, times.T, strict=True)
+    ]
+    return np.concatenate(parts, axis=1, dtype=float)
+
+
+def _jackknife(statistic: Callable[..., np.ndarray], value: float, codes: list) -> tuple:
+    """Return the ends of the t interval; each sample adds its variance (Satterthwaite 1946)."""
+    from scipy.stats import t
+
+    variances, freedoms, full = [], [], [np.ones(len(own)) for own in codes]
+    for at, own in enumerate(codes):
+        n = 1 + own.max()
+        if n < 2:
+            return np.nan, np.nan
+        left = [statistic(*full[:at], 1.0 * (own != out), *full[at + 1 :]) for out in range(n)]
+        variances.append((n - 1) ** 2 / n * np.var(left, ddof=1))
+        freedoms.append(n - 1)
+    total, parts = sum(variances), np.square(variances) / freedoms
+    half = t.ppf(0.975, total**2 / parts.sum()) * np.sqrt(total) if parts.sum() else 0.0
+    return float(value - half), float(value + half)
 
 
 def share(hits: int, count: int) -> Interval:
@@ -108,17 +159,25 @@ def ordered(values: Iterable[Any], first: Iterable[str] = ()) -> list:
     return list(dict.fromkeys([*(value for value in first if value in values), *values]))
 
 
+def pairs(frame: pd.DataFrame) -> np.ndarray:
+    """Return the scores (N,), or those of efficacy and `kept` locality (N, 2) where they are."""
+    both = "kept" in frame and frame["kept"].notna().any()
+    return frame[["score", "kept"] if both else "score"].to_numpy(float)
+
+
 def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Return the mean `score` with its 95 % interval for each group: `by`, mean, low, high, n.
+    """Return the mean `score` (see `pooled`) with its 95 % interval for each group: `by`, mean,
+    low, high, n.
 
     Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`,
     else edits.
     """
     by, unit = list(by), "batch" if "batch" in frame else "edit"
     keys = [*by, *dict.fromkeys((unit, "edit"))]
-    edits = frame.groupby(keys, sort=False, observed=True)["score"].mean().reset_index()
+    values = [name for name in ("score", "kept") if name in frame]
+    edits = frame.groupby(keys, sort=False, observed=True)[values].mean().reset_index()
     rows = [
-        [*key, *interval(group["score"].tolist(), group[unit].tolist())]
+        [*key, *interval(pairs(group), group[unit].tolist())]
         for key, group in edits.groupby(by, sort=False, observed=True)
     ]
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])

@@ -93,14 +93,14 @@ def say_means(
 
 
 def say_leads(section: Any, name: str, leads: pd.DataFrame) -> dict[int, str]:
-    """Say each of these leads (`compare.leads`), in points and in percent of the baseline's score.
+    """Say each of these leads (`compare.leads`), and return the first of each batch size as said.
 
-    `{}` in the name stands for the batch size. Returns what was said of points, by batch size.
+    `{}` in the name, which ends in `lead`, stands for the batch size.
     """
-    said = {}
+    said: dict[int, str] = {}
     for row in leads.itertuples():
-        own, n = name.format(row.batch_size), row.batches
-        said[row.batch_size] = section.say(own, row.mean, row.low, row.high, n=n, unit="points")
-        percent = row.percent, row.percent_low, row.percent_high
-        section.say(f"{own}_relative", *percent, n=n, unit="%")
+        own = name.format(row.batch_size).removesuffix("lead") + row.lead
+        unit = "%" if row.lead == "lead_relative" else "points"
+        text = section.say(own, row.mean, row.low, row.high, n=row.n, unit=unit)
+        said.setdefault(row.batch_size, text)
     return said

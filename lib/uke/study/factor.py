@@ -70,9 +70,9 @@ class FactorStudy(Comparison):
         self.title = compare.label(factor) + (", asked through raw prompts" if raw else "")
         self._prefix = f"factor.{factor}_{RAW}" if raw else f"factor.{factor}"
         # The kinds whose effects are said, and the end of their key.
-        self._said = {"average": "average", "original": "original"}
+        self._said = {kind: kind for kind in ("balance", "average", "original")}
         if raw:
-            self._said = {"average": RAW, "original": f"{RAW}_original"}
+            self._said = {"average": RAW} | {k: f"{RAW}_{k}" for k in ("balance", "original")}
 
     def _levels(self, method: Recipe, names: Sequence[str]) -> list[str]:
         """Return the levels compared on a method, in the order of the factor."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from uke.data.edits import KINDS
 from uke.errors import InputError
 from uke.methods.catalog import METHODS, configured, find
 from uke.methods.method import Method
@@ -39,6 +40,7 @@ class MethodStudy(Comparison):
         full: Sequence[int] | None = None,
         limit: int | None = None,
         batches: int = 1,
+        tuning: Sequence[str] = ("tuning",),
     ):
         super().__init__(study)
         params = study.paths.home / "params", study.subject.name
@@ -51,8 +53,21 @@ class MethodStudy(Comparison):
         # Development rows may be those of this run, or of the embedded model's own study.
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
         places = [study.paths, Paths("embedded")] if of_world else [study.paths]
-        self.best = compare.best_baselines(places, sizes, self.baselines)
         full, limit = sizes if full is None else full, limit or len(study.dataset.edits)
+        found = []
+        for name in tuning:
+            found.append(compare.best_baselines(places, dict.fromkeys(sizes, self.baselines), name))
+        at = next((at for at, best in enumerate(found) if best), 0)
+        ran = {size: self._ran(size, max(limit // size, batches) * size) for size in sizes}
+        self.best, wanted = compare.best_baselines(places, ran, tuning[at]), found[at]
+        self.caveats = ["Baselines were chosen on development edits of the other dataset."] * (
+            at > 0
+        )
+        if missed := [f"{n} at {size}" for size, n in wanted.items() if self.best.get(size) != n]:
+            self.caveats.append(
+                f"The best baseline on development edits has no committed rows ({', '.join(missed)}"
+                "), so the best of those that have stands there."
+            )
         self.plan: dict[tuple[int, str], int] = {}  # how many edits, by batch size and name
         for size in sizes:
             compared = [self.best[size]] if size in self.best else self.baselines
@@ -67,6 +82,14 @@ class MethodStudy(Comparison):
             (tuned[size][name], {"batch_size": size, "limit": count})
             for (size, name), count in self.plan.items()
         ]
+
+    def _ran(self, size: int, edits: int) -> list[str]:
+        """Return the baselines that can have rows of so many edits in batches of a size."""
+        if not self.study.committed:
+            return self.baselines
+        own = self.study.committed.after
+        counts = own[own["batch_size"] == size].groupby("method")["edit"].nunique()
+        return [name for name in self.baselines if counts.get(name, 0) >= edits]
 
     @staticmethod
     def edits_needed(sizes: Sequence[int], limit: int, batches: int) -> int:
@@ -85,28 +108,27 @@ class MethodStudy(Comparison):
     def run(self, section: Any) -> None:
         super().run(section)
         if self.baselines and not self.best:
-            self.best = compare.best_here(self.averages, self.baselines)
+            self.best = compare.best_here(self.scores, self.baselines)
             fallback = "the best is the best on these very edits, which flatters it"
-            section.warn(f"No development rows of the baselines: {fallback}.")
+            self.caveats = [f"No development rows of the baselines: {fallback}."]
+        for caveat in self.caveats:
+            section.warn(caveat)
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """Every score by batch size, method, batch, edit and kind, with the average metric."""
-        return compare.by_batch(self.rows)
-
-    @property
-    def averages(self) -> pd.DataFrame:
-        """The average metric of every edit."""
-        return self.scores[self.scores["kind"] == "average"]
+        """Every score by batch size, method (and `no edit`), batch, edit and kind."""
+        return compare.by_batch(self.rows, self.study.before)
 
     def leads(self) -> pd.DataFrame:
-        """Return the lead over the best baseline at each batch size (see `compare.leads`)."""
-        return compare.leads(self.averages, self.leader, self.best)
+        """Return the leads at each batch size (see `compare.leads`)."""
+        return compare.leads(self.scores, self.leader, self.best)
 
     def say(self, section: Any, prefix: str, by: Sequence[str], kinds: Sequence[str] = ()) -> None:
-        """Say the mean of every method on these kinds of probe (all, if none), for `said`."""
-        own = self.scores[self.scores["kind"].isin(kinds or self.scores["kind"].unique())]
-        self.said |= say_means(section, prefix, own, by)
+        """Say the headline numbers of every method and of no edit, and its means on these kinds of
+        probe (all, if none), for `said`."""
+        probes = [kind for kind in kinds or KINDS if kind in KINDS]
+        own = self.scores[self.scores["kind"].isin(probes)]
+        self.said |= say_means(section, prefix, pd.concat([own, compare.sides(self.scores)]), by)
 
     def check(self, section: Any) -> None:
         """Check that no row is missing, and that every edit was undone."""

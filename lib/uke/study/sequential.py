@@ -144,8 +144,10 @@ class SequenceStudy(Comparison):
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Every score by method, count, edit and kind, the average metric among them."""
-        found = compare.by_batch(self.rows).rename(columns={"batch_size": "count"})
-        return found.drop(columns="batch")
+        found = compare.by_batch(self.rows, self.study.before).rename(
+            columns={"batch_size": "count"}
+        )
+        return found.drop(columns=["batch", "level"])
 
     def final(self) -> pd.DataFrame:
         """Scores after the most edits, with those of the same edits without any (see `scored`)."""
