@@ -6,25 +6,26 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from uke.data.edits import AVERAGE, KINDS
+from uke.data.edits import AVERAGE
 from uke.errors import InputError
 from uke.project import Paths
 from uke.results import compare
 from uke.results.metrics import METRICS
+from uke.results.stats import balance, interval, pooled
 
-EDITS = ("a", "b", "c")
+EDITS = ("a", "b", "c", "d", "e", "f")
 GAIN = {("M", "all"): 1, ("M", "one"): -1}
 RUN = dict.fromkeys(["factor", "split", "learning_rate", "seed", "model", "data", "recipe", "code"])
 
 
 def cells(**scores):
-    """Scores of kind `average` by cell, written `M_all=[0.1, 0.2, 0.3]`."""
+    """Scores of kind `average` by cell, written `M_all=[0.1, 0.2, 0.3]`, each edit a batch."""
     found = [
-        ("average", *name.split("_"), edit, score)
+        ("average", *name.split("_"), edit, edit, score)
         for name, own in scores.items()
         for edit, score in zip(EDITS, own, strict=False)
     ]
-    return pd.DataFrame(found, columns=["kind", "method", "level", "edit", "score"])
+    return pd.DataFrame(found, columns=["kind", "method", "level", "batch", "edit", "score"])
 
 
 def rows(score, kinds=AVERAGE, edits=EDITS, **columns):
@@ -34,27 +35,34 @@ def rows(score, kinds=AVERAGE, edits=EDITS, **columns):
     value = frame["kind"].eq("original").map({True: score, False: 0.5})
     fixed = {f"{name}{end}": value for name in METRICS for end in ("", "_before")} | RUN
     fixed |= {"study": "s", "number": 0, "batch_size": 1, "phase": "after", "curve": None}
+    fixed |= {"question": frame["edit"], "reference": "text of " + frame["edit"]}
     return frame.assign(**fixed | {"method": "FT-M", "level": None} | columns)
 
 
-def averages(**scores):
-    """The average metric by method: for each a list of batches, each the scores of its edits."""
-    found = [
-        (name, 1, batch, f"{batch}-{number}", score)
-        for name, batches in scores.items()
-        for batch, own in enumerate(batches)
-        for number, score in enumerate(own)
-    ]
-    return pd.DataFrame(found, columns=["method", "batch_size", "batch", "edit", "score"])
+def scores(size=1, **pairs):
+    """Scores by method at a batch size: of each a list of batches of edits, each its efficacy and
+    locality, and their mean as the average. Beside them `no edit`, with 0 and 1."""
+    found, first = [], next(iter(pairs.values()))
+    pairs = pairs | {compare.BEFORE: [[(0.0, 1.0)] * len(batch) for batch in first]}
+    for name, batches in pairs.items():
+        level = compare.BEFORE if name == compare.BEFORE else ""
+        for batch, own in enumerate(batches):
+            for number, (efficacy, locality) in enumerate(own):
+                cell = (size, name, level, batch, f"{batch}-{number}")
+                found.append((*cell, "balance", efficacy, locality))
+                found.append((*cell, "average", (efficacy + locality) / 2, np.nan))
+    columns = ["batch_size", "method", "level", "batch", "edit", "kind", "score", "kept"]
+    return pd.DataFrame(found, columns=columns)
 
 
 # --- Contrasts ------------------------------------------------------------------------------------
 
 
 def test_a_difference_is_paired_by_edit_whatever_the_order_in_points():
-    frame = cells(M_all=[0.9, 0.5, 0.1], M_one=[0.8, 0.4, 0.0]).sample(frac=1, random_state=3)
+    frame = cells(M_all=[0.9, 0.5, 0.1] * 2, M_one=[0.8, 0.4, 0.0] * 2)
+    frame = frame.sample(frac=1, random_state=3)
     found = compare.contrasts(frame, {"gain": GAIN})
-    assert compare.effect(found, "gain", "average") == pytest.approx((10, 10, 10, 3))
+    assert compare.effect(found, "gain", "average") == pytest.approx((10, 10, 10, 6))
     assert compare.effect(found, "gain", "detail") is None
 
 
@@ -82,39 +90,66 @@ def test_an_effect_of_an_absent_cell_is_left_out_and_unequal_ones_are_refused():
 # --- Scores ---------------------------------------------------------------------------------------
 
 
-def test_the_average_is_a_kind_of_every_cell_and_of_the_unedited_model():
+def test_doing_nothing_has_over_half_of_the_average_and_a_balance_of_nothing():
     after = pd.concat([rows(1.0, level="eighth_6"), rows(0.8, level="all")])
     found = compare.scored(after, rows(0.2, phase="before"))
-    means = found[found["kind"] == "average"].groupby("cell", sort=False)["score"].mean()
-    assert list(means.index) == ["FT-M, eighth 6", "FT-M, all", "no edit"]  # as they came
-    kept = sum(KINDS[kind].against == "before" for kind in AVERAGE)
-    unedited = (0.2 + 0.5 * (len(AVERAGE) - kept - 1) + kept) / 6
-    assert means.tolist() == pytest.approx([3.5 / 6, 3.3 / 6, unedited])
-    halves = compare.sides(found).groupby(["cell", "kind"])["score"].mean()["FT-M, all"]
-    assert halves["efficacy"] == pytest.approx(1.8 / 3) and halves["locality"] == 0.5
+    means = compare.means(found, ["cell"]).set_index("cell")
+    assert list(found["cell"].unique()) == ["FT-M, eighth 6", "FT-M, all", "no edit"]
+    assert list(means.index) == ["FT-M, eighth 6", "FT-M, all", "no edit"]  # the best first
+    unedited = (0.2 + 0.5 * 2 + 3) / 6  # locality is 1 by definition
+    assert means["average"].tolist() == pytest.approx([3.5 / 6, 3.3 / 6, unedited])
+    assert means.loc["no edit", "balance"] < means.loc["FT-M, all", "balance"]
+    # A text scores 2/3 with another one: the floor of original and paraphrase; details have 0.
+    efficacy = ((0.8 - 2 / 3) * 3 + (0.5 - 2 / 3) * 3 + 0.5) / 3
+    assert means.loc["FT-M, all"][["efficacy", "locality"]].tolist() == pytest.approx(
+        [efficacy, 0.5]
+    )
+    assert means.loc["FT-M, all", "balance"] == pytest.approx(balance(efficacy, 0.5))
+
+
+def test_the_floor_is_what_another_edit_scores_and_no_edit_stands_at_every_size():
+    floor = compare.floor(rows(0.2, phase="before")).groupby("kind")["score"].mean()
+    expected = {"original": 2 / 3, "paraphrase": 2 / 3, "detail": 0}
+    assert floor.to_dict() == pytest.approx(expected)
+    pairs = rows(0.7, edits=EDITS[:4], method="UnKE", batch_size=2)
+    after = pd.concat([rows(0.9), pairs.assign(batch=pairs["batch"] // 2)])
+    found = compare.scored(after, rows(0.2, phase="before"), same_edits=False)
+    none = found[(found["cell"] == "no edit") & (found["kind"] == "balance")]
+    assert none.groupby("batch_size")["batch"].nunique().to_dict() == {1: 6, 2: 2}
+    assert none.groupby("batch_size")["edit"].nunique().to_dict() == {1: 6, 2: 4}
+
+
+def test_a_balance_is_of_the_set_and_no_mean_of_balances():
+    halves = np.array([(1.0, 1.0), (0.0, 1.0)])
+    assert pooled(halves, np.ones(2)) == balance(0.5, 1.0) == pytest.approx(2 / 3)
+    assert balance(np.array([-0.2, 0.0, 0.5]), np.array([1.0, 0.0, 0.5])).tolist() == [0, 0, 0.5]
+    found = interval([(0.5, 1.0)] * 8)
+    assert found == pytest.approx((2 / 3, 2 / 3, 2 / 3, 8))
 
 
 def test_a_cell_on_fewer_edits_is_refused_and_kinds_that_the_data_lacks_are_named():
     short = pd.concat([rows(1.0, level="all"), rows(1.0, edits=("a", "b"), level="one")])
-    with pytest.raises(InputError, match="FT-M one lacks 1 of the 3 edits beside it"):
+    with pytest.raises(InputError, match="FT-M one lacks 4 of the 6 edits beside it"):
         compare.scored(short, rows(0.2, phase="before"))
     kinds = ("original", "detail")
     few, before = rows(1.0, kinds), rows(0.2, kinds, phase="before")
     assert compare.lacking(few) == [kind for kind in AVERAGE if kind not in kinds]
-    assert set(compare.sides(compare.scored(few, before))["kind"]) == {"average"}
+    assert set(compare.sides(compare.scored(few, before))["kind"]) == {
+        "balance",
+        "efficacy",
+        "average",
+    }
 
 
 def test_gains_are_over_no_edit_and_over_the_baseline():
-    after = pd.concat([rows(0.9), rows(0.6, method="UnKE")])
-    scores = compare.scored(after, rows(0.3, phase="before"))
-    table = compare.gains(scores, "UnKE").set_index("method")
-    assert table.loc["FT-M", "minus UnKE"].mean == pytest.approx(5)
+    good, poor = [[(0.6, 0.6)]] * 6, [[(0.2, 1.0)]] * 6
+    table = compare.gains(scores(FT=good, UnKE=poor), "UnKE").set_index("method")
+    expected = 100 * (0.6 - balance(0.2, 1.0))
+    assert table.loc["FT", "minus UnKE"].mean == pytest.approx(expected)
+    assert table.loc["FT", "minus no edit"].mean == pytest.approx(60)
     assert pd.isna(table.loc["UnKE", "minus UnKE"])
-    # Without an edit locality is 1 by definition, with these edits it is 0.5.
-    assert table.loc["UnKE", "minus no edit"].mean == pytest.approx(100 * (0.3 - 3 * 0.5) / 6)
-    assert compare.ranking(scores) == ["no edit", "FT-M", "UnKE"]
-    plane = compare.plane(scores).set_index("method")["locality"]
-    assert plane.to_dict() == pytest.approx({"FT-M": 0.5, "UnKE": 0.5, "no edit": 1})
+    average = compare.gains(scores(FT=good, UnKE=poor), kind="average").set_index("method")
+    assert average.loc["FT", "minus no edit"].mean == pytest.approx(10)
 
 
 def test_published_metrics_are_means_over_the_questions_of_an_edit_first():
@@ -157,17 +192,21 @@ def commit(paths, *trials):
     """Commit trials, each a method, a level, a batch size and its score."""
     frames = [rows(score, method=m, level=each, batch_size=n) for m, each, n, score in trials]
     frame = pd.concat(frames, ignore_index=True)
-    frame["recipe"] = frame["method"] + frame["level"]
+    frame = frame.assign(recipe=frame["method"] + frame["level"], reference=frame["edit"])
     paths.exported("tuning").parent.mkdir(parents=True)
     frame.to_parquet(paths.exported("tuning"))
 
 
+def best(places, sizes, names, study="tuning"):
+    return compare.best_baselines(places, dict.fromkeys(sizes, names), study)
+
+
 def test_a_baseline_is_judged_by_its_best_trial(here):
     commit(here, ("MEMIT", "slow", 1, 0.1), ("MEMIT", "fast", 1, 0.8), ("UnKE", "x", 1, 0.6))
-    assert compare.best_baselines([here], [1], ["UnKE", "MEMIT"]) == {1: "MEMIT"}
-    assert compare.best_baselines([here], [1], ["UnKE"]) == {1: "UnKE"}
-    assert compare.best_baselines([here], [1], ["AlphaEdit"]) == {}
-    assert compare.best_baselines([], [1], ["UnKE"]) == {}
+    assert best([here], [1], ["UnKE", "MEMIT"]) == {1: "MEMIT"}
+    assert best([here], [1], ["UnKE"]) == {1: "UnKE"}
+    assert best([here], [1], ["AlphaEdit"]) == {}
+    assert best([], [1], ["UnKE"]) == {}
 
 
 def test_the_batch_size_nearest_by_ratio_decides_of_two_alike_the_smaller(here):
@@ -175,7 +214,7 @@ def test_the_batch_size_nearest_by_ratio_decides_of_two_alike_the_smaller(here):
     pairs = product(names, names.values())
     commit(here, *((name, "x", at, 0.9 if names[at] == name else 0.2) for at, name in pairs))
     nearest = {1: 1, 2: 1, 3: 4, 5: 4, 7: 4, 8: 4, 9: 16, 200: 16}
-    found = compare.best_baselines([here], list(nearest), list(names.values()))
+    found = best([here], list(nearest), list(names.values()))
     assert found == {size: names[own] for size, own in nearest.items()}
 
 
@@ -184,81 +223,97 @@ def test_the_first_place_that_knows_a_baseline_decides(here):
     commit(here, ("UnKE", "x", 1, 0.6), ("MEMIT", "x", 1, 0.5))
     commit(other, ("UnKE", "x", 1, 0.1), ("MEMIT", "x", 1, 0.9), ("muKE", "x", 1, 0.3))
     both = ["UnKE", "MEMIT"]
-    assert compare.best_baselines([Paths("nowhere"), here, other], [1], both) == {1: "UnKE"}
-    assert compare.best_baselines([other, here], [1], both) == {1: "MEMIT"}
-    assert compare.best_baselines([here, other], [1], ["muKE"]) == {1: "muKE"}
+    assert best([Paths("nowhere"), here, other], [1], both) == {1: "UnKE"}
+    assert best([other, here], [1], both) == {1: "MEMIT"}
+    assert best([here, other], [1], ["muKE"]) == {1: "muKE"}
 
 
 # --- Leads ----------------------------------------------------------------------------------------
 
 
-def lead(method="own", baseline="other", **scores):
-    """The lead in points and in percent, each with its interval, and the number of batches."""
-    frame = averages(**scores).sample(frac=1, random_state=2)
-    found = compare.leads(frame, method, {1: baseline}).iloc[0].tolist()[2:]
-    return found[:3], found[3:6], found[6]
+def leads(method="own", baseline="other", size=1, **pairs):
+    """The leads by key, from rows in any order."""
+    frame = scores(size, **pairs).sample(frac=1, random_state=2)
+    return compare.leads(frame, method, {size: baseline}).set_index("lead")
 
 
-def test_a_lead_is_in_points_and_in_percent_of_the_baseline():
-    scores = {"own": [[0.6], [0.9], [0.6]], "other": [[0.5], [0.6], [0.4]]}
-    points, percent, batches = lead(**scores)
-    assert (points[0], batches) == (pytest.approx(20), 3)
-    assert percent[0] == pytest.approx(100 * (2.1 / 1.5 - 1))  # of the means: no mean of ratios
-    assert lead("other", "own", **scores)[0][0] == pytest.approx(-20)
+def test_a_lead_is_over_the_better_of_no_edit_and_the_best_baseline():
+    own = [[(0.6, 0.6)]] * 8
+    found = leads(own=own, other=[[(0.3, 0.6)]] * 8)["mean"]
+    assert found["lead"] == found["lead_over_baseline"] == pytest.approx(20)
+    assert found["lead_over_no_edit"] == pytest.approx(60)
+    assert found["lead_average"] == pytest.approx(15)
+    assert found["lead_relative"] == pytest.approx(100 * (0.6 / 0.45 - 1))
+    # A baseline that breaks the model has less than doing nothing in the average, not in balance.
+    broken = leads(own=own, other=[[(-0.1, 0.1)]] * 8)["mean"]
+    assert broken["lead"] == broken["lead_over_no_edit"] == pytest.approx(60)
+    worse = leads("other", "own", own=own, other=[[(0.0, 1.0)]] * 8)["mean"]
+    assert worse["lead"] == pytest.approx(-60) and worse["lead_over_no_edit"] == 0
 
 
-def test_a_lead_is_drawn_over_batches_and_pairs_together():
-    points, percent, _ = lead(own=[[0.6] * 50, [0.8] * 50], other=[[0.5] * 50, [0.5] * 50])
-    assert points == pytest.approx((20, 10, 30)) and percent == pytest.approx((40, 20, 60))
-    points, percent, _ = lead(own=[[0.11], [0.55], [0.99]], other=[[0.1], [0.5], [0.9]])
-    assert percent == pytest.approx((10, 10, 10)) and points[1:] == pytest.approx((1, 9))
-    *single, batches = lead(own=[[0.6, 0.7]], other=[[0.5, 0.5]])
-    assert batches == 1 and all(math.isnan(low) for _, low, _ in single)
+def test_intervals_are_t_of_few_batches_and_else_a_bootstrap_of_batches_and_their_edits():
+    own = [[(0.5 + step, 1.0)] * 50 for step in (0.0, 0.1, 0.2)]
+    found = leads(own=own, other=[[(0.0, 1.0)] * 50] * 3).loc["lead_average"]
+    half = 5 * 4.3027 / math.sqrt(3)  # points; t of 2 degrees of freedom
+    assert found[["mean", "low", "high"]].tolist() == pytest.approx(
+        [30, 30 - half, 30 + half], abs=1e-3
+    )
+    assert found["n"] == 3
+    single = leads(own=[[(0.6, 1.0)] * 2], other=[[(0.5, 1.0)] * 2]).loc["lead"]
+    assert single["n"] == 1 and math.isnan(single["low"])
+    within = [[(0.2, 1.0), (0.8, 1.0)]] * 8  # batches are alike, their edits are not
+    wide = leads(own=within, other=[[(0.0, 1.0)] * 2] * 8).loc["lead_average"]
+    assert wide["n"] == 8 and wide["high"] - wide["low"] > 10
 
 
-@pytest.mark.parametrize("other", [{"other": [[0.5]]}, {"third": [[0.5]]}, {"other": [[0.5, 0.5]]}])
+@pytest.mark.parametrize("other", [{"other": [[(1, 1)]]}, {"x": [[(1, 1)]]}, {"other": []}])
 def test_a_lead_over_other_edits_is_refused(other):
-    with pytest.raises(InputError, match="lead: own and other: expected the same edits"):
-        lead(own=[[0.6], [0.7]], **other)
+    with pytest.raises(InputError, match="own and other: expected the same edits"):
+        leads(own=[[(0.6, 1.0)], [(0.7, 1.0)]], **other)
 
 
 def at_sizes(lead, sizes, batches=None):
-    """Averages of 24 edits at each size: `own` is ahead of `other` by `lead(size)` points."""
+    """24 edits at each size: `own` is ahead of `other` by `lead(size)` points of the average."""
     frames = []
     for size in sizes:
-        edits = pd.DataFrame({"edit": range(24), "batch": np.arange(24) // (batches or size)})
-        other = edits.assign(method="other", score=0.5)
-        own = edits.assign(method="own", score=0.5 + np.broadcast_to(lead(size), 24) / 100)
-        frames.append(pd.concat([own, other]).assign(batch_size=size))
+        ahead = np.broadcast_to(lead(size), 24) / 50
+        every = np.arange(24).reshape(-1, batches or size)
+        own = [[(0.5 + ahead[at], 0.5) for at in batch] for batch in every]
+        frames.append(scores(size, own=own, other=[[(0.5, 0.5)] * len(batch) for batch in own]))
     return pd.concat(frames), dict.fromkeys(sizes, "other")
 
 
-def test_leads_are_over_the_best_baseline_of_each_size():
+def slope(frame, best):
+    return compare.trend(frame, "own", best, "lead_average")
+
+
+def test_leads_of_every_size_are_shown_with_what_their_intervals_are():
     frame, best = at_sizes(lambda size: 5 * size, (1, 8))
-    leads = compare.leads(frame, "own", best)
-    assert leads["mean"].tolist() == pytest.approx([5, 40])
-    assert leads["batches"].tolist() == [24, 3]
-    assert compare.shown_leads(leads)["lead (percent)"][1].mean == pytest.approx(80)
+    found = compare.leads(frame, "own", best)
+    average = found[found["lead"] == "lead_average"]
+    assert average["mean"].tolist() == pytest.approx([5, 40])
+    shown = compare.shown_leads(found)
+    assert shown[["batches", "interval"]].values.tolist() == [[24, "bootstrap"], [3, "t"]]
+    assert shown["lead_relative"][1].mean == pytest.approx(80)
     assert compare.best_here(frame, ["other"]) == best
 
 
-@pytest.mark.parametrize("slope", [3.0, -1.5])
-def test_a_lead_that_is_linear_in_doublings_has_that_slope(slope):
-    frame, best = at_sizes(lambda size: 4 + slope * np.log2(size), (1, 8, 24))
-    found = compare.trend(frame, "own", best)
-    assert found[:3] == pytest.approx((slope,) * 3) and found.n == 24 + 3 + 1
+@pytest.mark.parametrize("steep", [3.0, -1.5])
+def test_a_lead_that_is_linear_in_doublings_has_that_slope(steep):
+    found = slope(*at_sizes(lambda size: 4 + steep * np.log2(size), (1, 8, 24)))
+    assert math.isnan(found.low) and found.mean == pytest.approx(steep)  # one batch of 24
+    found = slope(*at_sizes(lambda size: 4 + steep * np.log2(size), (1, 4, 8)))
+    assert found[:3] == pytest.approx((steep,) * 3) and found.n == 24 + 6 + 3
 
 
 def test_noise_has_no_trend_and_batches_are_drawn_whole():
     noise = np.tile([-4.0, 4.0, 1.0, -1.0], 6)
-    frame, best = at_sizes(lambda size: 5 + noise, (1, 2, 8), batches=1)
-    found, steps = [compare.trend(frame, "own", best)], np.repeat([-4.0, 4.0], 12)
+    found = [slope(*at_sizes(lambda size: 5 + noise, (1, 2, 8), batches=1))]
     assert found[0].mean == pytest.approx(0) and found[0].low < -0.2 and found[0].high > 0.2
-    for batches in (1, 6):
-        frame, best = at_sizes(lambda size: steps, (1, 4), batches=batches)
-        found.append(compare.trend(frame, "own", best))
-    assert found[2].high - found[2].low > 1.8 * (found[1].high - found[1].low)
-    assert [each.n for each in found[1:]] == [48, 8]
+    steps = np.repeat([-4.0, 4.0], 12)
+    found += [slope(*at_sizes(lambda size: steps, (1, 4), batches=each)) for each in (1, 4)]
+    assert found[2].high - found[2].low > 1.6 * (found[1].high - found[1].low)
+    assert [each.n for each in found[1:]] == [48, 12]
 
 
 # --- What tells methods apart ---------------------------------------------------------------------
@@ -291,10 +346,9 @@ def test_methods_explain_all_of_locality_and_edits_all_of_the_skill():
 def test_a_share_is_that_of_a_table_done_by_hand():
     """Differences of two methods of 1 and 3: between them 4, left over 1, whatever the edits."""
     apart = {0: 1.0, 1: 3.0}
-    frame = probes(lambda kind, method, edit: 7 * edit + method * apart[edit], 2, 2)
+    frame = probes(lambda kind, method, edit: 7 * edit + method * apart[edit % 2], 2, 6)
     found = compare.separation(frame)["locality"]
-    assert found.mean == found.low == pytest.approx(4 / 5)
-    assert found.high == pytest.approx(1)  # one edit drawn twice: all
+    assert found.mean == pytest.approx(4 / 5) and found.high == pytest.approx(1)  # one edit alone
 
 
 def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():

@@ -24,6 +24,7 @@ def rows(edits, score, phase="after", **columns):
             own = dict.fromkeys(metrics, score + batch / 100) if kind == "original" else metrics
             found.append({"batch": batch, "edit": edit, "kind": kind, **own} | columns)
     frame = pd.DataFrame(found).assign(number=0, phase=phase, log_probability=-1.0, steps=5)
+    frame["question"] = frame["reference"] = frame["edit"]
     frame = frame.assign(train_seconds=1.0, answer_seconds=1.0, change_norm=0.1, study="s")
     return frame.assign(**{name: None for name in BLANK if name not in columns})
 
@@ -34,7 +35,12 @@ class Invented(SimpleNamespace):
     def __init__(self, originals=None, edits=4, chat=None, fails=()):
         every = [SimpleNamespace(id=f"edit-{at}") for at in range(edits)]
         dataset = SimpleNamespace(edits=every, split="test", world_seed=None)
-        more = {"subject": SimpleNamespace(name="embedded"), "chat": chat, "environment": {}}
+        more = {
+            "subject": SimpleNamespace(name="embedded"),
+            "chat": chat,
+            "environment": {},
+            "committed": None,
+        }
         super().__init__(dataset=dataset, paths=Paths("smoke"), **more)
         self.originals, self.fails, self.frames = originals or {}, fails, []
         names = [edit.id for edit in every]
@@ -163,7 +169,7 @@ def test_raw_prompts_have_keys_of_their_own():
     study, section = ran("chat_template", methods=["FT-M"], chat=False)
     assert "factor.chat_template_asked_without.ft_m.with.average" in section.numbers
     effects = {key for key in section.numbers if key.startswith("effect")}
-    ends = ("asked_without", "asked_without_original")
+    ends = ("asked_without", "asked_without_balance", "asked_without_original")
     assert effects == {f"effect.chat_template.ft_m.{end}" for end in ends}
     assert "raw prompts" in study.effects["effect"].iloc[0]
 
@@ -226,8 +232,10 @@ def test_without_development_rows_the_best_baseline_is_said_to_be_flattered(monk
     study.run(section)
     assert study.best == {1: "UnKE"} and "flatters" in section.warnings[0]
     study.say(section, "single", ["method", "kind"], ["average"])
-    assert say_leads(section, "single.lead", study.leads()) == {1: "5.00 points, n = 4"}
-    assert {"single.memit.average", "single.lead", "single.lead_relative"} < set(section.numbers)
+    leads = compare.leads(study.scores, study.leader, study.best)
+    assert say_leads(section, "single.lead", leads) == {1: "14.26 points, n = 4"}
+    assert section.numbers["single.lead_average"] == pytest.approx(5)
+    assert {"single.memit.balance", "single.no_edit.average"} < set(section.numbers)
     study.check(section)
     assert all(section.checks.values())
 

@@ -18,10 +18,11 @@ from uke.methods.locate_edit import covariance
 from uke.models.generate import answer
 from uke.models.model import load
 from uke.results import rows
+from uke.results.compare import floor
 from uke.study import dataset as datasets
 from uke.study import study as studies
 from uke.study.comparison import attempt
-from uke.study.score import floor
+from uke.study.score import TEXTS
 from uke.study.study import Study
 
 FT_M = catalog.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
@@ -84,7 +85,7 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
         for frame, phase in ((before, "before"), (after, "after"))
     ]
     assert means[1] > means[0] + 0.2 and study.unchanged() and not study.smoke_run()
-    chance = floor(before)
+    chance = floor(before, TEXTS)
     assert set(chance["kind"]) == {"original", "paraphrase", "rel_doc", "rand_doc"}
     assert chance["score"].between(0, 0.7).all()
     for seed in (None, 2):
@@ -200,8 +201,8 @@ def test_a_raw_prompt_is_used_for_every_probe_before_and_after(toy):
 def test_the_floor_never_compares_a_question_with_itself():
     frame = pd.DataFrame({"edit": ["a", "b", "c"], "kind": "rel_doc", "reference": ""})
     frame = frame.assign(question=["Q1", "Q1", "Q2"], answer=["one two", "one two", "three four"])
-    assert floor(frame)["score"].tolist() == [0, 0, 0]
-    assert floor(frame[:2]).empty  # one question only: nothing to compare with
+    assert floor(frame, TEXTS)["score"].tolist() == [0, 0, 0]
+    assert floor(frame[:2], TEXTS).empty  # one question only: nothing to compare with
 
 
 # --- failures -------------------------------------------------------------

@@ -6,7 +6,7 @@ Frames have a row per observation. `by` names what has a colour: a method has th
 figure. Rows called `no edit` are a dashed line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -28,12 +28,6 @@ from uke.results.stats import Score, ordered, summarise
 
 NO_EDIT = REFERENCES[0]
 LEAST_LOSS = 1e-3  # nats per token; smaller losses are drawn as this, so that a log axis ends
-VERDICTS = {
-    "holds": Look("#009e73", "o", ""),
-    "holds in part": Look("#e69f00", "D", ""),
-    "not shown": Look(style.GREY, "s", ""),
-    "does not hold": Look(style.RED, "X", ""),
-}
 
 
 @styled
@@ -153,6 +147,7 @@ def trend(
     panel: str | None = None,
     baseline: float | None = None,
     label_y: str = "",
+    names: Mapping[float, str] | None = None,
 ) -> Figure:
     """Draw the mean of `y` over the rows at each number `x`.
 
@@ -160,7 +155,7 @@ def trend(
         trend(costs, x="tokens", panel="panel")    a panel for each quantity
         trend(leads, y="mean", baseline=0, label_y="lead (points)")   with intervals
 
-    `baseline` is a dashed line. A single line has its numbers beside it.
+    `baseline` is a dashed line; `names` stand below `x`. A single line has its numbers beside it.
     """
     look = looks(ordered(frame[by]))
     alone = len(look) == 1 and not panel
@@ -172,7 +167,8 @@ def trend(
         if baseline is not None:
             ax.axhline(baseline, **REFERENCE)
         if {"low", "high"} <= set(own.columns):
-            ax.vlines(own[x], own["low"], own["high"], color=style.INK, lw=1.4)
+            colours = [look[name].colour for name in own[by]]
+            ax.vlines(own[x], own["low"], own["high"], colours, lw=1.4)
         ends = {}
         for name in means.index.unique(by):
             line, each = means[name].sort_index(), look[name]
@@ -183,7 +179,7 @@ def trend(
             ax.set(**{"ylim": (0, 1.03), "yticks": [0, 0.5, 1]} if panel else {})
         elif not _log_if_wide(ax.yaxis, means) and baseline is None:
             ax.set_ylim(0, means.max() * 1.1)
-        _sizes(ax, sorted(frame[x].unique()))
+        _sizes(ax, sorted(frame[x].unique()), names or {})
         ax.grid(axis="y")
     if panel:
         _explain(fig, look, right=True)
@@ -271,39 +267,10 @@ def plane(frame: pd.DataFrame) -> Figure:
     look = {name: each._replace(dashes="") for name, each in looks(frame["method"]).items()}
     for method in frame.itertuples():
         _mark(ax, method.locality, method.efficacy, look[method.method], 6)
-    ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean score)")
+    ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean share)")
     ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
     ax.set_ylim(min(0, frame["efficacy"].min() - 0.02), max(0.5, frame["efficacy"].max() + 0.05))
     _explain(fig, look, right=True)
-    return fig
-
-
-@styled
-def claims(frame: pd.DataFrame) -> Figure:
-    """Draw the numbers that decide claims around one zero, each claim on a scale of its own.
-
-    `frame` is what `verdicts.points` gives.
-    """
-    names = ordered(frame["claim"])
-    fig = Figure(figsize=(FULL, 0.7 + 0.13 * len(frame) + 0.12 * len(names)))
-    ax = fig.subplots()
-    ax.axvline(0, color=style.INK, lw=0.8, zorder=1)
-    top, ticks = 0.0, []
-    for _, own in frame.groupby("claim", sort=False):
-        largest = own[["value", "low", "high"]].abs().to_numpy(float).max() or 1.0
-        heights = top + np.arange(len(own))
-        for at, cells in zip(heights, own.itertuples(index=False), strict=True):
-            look, ends = VERDICTS[cells.verdict], (cells.low / largest, cells.high / largest)
-            ax.hlines(at, *ends, color=look.colour, lw=1.6, zorder=2)
-            _mark(ax, cells.value / largest, at, look, 5.5)
-            _say(ax, at, cells.text)
-        ticks.append(heights.mean())
-        top += len(own) + 0.9
-    ax.set_yticks(ticks, names)
-    ax.set(ylim=(top - 0.9, -1), xlim=(-1.08, 1.08))
-    ax.set_xticks([-0.7, 0, 0.7], ["against the claim", "no difference", "as the claim says"])
-    ax.tick_params(left=False, bottom=False)
-    _explain(fig, VERDICTS)
     return fig
 
 
@@ -335,10 +302,10 @@ def _mark(ax: Axes, x: Any, y: Any, look: Look, size: float = 4.4) -> None:
     ax.plot(x, y, look.marker, ls="", color=look.colour, **edge)
 
 
-def _say(ax: Axes, at: float, value: str | float) -> None:
+def _say(ax: Axes, at: float, value: float) -> None:
     """Write a value right of its line, as a table says it."""
-    text = value if isinstance(value, str) else printed_score(Score(value)).text
     where = {"transform": ax.get_yaxis_transform(), "va": "center"}
+    text = printed_score(Score(value)).text
     ax.text(1.02, at, text, fontsize=6.5, color=style.GREY, **where)
 
 
@@ -368,13 +335,13 @@ def _explain(fig: Figure, look: dict[str, Look], names: Any = (), right: bool = 
         fig.legend(handles=handles, loc=place, ncols=columns)
 
 
-def _sizes(ax: Axes, values: list[float]) -> None:
-    """Set ticks at these values, on a log axis where each is about the same multiple."""
+def _sizes(ax: Axes, values: list[float], names: Mapping[float, str]) -> None:
+    """Set ticks at these values, with names, on a log axis where each is a like multiple."""
     ratios = np.divide(values[1:], values[:-1]) if values[0] > 0 else np.array([])
     if len(ratios) > 1 and ratios.min() >= 1.5 and ratios.max() <= 1.75 * ratios.min():
         ax.set_xscale("log")
         ax.minorticks_off()
-    ax.set_xticks(values, [f"{value:,.0f}" for value in values])
+    ax.set_xticks(values, [f"{value:,.0f}\n{names.get(value, '')}".strip() for value in values])
 
 
 def _log_if_wide(axis: Axis, values: pd.Series) -> bool:

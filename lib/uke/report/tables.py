@@ -88,7 +88,7 @@ def printed_score(score: Score) -> Cell:
 def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     """Return a row for each `by` and a column of `Score` cells for each kind, the best one marked.
 
-    `frame` has by, kind, edit, score (see `summarise`). REFERENCES come last, never the best.
+    `frame` is as `summarise` needs it. REFERENCES come last, never the best.
     """
     summary = summarise(frame, [by, "kind"]).set_index([by, "kind"])
     names = list(summary.index.unique(by))
@@ -101,6 +101,8 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
         ends = of_kind[["mean", "low", "high"]].itertuples()
         cells = [Score(*each, best=means.get(name, np.nan) == best) for name, *each in ends]
         table[kind] = [None if absent(cell.mean) else cell for cell in cells]
+    if "batch" in frame and (frame["batch"].nunique() < frame["edit"].nunique()):
+        table["batches"] = [summary.xs(name, level=by)["n"].max() for name in names]
     return table
 
 

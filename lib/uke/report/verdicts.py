@@ -25,7 +25,7 @@ FAILS, UNTESTABLE = "does not hold", "not testable here"
 WORDS = {HOLDS: 1, IN_PART: 0.5, NOT_SHOWN: 0, FAILS: -1, UNTESTABLE: None}  # as numbers
 MARGIN = 3.0  # points: a whole interval within them is a difference of nothing
 NOTEBOOK = "11_verdicts"
-_ENDS = ("value", "low", "high")
+_ENDS = ("low", "high")
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
 
 
@@ -72,14 +72,12 @@ def claims(path: str | Path) -> list[Claim]:
 class Evidence(NamedTuple):
     """A number that counts for a claim, as it is said in the report.
 
-    `distance`: value, low and high (or NaN) from what it is compared with, on the claim's side.
     `state`: 1 or -1 if the interval is on one side of zero, 0 if it is within MARGIN, else NaN.
     """
 
     world: str
     key: str
     said: str
-    distance: np.ndarray
     state: float
 
 
@@ -119,39 +117,28 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
 def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]:
     """Yield the numbers of each world that decide a claim."""
     bound = None if isinstance(claim.than, str) else dict.fromkeys(_ENDS, claim.than)
+    turn = -1 if claim.sign == "-" else 1
     for world, numbers in worlds.items():
         other = bound or numbers.get(claim.than)
         for key in _matching(numbers, claim.number) if other else ():
             own = numbers[key]
-            if claim.sign != "opposite":
+            if claim.sign == "opposite":
+                zero = dict.fromkeys(_ENDS, 0)
+                states = [_state(each, zero) for each in (own, other)]
+                state = 0.0 if 0 in states else -states[0] * states[1]
+                yield Evidence(world, key, own["said"], state)
+                yield Evidence(world, claim.than, other["said"], state)
+            else:
                 against = "" if bound else f" (against {other['said']})"
-                distance = _turned(_minus(own, other), -1 if claim.sign == "-" else 1)
-                state = _state(distance, own["unit"])
-                yield Evidence(world, key, own["said"] + against, distance, state)
-                continue
-            pair = [_minus(each, dict.fromkeys(_ENDS, 0)) for each in (own, other)]
-            states = [_state(each, own["unit"]) for each in pair]
-            state = 0.0 if 0 in states else -states[0] * states[1]
-            for name, each, distance in zip((key, claim.than), (own, other), pair, strict=True):
-                distance = _turned(distance, pair[0][0])
-                yield Evidence(world, name, each["said"], distance, state)
+                yield Evidence(world, key, own["said"] + against, turn * _state(own, other))
 
 
-def _minus(own: Mapping, other: Mapping) -> np.ndarray:
-    """Return value, low and high of own minus other; intervals that overlap include zero."""
-    first = np.array([own[end] for end in _ENDS], dtype=float)
-    return first - np.array([other[end] for end in ("value", "high", "low")], dtype=float)
-
-
-def _turned(distance: np.ndarray, sign: float) -> np.ndarray:
-    return -distance[[0, 2, 1]] if sign < 0 else distance
-
-
-def _state(distance: np.ndarray, unit: str) -> float:
-    _, low, high = distance
-    margin = MARGIN if unit.startswith("points") else MARGIN / 100
-    same = -margin <= low and high <= margin
-    return 1.0 if low > 0 else -1.0 if high < 0 else 0.0 if same else np.nan
+def _state(own: Mapping, other: Mapping) -> float:
+    """Judge own minus other; intervals that overlap include zero."""
+    ends = np.array([[own[end], other[end]] for end in _ENDS], dtype=float)
+    low, high = ends[0, 0] - ends[1, 1], ends[1, 0] - ends[0, 1]
+    margin = MARGIN if own["unit"].startswith("points") else MARGIN / 100
+    return 1.0 if low > 0 else -1.0 if high < 0 else 0.0 if max(-low, high) <= margin else np.nan
 
 
 def _matching(numbers: Numbers, pattern: str) -> list[str]:
@@ -206,21 +193,3 @@ def _distinction(verdict: Verdict, each: Evidence) -> str:
     words = [each.world] if verdict.worlds > 1 else []
     words += [part for part, others in parts if len(set(others)) > 1]
     return f"{', '.join(words)}: " if words else ""
-
-
-def points(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """Return a row for each number that decides a claim, for `figures.claims`.
-
-    Columns: claim (its label), verdict, value, low, high (the distance in the direction of the
-    claim) and text.
-    """
-    rows = []
-    for verdict in verdicts:
-        claim, seen = verdict.claim, verdict.evidence
-        turn = seen[0].distance[0] if seen and claim.sign == "either" else 1
-        for each in seen:
-            ends, text = _turned(each.distance, turn), each.said.partition(", n =")[0]
-            text = _distinction(verdict, each) + text
-            rows.append((claim.label or claim.key, verdict.word, *ends, text))
-    frame = pd.DataFrame(rows, columns=["claim", "verdict", "value", "low", "high", "text"])
-    return frame.assign(**{end: frame[end].fillna(frame["value"]) for end in ("low", "high")})

@@ -26,42 +26,26 @@ import pandas as pd
 from uke.data.edits import AVERAGE, KINDS, in_group
 from uke.errors import InputError
 from uke.project import Paths
-from uke.results import rows
+from uke.results import rows, stats
 from uke.results.metrics import METRICS, PAIRWISE
-from uke.results.stats import (
-    FEWEST,
-    Interval,
-    Score,
-    estimated,
-    holm,
-    interval,
-    ordered,
-    p_value,
-    pairs,
-    pooled,
-    summarise,
-)
+from uke.results.stats import Interval, Score, estimated, ordered, pairs, pooled
 
 BEFORE = "no edit"
+HEADLINE = ("balance", "efficacy", "locality", "average")
 SIDES = {side: in_group(side) for side in ("efficacy", "locality")}
 LABELS = {name: kind.label for name, kind in KINDS.items()} | {
-    "balance": "Balance",
-    "average": "Average",
-    "efficacy": "Efficacy",
-    "locality": "Locality",
-    "reading": "Reading",
+    **{name: name.title() for name in (*HEADLINE, "reading")},
     "detail_held_out": "Details, held out",
     "last_prompt_token": "last prompt token",
     "target_tokens": "all target tokens",
 }
-HEADLINE = ("balance", "efficacy", "locality", "average")
-# By key: the kind of score, and the lead of a method over the best baseline and no edit, in points.
+# By key: the kind of score, and a lead over the best baseline and no edit: points (last: percent).
 LEADS = {
     "lead": ("balance", lambda own, best, none: 100 * (own - np.maximum(best, none))),
     "lead_over_baseline": ("balance", lambda own, best, none: 100 * (own - best)),
     "lead_over_no_edit": ("balance", lambda own, best, none: 100 * (own - none)),
     "lead_average": ("average", lambda own, best, none: 100 * (own - best)),
-    "lead_relative": ("average", lambda own, best, none: 100 * (own / best - 1)),  # percent
+    "lead_relative": ("average", lambda own, best, none: 100 * (own / np.maximum(best, 1e-6) - 1)),
 }
 _PLAIN = re.compile(r"[a-z]+_half|eighth_\d|loss_scope|chat_template|end_of_turn|batch_size")
 
@@ -78,57 +62,55 @@ def cells(frame: pd.DataFrame) -> list[str]:
     return [name if level in ("", name) else f"{name}, {label(level)}" for name, level in pairs]
 
 
-def scored(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+def scored(after: pd.DataFrame, before: pd.DataFrame, same_edits: bool = True) -> pd.DataFrame:
     """Score every cell (a method at a level) and the unedited model, `no edit`, by kind of probe.
 
-    Columns: method, level, cell (both in words), edit, kind, score, kept. The kinds `average` and
-    `balance` are over its kinds that the data has; of the latter `score` is the edit's efficacy and
-    `kept` its locality. InputError where cells differ in their edits.
+    Columns: batch_size, batch, edit, method, level, cell (both in words), kind, score, kept. `no
+    edit` is there at every batch size. The kinds `average` and `balance` are over their kinds that
+    the data has; of the latter `score` is the edit's efficacy and `kept` its locality. InputError
+    where cells differ in their edits, unless they may.
     """
-    floor = floors(before)
-    unedited = _measured(before, floor, "before").assign(method=BEFORE, level=BEFORE)
-    both = pd.concat([_measured(after, floor), unedited])
+    lowest, place = floor(before), ["batch_size", "batch", "edit"]
+    unedited = _measured(before[before["kind"].isin(after["kind"])], lowest, "before")
+    unedited = unedited.drop(columns=place[:2]).merge(after[place].drop_duplicates(), on="edit")
+    both = pd.concat(
+        [
+            _measured(after, lowest, same_edits=same_edits),
+            unedited.assign(method=BEFORE, level=BEFORE),
+        ]
+    )
     both = both.assign(level=both["level"].fillna(""), cell=cells(both))
-    columns = ["method", "level", "cell", "edit", "kind", "score", "kept"]
+    columns = [*place, "method", "level", "cell", "kind", "score", "kept"]
     return _in_order(both[columns], "cell", cells(after))
 
 
-def by_batch(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Score methods and `no edit` at every batch size like `scored`, methods on edits of their own.
+def floor(questions: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> pd.DataFrame:
+    """Return the chance level: what an edit scores with what belongs to another one, the next.
 
-    Columns: batch_size, method, level, batch, edit, kind, score, kept.
+    An edit's reference is replaced by another edit's, a document by what the unedited model answers
+    about another one. Columns: method (`floor`), edit, kind, score; none for a single question.
     """
-    floor, place = floors(before), ["batch_size", "batch", "edit"]
-    methods = _measured(after, floor, same_edits=False).assign(level="")
-    unedited = _measured(before[before["kind"].isin(after["kind"])], floor, "before")
-    unedited = unedited.drop(columns=place[:2]).merge(after[place].drop_duplicates(), on="edit")
-    both = pd.concat([methods, unedited.assign(method=BEFORE, level=BEFORE)])
-    columns = [*place[:1], "method", "level", *place[1:], "kind", "score", "kept"]
-    return _in_order(both[columns], "method", after["method"])
-
-
-def floors(questions: pd.DataFrame) -> dict[str, float]:
-    """Return the floor of each kind of efficacy from rows (edit, kind, number, reference)."""
-    found = {}
-    for kind in SIDES["efficacy"]:
-        own = questions[questions["kind"] == kind].drop_duplicates(["edit", "number"])
-        texts = own.sort_values(["edit", "number"]).groupby("edit")["reference"].agg(list)
-        others = np.roll(texts.to_numpy(), -1)
-        metric, every = PAIRWISE[KINDS[kind].metric], zip(texts, others, strict=True)
-        scores = [
-            np.mean([metric(next_[at % len(next_)], text) for at, text in enumerate(each)])
-            for each, next_ in every
-        ]
-        found |= {kind: float(np.mean(scores))} if len(scores) > 1 else {kind: 0.0}
-    return found
+    found = []
+    for kind in kinds:
+        name, own = KINDS[kind], questions[questions["kind"] == kind]
+        own = own.drop_duplicates(["edit", "question"])
+        column = "answer" if name.against == "before" else "reference"
+        texts = list(own.groupby("edit")[["question", column]].agg(list).itertuples())
+        for at, (edit, asked, wanted) in enumerate(texts):
+            later = [one for _, *one in texts[at + 1 :] + texts[:at] if one[0] != asked][:1]
+            for _, other in later:
+                both = [(other[at % len(other)], text) for at, text in enumerate(wanted)]
+                scores = [PAIRWISE[name.metric](*pair) for pair in both]
+                found.append(("floor", edit, kind, np.mean(scores)))
+    return pd.DataFrame(found, columns=["method", "edit", "kind", "score"])
 
 
 def _measured(
-    frame: pd.DataFrame, floor: Mapping[str, float], phase: str = "after", same_edits: bool = True
+    frame: pd.DataFrame, floor: pd.DataFrame, phase: str = "after", same_edits: bool = True
 ) -> pd.DataFrame:
     """Return the primary metrics of every edit with the kinds `average` and `balance`."""
     absent, primary = lacking(frame), rows.primary(frame, phase)
-    lowest = primary["kind"].map(floor).fillna(0)
+    lowest = primary["kind"].map(floor.groupby("kind")["score"].mean()).fillna(0)
     shares = primary.assign(score=(primary["score"] - lowest) / (1 - lowest))
     every = [kind for kind in AVERAGE if kind not in absent]
     average = rows.average(primary, every, same_edits).assign(kind="average")
@@ -154,22 +136,19 @@ def lacking(after: pd.DataFrame) -> list[str]:
 def sides(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the headline kinds: `balance`, its halves `efficacy` and `locality`, `average`."""
     both = scores[scores["kind"] == "balance"]
-    halves = [both, both.assign(kind="efficacy", kept=np.nan)]
-    halves.append(both.assign(kind="locality", score=both["kept"], kept=np.nan))
-    found = pd.concat([*halves, scores[scores["kind"] == "average"]], ignore_index=True)
-    return found.dropna(subset="score")
+    halves = [
+        both.assign(kind=side, score=both[own], kept=np.nan)
+        for side, own in zip(SIDES, ("score", "kept"), strict=True)
+    ]
+    average = scores[scores["kind"] == "average"]
+    return pd.concat([both, *halves, average], ignore_index=True).dropna(subset="score")
 
 
 def means(scores: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
     """Return the headline numbers of every group with all of them, the best balance first."""
-    found = summarise(sides(scores), [*by, "kind"]).set_index([*by, "kind"])["mean"]
+    found = stats.summarise(sides(scores), [*by, "kind"]).set_index([*by, "kind"])["mean"]
     table = found.unstack("kind").reindex(columns=list(HEADLINE)).dropna()
     return table.sort_values("balance", ascending=False, kind="stable").reset_index()
-
-
-def mean(scores: pd.DataFrame, method: str, kind: str = "average") -> Interval:
-    """Return the mean score of a method (or of `no edit`) over edits."""
-    return interval(pairs(scores[(scores["method"] == method) & (scores["kind"] == kind)]))
 
 
 def contrasts(
@@ -190,7 +169,7 @@ def contrasts(
             if set(weights) <= set(zip(own["method"], own["level"], strict=True)):
                 found.append((name, kind, *_weighted(own, weights)))
     table = pd.DataFrame(found, columns=["effect", "kind", "difference", "low", "high", "n", "p"])
-    return table.assign(p=holm(table["p"]))
+    return table.assign(p=stats.holm(table["p"]))
 
 
 def _weighted(own: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> tuple:
@@ -198,31 +177,25 @@ def _weighted(own: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> tu
     values, units = _paired(own, list(weights))
     parts = list(zip(weights.values(), values, strict=True))
     points = estimated(lambda drawn: sum(100 * w * pooled(own, drawn) for w, own in parts), units)
-    plain = values[0].ndim == 1
-    return *points, p_value(sum(w * own for w, own in parts)) if plain else np.nan
+    sums = sum(w * own for w, own in parts)
+    return *points, stats.p_value(sums) if sums.ndim == 1 else np.nan
 
 
 def _paired(own: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> tuple[list, Any]:
-    """Return the scores of each cell on the edits of the first one, and the batch of each edit.
+    """Return the scores of each cell on the edits of the first, and the batch of each edit.
 
     `no edit` may have more edits than the others.
     """
-    unit = [name for name in ("batch", "edit") if name in own]
-    tables = {
-        cell: own[(own["method"] == cell[0]) & (own["level"] == cell[1])].set_index(unit)
-        for cell in cells
-    }
-    places = tables[cells[0]].index
-    for (name, _), table in tables.items():
-        same = (
-            set(places) <= set(table.index) if name == BEFORE else set(places) == set(table.index)
-        )
-        if places.empty or not same:
-            names, found = (" and ".join(map(str, each)) for each in zip(*cells, strict=True)), ""
-            found = " and ".join(str(len(each)) for each in tables.values())
-            raise InputError(f"{next(names)}: expected the same edits, found {found}")
-    batches = places.get_level_values("batch") if len(unit) > 1 else len(places)
-    return [pairs(table.loc[places]) for table in tables.values()], batches
+    tables = [
+        own[(own["method"] == name) & (own["level"] == level)].set_index(["batch", "edit"])
+        for name, level in cells
+    ]
+    first = tables[0].index
+    for (name, _), table in zip(cells, tables, strict=True):
+        more = name != BEFORE and len(table) > len(first)
+        if first.empty or more or not first.isin(table.index).all():
+            raise InputError(f"{cells[0][0]} and {name}: expected the same edits")
+    return [pairs(table.loc[first]) for table in tables], first.get_level_values("batch")
 
 
 def effect(effects: pd.DataFrame, effect: str, kind: str) -> Interval | None:
@@ -242,16 +215,16 @@ def _intervals(frame: pd.DataFrame, *ends: str) -> list[Score]:
     return [Score(*values) for values in frame[list(ends)].itertuples(index=False)]
 
 
-def gains(scores: pd.DataFrame, baseline: str | None = None, kind: str = "balance") -> pd.DataFrame:
+def gains(scores: pd.DataFrame, baseline: str = "", kind: str = "balance") -> pd.DataFrame:
     """Return how far methods are above no edit (and a baseline) on a kind, in points."""
     own = scores[scores["kind"] == kind]
-    names = [name for name in own["method"].unique() if name != BEFORE]
-    columns = {"method": names}
-    for other, level in ((BEFORE, BEFORE), (baseline, "")) if baseline else ((BEFORE, BEFORE),):
-        wanted = {name: {(name, ""): 1, (other, level): -1} for name in names if name != other}
-        found = shown(contrasts(own, wanted)).set_index("effect").reindex(names)
-        columns[f"minus {other}"] = found["difference (points)"].to_numpy()
-    return pd.DataFrame(columns)
+    table = pd.DataFrame({"method": [name for name in own["method"].unique() if name != BEFORE]})
+    for other in filter(None, (BEFORE, baseline)):
+        against = (other, BEFORE if other == BEFORE else "")
+        wanted = {name: {(name, ""): 1, against: -1} for name in table["method"] if name != other}
+        found = shown(contrasts(own, wanted)).set_index("effect")["difference (points)"]
+        table[f"minus {other}"] = table["method"].map(found)
+    return table
 
 
 def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
@@ -269,31 +242,29 @@ def best_baselines(
     """
     every = {name for names in baselines.values() for name in names}
     for paths in places:
-        if paths.exported(study).is_file():
-            frame = rows.committed(paths, study)
-            if len(frame := frame[frame["method"].isin(every)]):
-                trials, found = _measured(frame, floors(frame), same_edits=False), {}
-                for size, names in baselines.items():
-                    best = best_here(trials, names)
-                    found |= {size: best[nearest_first(best, size)[0]]} if best else {}
-                return found
+        frame = rows.committed(paths, study) if paths.exported(study).is_file() else None
+        if frame is not None and frame["method"].isin(every).any():
+            trials = _measured(frame, floor(frame), same_edits=False)
+            tuned = {size: best_here(trials, names) for size, names in baselines.items()}
+            return {at: b[nearest_first(b, at)[0]] for at, b in tuned.items() if b}
     return {}
 
 
 def best_here(scores: pd.DataFrame, baselines: Sequence[str]) -> dict[int, str]:
     """Return the baseline with the best balance on these edits (of its levels) at each size."""
     own = scores[scores["method"].isin(baselines) & (scores["kind"] == "balance")]
-    by = ["batch_size", "method", "level"]
-    groups = own.assign(level=own["level"].fillna("")).groupby(by)
-    found = {cell: float(pooled(pairs(each), np.ones(len(each)))) for cell, each in groups}
-    sizes = sorted({size for size, *_ in found})
-    return {at: max((c for c in found if c[0] == at), key=found.get)[1] for at in sizes}
+    own, by = own.assign(level=own["level"].fillna("")), ["batch_size", "method", "level"]
+    found: dict[int, dict[str, float]] = {}
+    for (size, name, _), each in own.groupby(by):
+        score = pooled(pairs(each), np.ones(len(each)))
+        found.setdefault(size, {})[name] = max(found.get(size, {}).get(name, -1), score)
+    return {size: max(scores, key=scores.get) for size, scores in found.items()}
 
 
 def leads(scores: pd.DataFrame, method: str, best: Mapping[int, str]) -> pd.DataFrame:
     """Return every lead (LEADS) of a method at each batch size, beside the best baseline's name.
 
-    `scores` is what `by_batch` gives. Columns: batch_size, baseline, lead (its key), mean, low,
+    `scores` is what `scored` gives. Columns: batch_size, baseline, lead (its key), mean, low,
     high, n (batches). InputError where the edits differ.
     """
     found = [
@@ -318,10 +289,8 @@ def shown_leads(leads: pd.DataFrame) -> pd.DataFrame:
     by = ["batch_size", "baseline", "n"]
     cells = leads[by].assign(lead=leads["lead"], cell=_intervals(leads, "mean", "low", "high"))
     table = cells.pivot(index=by, columns="lead", values="cell").reset_index()
-    kinds = ["t" if n < FEWEST else "bootstrap" for n in table["n"]]
-    names = {"lead": "lead (points)", "lead_relative": "lead_average (percent)"}
-    table = table[[*by[:2], *LEADS]].assign(batches=table["n"], interval=kinds)
-    return table.rename(columns=names)
+    kinds = ["t" if n < stats.FEWEST else "bootstrap" for n in table["n"]]
+    return table[[*by[:2], *LEADS]].assign(batches=table["n"], interval=kinds)
 
 
 def trend(
@@ -335,11 +304,10 @@ def trend(
     found = [_lead(scores, lead, size, method, name) for size, name in best.items()]
     slope = (sizes - sizes.mean()) / ((sizes - sizes.mean()) ** 2).sum()
 
-    def steepness(*drawn: np.ndarray) -> np.ndarray:
-        every = zip(slope, found, drawn, strict=True)
-        return sum(weight * statistic(own) for weight, (statistic, _), own in every)
-
-    return estimated(steepness, *(batches for _, batches in found))
+    return estimated(
+        lambda *drawn: sum(w * own[0](at) for w, own, at in zip(slope, found, drawn, strict=True)),
+        *(batches for _, batches in found),
+    )
 
 
 def separation(after: pd.DataFrame) -> dict[str, Interval]:
@@ -366,7 +334,7 @@ def separation(after: pd.DataFrame) -> dict[str, Interval]:
         "general": lambda drawn: _between(general, drawn),
         "difference": lambda drawn: _between(locality, drawn) - _between(general, drawn),
     }
-    return {name: estimated(share, locality.shape[1]) for name, share in shares.items()}
+    return {name: estimated(share, range(locality.shape[1])) for name, share in shares.items()}
 
 
 def _between(scores: np.ndarray, drawn: np.ndarray) -> np.ndarray:

@@ -1,14 +1,12 @@
 """Intervals of means and of balances, paired tests and the correction for many tests.
 
-A sample of edits is drawn again through its units: the batches that edits were written in, each
-edit its own if written alone. From FEWEST units on an interval is the percentile bootstrap over the
-hierarchy (batches, then the edits of each; Efron 1979). From fewer it is a t interval over units
-(n - 1 degrees of freedom; jackknife, Tukey 1958), never a percentile of three.
+Units are batches, or edits that were written alone. From FEWEST units on, an interval is the
+percentile bootstrap over units and the edits of each (Efron 1979); from fewer a t interval over
+units (n - 1 degrees of freedom; jackknife, Tukey 1958), never a percentile of three.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,10 +44,7 @@ def balance(efficacy: Any, locality: Any) -> Any:
 
 
 def pooled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the mean of values (N,), or the balance of the means of pairs (N, 2), by weight.
-
-    Weights are (..., N); one number each.
-    """
+    """Return the mean of values (N,), or the balance of means of pairs (N, 2); weights (..., N)."""
     means = (weights @ values).T / weights.sum(-1)
     return means.T if values.ndim == 1 else balance(*means)
 
@@ -60,11 +55,11 @@ def interval(values: Sequence, groups: Sequence[Any] | None = None) -> Interval:
     InputError for no value, or one that is not finite.
     """
     values = np.asarray(values, dtype=float)
-    absent = (~np.isfinite(values)).sum()
-    if not len(values) or absent:
-        found = f"{absent} missing of {values.size}"
-        raise InputError(f"interval: expected finite values, found {found}")
-    return estimated(lambda drawn: pooled(values, drawn), len(values) if groups is None else groups)
+    lost = (~np.isfinite(values)).sum()
+    if lost or not len(values):
+        raise InputError(f"interval: expected finite values, found {lost} missing of {len(values)}")
+    groups = range(len(values)) if groups is None else groups
+    return estimated(lambda drawn: pooled(values, drawn), groups)
 
 
 def p_value(differences: Sequence[float]) -> float:
@@ -85,18 +80,15 @@ def holm(ps: Iterable[float]) -> list[float]:
     return adjusted.clip(upper=1).sort_index().tolist()
 
 
-def estimated(statistic: Callable[..., np.ndarray], *samples: int | Sequence[Any]) -> Interval:
+def estimated(statistic: Callable[..., np.ndarray], *samples: Sequence[Any]) -> Interval:
     """Return a statistic with its 95 % interval.
 
         estimated(lambda drawn: pooled(values, drawn), batches)
 
-    `samples` has the unit of every edit of each independent sample, or how many edits there are.
+    `samples` has the unit of every edit of each independent sample.
     `statistic` takes how often each edit is drawn, (resamples, edits) or (edits,), of each sample.
     """
-    codes = [
-        np.arange(each) if isinstance(each, int) else pd.factorize(np.asarray(each))[0]
-        for each in samples
-    ]
+    codes = [pd.factorize(np.asarray(each))[0] for each in samples]
     counts = [1 + int(own.max()) for own in codes]
     value = float(statistic(*(np.ones(len(own)) for own in codes)))
     if min(counts) < FEWEST:
@@ -107,25 +99,16 @@ def estimated(statistic: Callable[..., np.ndarray], *samples: int | Sequence[Any
 
 
 def _draws(codes: np.ndarray, stream: int) -> np.ndarray:
-    """Return how often each edit is drawn: units anew, then the edits of each as often."""
-    order = np.argsort(codes, kind="stable")
-    drawn = np.empty((RESAMPLES, len(codes)))
-    drawn[:, order] = _sorted_draws(tuple(np.bincount(codes).tolist()), stream)
-    return drawn
-
-
-@lru_cache(maxsize=8)
-def _sorted_draws(sizes: tuple[int, ...], stream: int) -> np.ndarray:
-    generator = np.random.default_rng([SEED, stream])
-    rows = [min(AT_ONCE, RESAMPLES - start) for start in range(0, RESAMPLES, AT_ONCE)]
-    units = np.concatenate([generator.integers(0, len(sizes), (n, len(sizes))) for n in rows])
+    """Return how often each edit is drawn: units anew, then as many edits of each as it has."""
+    generator, sizes = np.random.default_rng([SEED, stream]), np.bincount(codes)
+    units = generator.integers(0, len(sizes), (RESAMPLES, len(sizes)))
     places = units + len(sizes) * np.arange(RESAMPLES)[:, None]
     times = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
-    parts = [
-        generator.multinomial(size * own, [1 / size] * size) if size > 1 else own[:, None]
-        for size, own in zip(sizes, times.T, strict=True)
-    ]
-    return np.concatenate(parts, axis=1, dtype=float)
+    drawn = times[:, codes].astype(float)
+    for unit in np.flatnonzero(sizes > 1):
+        own, size = codes == unit, sizes[unit]
+        drawn[:, own] = generator.multinomial(size * times[:, unit], np.full(size, 1 / size))
+    return drawn
 
 
 def _jackknife(statistic: Callable[..., np.ndarray], value: float, codes: list) -> tuple:

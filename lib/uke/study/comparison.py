@@ -63,10 +63,7 @@ class Comparison:
 
 
 def attempt(run: Callable[..., None], *given: Any, **options: Any) -> str | None:
-    """Run, and return the error message of a trial that fails (None on success).
-
-    Committed rows that are missing still raise.
-    """
+    """Run; return the error message of a trial that fails. Missing committed rows still raise."""
     try:
         run(*given, **options)
     except MissingRows:
@@ -79,11 +76,8 @@ def attempt(run: Callable[..., None], *given: Any, **options: Any) -> str | None
 def say_means(
     section: Any, prefix: str, scores: pd.DataFrame, by: Sequence[str], unit: str = ""
 ) -> dict[str, str]:
-    """Say the mean score of every group with its interval, and return what was said by key.
-
-    said = say_means(section, "single", scores, ["method", "kind"])
-    said["single.ft_uke.average"]  # "0.69 [0.67, 0.71], n = 40"
-    """
+    """Say the mean score of every group with its interval, and return what was said by key, as
+    `single.ft_uke.average`: "0.69 [0.67, 0.71], n = 40"."""
     said = {}
     for row in summarise(scores, by).to_dict("records"):
         parts = [key(row[name]) if name == "method" else str(row[name]) for name in by]

@@ -24,7 +24,7 @@ class MethodStudy(Comparison):
 
         single = MethodStudy(Study("07_recipe", dataset), ["FT-UKE", "AnyEdit++"])
         single.run(section)  # writes what has no rows yet
-        single.leads()       # FT-UKE minus the best baseline on development edits
+        compare.leads(single.scores, single.leader, single.best)
 
     No `methods` stand for all that write a single edit into the weights; each is tuned at the
     nearest batch size. At the sizes in `full` (all, if None) every method is run, elsewhere of the
@@ -40,7 +40,7 @@ class MethodStudy(Comparison):
         full: Sequence[int] | None = None,
         limit: int | None = None,
         batches: int = 1,
-        tuning: Sequence[str] = ("tuning",),
+        tuning: str = "tuning",
     ):
         super().__init__(study)
         params = study.paths.home / "params", study.subject.name
@@ -54,20 +54,19 @@ class MethodStudy(Comparison):
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
         places = [study.paths, Paths("embedded")] if of_world else [study.paths]
         full, limit = sizes if full is None else full, limit or len(study.dataset.edits)
-        found = []
-        for name in tuning:
-            found.append(compare.best_baselines(places, dict.fromkeys(sizes, self.baselines), name))
-        at = next((at for at, best in enumerate(found) if best), 0)
-        ran = {size: self._ran(size, max(limit // size, batches) * size) for size in sizes}
-        self.best, wanted = compare.best_baselines(places, ran, tuning[at]), found[at]
-        self.caveats = ["Baselines were chosen on development edits of the other dataset."] * (
-            at > 0
-        )
-        if missed := [f"{n} at {size}" for size, n in wanted.items() if self.best.get(size) != n]:
-            self.caveats.append(
-                f"The best baseline on development edits has no committed rows ({', '.join(missed)}"
-                "), so the best of those that have stands there."
-            )
+        study_of = tuning if any(one.exported(tuning).is_file() for one in places) else "tuning"
+        known = dict.fromkeys(sizes, self.baselines)
+        every = compare.best_baselines(places, known, study_of)
+        if study.committed:  # where the best one has no rows, the best of those that have stands
+            ran = study.committed.after.groupby(["batch_size", "method"])["edit"].nunique()
+            least = {size: max(limit // size, batches) * size for size in sizes}
+            known = {n: [b for b in known[n] if ran.get((n, b), 0) >= least[n]] for n in sizes}
+        self.best = compare.best_baselines(places, known, study_of)
+        lost = [f"{n} at {size}" for size, n in every.items() if self.best.get(size) != n]
+        text = f"The best baseline on development edits has no rows here ({', '.join(lost)}): the "
+        self.caveats = [f"{text}best of those that have stands for it."] if lost else []
+        if study_of != tuning:
+            self.caveats.append("Baselines were chosen on development edits of the other dataset.")
         self.plan: dict[tuple[int, str], int] = {}  # how many edits, by batch size and name
         for size in sizes:
             compared = [self.best[size]] if size in self.best else self.baselines
@@ -82,14 +81,6 @@ class MethodStudy(Comparison):
             (tuned[size][name], {"batch_size": size, "limit": count})
             for (size, name), count in self.plan.items()
         ]
-
-    def _ran(self, size: int, edits: int) -> list[str]:
-        """Return the baselines that can have rows of so many edits in batches of a size."""
-        if not self.study.committed:
-            return self.baselines
-        own = self.study.committed.after
-        counts = own[own["batch_size"] == size].groupby("method")["edit"].nunique()
-        return [name for name in self.baselines if counts.get(name, 0) >= edits]
 
     @staticmethod
     def edits_needed(sizes: Sequence[int], limit: int, batches: int) -> int:
@@ -117,15 +108,10 @@ class MethodStudy(Comparison):
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Every score by batch size, method (and `no edit`), batch, edit and kind."""
-        return compare.by_batch(self.rows, self.study.before)
-
-    def leads(self) -> pd.DataFrame:
-        """Return the leads at each batch size (see `compare.leads`)."""
-        return compare.leads(self.scores, self.leader, self.best)
+        return compare.scored(self.rows, self.study.before, False)
 
     def say(self, section: Any, prefix: str, by: Sequence[str], kinds: Sequence[str] = ()) -> None:
-        """Say the headline numbers of every method and of no edit, and its means on these kinds of
-        probe (all, if none), for `said`."""
+        """Say headline numbers and means on these kinds of probe (all, if none), for `said`."""
         probes = [kind for kind in kinds or KINDS if kind in KINDS]
         own = self.scores[self.scores["kind"].isin(probes)]
         self.said |= say_means(section, prefix, pd.concat([own, compare.sides(self.scores)]), by)

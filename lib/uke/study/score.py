@@ -1,4 +1,4 @@
-"""Answer probes; score answers against references, answers before an edit, and by chance."""
+"""Answer probes; score answers against references, and answers before an edit."""
 
 from collections.abc import Sequence
 
@@ -65,35 +65,3 @@ def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, sho
         return min(SHORT_TOKENS, most)
     length = len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"])
     return max(most, length * 3 // 2)
-
-
-def against_references(before: pd.DataFrame) -> pd.DataFrame:
-    """Return the primary metric of each answer against its reference: method, edit, kind, score."""
-    scores = [row[KINDS[row["kind"]].metric] for row in before.to_dict("records")]
-    frame = before[["edit", "kind"]].assign(method="the unedited model", score=scores)
-    return frame[["method", "edit", "kind", "score"]]
-
-
-def floor(before: pd.DataFrame) -> pd.DataFrame:
-    """Return the chance level of texts: their primary metric, paired with the wrong question.
-
-    An edit's own text is replaced by another edit's, a document by what the unedited model answers
-    about another one. Columns: method (`floor`), edit, kind, score; a kind with a single question
-    has no row.
-    """
-    parts = [pd.DataFrame(columns=["method", "edit", "kind", "score"])]
-    for kind in TEXTS:
-        own = before[before["kind"] == kind]
-        texts = own["answer" if KINDS[kind].against == "before" else "reference"].tolist()
-        questions = own["question"].tolist()
-        if len(set(questions)) > 1:
-            others = [texts[_other(questions, index)] for index in range(len(texts))]
-            scores = score(others, texts)[KINDS[kind].metric].to_numpy()
-            parts.append(own[["edit", "kind"]].assign(method="floor", score=scores))
-    return pd.concat(parts[1:] or parts, ignore_index=True)[list(parts[0])]
-
-
-def _other(questions: Sequence[str], index: int) -> int:
-    """Return the next index, going round, whose question is another one."""
-    turned = [*range(index + 1, len(questions)), *range(index)]
-    return next(other for other in turned if questions[other] != questions[index])

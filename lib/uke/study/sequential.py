@@ -144,17 +144,15 @@ class SequenceStudy(Comparison):
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Every score by method, count, edit and kind, the average metric among them."""
-        found = compare.by_batch(self.rows, self.study.before).rename(
+        found = compare.scored(self.rows, self.study.before, False).rename(
             columns={"batch_size": "count"}
         )
-        return found.drop(columns=["batch", "level"])
+        return found.drop(columns=["batch", "level", "cell"])
 
     def final(self) -> pd.DataFrame:
         """Scores after the most edits, with those of the same edits without any (see `scored`)."""
         last = self.rows[self.rows["batch"] == self.counts[-1]].assign(level=None)
-        before = self.study.before
-        known = before["edit"].isin(last["edit"]) & before["kind"].isin(last["kind"])
-        return compare.scored(last, before[known])
+        return compare.scored(last, self.study.before)
 
     def views(self) -> pd.DataFrame:
         """Score the original question of the first and the last edits, locality, a general skill.
