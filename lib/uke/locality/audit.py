@@ -150,6 +150,7 @@ def assess_run(
     frames, pairs = [], []
     for files in sets:
         sources, path = files.sources(), card.ensure(files, settings, folder)
+        answers = {edit.id: edit.answer for edit in sources.edits}
         if files.generated:
             known = known_of_world(world_seed, split, sources)
         else:
@@ -160,7 +161,6 @@ def assess_run(
             made[ALONE] = load_locality(card.ensure(files, blind, folder), sources.edits)
             made[UNFILTERED] = unfiltered(sources, blind)
         for name, items in made.items():
-            answers = {edit.id: edit.answer for edit in sources.edits}
             documents = [item for item in items if item.kind.endswith("doc")]
             pairs += [(item.reference, answers[item.edit]) for item in documents]
             frame = assess(items, sources, settings.batch, *known).assign(

@@ -18,7 +18,7 @@ from uke.data.documents import Document
 from uke.errors import InputError
 from uke.files import replacing, sha256
 from uke.project import Paths, digest
-from uke.results.metrics import encoder_folder, open_encoder
+from uke.results.metrics import encode_once, encoder_folder, open_encoder
 
 SCALE = 4000  # of vectors: products of their whole numbers stay below 2^24, exact in float32
 Score = Callable[[Sequence[str]], np.ndarray]  # Q questions to the scores (Q, N) of N passages
@@ -79,8 +79,7 @@ def _vectors(texts: tuple[str, ...], model: Path) -> np.ndarray:
     path = Paths("embedded").home / "results" / "embeddings" / f"{name}.npy"
     if not path.is_file():
         with replacing(path) as part, part.open("wb") as file:
-            distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-            np.save(file, _encode(list(distinct), model)[[distinct[text] for text in texts]])
+            np.save(file, encode_once(texts, functools.partial(_encode, model=model)))
     return np.load(path)
 
 

@@ -73,12 +73,8 @@ def scored(after: pd.DataFrame, before: pd.DataFrame, same_edits: bool = True) -
     lowest, place = floor(before), ["batch_size", "batch", "edit"]
     unedited = _measured(before[before["kind"].isin(after["kind"])], lowest, "before")
     unedited = unedited.drop(columns=place[:2]).merge(after[place].drop_duplicates(), on="edit")
-    both = pd.concat(
-        [
-            _measured(after, lowest, same_edits=same_edits),
-            unedited.assign(method=BEFORE, level=BEFORE),
-        ]
-    )
+    own = _measured(after, lowest, same_edits=same_edits)
+    both = pd.concat([own, unedited.assign(method=BEFORE, level=BEFORE)])
     both = both.assign(level=both["level"].fillna(""), cell=cells(both))
     columns = [*place, "method", "level", "cell", "kind", "score", "kept"]
     return _in_order(both[columns], "cell", cells(after))
@@ -97,9 +93,9 @@ def floor(questions: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> 
         column = "answer" if name.against == "before" else "reference"
         texts = list(own.groupby("edit")[["question", column]].agg(list).itertuples())
         for at, (edit, asked, wanted) in enumerate(texts):
-            later = [one for _, *one in texts[at + 1 :] + texts[:at] if one[0] != asked][:1]
-            for _, other in later:
-                both = [(other[at % len(other)], text) for at, text in enumerate(wanted)]
+            later = texts[at + 1 :] + texts[:at]
+            if other := next((each for _, question, each in later if question != asked), None):
+                both = [(other[n % len(other)], text) for n, text in enumerate(wanted)]
                 scores = [PAIRWISE[name.metric](*pair) for pair in both]
                 found.append(("floor", edit, kind, np.mean(scores)))
     return pd.DataFrame(found, columns=["method", "edit", "kind", "score"])

@@ -124,11 +124,15 @@ def _length_ratio(prediction: str, reference: str) -> float:
     return 1.0 if predicted == wanted else predicted / max(wanted, 1)
 
 
+def encode_once(texts: Sequence[str], encoder: Encoder) -> np.ndarray:
+    """Encode each distinct text once, so that equal texts get equal vectors: (N, width)."""
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return encoder(list(distinct))[[distinct[text] for text in texts]]
+
+
 def cosines(predictions: Sequence[str], references: Sequence[str], encoder: Encoder) -> np.ndarray:
     """Cosine of MiniLM sentence embeddings (first 256 word pieces); the papers' BERT score."""
-    distinct = {text: row for row, text in enumerate(dict.fromkeys((*predictions, *references)))}
-    vectors = encoder(list(distinct))  # each text once: (distinct texts, width), unit length
-    first, second = (vectors[[distinct[one] for one in each]] for each in (predictions, references))
+    first, second = np.split(encode_once([*predictions, *references], encoder), 2)  # (N, width)
     return np.einsum("nd,nd->n", first, second).astype(float).clip(-1, 1)  # (N,)
 
 
