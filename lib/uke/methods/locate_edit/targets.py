@@ -34,12 +34,12 @@ def find_targets(
 ) -> tuple[Tensor, list[Training]]:
     """Find the hidden states (n, D) that the anchors, in their order, should have after `site`.
 
-    Return them and the training of each edit: the losses of all its steps, window by window.
+    Return them and the training of each edit, window by window: losses, and updates as its steps.
 
     Window by window, all edits together. Each edit has its own delta (added to the output of the
     site's projection at the anchor), loss, clamp and end, and Adam is element-wise: this is one
     edit at a time but for rounding. Earlier deltas stay in place, frozen. `progress(steps, loss)`
-    follows each step. Diverged names the edits whose loss is not finite.
+    follows each loss. Diverged names the edits whose loss is not finite.
     """
     here = states(model, located, site, site)
     # What a delta is measured against, (n, D).
@@ -92,22 +92,22 @@ def _optimise(
     adam = torch.optim.Adam([delta], lr=recipe.learning_rate, fused=True)
     last = torch.full_like(scale, math.inf)  # (B,) the loss each row had when it was last read
     running = torch.arange(len(scale), device=scale.device)
-    for _ in range(recipe.steps):
+    for step in range(1, recipe.steps + 1):
         here = delta[running]
         decay = recipe.decay * here.norm(dim=-1) / scale[running] ** 2
         losses = chunk.losses(here) + decay  # (R,)
         _check_finite(chunk, losses, recipe)
         last[running] = losses.detach()
-        stay = losses.detach() >= recipe.stop_loss
+        stay = (losses.detach() >= recipe.stop_loss) & (step < recipe.steps)  # last: read only
         for edit, loss, stays in zip(chunk.ids, losses.tolist(), stay.tolist(), strict=True):
             trainings[edit].losses.append(loss)
             trainings[edit].steps += stays
         follow(last.mean().item())
+        if not stay.any():
+            break
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         if not stay.all():
             running = running[stay]
-            if not len(running):
-                return delta.detach()
             chunk.keep(stay.nonzero().squeeze(1))
         before = delta.detach().clone()
         adam.step()
