@@ -156,11 +156,11 @@ BASELINES: Mapping[str, Method] = {
     number_key(method.name): method
     for method in (
         LocateRecipe(name="MEMIT", **_MEMIT),
-        LocateRecipe(name="AlphaEdit", **_ALPHAEDIT),
-        LocateRecipe(name="UnKE", **_UNKE),
+        LocateRecipe(name="AlphaEdit", stop_loss=0.0, **_ALPHAEDIT),
+        LocateRecipe(name="UnKE", stop_loss=0.0, **_UNKE),
         LocateRecipe(name="AnyEdit (MEMIT)", anchors="windows", keep_keys=True, **_MEMIT),
-        LocateRecipe(name="AnyEdit (AlphaEdit)", anchors="windows", **_ALPHAEDIT),
-        LocateRecipe(name="AnyEdit (UnKE)", anchors="windows", **_UNKE),
+        LocateRecipe(name="AnyEdit (AlphaEdit)", anchors="windows", keep_keys=True, **_ALPHAEDIT),
+        LocateRecipe(name="AnyEdit (UnKE)", anchors="windows", stop_loss=5e-3, **_UNKE),
         LocateRecipe(name="AnyEdit++", anchors="surprisal", keep_keys=True, **_MEMIT),
         LocateRecipe(name="muKE", anchors="nested", window=30, keep_keys=True, **_MEMIT),
         InContext(name="in-context"),

@@ -43,17 +43,17 @@ class LocateRecipe(Method):
     peaks (`surprisal`). `nested` is `windows` with a loss on all later windows too, weighted by the
     share of prefixes that hold them (`weighting`).
 
-    Target vectors: `steps` of Adam at `learning_rate` on nats per token of the window + `decay`
-    |delta| / |h|^2, with |delta| at most `clamp` |h|. An edit ends below `stop_loss`.
+    Target vectors: Adam at `learning_rate` on nats per token of the window + `decay` |delta| /
+    |h|^2, with |delta| at most `clamp` |h|. `steps` counts losses: as published the last is only
+    read, so one update fewer is made. An edit ends below `stop_loss`.
 
-    `solver` writes them. `memit`: ridge `memit_lambda` times the covariance; `keep_keys` also holds
-    the keys of all other positions of the edits. `alphaedit`: ridge `alphaedit_l2` on directions
-    with a variance below `null_threshold`. `unke`: `unke_steps` of AdamW on the last of `layers`,
-    held to `preservation` texts.
+    `solver` writes them. `memit`: ridge `memit_lambda` times the covariance; `alphaedit`: ridge
+    `alphaedit_l2` on directions with a variance below `null_threshold`; with `keep_keys` either
+    also holds the keys of all other positions of the edits. `unke`: `unke_steps` of AdamW on the
+    last of `layers`, held to `preservation` texts, drawn anew for every batch.
 
     Sources: the published code of each, and arXiv 2210.07229, 2410.02355, 2405.15349, 2502.05628.
-    AnyEdit's code divides residuals of batches by a counter of layers that an inner loop overwrites
-    (`as_published`); here each layer closes its share.
+    Not copied: plain MEMIT and AlphaEdit of AnyEdit's code overwrite their counter of layers.
     """
 
     solver: Literal["memit", "alphaedit", "unke"]
@@ -62,8 +62,8 @@ class LocateRecipe(Method):
     weighting: Literal["prefix"] = "prefix"
     layers: Layers
     learning_rate: Positive = 0.5
-    steps: Count = 25
-    stop_loss: NotNegative = 5e-2
+    steps: Annotated[StrictInt, Field(ge=2)] = 25
+    stop_loss: NotNegative = 1e-2
     clamp: Positive = 4.0
     decay: NotNegative = 1e-3
     memit_lambda: Positive = 15_000.0
@@ -74,6 +74,7 @@ class LocateRecipe(Method):
     unke_rate: Positive = 2e-4
     unke_decay: NotNegative = 1e-2
     preservation: Annotated[StrictInt, Field(ge=0)] = 20
+    # One value alone, as `weighting`: the fingerprints of stored rows count it.
     as_published: Literal[False] = False
 
     family: ClassVar[str] = "locate-then-edit"
