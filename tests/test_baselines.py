@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from small import baseline, by_window, hooks, moved, state
 from uke.data.edits import Probe
 from uke.errors import InputError
-from uke.methods.edited import edited
+from uke.methods.edited import edited, edited_each
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import locate, look, sites, states
-from uke.methods.locate_edit.solvers import least_squares
+from uke.methods.locate_edit.solvers import BlockSteps, least_squares
 from uke.methods.locate_edit.targets import find_targets
 from uke.methods.recipes import BASELINES, LocateRecipe
 from uke.models import prompts
@@ -293,10 +293,44 @@ def test_unke_makes_the_text_likelier_and_moves_no_other_block(ready, tokenizer,
     assert not moved(model, before)
 
 
-def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer):
+@pytest.mark.parametrize("name", ["unke", "anyedit_unke"])
+def test_the_block_learns_the_published_positions_and_every_batch_has_its_own_texts(
+    ready, tokenizer, name, monkeypatch
+):
+    model, recipe, errors, texts = ready(), quick(name), [], []
+
+    def descend(solver, parts, edits):
+        squares = [
+            ((call() - wanted).square().sum(-1) * share).sum() for call, wanted, share in parts
+        ]
+        errors.append(sum(squares).item())
+
+    read = covariance.token_ids
+    monkeypatch.setattr(covariance, "token_ids", lambda *one: texts.append(one[2]) or read(*one))
+    monkeypatch.setattr(BlockSteps, "_descend", descend)
+    located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
+    (site,) = sites(model, recipe.layers)
+    missing = (
+        find_targets(model, located, site, recipe)[0] - states(model, located, site, site).hidden
+    )
+    for batch in (EDITS, EDITS[:1], EDITS[1:]):
+        with edited(model, tokenizer, batch, recipe):
+            pass
+    with edited_each(model, tokenizer, EDITS, recipe):
+        pass
+    # The mean over positions and width: those of the question, and with windows of the answer too.
+    examples = [one.example for one in located]
+    tokens = sum(len(one.ids) if name != "unke" else one.prompt_length for one in examples)
+    assert errors[0] == pytest.approx(float(missing.square().sum()) / (tokens * 32), rel=1e-4)
+    together, *alone = [texts[start : start + 4] for start in range(0, 20, 4)]
+    assert alone[:2] == alone[2:] and together != alone[0] != alone[1] != together
+
+
+def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer, monkeypatch):
     model, drift = ready(), {}
+    monkeypatch.setattr(covariance, "preservation", lambda model: TEXTS[:1])
     (site,) = sites(model, (2,))
-    ids = torch.tensor([covariance.preservation(model, tokenizer, 1, 2024)[0]])
+    ids = torch.tensor([covariance.token_ids(model, tokenizer, TEXTS[0])])
     for count in (0, 1):
         (before,) = look(model, ids, (site.block,))
         with edited(model, tokenizer, EDITS, quick("unke", preservation=count)) as m:

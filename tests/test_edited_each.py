@@ -104,7 +104,7 @@ def each_alone(model, tokenizer, edits, method) -> dict[str, tuple]:
 # --- as each alone ---
 
 
-ALIKE = ("MEMIT", "AlphaEdit", "UnKE", "AnyEdit (AlphaEdit)")  # differ from others in no step here
+ALIKE = ("MEMIT", "AlphaEdit", "UnKE")  # differ from others in no step here
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ALIKE])

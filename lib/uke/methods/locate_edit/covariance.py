@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import random
 import re
 import shutil
 import weakref
@@ -76,7 +75,7 @@ def read_texts(path: str | Path) -> list[Text]:
         return _CORPUS.validate_python(read_json(path))
 
 
-def _ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+def token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
     """Return the tokens of one text, cut off at the context; a pair uses the chat template."""
     if isinstance(text, str):
         ids = encode(tokenizer, text, chat=False)
@@ -97,7 +96,7 @@ def measure(
     not measured again; what was measured on others is removed.
     """
     target = folder(model)
-    sequences = [_ids(model, tokenizer, text) for text in texts]
+    sequences = [token_ids(model, tokenizer, text) for text in texts]
     content = {"digest": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16]}
     if digest(model) != content["digest"]:
         shutil.rmtree(target, ignore_errors=True)
@@ -139,15 +138,11 @@ def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> li
     return found
 
 
-def preservation(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
-) -> list[list[int]]:
-    """Draw `count` of the texts that the covariance was measured on, as token ids; all if fewer."""
+def preservation(model: nn.Module) -> list[Text]:
+    """Return the texts that the covariance was measured on; InputError where there are none."""
     if digest(model) is None:
         raise InputError(_missing(model, "preservation texts"))
-    texts = _corpus(folder(model) / TEXTS)["texts"]
-    drawn = random.Random(seed).sample(texts, min(count, len(texts)))
-    return [_ids(model, tokenizer, text) for text in drawn]
+    return _corpus(folder(model) / TEXTS)["texts"]
 
 
 def digest(model: nn.Module | str) -> str | None:

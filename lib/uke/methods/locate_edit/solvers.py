@@ -6,6 +6,7 @@ MEMIT and AlphaEdit do so in closed form, UnKE by gradient steps on one block.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -210,30 +211,33 @@ class BlockSteps:
     """UnKE: AdamW on every parameter of one block, whose outputs at the anchors become the targets.
 
     Elsewhere its outputs stay. The loss is the squared error, mean over positions and width: over
-    the edits up to their last anchor, and over the preservation texts, with equal weight (arXiv
-    2405.15349).
+    the edits, and over the preservation texts, with equal weight (arXiv 2405.15349). Of an edit it
+    covers the question, and the whole answer where that has anchors too (arXiv 2502.05628).
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, chosen: Sequence[Site], recipe: LocateRecipe
     ) -> None:
-        self.model, self.block, self.recipe, self.texts = model, chosen[-1].block, recipe, []
-        if recipe.preservation:
-            drawn = recipe.preservation, recipe.seed
-            self.texts = covariance.preservation(model, tokenizer, *drawn)
+        self.model, self.block, self.recipe = model, chosen[-1].block, recipe
+        self.token_ids = partial(covariance.token_ids, model, tokenizer)
+        self.pool = covariance.preservation(model) if recipe.preservation else []
 
     def solve(self, located: Sequence[Located], hidden: Tensor) -> int:
         """Train the block, in float32 or better, and return the steps taken."""
-        texts = [one.example.ids[: one.windows[-1].anchor + 1] for one in located]
+        edits, whole = [one.edit for one in located], self.recipe.anchors != "last"
+        texts = [one.example.ids[: None if whole else one.windows[0].start] for one in located]
         wanted = hidden.split([len(one.windows) for one in located])
-        parts = [*self._parts(texts, located, wanted), *self._parts(self.texts)]
+        # Drawn by the batch, so that an edit has its own texts alone and side by side with others.
+        drawn = random.Random(f"{self.recipe.seed} {edits}").sample(self.pool, len(self.pool))
+        held = [self.token_ids(text) for text in drawn[: self.recipe.preservation]]
+        parts = [*self._parts(texts, located, wanted), *self._parts(held)]
         storages = {weight: weight.data for weight in self.block.parameters()}
         with kept(self.model, {}):
             for weight, storage in storages.items():
                 weight.data = wide(storage)
             self.model.requires_grad_(False)
             self.block.requires_grad_(True)
-            self._descend(parts, [one.edit for one in located])
+            self._descend(parts, edits)
             for weight, storage in storages.items():
                 storage.copy_(weight.data)
                 weight.data = storage
