@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import train_world_model as tool
 from train_world_model import EXAM, Settings, pretrain
 
-ENTITIES = 12
+ENTITIES = 8
 SMALL = Settings(
     vocabulary=400,
     width=16,
@@ -53,7 +53,7 @@ def test_it_knows_its_world(exam, kind):
 
 def test_it_does_not_answer_what_it_cannot_know(shipped):
     """The facts of another world are not in it: the exam would otherwise prove nothing."""
-    other = tool.examine(*shipped, build(99), 4)
+    other = tool.examine(*shipped, build(99), 3)
     assert other[other["kind"].isin(("detail", "struct_trip"))]["score"].mean() < 0.2
 
 
