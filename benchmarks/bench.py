@@ -270,7 +270,7 @@ def _points(study: Study, grow: Mapping[str, Any]) -> Iterator[tuple[str, float,
         model = widened(study.model, share)
         size = sum(weight.numel() for weight in model.parameters()) / 1e6
         pair = (model, study.tokenizer)
-        at = replace(study, subject=pair, dataset=few, max_new_tokens=48)
+        at = replace(study, subject=pair, dataset=few)
         yield "parameters (millions)", size, at
 
 

@@ -88,9 +88,9 @@ def random_words(count: int, vocabulary: int, tokens: int, probes: int) -> Datas
     for number in range(count):
         answer = text(tokens - QUESTION - OF_TEMPLATE)
         edit = Edit(id=f"e{number}", question=text(QUESTION), answer=answer)
-        rest = {"edit": edit.id, "reference": "none"}
+        rest = {"edit": edit.id, "reference": text(tokens)}  # so long may answers be
         around = (
-            Probe(kind="rel_doc", number=n, question=text(QUESTION), **rest)
+            Probe(kind="paraphrase", number=n, question=text(QUESTION), **rest)
             for n in range(1, probes)
         )
         by_edit[edit.id] = (Probe(kind="original", question=edit.question, **rest), *around)

@@ -35,7 +35,8 @@ def rows(score, kinds=AVERAGE, edits=EDITS, **columns):
     value = frame["kind"].eq("original").map({True: score, False: 0.5})
     fixed = {f"{name}{end}": value for name in METRICS for end in ("", "_before")} | RUN
     fixed |= {"study": "s", "number": 0, "batch_size": 1, "phase": "after", "curve": None}
-    fixed |= {"question": frame["edit"], "reference": "text of " + frame["edit"]}
+    text = ("text of " + frame["edit"]).where(frame["kind"] != "detail", frame["edit"])
+    fixed |= {"question": frame["edit"], "reference": text, "answer": "I do not know."}
     return frame.assign(**fixed | {"method": "FT-M", "level": None} | columns)
 
 
@@ -108,9 +109,12 @@ def test_doing_nothing_has_over_half_of_the_average_and_a_balance_of_nothing():
 
 
 def test_the_floor_is_what_another_edit_scores_and_no_edit_stands_at_every_size():
-    floor = compare.floor(rows(0.2, phase="before")).groupby("kind")["score"].mean()
+    before = rows(0.2, phase="before")
+    floor = compare.floor(before)
     expected = {"original": 2 / 3, "paraphrase": 2 / 3, "detail": 0}
-    assert floor.to_dict() == pytest.approx(expected)
+    assert floor.groupby("kind")["score"].mean().to_dict() == pytest.approx(expected)
+    committed = before.assign(floor=compare.floors(before), question=None, reference=None)
+    pd.testing.assert_frame_equal(compare.floor(committed), floor)
     pairs = rows(0.7, edits=EDITS[:4], method="UnKE", batch_size=2)
     after = pd.concat([rows(0.9), pairs.assign(batch=pairs["batch"] // 2)])
     found = compare.scored(after, rows(0.2, phase="before"), same_edits=False)
@@ -177,6 +181,8 @@ def test_answers_stand_beside_the_reference_and_those_without_an_edit():
         ["FT-M, with", "with"],
         ["FT-M, without", "without"],
     ]
+    hidden = after.assign(**dict.fromkeys([*texts, "answer"]))  # as a benchmark's are committed
+    assert compare.answers(hidden, "a", ["original"])["answer"].isna().all()
 
 
 # --- The best baseline of development rows --------------------------------------------------------

@@ -69,6 +69,14 @@ def test_a_number_has_a_proper_minus_and_sensible_decimals():
     assert [tables.number(value) for value in values] == texts
 
 
+def test_texts_of_a_benchmark_are_shown_where_rows_have_them_and_leave_no_file_after(paths):
+    for question in ("Who?", None):
+        made = Section("01_edits", paths, "Edits", "What?")
+        made.texts(pd.DataFrame({"question": [question], "answer": "Ada."}), "example", "One edit.")
+        assert any((paths.figures / "tables").iterdir()) == bool(question)
+    assert "not committed" in json.loads(made.save().read_text())["body"][0]["markdown"]
+
+
 def test_an_interval_is_said_with_the_decimals_of_its_number(paths):
     made = Section("01_edits", paths, "Edits", "What?")
     assert made.say("a.b", 0.934, 0.901, 0.957, n=40) == "0.93 [0.90, 0.96], n = 40"

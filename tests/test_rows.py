@@ -158,7 +158,7 @@ def test_a_truncated_file_is_not_done_and_one_without_a_new_column_is_read(here)
 # --- The committed form ---------------------------------------------------------------------------
 
 
-def test_export_keeps_all_scores_and_the_texts_of_five_edits_of_each_method(here):
+def test_export_keeps_all_scores_and_texts_of_five_edits_of_each_method_in_the_world(here):
     edits = [f"e{number:02}" for number in range(9)]
     for method, batch in itertools.product(("FT-M", "LoRA"), (0, 1)):
         own = edits[:7] if method == "FT-M" else edits[2:]
@@ -172,6 +172,10 @@ def test_export_keeps_all_scores_and_the_texts_of_five_edits_of_each_method(here
     assert found["answer"].isna().eq(found["before"].isna()).all()
     others = [name for name in COLUMNS if name not in ("answer", "before")]
     pd.testing.assert_frame_equal(found[others], full[others])
+    path = rows.export(Paths("smoke", "unkebench"), "s", full)
+    found, texts = pq.read_table(path).to_pandas(), ["question", "reference", "answer", "before"]
+    assert found[texts].isna().all(axis=None)
+    pd.testing.assert_frame_equal(found.drop(columns=texts), full.drop(columns=texts))
 
 
 # --- Primary metric and average -------------------------------------------------------------------
@@ -191,12 +195,12 @@ def test_primary_takes_the_metric_of_each_kind():
 
 def test_details_weigh_no_more_than_the_original():
     frame = unit(edits=("e1",), **READ)
-    frame["rougel_f1"], frame["rougel_f1_before"], frame["exact_before"] = 1.0, 0.5, 0.0
-    frame["exact"] = frame["number"].eq(0).astype(float)  # one detail of three
+    frame["rougel_f1"], frame["rougel_f1_before"] = 1.0, 0.5
+    frame["rougel_recall"] = frame["number"].eq(0).astype(float)  # one detail of three
     scores = rows.primary(frame)
     detail = scores.set_index("kind").loc["detail", ["score", "probes"]].tolist()
     assert detail == [pytest.approx(1 / 3), 3] and len(AVERAGE) == 6
-    mean = (1 + 1 + 1 / 3 + 0.5 + 0.5 + 0) / 6
+    mean = (1 + 1 + 1 / 3 + 0.5 * 3) / 6
     assert rows.average(scores)["score"].item() == pytest.approx(mean)
 
 
@@ -227,8 +231,8 @@ def test_an_average_needs_the_same_edits_side_by_side_and_all_kinds():
 def test_a_missing_score_and_a_repeated_probe_are_named():
     frame = unit(**READ)
     probe = (frame["kind"] == "detail") & (frame["number"] == 2) & (frame["edit"] == "e2")
-    message = "FT-M, edit 'e2', detail 2: no exact against the reference"
+    message = "FT-M, edit 'e2', detail 2: no rougel_recall against the reference"
     with pytest.raises(InputError, match=message):
-        rows.primary(frame.assign(exact=frame["exact"].mask(probe)))
+        rows.primary(frame.assign(rougel_recall=frame["rougel_recall"].mask(probe)))
     with pytest.raises(InputError, match="the same probe twice"):
         rows.primary(pd.concat([frame, frame.head(1)], ignore_index=True))

@@ -22,7 +22,6 @@ from uke.results.compare import floor
 from uke.study import dataset as datasets
 from uke.study import study as studies
 from uke.study.comparison import attempt
-from uke.study.score import TEXTS
 from uke.study.study import Study
 
 FT_M = catalog.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
@@ -85,12 +84,22 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
         for frame, phase in ((before, "before"), (after, "after"))
     ]
     assert means[1] > means[0] + 0.2 and study.unchanged() and not study.smoke_run()
-    chance = floor(before, TEXTS)
-    assert set(chance["kind"]) == {"original", "paraphrase", "rel_doc", "rand_doc"}
+    chance = floor(before, ["original", "paraphrase", "rel_doc", "rand_doc"])
+    assert len(chance) == 8 and before["floor"].notna().all() and after["floor"].isna().all()
     assert chance["score"].between(0, 0.7).all()
     for seed in (None, 2):
         study.dataset = dataclasses.replace(edits, world_seed=seed)
         assert study.smoke_run()
+
+
+def test_the_table_of_kinds_limits_an_answer(toy):
+    study = toy(max_new_tokens=None)
+    probe = study.dataset.probes["Ada"][0]
+    long = probe.model_copy(update={"reference": probe.reference * 20})
+    tokens = len(study.tokenizer(long.reference, add_special_tokens=False)["input_ids"])
+    assert study.token_limit(long) == tokens * 3 // 2 > 32
+    assert study.token_limit(long.model_copy(update={"kind": "detail"})) == 32
+    assert study.token_limit(probe) == 32 and toy().token_limit(long) == 4
 
 
 def test_a_killed_study_resumes_where_it_stopped(toy):
@@ -199,10 +208,10 @@ def test_a_raw_prompt_is_used_for_every_probe_before_and_after(toy):
 
 
 def test_the_floor_never_compares_a_question_with_itself():
-    frame = pd.DataFrame({"edit": ["a", "b", "c"], "kind": "rel_doc", "reference": ""})
+    frame = pd.DataFrame({"edit": ["a", "b", "c"], "kind": "rel_doc", "number": 0, "reference": ""})
     frame = frame.assign(question=["Q1", "Q1", "Q2"], answer=["one two", "one two", "three four"])
-    assert floor(frame, TEXTS)["score"].tolist() == [0, 0, 0]
-    assert floor(frame[:2], TEXTS).empty  # one question only: nothing to compare with
+    assert floor(frame, ["rel_doc"])["score"].tolist() == [0, 0, 0]
+    assert floor(frame[:2], ["rel_doc"]).empty  # one question only: nothing to compare with
 
 
 # --- failures -------------------------------------------------------------

@@ -35,12 +35,12 @@ from uke.models.model import kept, load
 from uke.project import Paths, check_name
 from uke.study import dataset
 from uke.study.score import answer_and_score, token_limit, with_before
-from uke.study.study import measure_world, world_of
+from uke.study.study import measure_world
 from uke.world import files as world_files
 
 OWN_ID = "mine"
 AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
-MAX_NEW_TOKENS = 160  # of an answer whose reference is not longer
+MAX_NEW_TOKENS = 160  # of the answer to a free question
 ASKING_BEFORE, WRITING, ASKING_AFTER = "asking the untouched model", "writing", "asking the edited"
 
 
@@ -291,8 +291,7 @@ class Bench:
 
     def _ask(self, model: nn.Module, probes: Sequence[Probe], chat: bool | None) -> pd.DataFrame:
         """Answer and score all probes; read the tokens of those whose reference is wanted."""
-        short = world_of(self.model.config.name_or_path) is not None
-        limit = partial(token_limit, tokenizer=self.tokenizer, most=MAX_NEW_TOKENS, short=short)
+        limit = partial(token_limit, tokenizer=self.tokenizer)
         rows = answer_and_score(model, self.tokenizer, probes, Generation(limit, chat))
         wanted = [probe for probe in probes if probe.kind in EFFICACY]
         tokens = iter(token_probabilities(model, self.tokenizer, wanted, chat=chat))

@@ -93,6 +93,14 @@ class Section:
         self._body.append({"type": "table", "name": name, "markdown": text})
         _show(tables.printed(frame))
 
+    def texts(self, frame: pd.DataFrame, name: str, caption: str) -> None:
+        """Place a table of questions and answers; where rows have none, a sentence in its stead."""
+        if frame["question"].notna().all():
+            return self.table(frame, name, caption)
+        for file in (self.paths.figures / "tables").glob(f"{name}.*"):
+            file.unlink()  # of the run that made the rows
+        self.observe(f"Texts of a benchmark are not committed with its rows: no table `{name}`.")
+
     def observe(self, text: str, expected: bool | None = None) -> str:
         """Say what a figure or a table shows, and whether that is "As expected: ..." or not."""
         if expected is not None:

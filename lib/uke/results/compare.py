@@ -2,12 +2,14 @@
 
 What the headline numbers are, fixed before they were drawn:
 
+score       of a kind of probe: its primary metric, by the one table of kinds (`data.edits.KINDS`):
+            ROUGE-L F1 of texts and triples, ROUGE-L recall of details, mention of multi-hop answers
 floor       of a kind of efficacy: the mean score of another edit's reference, the next edit's by id
 share       (score - floor) / (1 - floor), how far a score is on the way from its floor to 1
 efficacy    the mean over original, paraphrase and detail of the mean share over edits
 locality    the mean over RelDoc, RandDoc and StructTrip of the mean score
-balance     the harmonic mean of max(0, efficacy) and locality: 0 for doing nothing. It belongs to
-            a set of edits; an interval draws the edits anew (see `stats`), of methods in pairs
+balance     the harmonic mean of max(0, efficacy) and locality: near 0 for doing nothing. It belongs
+            to a set of edits; an interval draws the edits anew (see `stats`), of methods in pairs
 average     the plain mean of the six kinds, as in the paper; doing nothing has over half of it
 lead        the balance of FT-UKE minus the better of no edit and the best baseline, which is best
             in balance on development edits; leads over either stand beside it
@@ -83,22 +85,35 @@ def scored(after: pd.DataFrame, before: pd.DataFrame, same_edits: bool = True) -
 def floor(questions: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> pd.DataFrame:
     """Return the chance level: what an edit scores with what belongs to another one, the next.
 
-    An edit's reference is replaced by another edit's, a document by what the unedited model answers
-    about another one. Columns: method (`floor`), edit, kind, score; none for a single question.
+    It is the column `floor` where rows have it, else what `floors` makes of their texts. Columns:
+    method (`floor`), edit, kind, score; none for a single question.
     """
-    found = []
-    for kind in kinds:
-        name, own = KINDS[kind], questions[questions["kind"] == kind]
-        own = own.drop_duplicates(["edit", "question"])
-        column = "answer" if name.against == "before" else "reference"
+    own = questions[questions["kind"].isin(kinds)].drop_duplicates(["edit", "kind", "number"])
+    if "floor" not in own or own["floor"].isna().all():
+        own = own.assign(floor=floors(own))
+    means = own.dropna(subset="floor").groupby(["kind", "edit"], as_index=False)["floor"].mean()
+    means = means.rename(columns={"floor": "score"}).assign(method="floor")
+    return means[["method", "edit", "kind", "score"]]
+
+
+def floors(questions: pd.DataFrame) -> list[float]:
+    """Return the floor of each row, in the primary metric of its kind; NaN for a single question.
+
+    An edit's reference is replaced by another edit's, an answer that must not change by what the
+    unedited model answers to another edit's question.
+    """
+    found = {}
+    for kind, own in questions.drop_duplicates(["edit", "kind", "question"]).groupby("kind"):
+        column = "answer" if KINDS[kind].against == "before" else "reference"
         texts = list(own.groupby("edit")[["question", column]].agg(list).itertuples())
         for at, (edit, asked, wanted) in enumerate(texts):
             later = texts[at + 1 :] + texts[:at]
             if other := next((each for _, question, each in later if question != asked), None):
-                both = [(other[n % len(other)], text) for n, text in enumerate(wanted)]
-                scores = [PAIRWISE[name.metric](*pair) for pair in both]
-                found.append(("floor", edit, kind, np.mean(scores)))
-    return pd.DataFrame(found, columns=["method", "edit", "kind", "score"])
+                for n, pair in enumerate(zip(asked, wanted, strict=True)):
+                    score = PAIRWISE[KINDS[kind].metric](other[n % len(other)], pair[1])
+                    found[kind, edit, pair[0]] = score
+    places = zip(*(questions[name] for name in ("kind", "edit", "question")), strict=True)
+    return [found.get(place, np.nan) for place in places]
 
 
 def _measured(
@@ -240,7 +255,8 @@ def best_baselines(
     for paths in places:
         frame = rows.committed(paths, study) if paths.exported(study).is_file() else None
         if frame is not None and frame["method"].isin(every).any():
-            trials = _measured(frame, floor(frame), same_edits=False)
+            lowest = floor(rows.committed(paths, study, "before"))
+            trials = _measured(frame, lowest, same_edits=False)
             tuned = {size: best_here(trials, names) for size, names in baselines.items()}
             return {at: b[nearest_first(b, at)[0]] for at, b in tuned.items() if b}
     return {}

@@ -28,7 +28,7 @@ COLUMNS: dict[str, pa.DataType] = {
     **dict.fromkeys(("phase", "question", "reference", "answer", "before"), _TEXT),
     **dict.fromkeys(METRICS, _REAL),
     **dict.fromkeys((f"{name}_before" for name in METRICS), _REAL),
-    "log_probability": _REAL,
+    **dict.fromkeys(("floor", "log_probability"), _REAL),
     "steps": _COUNT,
     **dict.fromkeys(("train_seconds", "answer_seconds", "change_norm", "learning_rate"), _REAL),
     "peak_mib": _REAL,
@@ -38,7 +38,7 @@ COLUMNS: dict[str, pa.DataType] = {
 }
 SCHEMA = pa.schema(COLUMNS.items())
 REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference")
-REQUIRED += ("answer", "model", "data")
+REQUIRED += ("answer", "model", "data")  # until rows are committed: those of a benchmark lack texts
 # What tells one run from another: scores are never averaged over any of these.
 RUN = ("study", "method", "factor", "level", "split", "batch_size", "learning_rate", "seed")
 RUN += FINGERPRINTS
@@ -123,11 +123,13 @@ def _read_file(path: Path) -> pa.Table:
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
-    """Write all scores, and texts of five edits of each method, unless committed rows are used."""
+    """Write all scores, and in the world the answers of five edits of each method, unless committed
+    rows are used. No text of a benchmark is written, nor any answer to one."""
     path = paths.exported(study)
     if not use_committed():
-        rank = frame.groupby("method")["edit"].rank("dense")  # in the order of the ids
-        texts = frame[["answer", "before"]].where(rank <= 5, None)
+        world, rank = paths.data == "world", frame.groupby("method")["edit"].rank("dense")
+        hidden = ["answer", "before"] if world else ["question", "reference", "answer", "before"]
+        texts = frame[hidden].where(world & (rank <= 5), None)  # rank: in the order of the ids
         _write(f"rows of study '{study}'", frame.assign(**texts), path)
     return path
 

@@ -10,9 +10,7 @@ from uke.data.edits import EFFICACY, KINDS, Probe
 from uke.models.generate import Generation, answer, target_log_probability
 from uke.results.metrics import Encoder, score
 
-SHORT_WORDS, SHORT_TOKENS = 12, 40  # an answer to a reference of so few words has so many tokens
-TEXTS = tuple(kind for kind in KINDS if not KINDS[kind].short)
-PUBLISHED_SIMILARITY = tuple(kind for kind in EFFICACY if kind in TEXTS)
+PUBLISHED_SIMILARITY = ("original", "paraphrase")
 
 
 def answer_and_score(
@@ -55,13 +53,10 @@ def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame, against], axis=1)
 
 
-def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase, most: int, short: bool) -> int:
-    """Return the tokens an answer may have: `most`, or half as many again as its reference has.
-
-    Where answers to short questions are short (`short`: in the world), a reference of few words
-    gets SHORT_TOKENS.
-    """
-    if short and len(probe.reference.split()) <= SHORT_WORDS:
-        return min(SHORT_TOKENS, most)
+def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens that an answer may have, by the table of kinds."""
+    kind = KINDS[probe.kind]
+    if not kind.stretches:
+        return kind.tokens
     length = len(tokenizer(probe.reference, add_special_tokens=False)["input_ids"])
-    return max(most, length * 3 // 2)
+    return max(kind.tokens, length * 3 // 2)

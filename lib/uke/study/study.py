@@ -29,7 +29,7 @@ from uke.methods.method import EditRecord, Method
 from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
 from uke.project import EMBEDDED, Paths, code_fingerprint, unit_key
-from uke.results import rows
+from uke.results import compare, rows
 from uke.results.metrics import Encoder, load_encoder
 from uke.study.committed import Committed
 from uke.study.dataset import Dataset
@@ -81,8 +81,8 @@ class Study:
         scores = rows.average(rows.primary(study.read()))
 
     `subject`: a model's name, or model and tokenizer. `chat` False asks every probe through a raw
-    prompt, before and after. `lanes`: at most so many single edits are written side by side; they
-    are halved where memory runs out.
+    prompt, before and after. `max_new_tokens` cuts every answer shorter than its kind is. `lanes`:
+    at most so many single edits are written side by side; they are halved where memory runs out.
 
     With UKE_ROWS=committed in the environment `run` and `before` take their rows from the committed
     file of the study, whatever code wrote them, and no model is loaded.
@@ -92,7 +92,7 @@ class Study:
     dataset: Dataset
     subject: Subject | str | tuple[nn.Module, PreTrainedTokenizerBase] = "embedded"
     similarity: bool = True
-    max_new_tokens: int = 160
+    max_new_tokens: int | None = None
     chat: bool | None = None
     lanes: int = 16
     units: list[str] = field(default_factory=list, init=False)
@@ -256,6 +256,7 @@ class Study:
             frame = self.answer_and_score(self.model, self.dataset.every_probe, known)
             labels = {"method": UNEDITED, "batch": 0, "phase": "before"}
             labels |= {"split": self.dataset.split, "answer_seconds": time.perf_counter() - started}
+            labels |= {"floor": compare.floors(frame)}
             rows.append(self.paths, UNEDITED, unit, frame.assign(**labels, **fingerprints))
         return rows.read(self.paths, UNEDITED, [unit])
 
@@ -268,8 +269,8 @@ class Study:
 
     def token_limit(self, probe: Probe) -> int:
         """Return the tokens an answer may have."""
-        short = self.dataset.world_seed is not None
-        return token_limit(probe, self.tokenizer, self.max_new_tokens, short)
+        limit = token_limit(probe, self.tokenizer)
+        return min(limit, self.max_new_tokens or limit)
 
     def recorded(self, frame: pd.DataFrame, record: EditRecord) -> pd.DataFrame:
         """Return the rows with the record of their edit, the loss curve in the first of them.
