@@ -21,8 +21,9 @@ def differing(one, other) -> set[str]:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder of params with a recipe, an adapter and two baselines."""
+def folder(tmp_path, monkeypatch):
+    """A project's folder, of params too, with a recipe, an adapter and two baselines."""
+    monkeypatch.setenv("UKE_HOME", str(tmp_path))
     (tmp_path / "methods").mkdir()
     for name in ("FT-M", "LoRA", "MEMIT", "AnyEdit (MEMIT)"):
         write(tmp_path, name)
@@ -92,7 +93,10 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
     tuned += [candidate(recipe, {}) for recipe in families]
     budgets = {len(one) for one in trials(PARAMS, "embedded", tuned).values()}
     rates = catalog.rates_by_level(PARAMS, "embedded", families)
-    assert budgets == {5} and all(sorted(own) == own for own in rates.values())
+    drawn = [known[name] for name in catalog.tunable(PARAMS, "smollm2")]
+    drawn += [candidate(recipe, {}) for recipe in families]
+    budgets |= {len(one) for one in trials(PARAMS, "smollm2", drawn, 12).values()}
+    assert budgets == {5, 12} and all(sorted(own) == own for own in rates.values())
     for recipe in families:
         own = catalog.catalog(PARAMS)[recipe.name].file.levels["embedded"]
         assert {factor: set(own[factor]) for factor in own} == {
@@ -123,7 +127,9 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
         ("tuned: {embedded: {FT-M: {steps: 3}}}", "field 'tuned.embedded.FT-M.*integer"),
         ("tuned: {embedded: {true: {steps: 3}}}", "field 'tuned.embedded.*found True"),
         ("tuned: {embedded: {1: fast}}", "field 'tuned.embedded.1': .*dictionary"),
-        ("trials: {embedded: {steps: 3}}", "field 'trials.embedded': .*list"),
+        ("trials: {embedded: {steps: 3}}", "field 'trials.embedded.ranges.steps': .*found 3"),
+        ("trials: {a: {steps: {low: 9, high: 3}}}", "ranges.steps': .*low < high, or a list"),
+        ("trials: {a: {steps: {low: 0, high: 3}}}", "ranges.steps.low': .*greater than 0"),
         ("level_rates: {embedded: [fast]}", "field 'level_rates.embedded.0': .*number"),
         ("levels: {a: {layers: {all: {average: high}}}}", "layers.all.average': .*number"),
         ("levels: {a: {layers: all}}", "field 'levels.a.layers': .*dictionary"),
@@ -168,9 +174,8 @@ def test_settings_that_do_not_fit_their_method_are_named_when_they_are_used(
 def test_differences_name_every_changed_choice_but_not_the_name():
     base = BASELINES["anyedit_memit"]
     assert catalog.differences(base.model_copy(update={"name": "Mine"}), base) == "as published"
-    changes = {"layers": (1, 0.25), "memit_lambda": 100.0, "keep_keys": False}
-    found = catalog.differences(base.model_copy(update=changes), base)
-    assert found == "layers 1 0.25, memit_lambda 100, keep_keys False"
+    other = base.model_copy(update={"layers": (1, 0.25), "memit_lambda": 100.0})
+    assert catalog.differences(other, base) == "layers 1 0.25, memit_lambda 100"
 
 
 # --- tuned settings -------------------------------------------------------------------------------
@@ -248,7 +253,10 @@ def test_two_notebooks_that_tune_one_model_at_once_lose_nothing(folder):
     assert len(list((folder / "methods").iterdir())) == 4  # no lock, no half file left
 
 
-def test_another_world_has_the_settings_of_the_embedded_model_and_writes_none(folder, tmp_path):
+def test_a_model_made_here_has_settings_by_its_name_another_world_the_embedded(folder, tmp_path):
+    (made := folder / "results" / "models" / "smollm2").mkdir(parents=True)
+    catalog.tune(folder, str(made), 1, {"FT-M": {"steps": 7}})
+    assert configured(folder, "smollm2")["FT-M"].steps == 7
     write(folder, "FT-M", "tuned: {embedded: {1: {steps: 3}}}")
     (tmp_path / "training.json").write_text("{}")
     assert configured(folder, str(tmp_path))["FT-M"].steps == 3
@@ -259,15 +267,18 @@ def test_another_world_has_the_settings_of_the_embedded_model_and_writes_none(fo
 # --- trials ---------------------------------------------------------------------------------------
 
 
-def test_a_trial_changes_its_fields_of_the_method_alone(folder):
-    write(folder, "FT-M", "trials: {embedded: [{learning_rate: 1e-3}, {steps: 50}]}")
-    write(folder, "AnyEdit (MEMIT)", "trials: {embedded: [{window: 20}, {window: 10, steps: 3}]}")
-    chosen = [find(name) for name in ("FT-M", "AnyEdit (MEMIT)")]
-    found = trials(folder, "embedded", chosen)
-    assert [[differing(one, method) for one in found[method.name]] for method in chosen] == [
-        [{"learning_rate"}, {"steps"}],
-        [{"window"}, {"window", "steps"}],
-    ]
+def test_settings_are_drawn_within_ranges_the_published_one_first_and_the_same_again(folder):
+    own = "learning_rate: {low: 1e-4, high: 1e-2}, steps: {low: 10, high: 40}, layers: [[0.4], all]"
+    write(folder, "FT-M", f"trials: {{smollm2: {{{own}}}}}")
+    first, *drawn = found = trials(folder, "smollm2", [find("FT-M")], 12)["FT-M"]
+    assert first == PUBLISHED["FT-M"] and len({one.fingerprint for one in found}) == 12
+    assert all(10 <= one.steps <= 40 and type(one.steps) is int for one in drawn)
+    assert all(float(f"{one.learning_rate:.1e}") == one.learning_rate for one in drawn)
+    assert all(1e-4 <= one.learning_rate <= 1e-2 for one in drawn)
+    assert trials(folder, "smollm2", [find("FT-M")], 5)["FT-M"] == found[:5]
+    write(folder, "LoRA", "trials: {smollm2: {steps: {low: 1, high: 3}}}")
+    with pytest.raises(InputError, match="lora.yaml: trials: the ranges give 4 .*expected 12"):
+        trials(folder, "smollm2", [find("LoRA")], 12)
 
 
 @pytest.mark.parametrize(

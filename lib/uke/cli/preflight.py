@@ -8,7 +8,7 @@ from uke.data import edits, formats
 from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.locality.card import settings
-from uke.methods.catalog import configured, find, trials
+from uke.methods.catalog import configured, find, trials, tunable
 from uke.methods.method import Method
 from uke.methods.recipes import RECIPES, levels
 from uke.models.model import load, source
@@ -20,7 +20,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
 
     A name on a hub is looked up only when it is loaded. Raises InputError for the first fault.
     """
-    for name in ("limit", "entities", "batch_sizes"):
+    for name in ("limit", "entities", "batch_sizes", "rounds"):
         value = parameters.get(name, 1)
         numbers = value if isinstance(value, list) else [value]
         if not numbers or min(numbers) < 1:
@@ -59,9 +59,11 @@ def _methods(home: Path, parameters: Mapping[str, Any], split: str) -> Iterator[
     folder, model = home / "params", parameters.get("model", "embedded")
     for size in parameters.get("batch_sizes", [1]):
         known = configured(folder, model, size)
-        methods = [find(name, known, "methods: ") for name in names or known]
+        searched = "batch_sizes" in parameters and split == "development"
+        chosen = names or (tunable(folder, model) if searched else known)
+        methods = [find(name, known, "methods: ") for name in chosen]
         if len({method.name for method in methods}) < len(names):
             raise InputError(f"methods: {', '.join(names)}; expected each method once")
-        if "batch_sizes" in parameters and split == "development":
-            trials(folder, model, methods)
+        if searched:
+            trials(folder, model, methods, parameters.get("settings", 0))
         yield from methods
