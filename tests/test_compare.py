@@ -195,8 +195,13 @@ def here(tmp_path, monkeypatch):
 
 
 def commit(paths, *trials):
-    """Commit trials, each a method, a level, a batch size and its score."""
-    frames = [rows(score, method=m, level=each, batch_size=n) for m, each, n, score in trials]
+    """Commit trials, each a method, a level, a batch size and its score; `lucky` has one edit."""
+    frames = [
+        rows(
+            score, edits=EDITS[: 1 if each == "lucky" else None], method=m, level=each, batch_size=n
+        )
+        for m, each, n, score in trials
+    ]
     frame = pd.concat(frames, ignore_index=True)
     frame = frame.assign(recipe=frame["method"] + frame["level"], reference=frame["edit"])
     paths.exported("tuning").parent.mkdir(parents=True)
@@ -208,7 +213,8 @@ def best(places, sizes, names, study="tuning"):
 
 
 def test_a_baseline_is_judged_by_its_best_trial(here):
-    commit(here, ("MEMIT", "slow", 1, 0.1), ("MEMIT", "fast", 1, 0.8), ("UnKE", "x", 1, 0.6))
+    trials = ("MEMIT", "slow", 1, 0.1), ("MEMIT", "fast", 1, 0.8), ("UnKE", "x", 1, 0.6)
+    commit(here, *trials, ("UnKE", "lucky", 1, 0.9))
     assert best([here], [1], ["UnKE", "MEMIT"]) == {1: "MEMIT"}
     assert best([here], [1], ["UnKE"]) == {1: "UnKE"}
     assert best([here], [1], ["AlphaEdit"]) == {}

@@ -39,18 +39,10 @@ def write(folder: Path, name: str, text: str = "") -> Path:
 # --- names ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("AnyEdit (MEMIT)", "anyedit_memit"),
-        ("AnyEdit++", "anyedit_pp"),
-        ("in-context", "in_context"),
-        ("muKE", "muke"),
-    ],
-)
-def test_a_method_is_found_by_its_name_and_by_its_key(name, expected):
-    assert key(name) == expected == key(expected)
-    assert find(name) is find(expected) is PUBLISHED[name]
+def test_a_method_is_found_by_its_name_and_by_its_key():
+    for name, expected in (("AnyEdit (MEMIT)", "anyedit_memit"), ("AnyEdit++", "anyedit_pp")):
+        assert key(name) == expected == key(expected)
+        assert find(name) is find(expected) is PUBLISHED[name]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +105,10 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
         ("base: MEMIT\nrank: 8", "field 'rank': .*expected one of"),
         ("base: FT-N", "field base: unknown method 'FT-N'; did you mean"),
         ("steps: '25'", "field 'steps': .*integer"),
-        ("steps: 0", "field 'steps': .*greater than or equal to 1"),
         ("learning_rate: fast", "field 'learning_rate': .*number"),
-        ("learning_rate: 0", "field 'learning_rate': .*greater than 0"),
         ("chat_template: 1", "field 'chat_template': .*boolean"),
         ("layers: most", "field 'layers.*first_half"),
-        ("layers: 1.5", "field 'layers"),
         ("base: MEMIT\nlayers: all", "field 'layers"),
-        ("components: []", "field 'components': "),
         ("loss: all", "field 'loss': .*last_prompt_token"),
         ("- steps", "expected a mapping"),
         ("steps: [", "not valid YAML"),
@@ -132,7 +120,6 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
         ("trials: {a: {steps: {low: 0, high: 3}}}", "ranges.steps.low': .*greater than 0"),
         ("level_rates: {embedded: [fast]}", "field 'level_rates.embedded.0': .*number"),
         ("levels: {a: {layers: {all: {average: high}}}}", "layers.all.average': .*number"),
-        ("levels: {a: {layers: all}}", "field 'levels.a.layers': .*dictionary"),
     ],
 )
 def test_a_bad_file_is_named_with_its_place(tmp_path, text, expected):
@@ -281,33 +268,13 @@ def test_settings_are_drawn_within_ranges_the_published_one_first_and_the_same_a
         trials(folder, "smollm2", [find("LoRA")], 12)
 
 
-@pytest.mark.parametrize(
-    ("own", "other", "expected"),
-    [
-        ("{steps: 3}, {steps: 4}", "{steps: 3}", "2 of FT-M, 1 of MEMIT"),
-        ("{steps: 3}, {steps: 3}", "{steps: 3}, {steps: 4}", "1 of FT-M, 2 of MEMIT"),
-        ("{steps: 25}, {}", "{steps: 3}, {steps: 4}", "1 of FT-M, 2 of MEMIT"),  # the default
-        ("{steps: 3}", "", "1 of FT-M, 0 of MEMIT"),
-    ],
-)
-def test_trials_that_give_no_equal_budget_are_refused(folder, own, other, expected):
-    write(folder, "FT-M", f"trials: {{embedded: [{own}]}}")
-    write(folder, "MEMIT", f"trials: {{embedded: [{other}], else: [{{steps: 3}}]}}")
-    expected = f"different trials for model 'embedded': {expected}; expected as many"
-    with pytest.raises(InputError, match=expected):
-        trials(folder, "embedded", [find("FT-M"), find("MEMIT")])
-
-
-def test_a_family_without_trials_for_its_candidate_is_refused_before_anything_runs(folder):
-    family = [RECIPES["FT-M"]]
-    write(folder, "FT-M", FAMILY)
-    with pytest.raises(InputError, match=r"unknown method 'FT-UKE \(FT-M\)'"):
-        catalog.rates_by_level(folder, "embedded", family)
-    write(folder, "FT-M", FAMILY + "candidate_trials: {embedded: [{steps: 3}]}")
-    assert catalog.rates_by_level(folder, "embedded", family) == {"FT-M": [1e-3, 2e-3]}
-    write(folder, "FT-M", "candidate_trials: {embedded: [{steps: 3}]}")
-    with pytest.raises(InputError, match="level_rates for model 'embedded': 0 of FT-M"):
-        catalog.rates_by_level(folder, "embedded", family)
+def test_trials_that_give_no_equal_budget_are_refused(folder):
+    write(folder, "FT-M", "trials: {embedded: [{steps: 25}, {}]}")  # the default: one setting
+    write(folder, "MEMIT", "trials: {embedded: [{steps: 3}, {steps: 4}]}")
+    for other, counts in (("MEMIT", "1 of FT-M, 2 of MEMIT"), ("LoRA", "1 of FT-M, 0 of LoRA")):
+        expected = f"different trials for model 'embedded': {counts}; expected as many"
+        with pytest.raises(InputError, match=expected):
+            trials(folder, "embedded", [find("FT-M"), find(other)])
 
 
 # --- levels ---------------------------------------------------------------------------------------
@@ -329,20 +296,6 @@ def test_a_level_has_its_own_rate_on_untuned_settings_else_the_tuned_method_is_v
     assert (lacking.learning_rate, lacking.steps) == (5e-3, 100)
     elsewhere = at_level(folder, "another/model", "FT-M", "layers", "all")
     assert differing(elsewhere, base) == {"layers"}
-
-
-@pytest.mark.parametrize(
-    ("cell", "expected"),
-    [
-        (("FT-N", "layers", "all"), "unknown method 'FT-N'; did you mean"),
-        (("MEMIT", "layers", "all"), "MEMIT: it has no levels"),
-        (("FT-M", "layer", "all"), "unknown factor 'layer'; did you mean"),
-        (("FT-M", "layers", "al"), "unknown level 'al'; did you mean"),
-    ],
-)
-def test_an_unknown_cell_is_answered_with_the_nearest(folder, cell, expected):
-    with pytest.raises(InputError, match=expected):
-        at_level(folder, "embedded", *cell)
 
 
 def test_the_best_single_block_is_that_of_development_rows_among_those_given(folder):

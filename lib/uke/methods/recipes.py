@@ -1,8 +1,8 @@
 """Name the published methods, the factors under study, and the rule that makes FT-UKE.
 
 The rule was fixed before it had any rows and sees development rows alone. For each family (FT-M,
-LoRA) it takes, of every factor, the level with the best mean of the average metric, each at its own
-tuned rate (`choose`). Together they are the family's `candidate`, which is tuned as any other
+LoRA) it takes, of every factor, the level with the best balance, each at its own tuned rate
+(`choose`). Together they are the family's `candidate`, which is tuned as any other
 method; FT-UKE is the one with the best trial. The paper's own setting was not available to us.
 """
 
@@ -34,6 +34,7 @@ from uke.methods.method import (
 )
 from uke.models.model import module_names, select
 from uke.project import number_key
+from uke.results.stats import overall
 
 
 class Recipe(Method):
@@ -244,11 +245,12 @@ def candidate(recipe: Recipe, chosen: Mapping[str, str]) -> Recipe:
 
 
 def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """Return, by method and factor, the level with the highest mean score on development edits.
+    """Return, by method and factor, the level with the best balance on development edits.
 
     Of equal ones the first listed is taken. `frame` has a row for each level and edit, at the
-    level's tuned rate: split, method, factor, level, edit, score. InputError for a row of another
-    split, and for a level (of these `names`, all if none) without one score for every edit.
+    level's tuned rate: split, method, factor, level, edit, score, kept (without it the mean score
+    counts). InputError for a row of another split, and for a level (of these `names`, all if none)
+    without one score for every edit.
     """
     others = frame.loc[frame["split"] != "development", "split"]
     if len(others) or frame.empty:
@@ -256,15 +258,17 @@ def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str
         raise InputError(f"recipe rule: expected rows of split 'development' alone, found {found}")
     cells = frame.dropna(subset="score").groupby(["method", "factor", "level"])
     counts = cells["edit"].agg(["nunique", "size"]).eq(frame["edit"].nunique())
-    means = cells["score"].mean().round(9)  # a rounding error breaks no tie
+    # Rounded, so that a rounding error breaks no tie.
+    scores = {cell: round(overall(own), 9) for cell, own in cells}
     chosen: dict[str, dict[str, str]] = {}
     for method in frame["method"].unique():
         for factor, studied in levels(RECIPES[method], names).items():
-            for level in studied:
-                cell = method, factor, level
-                if cell not in means or not counts.loc[cell].all():
+            found = {level: (method, factor, level) for level in studied}
+            for cell in found.values():
+                if cell not in scores or not counts.loc[cell].all():
                     where = f"recipe rule: {', '.join(cell)}"
                     raise InputError(f"{where}: expected one score for each edit")
-            scores = means[method, factor]
-            chosen.setdefault(method, {})[factor] = max(studied, key=scores.__getitem__)
+            best = max(scores[cell] for cell in found.values())
+            first = next(level for level, cell in found.items() if scores[cell] == best)
+            chosen.setdefault(method, {})[factor] = first
     return chosen

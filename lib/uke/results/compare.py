@@ -30,7 +30,7 @@ from uke.errors import InputError
 from uke.project import Paths
 from uke.results import rows, stats
 from uke.results.metrics import METRICS, PAIRWISE
-from uke.results.stats import Interval, Score, estimated, ordered, pairs, pooled
+from uke.results.stats import Interval, Score, estimated, ordered, overall, pairs, pooled
 
 BEFORE = "no edit"
 HEADLINE = ("balance", "efficacy", "locality", "average")
@@ -263,14 +263,17 @@ def best_baselines(
 
 
 def best_here(scores: pd.DataFrame, baselines: Sequence[str]) -> dict[int, str]:
-    """Return the baseline with the best balance on these edits (of its levels) at each size."""
+    """Return the baseline with the best balance on these edits at each size.
+
+    Of its levels those with most edits count: a search that halves gives the others fewer.
+    """
     own = scores[scores["method"].isin(baselines) & (scores["kind"] == "balance")]
     own, by = own.assign(level=own["level"].fillna("")), ["batch_size", "method", "level"]
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[str, tuple]] = {}
     for (size, name, _), each in own.groupby(by):
-        score = pooled(pairs(each), np.ones(len(each)))
-        found.setdefault(size, {})[name] = max(found.get(size, {}).get(name, -1), score)
-    return {size: max(scores, key=scores.get) for size, scores in found.items()}
+        score = len(each), overall(each)
+        found.setdefault(size, {})[name] = max(found.get(size, {}).get(name, score), score)
+    return {size: max(every, key=lambda one: every[one][1]) for size, every in found.items()}
 
 
 def leads(scores: pd.DataFrame, method: str, best: Mapping[int, str]) -> pd.DataFrame:

@@ -148,6 +148,11 @@ def pairs(frame: pd.DataFrame) -> np.ndarray:
     return frame[["score", "kept"] if both else "score"].to_numpy(float)
 
 
+def overall(frame: pd.DataFrame) -> float:
+    """Return the mean `score` of the edits of a frame, or their balance where they have `kept`."""
+    return float(pooled(pairs(frame), np.ones(len(frame))))
+
+
 def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the mean `score` (see `pooled`) with its 95 % interval for each group: `by`, mean,
     low, high, n.

@@ -1,38 +1,49 @@
-"""Choose settings on development edits: what the notebooks on tuning share."""
+"""Choose settings on development edits: what the notebooks on tuning share.
 
-from collections.abc import Mapping, Sequence
+The rules, fixed before any row: every method has as many settings, the published one first. All of
+them get the edits of the first round, at each batch size; the best third (two at least) those of
+the next, and the best two those of the last (successive halving, Jamieson and Talwalkar 2016). The
+balance decides (`uke.results.compare`). A chosen number within a tenth of an end of its range, in
+the logarithm, adds settings up to ten times beyond that end, once; they take the same rounds.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pandas as pd
 
+from uke.data.edits import in_group
 from uke.errors import InputError
 from uke.methods import recipes
-from uke.methods.catalog import changes, differences, key
+from uke.methods.catalog import Range, changed, changes, differences, key, own_name, whole
 from uke.methods.method import Method
 from uke.methods.recipes import Recipe
-from uke.results import rows
+from uke.results import compare, rows
 from uke.results.compare import label
-from uke.results.stats import Score, summarise
+from uke.results.stats import Score, overall, summarise
+from uke.study.committed import MissingRows
 from uke.study.comparison import attempt
 from uke.study.study import Study
+
+Cell = tuple[str, str]  # a method's name, and a setting of it as `differences` names it
 
 
 class Trials:
     """Try settings of methods at several batch sizes, as many for every method.
 
-        trials = Trials(study, {"FT-M": variants}, {"FT-M": published}, [1, 8], limit=6)
+        trials = Trials(study, {"FT-M": variants}, {"FT-M": published}, [1, 8], [4, 12, 24])
         trials.run(section)
-        trials.best()    # the trial with the best average metric of each method and batch size
+        trials.best()    # the setting with the best balance of each method and batch size
 
-    A trial is called by how it differs from the method in `base`. It gets `limit` edits, or one
-    batch where that is larger. Of three batch sizes or more the last tries only the `finalists`
-    best trials of the size before (successive halving, Jamieson and Talwalkar 2016). Minibatches
-    are not tried at batch size 1. Of equal trials the first listed is best.
+    A setting is called by how it differs from the method in `base`. `rounds`: the edits that it has
+    had by the end of each (see above); in batches at least one, and the last two at least two. Of
+    `ranges`, by method and field, the ends are passed once. Minibatches are not tried at batch size
+    1. Of equal settings the first listed is best.
     """
 
-    among = ["batch_size", "method"]  # the columns within which one trial is chosen
+    among = ["batch_size", "method"]  # the columns within which one setting is chosen
 
     def __init__(
         self,
@@ -40,78 +51,167 @@ class Trials:
         tried: Mapping[str, Sequence[Method]],
         base: Mapping[str, Method],
         sizes: Sequence[int] = (1,),
-        limit: int = 1,
-        finalists: int = 2,
+        rounds: Sequence[int] = (1,),
         factor: str = "trial",
+        ranges: Mapping[str, Mapping[str, Range]] | None = None,
     ):
-        if study.dataset.split != "development" or study.dataset.world_seed is None:
-            raise InputError(
-                f"{study.name}: settings are chosen on development edits of the world alone, "
-                f"found split '{study.dataset.split}' of '{study.paths.data}'"
-            )
-        self.study, self.base, self.sizes, self.limit = study, base, list(sizes), limit
-        self.finalists, self.factor = finalists, factor
+        _check(study, rounds)
+        self.study, self.base, self.sizes, self.rounds = study, base, list(sizes), list(rounds)
+        self.factor = factor
+        self.ranges = {(size, name): own for size in sizes for name, own in (ranges or {}).items()}
         self.settings = {
             (name, differences(trial, base[name])): trial
             for name, every in tried.items()
             for trial in every
         }
-        self.cells = pd.DataFrame(list(self.settings), columns=["method", "trial"])
+        self.listed = list(self.settings)
+        self.further: dict[int, list[Cell]] = {}  # by batch size, beyond the ends of ranges
+        self.cells = pd.DataFrame(self.listed, columns=["method", "trial"])
+        needed, found = self.edits_needed(sizes, rounds), len(study.dataset.edits)
+        if found < needed:
+            raise InputError(f"rounds: they take {needed} development edits, and {found} are there")
+
+    @staticmethod
+    def edits_needed(sizes: Sequence[int], rounds: Sequence[int]) -> int:
+        """Return how many edits such trials read."""
+        return max(_edits(size, rounds, len(rounds) - 1) for size in sizes)
 
     @property
     def decides(self) -> bool:
         """Whether the choice is written to `params/methods`: not from few edits or old rows."""
         return self.study.paths.profile not in ("smoke", "quick") and not rows.use_committed()
 
-    def edits(self, size: int) -> int:
-        """Return on how many edits a trial is made at a batch size."""
-        return max(self.limit // size, 1) * size
-
     def run(
-        self, section: Any, sizes: Sequence[int] | None = None, names: Sequence[str] = ()
+        self, section: Any, sizes: Sequence[int] | None = None, names: Collection[str] = ()
     ) -> None:
         """Make the trials without rows, at these sizes and of these methods if any are given.
 
         Warn in a section of those that fail, as by a loss that is not finite: they are out.
         """
         section.environment, section.smoke_run = self.study.environment, self.study.smoke_run()
+        names = names or self.base
         for size in self.sizes if sizes is None else sizes:
-            last = len(self.sizes) > 2 and size == self.sizes[-1]
-            entered = self._leading(self.sizes[-2]) if last else self.settings
-            for (name, level), trial in self.settings.items():
-                alone = size == 1 and getattr(trial, "batch_size", None)
-                if alone or (names and name not in names) or (name, level) not in entered:
-                    continue
-                labels = {"factor": self.factor, "level": level}
-                if fault := attempt(self.study.run, trial, size, self.edits(size), **labels):
+            faults = self._halve(size, names)
+            if self._extend(section, size, names):
+                faults |= self._halve(size, names)
+            lost = [cell for cell, fault in faults.items() if fault is None]
+            for (name, level), fault in faults.items():
+                if fault:
                     where = f"{name}, batch size {size}"
                     section.warn(f"{where}: the trial with {level} failed: {fault}")
-            vars(self).pop("scores", None)  # there are new rows
+            if lost:
+                section.warn(f"Batch size {size}: {len(lost)} trials have no committed rows.")
 
-    def _leading(self, size: int) -> set[tuple[str, str]]:
-        """Return method and name of the finalists of each method at a batch size."""
-        scores = self.scores
-        means = scores[scores["batch_size"] == size].groupby(["method", "trial"])["score"].mean()
-        return set(means.groupby("method", group_keys=False).nlargest(self.finalists).index)
+    def _halve(self, size: int, names: Collection[str]) -> dict[Cell, str | None]:
+        """Make the trials of every round; return why trials failed, None where rows are missing."""
+        entered = [
+            cell
+            for cell in [*self.listed, *self.further.get(size, ())]
+            if cell[0] in names
+            and not (size == 1 and getattr(self.settings[cell], "batch_size", None))
+        ]
+        faults: dict[Cell, str | None] = {}
+        for number in range(len(self.rounds)):
+            if number:
+                entered = self._leading(size, number, entered)
+            for cell in entered:
+                given = self.settings[cell], size, _edits(size, self.rounds, number)
+                try:
+                    fault = attempt(self.study.run, *given, factor=self.factor, level=cell[1])
+                except MissingRows:
+                    faults[cell] = None
+                else:
+                    faults |= {cell: fault} if fault else {}
+            vars(self).pop("scored", None)  # there are new rows
+        return faults
+
+    def _leading(self, size: int, number: int, entered: Sequence[Cell]) -> list[Cell]:
+        """Return, of those that entered the round before, the best of each method."""
+        edits, own = _edits(size, self.rounds, number - 1), self.scores
+        own = own[(own["batch_size"] == size) & (own["batch"] < edits // size)]
+        counts = pd.Series([name for name, _ in entered]).value_counts()
+        last = number == len(self.rounds) - 1
+        found: dict[str, dict[Cell, float]] = {}
+        for cell, each in own.groupby(["method", "trial"], sort=False):
+            if cell in entered and len(each) == edits:
+                found.setdefault(cell[0], {})[cell] = overall(each)
+        return [
+            cell
+            for name, scores in found.items()
+            for cell in sorted(scores, key=scores.get, reverse=True)[
+                : 2 if last else max(2, counts[name] // 3)
+            ]
+        ]
+
+    def _extend(self, section: Any, size: int, names: Collection[str]) -> bool:
+        """Add settings beyond the ends of ranges that the best ones lie at, and say them."""
+        found, best = self.further.setdefault(size, []), self.best()
+        extended = {name for name, _ in found}  # once
+        for row in best[best["batch_size"] == size].itertuples():
+            name, where = row.method, f"{row.method}, batch size {size}"
+            if name not in names or name in extended:
+                continue
+            chosen, own = self.settings[name, row.trial], self.ranges.get((size, name), {})
+            for field, one in own.items():
+                value = getattr(chosen, field)
+                if not one.extend or not (side := one.edge(value)):
+                    continue
+                values, wider = one.beyond(side, whole(chosen, field))
+                self.ranges[size, name] = self.ranges[size, name] | {field: wider}
+                further = [changed(chosen, {field: each}, where) for each in values]
+                cells = {(name, differences(each, self.base[name])): each for each in further}
+                self.settings |= cells
+                found += cells
+                listed = ", ".join(f"{each:g}" for each in values)
+                end = f"the best {field}, {value:g}, lies at an end of its range"
+                section.observe(f"{where}: {end}, so {listed} were tried too.")
+        cells = pd.DataFrame(list(self.settings), columns=["method", "trial"])
+        self.cells = cells if found else self.cells
+        return bool(found)
 
     @cached_property
+    def scored(self) -> pd.DataFrame:
+        """The scores of every trial, and of no edit, by kind of probe and edit."""
+        after = self.study.read()
+        after = after[after["factor"] == self.factor]
+        return compare.scored(after, self.study.before, same_edits=False)
+
+    @property
     def scores(self) -> pd.DataFrame:
-        """The average metric of every trial and edit."""
-        found = rows.average(rows.primary(self.study.read()))
-        found = found[found["factor"] == self.factor].rename(columns={"level": "trial"})
-        columns = ["split", "batch_size", "method", "trial", "learning_rate", "edit", "score"]
-        found = found[columns]
-        return self.cells.merge(found, on=["method", "trial"]).astype({"batch_size": int})
+        """The efficacy (`score`), locality (`kept`) and average of every trial and edit."""
+        place = ["batch_size", "batch", "edit", "method", "trial"]
+        found = self.scored[self.scored["method"] != compare.BEFORE]
+        kinds = dict(list(found.rename(columns={"level": "trial"}).groupby("kind")))
+        average = kinds["average"].set_index(place)["score"].rename("average")
+        both = kinds["balance"].join(average, on=place)[[*place, "score", "kept", "average"]]
+        both["split"] = self.study.dataset.split
+        both["learning_rate"] = [
+            self.settings[cell].learning_rate
+            for cell in zip(both["method"], both["trial"], strict=True)
+        ]
+        return self.cells.merge(both, on=["method", "trial"]).astype({"batch_size": int})
+
+    @property
+    def untouched(self) -> dict[str, float]:
+        """The balance and the average without any edit."""
+        found = self.scored[self.scored["method"] == compare.BEFORE].drop_duplicates(
+            ["edit", "kind"]
+        )
+        return {kind: overall(own) for kind, own in found.groupby("kind")}
 
     def means(self) -> pd.DataFrame:
-        """Return the mean of every trial, in order: `cells`, batch_size, learning_rate, score,
-        edits, `chosen` (the best) and `before` (the score without any edit)."""
+        """Return every trial, in order: `cells`, batch_size, learning_rate, `score` (its balance),
+        average, edits, `chosen` (the best of those with most edits) and `before` (the balance
+        without any edit)."""
         by = [*self.cells, "batch_size", "learning_rate"]
-        groups = self.scores.groupby(by, sort=False, dropna=False, as_index=False)
-        found = groups.agg(score=("score", "mean"), edits=("edit", "nunique"))
-        best = found.groupby(self.among)["score"].idxmax()
-        before = rows.average(rows.primary(self.study.before, phase="before"))["score"].mean()
-        return found.assign(chosen=found.index.isin(best), before=before)
+        found = [
+            [*cell, overall(each), each["average"].mean(), each["edit"].nunique()]
+            for cell, each in self.scores.groupby(by, sort=False, dropna=False)
+        ]
+        table = pd.DataFrame(found, columns=[*by, "score", "average", "edits"])
+        most = table["edits"] == table.groupby(self.among)["edits"].transform("max")
+        best = table[most].groupby(self.among)["score"].idxmax()
+        return table.assign(chosen=table.index.isin(best), before=self.untouched["balance"])
 
     def best(self) -> pd.DataFrame:
         """Return the best trials."""
@@ -127,24 +227,82 @@ class Trials:
         }
 
     def check(self, section: Any) -> None:
-        """Check that all trials were made on all their edits, and warn of rates at an edge."""
+        """Check that all chosen trials have all their edits, and warn of numbers at an edge."""
         means = self.means()
-        complete = means["edits"].eq(means["batch_size"].map(self.edits)).all()
-        section.check(complete, "every trial was made on all of its development edits")
+        best, last = means[means["chosen"]], len(self.rounds) - 1
+        wanted = [_edits(size, self.rounds, last) for size in best["batch_size"]]
+        section.check(
+            best["edits"].eq(wanted).all(), "every chosen trial was made on all development edits"
+        )
         edges, rates = [], means.groupby("method")["learning_rate"].unique()
-        for row in means[means["chosen"]].to_dict("records"):
-            tried, rate = rates[row["method"]], row["learning_rate"]
-            if len(tried) > 2 and rate in (min(tried), max(tried)):
-                edges.append(f"{', '.join(str(row[name]) for name in self.among)} ({rate:g})")
+        for row in best.to_dict("records"):
+            tried, trial = rates[row["method"]], self.settings[row["method"], row["trial"]]
+            own = self.ranges.get((row.get("batch_size"), row["method"]))
+            at = [field for field, one in (own or {}).items() if one.edge(getattr(trial, field))]
+            if own is None and len(tried) > 2 and row["learning_rate"] in (min(tried), max(tried)):
+                at = ["learning_rate"]
+            where = ", ".join(str(row[name]) for name in self.among)
+            edges += [f"{where} ({field} {getattr(trial, field):g})" for field in at]
         if edges:
             beyond = "at the edge of those tried, so a better one may lie beyond"
-            section.warn(f"The best learning rate is {beyond}: {'; '.join(edges)}.")
+            section.warn(f"The best setting is {beyond}: {'; '.join(edges)}.")
+
+    def budget(self) -> pd.DataFrame:
+        """Return what the search for each method took: distinct settings, development edits, and
+        trainings (of a setting on an edit). `tuning_levels` is the search for FT-UKE.
+
+        Read from the rows of this study, and the committed ones of that.
+        """
+        levels, name, found = self.study.paths, "tuning_levels", [self.study.read()]
+        if self.study.name != name and levels.exported(name).is_file():
+            found.append(rows.committed(levels, name).assign(method="FT-UKE"))
+        made = pd.concat(found)[["method", "recipe", "batch_size", "edit"]].drop_duplicates()
+        groups = made.groupby("method", sort=False)
+        counts = groups.agg(settings=("recipe", "nunique"), edits=("edit", "nunique"))
+        return counts.assign(trainings=groups.size()).reset_index()
+
+    def say_budget(self, section: Any) -> pd.DataFrame:
+        """Say the budget of each method (`budget.<key>.settings` and so on), warn where they
+        differ, and return it."""
+        table = self.budget()
+        for row in table.to_dict("records"):
+            for name in ("settings", "edits", "trainings"):
+                section.say(f"budget.{key(row['method'])}.{name}", row[name])
+        if table["settings"].nunique() > 1:
+            pairs = zip(table["settings"], table["method"], strict=True)
+            listed = ", ".join(f"{count} of {name}" for count, name in pairs)
+            section.warn(f"Budgets are unequal: settings {listed}.")
+        return table
 
     def say(self, section: Any, names: Mapping[str, str] | None = None) -> None:
-        """Say the best average of each method (`tuning.<batch size>.<key>.average`)."""
+        """Say the best balance of each method (`tuning.<batch size>.<key>.balance`), and the
+        average of the same trial."""
         for row in self.best().itertuples():
-            name = (names or {}).get(row.method, key(row.method))
-            section.say(f"tuning.{row.batch_size}.{name}.average", row.score, n=row.edits)
+            name = f"tuning.{row.batch_size}.{(names or {}).get(row.method, key(row.method))}"
+            section.say(f"{name}.balance", row.score, n=row.edits)
+            section.say(f"{name}.average", row.average, n=row.edits)
+
+
+def _edits(size: int, rounds: Sequence[int], number: int) -> int:
+    """Return how many edits a trial has had by the end of a round."""
+    least = 2 if size > 1 and 0 < number == len(rounds) - 1 else 1
+    return max(rounds[number] // size, least) * size
+
+
+def _check(study: Study, rounds: Sequence[int]) -> None:
+    """Refuse rounds that do not grow, and edits on which nothing may be chosen."""
+    dataset, data = study.dataset, study.paths.data
+    if not rounds or min(rounds) < 1 or any(one >= two for one, two in pairwise(rounds)):
+        given = ", ".join(map(str, rounds)) or "none"
+        raise InputError(f"rounds: {given}; expected growing numbers of edits, at least one")
+    foreign = dataset.world_seed is None and own_name(study.subject.name) == "embedded"
+    if dataset.split != "development" or foreign:
+        of = "the world's development edits" if foreign else "development edits"
+        found = f"found split '{dataset.split}' of '{data}'"
+        raise InputError(f"{study.name}: settings are chosen on {of} alone, {found}")
+    if not {probe.kind for probe in dataset.every_probe} & {*in_group("locality")}:
+        expected = "the balance needs a locality set, which `make locality` builds"
+        raise InputError(f"{study.name}: no locality probes of '{data}'; {expected}")
 
 
 class LevelTrials(Trials):
@@ -177,7 +335,7 @@ class LevelTrials(Trials):
                 varied = recipes.vary(recipe, {factor: level})
                 tried[name].append(varied.model_copy(update={"learning_rate": rate}))
                 cells.append((name, factor, level, differences(tried[name][-1], recipe)))
-        super().__init__(study, tried, families, limit=limit)
+        super().__init__(study, tried, families, rounds=[limit])
         self.cells = pd.DataFrame(cells, columns=[*self.among, "trial"])
         self.names = names
 
@@ -195,16 +353,17 @@ class LevelTrials(Trials):
         rule, cells = self.rule(), found[self.among].itertuples(index=False)
         ends = found[["mean", "low", "high"]].itertuples(index=False)
         return found[[*self.among, "learning_rate"]].assign(
-            average=[Score(*each) for each in ends],
+            balance=[Score(*each) for each in ends],
             chosen=[rule[name][factor] == level for name, factor, level in cells],
             level=found["level"].map(label),
         )
 
     def to_keep(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """Return best rates and averages by method, factor and level, for `catalog.write`."""
+        """Return best rates and scores by method, factor and level, for `catalog.write`."""
         found: dict[str, dict[str, dict]] = {}
         for row in self.best().itertuples():
-            own = {"learning_rate": row.learning_rate, "average": round(row.score, 4)}
+            own = {"learning_rate": row.learning_rate}
+            own |= {"balance": round(row.score, 4), "average": round(row.average, 4)}
             found.setdefault(row.method, {}).setdefault(row.factor, {})[row.level] = own
         return found
 
@@ -214,7 +373,7 @@ class LevelTrials(Trials):
         return {name: recipes.candidate(one, rule[name]) for name, one in self.base.items()}
 
     def say(self, section: Any) -> None:
-        """Say every level's average (`tuning.level.<method>.<factor>.<level>`)."""
+        """Say every level's balance (`tuning.level.<method>.<factor>.<level>`)."""
         for row in summarise(self.tuned(), self.among).itertuples():
             name = f"tuning.level.{key(row.method)}.{row.factor}.{row.level}"
             section.say(name, row.mean, row.low, row.high, n=row.n)
