@@ -109,7 +109,8 @@ def test_an_edit_stays_until_undo_and_a_free_question_is_asked_of_both_models(be
     written = {key: value.clone() for key, value in bench.edited.state_dict().items()}
     without, with_it = bench.ask(QUESTION)
     row = trial.rows[trial.rows["kind"] == "original"].iloc[0]
-    assert without == alone[0] == row["before"] and with_it == row["after"]
+    assert without == alone[0] and without.startswith(row["before"])  # a kind may be cut shorter
+    assert with_it.startswith(row["after"])
     assert all(torch.equal(written[key], value) for key, value in bench.edited.state_dict().items())
     bench.undo()
     assert bench.edited is None
