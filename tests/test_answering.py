@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import FAMILIES
-from peft import LoraConfig, get_peft_model
 from uke.data.edits import Probe
 from uke.errors import InputError
+from uke.models import divergence
 from uke.models import generate as answering
 from uke.models.generate import AnswerCache, answer, target_log_probability
 from uke.models.prompts import encode, end_of_turn_id, example
@@ -73,14 +73,6 @@ def test_batch_size_order_and_padding_side_change_no_answer(tiny, tokenizer, pro
         assert answer(model, tokenizer, probes, max_new_tokens=NEW) == expected
 
 
-def test_a_repeated_prompt_is_decoded_once_and_answered_everywhere(
-    tiny, tokenizer, probes, decoded
-):
-    doubled = answer(tiny(), tokenizer, [*probes, *probes], max_new_tokens=8)
-    assert sum(decoded) == len(probes)
-    assert doubled[: len(probes)] == doubled[len(probes) :]
-
-
 def test_a_limit_per_probe_cuts_that_answer_only(tiny, tokenizer):
     model, limits = tiny(), {"e0": 3, "e1": 9, "e2": 0}
     twice = probes_of([QUESTIONS[1], QUESTIONS[1], QUESTIONS[2]])
@@ -124,20 +116,6 @@ def test_the_context_ends_an_answer_and_a_prompt_that_fills_it_is_refused_by_nam
         target_log_probability(model, tokenizer, probes_of(["Who is Ada? " * 20]))
 
 
-def test_an_adapter_answers_as_the_merged_model_does(tiny, tokenizer, probes):
-    model = tiny("qwen3")
-    before = answer(model, tokenizer, probes, max_new_tokens=NEW)
-    wrapped = get_peft_model(
-        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
-    wrapped.eval()
-    answers = answer(wrapped, tokenizer, probes, max_new_tokens=NEW)
-    scores = target_log_probability(wrapped, tokenizer, probes)
-    merged = wrapped.merge_and_unload()
-    assert answers == answer(merged, tokenizer, probes, max_new_tokens=NEW) != before
-    assert scores == pytest.approx(target_log_probability(merged, tokenizer, probes), abs=1e-3)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
     model = tiny(family)
@@ -156,6 +134,29 @@ def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
     for size in (1, 16384):
         found = target_log_probability(model, tokenizer, probes, batch_tokens=size)
         assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("likeliest", [4, 1000])
+def test_divergence_is_at_most_the_full_one_and_zero_without_an_edit(
+    likeliest, tiny, tokenizer, probes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(divergence, "LIKELIEST", likeliest)
+    model, options = tiny().double(), {"max_new_tokens": NEW, "cache": AnswerCache(tmp_path)}
+    before, logs = divergence.expected(model, tokenizer, probes, **options), []
+    assert max(divergence.divergences(model, tokenizer, probes, before)) < 1e-9
+    for factor in (1, 1.3):  # the edit
+        model.lm_head.weight.data.mul_(factor)
+        for probe, one in zip(probes, before, strict=True):
+            text = encode(tokenizer, probe.question, probe.chat)
+            own = model(torch.tensor([text + one.answer.tolist()])).logits[0].detach()  # (T, V)
+            logs.append(own[len(text) - 1 : -1].log_softmax(-1))
+    pairs = zip(logs[: len(probes)], logs[len(probes) :], strict=True)
+    full = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs]
+    kept = divergence.expected(model, tokenizer, probes, **options)  # of the files, not the edit
+    assert all(one.logs.equal(other.logs) for one, other in zip(kept, before, strict=True))
+    found = divergence.divergences(model, tokenizer, probes, kept)
+    assert found == pytest.approx(full, rel=1e-6 if likeliest > len(tokenizer) else 1)
+    assert all(0 < one < whole * (1 + 1e-6) for one, whole in zip(found, full, strict=True))
 
 
 # --- answers kept on disk ------------------------------------------------------------------------

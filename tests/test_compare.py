@@ -108,6 +108,18 @@ def test_doing_nothing_has_over_half_of_the_average_and_a_balance_of_nothing():
     assert means.loc["FT-M, all", "balance"] == pytest.approx(balance(efficacy, 0.5))
 
 
+def test_side_effects_tell_rewording_from_lost_facts_and_are_left_out_without_measures():
+    after = rows(0.5, ["rel_doc", "near_triple", "detail"], EDITS[:2])
+    blank = after.assign(divergence=np.nan, leakage=np.nan, fact_kept=np.nan)
+    assert compare.side_effects(blank).empty
+    kinds = after["kind"].map({"rel_doc": 0.1, "near_triple": 0.3, "detail": np.nan})
+    kept = after["edit"].map({"a": 1, "b": 0}).where(after["kind"] == "near_triple")
+    measured = after.assign(divergence=kinds, leakage=kinds.fillna(0.7), fact_kept=kept)
+    found = compare.side_effects(measured.assign(exact_before=0.0)).iloc[0]
+    means = {"divergence": 0.2, "leakage": 0.2, "foreign": 0.7, "facts_kept": 0.5, "reworded": 1}
+    assert {name: found[name].mean for name in means} == pytest.approx(means)
+
+
 def test_the_floor_is_what_another_edit_scores_and_no_edit_stands_at_every_size():
     before = rows(0.2, phase="before")
     floor = compare.floor(before)

@@ -11,7 +11,7 @@ from uke.methods import finetune
 from uke.methods.edited import LANE_MIB, LOGITS, edited, edited_each, lane_mib
 from uke.methods.locate_edit import solvers
 from uke.methods.recipes import BASELINES, RECIPES, Recipe
-from uke.models import prompts
+from uke.models import divergence, prompts
 from uke.models.generate import answer, target_log_probability
 from uke.models.model import select
 
@@ -110,12 +110,14 @@ ALIKE = ("MEMIT", "AlphaEdit", "UnKE")  # differ from others in no step here
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ALIKE])
 def test_an_edit_among_others_is_what_it_is_alone(measured, tokenizer, name):
     family, method = EVERY[name]
-    model, changed, records, expected = measured(family), {}, {}, {}
+    model, changed, records, expected, apart = measured(family), {}, {}, {}, []
     before, plain = state(model), answers(model, tokenizer, probes(EDITS))[0]
+    along = {one.id: divergence.expected(model, tokenizer, probes([one])) for one in EDITS}
     for edit in EDITS:
         with edited(model, tokenizer, [edit], method) as m:
             changed[edit.id], records[edit.id] = updates(m, before), m.edit_record
             expected[edit.id] = answers(m, tokenizer, probes([edit]))
+            apart += divergence.divergences(m, tokenizer, probes([edit]), along[edit.id])
     snapshot = Snapshot(model)
     with edited_each(model, tokenizer, EDITS, method) as m:
         assert m is model and list(m.edit_records) == [edit.id for edit in EDITS]
@@ -124,6 +126,8 @@ def test_an_edit_among_others_is_what_it_is_alone(measured, tokenizer, name):
         assert texts == [text for edit in EDITS for text in expected[edit.id][0]]
         values = [value for edit in EDITS for value in expected[edit.id][1]]
         assert likely == pytest.approx(values, rel=1e-2)
+        found = divergence.divergences(m, tokenizer, probes(EDITS), sum(along.values(), []))
+        assert found == pytest.approx(apart, rel=2e-2, abs=1e-4) and max(found) > 1e-3
         for lane, edit in enumerate(EDITS):
             if method.moves_weights:
                 assert far(of_lane(m.lanes, lane, before), changed[edit.id]) < 1e-2

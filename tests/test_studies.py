@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 from small import ANSWERS, toys
-from uke.data.edits import KINDS
+from uke.data.edits import KINDS, Edit
 from uke.errors import InputError
 from uke.methods import catalog, finetune
 from uke.methods.locate_edit import covariance
@@ -22,6 +22,7 @@ from uke.results.compare import floor
 from uke.study import dataset as datasets
 from uke.study import study as studies
 from uke.study.comparison import attempt
+from uke.study.score import COMPARED, FACTS, leakages
 from uke.study.study import Study
 
 FT_M = catalog.find("FT-M").model_copy(update={"learning_rate": 2e-3, "steps": 12})
@@ -79,6 +80,10 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
         assert set(frame.set_index(["edit", "kind", "number"]).index) == wanted
         assert len(frame) == len(wanted)
     assert after["before"].notna().all() and set(after["split"]) == {"test"}
+    right = before["kind"].isin(FACTS) & (before["mention"] == 1)
+    wanted = {"divergence": COMPARED, "leakage": COMPARED, "fact_kept": before["kind"][right]}
+    for name, kinds in wanted.items():
+        assert set(after["kind"][after[name].notna()]) == set(kinds) != set(), name
     means = [
         rows.primary(frame, phase).query("kind == 'original'")["score"].mean()
         for frame, phase in ((before, "before"), (after, "after"))
@@ -161,6 +166,7 @@ def test_batches_are_written_together_and_a_rest_is_left_out(toy):
     study.run(QUICK, batch_size=4, limit=3)
     study.run(QUICK, limit=2)
     assert written == [["Ada", "Grace"], ["Alan", "Mary"], ["Ada", "Grace"]]
+    assert study.read().query("batch_size == 2")["leakage"].notna().all()
     units = study.read().groupby(["batch_size", "batch"])["edit"].agg(set).to_dict()
     pairs = {(2, 0): {"Ada", "Grace"}, (2, 1): {"Alan", "Mary"}}
     assert units == {(1, 0): {"Ada"}, (1, 1): {"Grace"}} | pairs
@@ -187,12 +193,22 @@ def test_rows_written_side_by_side_are_those_written_one_by_one(toy):
         frames.append(study.read())
         shutil.rmtree(study.paths.rows("toy"))
     alone, together = frames
-    rounded = ["change_norm", "log_probability"]
+    rounded = ["change_norm", "log_probability", "divergence"]
     lost = [*MEASURED, *rounded, "curve", "steps"]
     pd.testing.assert_frame_equal(together.drop(columns=lost), alone.drop(columns=lost))
     pd.testing.assert_frame_equal(together[rounded], alone[rounded], rtol=1e-2)
     for one, other in zip(curves(together), curves(alone), strict=True):
         assert one["norms"] == pytest.approx(other["norms"], rel=1e-2)
+
+
+def test_what_leaks_is_another_text_than_what_is_asked_for():
+    one, other = "Bo sold old maps.", "Cy sold new hats."
+    edits = [Edit(id=text[0], question="Who?", answer=text) for text in (one, other)]
+    columns = {"kind": ["rel_doc", "original", "detail"], "before": ["", other, ""]}
+    frame = pd.DataFrame(columns | {"edit": "B", "question": "", "answer": f"{one} {other}"})
+    # Of six runs two are of the edit's text and two of the other's, which one answer had before.
+    assert leakages(frame, {"B": edits}) == pytest.approx([4 / 6, 0, 2 / 6])
+    assert leakages(frame, {"B": edits[:1]})[0] == 2 / 6
 
 
 def test_a_raw_prompt_is_used_for_every_probe_before_and_after(toy):

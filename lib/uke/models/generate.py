@@ -6,7 +6,7 @@ Prompts are sorted by length and padded left; rows that have ended are dropped f
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +116,19 @@ def answer(
     at the token that ends a turn or the text, at its limit of tokens, or at the end of the context.
     Raises InputError for a prompt that fills the context.
     """
-    chosen = Generation(**options)
+    return [
+        tokenizer.decode(ids, skip_special_tokens=True).strip()
+        for ids in answer_ids(model, tokenizer, probes, Generation(**options))
+    ]
+
+
+def answer_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    chosen: Generation,
+) -> list[list[int]]:
+    """Return the token ids of what `answer` returns, without the token that ends an answer."""
     has_lanes, context = hasattr(model, "lanes"), max_context(model)
     given = chosen.max_new_tokens
     wanted = [given(probe) if callable(given) else given for probe in probes]
@@ -138,10 +150,7 @@ def answer(
         new = {query.prompt: (answers[query], limit) for query, limit in missing.items()}
         chosen.cache.add(new)
     # A prompt may occur with two limits: greedy answers are prefixes of each other.
-    return [
-        tokenizer.decode(answers[query][:most], skip_special_tokens=True).strip()
-        for query, most in zip(queries, wanted, strict=True)
-    ]
+    return [answers[query][:most] for query, most in zip(queries, wanted, strict=True)]
 
 
 def select_lanes(model: nn.Module, edits: Sequence[str | None]) -> None:
@@ -217,17 +226,17 @@ def _decode(
 
 
 @torch.no_grad()
-def surprisals(
+def teacher_forced(
     model: nn.Module,
     examples: Sequence[Example],
     edits: Sequence[str | None],
     tokens: float = math.inf,
-) -> list[Tensor]:
-    """Return -log p (nats) of each example's target tokens, teacher-forced, shape (its tokens,).
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each example's place and the logits that predict its T target tokens (T, V), float32.
 
-    `edits` names each example's lane, in a model with lanes; `tokens` limits one forward pass.
+    The longest comes first. `edits` names each example's lane, in a model with lanes; `tokens`
+    limits one forward pass.
     """
-    surprisal_of: dict[int, Tensor] = {}
     for rows in group_by_length([len(one.ids) for one in examples], tokens):
         select_lanes(model, [edits[row] for row in rows])
         ids = padded([examples[row].ids for row in rows]).to(model.device)  # (B, T)
@@ -236,12 +245,23 @@ def surprisals(
         logits = model(
             input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - first
         ).logits  # (B, S, V), each predicting the label at its place
-        labels = ids[:, first:]  # (B, S)
-        # Flattened, since along another axis than the last the softmax is three times slower.
-        surprisal = F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), reduction="none")
-        for row, values in zip(rows, surprisal.view_as(labels), strict=True):
+        for row, values in zip(rows, logits, strict=True):
             start, stop = examples[row].prompt_length, len(examples[row].ids)
-            surprisal_of[row] = values[start - first : stop - first]
+            yield row, wide(values[start - first : stop - first])
+
+
+def surprisals(
+    model: nn.Module,
+    examples: Sequence[Example],
+    edits: Sequence[str | None],
+    tokens: float = math.inf,
+) -> list[Tensor]:
+    """Return -log p (nats) of each example's target tokens, shape (its tokens,)."""
+    surprisal_of: dict[int, Tensor] = {}
+    for row, logits in teacher_forced(model, examples, edits, tokens):
+        one = examples[row]
+        target = torch.tensor(one.ids[one.prompt_length :], device=logits.device)
+        surprisal_of[row] = F.cross_entropy(logits, target, reduction="none")
     return [surprisal_of[row] for row in range(len(examples))]
 
 

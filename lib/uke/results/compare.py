@@ -369,6 +369,32 @@ def published(after: pd.DataFrame, kinds: Sequence[str] = SIDES["efficacy"]) -> 
     return edits.groupby(by, sort=False).mean().reset_index()
 
 
+def side_effects(after: pd.DataFrame) -> pd.DataFrame:
+    """Return by method what else changed, with intervals; no row where the rows do not say it.
+
+    Means over edits of their probes: `divergence` (nats per token, from the unedited model) and
+    `leakage` (share of an answer) of what must not change; the share of facts kept (`fact_kept`)
+    and of those `reworded`, in other words than before; in batches `foreign`, the leakage of other
+    edits' texts into answers about an edit.
+    """
+    about = after["kind"].isin(SIDES["efficacy"])
+    changes = {
+        "divergence": after["divergence"],
+        "leakage": after["leakage"].mask(about | (after["kind"] == "multi_hop")),
+        "foreign": after["leakage"].where(about),
+        "facts_kept": after["fact_kept"],
+        "reworded": after["exact_before"].rsub(1).where(after["fact_kept"] == 1),
+    }
+    by = ["method", "batch", "edit"]
+    long = after[by].assign(**changes).melt(by, list(changes), "change", "score")
+    found = stats.summarise(long.dropna(subset="score"), ["method", "change"])
+    found = found.assign(cell=_intervals(found, "mean", "low", "high"))
+    table = found.pivot(index="method", columns="change", values="cell")
+    names = [name for name in changes if name in table]
+    order = [name for name in after["method"].unique() if name in table.index]
+    return table.loc[order, names].rename_axis(columns=None).reset_index()
+
+
 def curves(after: pd.DataFrame) -> pd.DataFrame:
     """Return the loss curves: method, level, edit, step (from 0), loss (nats per token)."""
     steps = [

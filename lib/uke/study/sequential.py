@@ -74,7 +74,8 @@ def _checkpoints(
     study: Study, method: Method, counts: Sequence[int], queried: int, together: bool
 ) -> Iterator[pd.DataFrame]:
     """Write the edits up to each count, then score probes of the first and the last of them."""
-    edits, before, name = study.dataset.edits, study.before, f"{study.name}: {method.name}"
+    edits, name = study.dataset.edits, f"{study.name}: {method.name}"
+    unedited = study.before, study.expected
     with (
         tqdm(desc=name, total=counts[-1], mininterval=5) as bar,
         sequence(study.model, study.tokenizer, method) as writer,
@@ -92,7 +93,8 @@ def _checkpoints(
             trainings = [writer.write(group) for group in groups]
             cost = {"train_seconds": time.perf_counter() - started, "peak_mib": peak.mib()}
             labels = {"batch": count, "batch_size": count, "level": f"after {count}"}
-            frame = study.scored(writer.model, probes, before).assign(**labels, **cost)
+            written = dict.fromkeys([edit.id for edit in edits[:count]], edits[:count])
+            frame = study.scored(writer.model, probes, unedited, written).assign(**labels, **cost)
             steps = sum(training.steps for training in trainings)
             record = EditRecord(trainings[-1].losses, steps, writer.norms())
             yield study.recorded(frame, record)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from uke.errors import Diverged, InputError
 from uke.methods.edited import edited, edited_each, lane_mib
 from uke.methods.locate_edit import covariance
 from uke.methods.method import EditRecord, Method
+from uke.models.divergence import Expected, divergences, expected
 from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
 from uke.project import EMBEDDED, Paths, code_fingerprint, unit_key
@@ -34,7 +35,7 @@ from uke.results.metrics import Encoder, load_encoder
 from uke.study.committed import Committed
 from uke.study.dataset import Dataset
 from uke.study.memory import Peak, free_mib
-from uke.study.score import answer_and_score, token_limit, with_before
+from uke.study.score import COMPARED, answer_and_score, leakages, token_limit, with_before
 from uke.world.files import CARD, card
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,8 @@ class Study:
         """
         edits = [edit for unit in group for edit in unit.edits]
         alone, share = len(group[0].edits) == 1, 1 / len(group)
-        before, write = self.before, edited_each if alone else edited  # answered without any edit
+        unedited = self.before, self.expected  # answered without any edit
+        write = edited_each if alone else edited
         peak, started = Peak(self.model.device), time.perf_counter()
         with write(self.model, self.tokenizer, edits, method) as m:
             cost = {"train_seconds": (time.perf_counter() - started) * share}
@@ -226,7 +228,8 @@ class Study:
             records = m.edit_records if alone else dict.fromkeys(ids, m.edit_record)
             failed = m.failed if alone else {}
             probes = [probe for id in ids if id in records for probe in self.dataset.probes[id]]
-            frame = self.scored(m, probes, before, share).assign(**cost)
+            written = {edit.id: [edit] if alone else edits for edit in edits}
+            frame = self.scored(m, probes, unedited, written, share).assign(**cost)
         for unit in group:
             own = frame[frame["edit"].isin([edit.id for edit in unit.edits])]
             if len(own):
@@ -235,12 +238,41 @@ class Study:
         return failed
 
     def scored(
-        self, m: nn.Module, probes: Sequence[Probe], before: pd.DataFrame, share: float = 1
+        self,
+        m: nn.Module,
+        probes: Sequence[Probe],
+        unedited: tuple[pd.DataFrame, Mapping[Probe, Expected]],
+        written: Mapping[str, Sequence[Edit]],
+        share: float = 1,
     ) -> pd.DataFrame:
-        """Return the rows of an edited model on these probes, with a share of the seconds."""
-        started = time.perf_counter()
+        """Return the rows of an edited model on these probes, with a share of the seconds.
+
+        `unedited`: `before` and `expected`, both made before the edit. `written`: the edits that
+        answer the probes of each edit, by its id.
+        """
+        started, (before, expectations) = time.perf_counter(), unedited
         frame = with_before(self.answer_and_score(m, probes), before)
+        compared = [probe in expectations for probe in probes]
+        some = [probe for probe in probes if probe in expectations]
+        along = [expectations[probe] for probe in some]
+        frame.loc[compared, "divergence"] = divergences(
+            m, self.tokenizer, some, along, chat=self.chat
+        )
+        frame["leakage"] = leakages(frame, written)
         return frame.assign(phase="after", answer_seconds=(time.perf_counter() - started) * share)
+
+    @cached_property
+    def cache(self) -> AnswerCache:
+        """The unedited model's answers on disk."""
+        return AnswerCache(self.paths.answers(self.fingerprints["model"]))
+
+    @cached_property
+    def expected(self) -> dict[Probe, Expected]:
+        """What the unedited model expects along its answers, where others are compared with it."""
+        probes = [probe for probe in self.dataset.every_probe if probe.kind in COMPARED]
+        options = Generation(self.token_limit, self.chat, cache=self.cache)
+        found = expected(self.model, self.tokenizer, probes, **vars(options))
+        return dict(zip(probes, found, strict=True))
 
     @cached_property
     def before(self) -> pd.DataFrame:
@@ -252,8 +284,7 @@ class Study:
         unit = unit_key(UNEDITED, **conditions, **fingerprints)
         if not rows.done(self.paths, UNEDITED, unit, fingerprints):
             started = time.perf_counter()
-            known = AnswerCache(self.paths.answers(self.fingerprints["model"]))
-            frame = self.answer_and_score(self.model, self.dataset.every_probe, known)
+            frame = self.answer_and_score(self.model, self.dataset.every_probe, self.cache)
             labels = {"method": UNEDITED, "batch": 0, "phase": "before"}
             labels |= {"split": self.dataset.split, "answer_seconds": time.perf_counter() - started}
             labels |= {"floor": compare.floors(frame)}
