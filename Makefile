@@ -21,6 +21,8 @@ SIZE        ?= full
 ROWS        ?= all
 # A web server for `make data` that stands for the host of every address in params/sources.yaml
 MIRROR      ?=
+# 1: a failed check stops the run; without it, it voids its section's conclusion and verdicts
+STRICT      ?=
 # One more wheel index for pip, for example one that has the CPU build of torch
 EXTRA_INDEX ?=
 
@@ -46,10 +48,13 @@ endif
 ifdef MIRROR
 export MIRROR
 endif
+ifdef STRICT
+export STRICT
+endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
 KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS LEVELS MODEL SEED SIZE ROWS DOCUMENTS \
-         STRUCTURED MIRROR EXTRA_INDEX UKE_DATA UKE_HOME
+         STRUCTURED MIRROR STRICT EXTRA_INDEX UKE_DATA UKE_HOME
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),\
   $(error $(name): unknown variable; expected one of $(KNOWN)))

@@ -10,7 +10,7 @@ import pypandoc
 import pytest
 from uke.errors import InputError
 from uke.project import Paths
-from uke.report import Section, compose, figures, tables
+from uke.report import Section, compose, figures, tables, verdicts
 from uke.report.section import prose
 
 NASTY = 'a & b < c > #1 $x_1$ 50% {} ~ ^ \\ | "q" `k` *b* [z] @ref //'
@@ -156,14 +156,22 @@ def test_an_observation_says_whether_it_was_expected(paths):
     assert made.observe("It stays.") == "It stays."
 
 
-def test_a_failed_check_stops_the_notebook(paths):
+def test_a_failed_check_voids_its_section_in_a_red_box_and_every_verdict_on_it(paths, monkeypatch):
     made = section(paths)
     made.check(True, "weights restored")
-    with pytest.raises(InputError, match="conclusion is void: equal numbers of edits"):
-        made.check(False, "equal numbers of edits")
+    made.check(False, "equal numbers of edits")
     made.save()
     compose.compose(paths)
-    assert "✓ weights restored" in words(paths) and "✗ equal numbers of edits" in words(paths)
+    text, source = words(paths), page(paths)
+    assert "✓ weights restored" in text and "✗ equal numbers of edits" in text
+    assert source.count('class="box void"') == 1 and "It works" not in text
+    reason = "A check of `03_factor_loss_scope` failed: equal numbers of edits."
+    claim = {"key": "c", "claim": "c", "number": "loss_scope.*.original", "sign": "+"}
+    judged = verdicts.judge(verdicts.Claim(**claim), verdicts.gather(paths))
+    assert (judged.word, judged.reason) == (verdicts.UNTESTABLE, reason)
+    monkeypatch.setenv("STRICT", "1")
+    with pytest.raises(InputError, match="conclusion is void: a trace is left"):
+        made.check(False, "a trace is left")
 
 
 def test_a_number_said_in_a_notebook_names_its_notebook_and_cell(paths, monkeypatch):

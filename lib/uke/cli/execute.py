@@ -59,7 +59,10 @@ def execute(job: Job) -> None:
         _run(job)
         if not section.exists() or section.stat().st_mtime < started:
             raise Failure(f"{job.notebook}: finished without writing its section {section}")
-        if answer := json.loads(section.read_text(encoding="utf-8")).get("answer"):
+        said = json.loads(section.read_text(encoding="utf-8"))
+        if void := said.get("void"):
+            logger.warning("%s: %s Its conclusion is void.", job.notebook, void)
+        if answer := said.get("answer"):
             # It replaces the answer in the notebook's title.
             notebook, text = nbformat.read(job.executed, as_version=4), f"**Answer** {answer}"
             title, pattern = notebook.cells[0], r"(?s)\*\*Answer\*\*.*?(?=\n\n|$)"

@@ -11,6 +11,7 @@ Everything is stored as Markdown, which `uke.report.compose` makes a page and a 
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -46,13 +47,13 @@ class Section:
         self._body: list[dict[str, str]] = []
         self._lists: dict[str, list] = {"checks": [], "limits": [], "warnings": [], "recipes": []}
 
-    def say(self, key, value, low=None, high=None, n=None, unit="") -> str:
+    def say(self, key, value, low=None, high=None, n=None, unit="", void="") -> str:
         """Record a number under its dotted key and return its prose: `0.93 [0.90, 0.96], n = 40`.
 
             section.say("single.lead", *interval, unit="points")
 
-        Missing ends mean no interval. `n` counts the units behind the number. The number is stored
-        with the notebook and the cell that said it.
+        Missing ends mean no interval. `n` counts the units behind the number. `void` says why no
+        verdict may rest on it. It is stored with the notebook and the cell that said it.
         """
         where = f"{self.notebook}: number {key}"
         if not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", key) or key in self._numbers:
@@ -68,6 +69,7 @@ class Section:
         source = f"{self.notebook}, cell {shell.execution_count}" if shell else self.notebook
         entry = {"value": value, "low": low, "high": high, "n": n if n is None else int(n)}
         self._numbers[key] = entry | {"unit": unit, "said": text, "source": source}
+        self._numbers[key] |= {"void": void} if void else {}
         return text
 
     def figure(self, draw, frame, name, caption, alt, png=False, **options) -> None:
@@ -115,10 +117,17 @@ class Section:
         return text
 
     def check(self, ok: bool, text: str) -> str:
-        """Record that a condition holds; raise InputError where not: the conclusion is void."""
+        """Record that a condition of the machinery (never of the finding) holds.
+
+        Where not, the conclusion is void: the section has no answer and its numbers decide no
+        verdict. The run goes on, or ends by InputError where STRICT is set in the environment.
+        """
         self._lists["checks"].append({"ok": bool(ok), "text": text})
         if not ok:
-            raise InputError(f"{self.notebook}: check failed, so the conclusion is void: {text}")
+            fault = f"{self.notebook}: check failed, so the conclusion is void: {text}"
+            if os.environ.get("STRICT", "0") not in ("", "0"):
+                raise InputError(fault)
+            _show(fault)
         return text
 
     def limit(self, text: str) -> str:
@@ -140,6 +149,10 @@ class Section:
         names = ("notebook", "title", "question", "smoke_run", "environment")
         content = {name: getattr(self, name) for name in names} | self._lists
         content |= {"answer": self._answer, "body": self._body, "numbers": self._numbers}
+        if failed := "; ".join(each["text"] for each in content["checks"] if not each["ok"]):
+            void = f"A check of `{self.notebook}` failed: {failed}."
+            numbers = {key: entry | {"void": void} for key, entry in self._numbers.items()}
+            content |= {"answer": "", "void": void, "numbers": numbers}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         return write_atomic(self.paths.sections / f"{self.notebook}.json", text + "\n")
 

@@ -100,11 +100,15 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     *holds*: every interval is on the claim's side of zero. *holds in part*: some are. *does not
     hold*: every one is on the other side, or within MARGIN of zero. *not shown*: none is on the
     claim's side, and one includes zero, or is missing. "either" takes the side of the first that
-    excludes zero. Two numbers differ if their intervals do not overlap.
+    excludes zero. Two numbers differ if their intervals do not overlap. A world in which a number
+    that the claim needs is void does not count either.
     """
-    evidence = () if claim.untestable else tuple(_evidence(claim, worlds))
+    void = {world: _void(claim, numbers) for world, numbers in worlds.items()}
+    sound = {world: numbers for world, numbers in worlds.items() if not void[world]}
+    evidence = () if claim.untestable else tuple(_evidence(claim, sound))
     if not evidence:
-        reason = f"no number `{claim.number}`: its study was not run, or only as a smoke run"
+        reason = " ".join(dict.fromkeys(filter(None, void.values())))
+        reason = reason or f"no number `{claim.number}`: not run, or only as a smoke run"
         return Verdict(claim, UNTESTABLE, claim.untestable or reason, ())
     states = [each.state for each in evidence]
     side = next((each for each in states if abs(each) == 1), 1) if claim.sign == "either" else 1
@@ -112,6 +116,12 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     if side not in states:
         word = NOT_SHOWN if np.isnan(states).any() else FAILS
     return Verdict(claim, word, "", evidence)
+
+
+def _void(claim: Claim, numbers: Numbers) -> str:
+    """Return why numbers that a claim needs are void; empty where none is."""
+    needed = [numbers.get(key, {}) for key in (*_matching(numbers, claim.number), claim.than)]
+    return " ".join(dict.fromkeys(each["void"] for each in needed if each.get("void")))
 
 
 def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]:
