@@ -98,7 +98,7 @@ tune: $(STAMP) ## Search settings and learning rates on development edits, into 
 	$(SNAKEMAKE) tune --config $(CONFIG)
 
 HEADLINE := 00_embedded_model 03_factor_loss_scope 04_factor_layers 05_factor_components \
-            06_factor_chat_template 07_recipe 08_batch_size
+            06_factor_chat_template controls 07_recipe 08_batch_size
 world: PROFILE = embedded-world-$(SEED)
 world: $(STAMP) ## Train the model of another world (SEED=2, two hours) and run the headline notebooks
 	OMP_NUM_THREADS=$(CORES) $(BIN)/python tools/train_world_model.py '$(SEED)'

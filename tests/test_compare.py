@@ -1,5 +1,6 @@
 """Contrasts, leads, their trend and separation: pairs that do not pair, wrong units, gaps."""
 
+import json
 import math
 from itertools import product
 
@@ -9,7 +10,7 @@ import pytest
 from uke.data.edits import AVERAGE
 from uke.errors import InputError
 from uke.project import Paths
-from uke.results import compare
+from uke.results import compare, control
 from uke.results.metrics import METRICS
 from uke.results.stats import balance, interval, pooled
 
@@ -386,3 +387,23 @@ def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():
             compare.separation(frame)
     for frame in (probes(score, general=0), probes(score, methods=1)):
         assert compare.separation(frame) == {}
+
+
+def wrote(method, losses, originals, levels=("5", "75"), end="target_loss"):
+    curves = [json.dumps({"losses": [3.0, loss], end: loss}) for loss in losses]
+    frame = pd.DataFrame({"level": levels, "curve": curves, "rougel_f1": originals})
+    return frame.assign(method=method, edit=list(levels), log_probability=-0.2)
+
+
+def test_a_baseline_is_testable_by_the_rule_and_the_reason_says_how_far_it_works():
+    after = [wrote("FT-M", (0.01, 0.02), (1, 1), end="norms"), wrote("muKE", (0,), (1,), ("5",))]
+    after += [wrote("AnyEdit++", (0, 0.1), (0.7, 0.5)), wrote("MEMIT", (0.05, 0.5), (0.9, 0.9))]
+    after += [wrote("UnKE", (0.05, 0.05), (0.69, 1)), wrote("unedited", (0, 0), (0.4, 0))]
+    before = after.pop().drop(columns="curve")  # so .7 and .5 come back
+    table = control.summary(control.measured(pd.concat(after), before))
+    reach = {"FT-M": 75, "muKE": 5, "AnyEdit++": 75, "MEMIT": 5, "UnKE": 0, "no edit": 0}
+    assert control.works_up_to(table) == reach
+    muke, memit, unke = control.untestable(table, [*reach][1:5]).values()
+    assert "ends at 0.50 nats a token on 75; it works up to 5 tokens" in memit
+    assert "0.69 F1, below 0.70; it works at no length" in unke
+    assert [muke] == [*control.untestable(None, ["muKE"]).values()]  # a length is missing, or all

@@ -76,13 +76,6 @@ def test_a_method_keeps_its_colour_whatever_stands_beside_it():
     assert method.colour == variant.colour and (method.dashes, variant.dashes) == ("-", "--")
 
 
-def test_a_kind_without_rows_for_a_method_shows_a_dash():
-    frame = scores("FT-L", "FT-M")
-    frame = frame[(frame["method"] == "FT-L") | (frame["kind"] != "general")]
-    ax = panels(figures.scores(frame))["General skill"]
-    assert np.isnan(points(ax)[1][0]) and "–" in [text.get_text() for text in ax.texts]
-
-
 LEVELS = pd.DataFrame(
     [
         (level, method, "average", edit, score + edit / 10)

@@ -335,7 +335,6 @@ def test_a_missing_committed_unit_is_named(toy, monkeypatch):
     again = toy()
     for method, options, missing in (
         (MEMIT, {}, "method MEMIT, batch_size 1, split test, batch 0"),
-        (QUICK, {"level": "one"}, "method FT-M, level one, batch_size 1, split test, batch 0"),
         (QUICK, {"batch_size": 2}, "method FT-M, batch_size 2, split test, batch 0"),
         (QUICK, {}, "method FT-M, batch_size 1, split test, batch 1"),
     ):
@@ -352,13 +351,15 @@ def test_a_missing_committed_unit_is_named(toy, monkeypatch):
 # --- datasets -------------------------------------------------------------
 
 
-def test_parts_of_a_dataset_are_datasets(toy):
+def test_parts_of_a_dataset_are_datasets(toy, tokenizer):
     whole = toy().dataset
     some, other = whole.only(["struct_trip", "detail"]), whole.only(["detail"])
     assert len(some.every_probe) == 8 and len(whole.every_probe) == 12
     assert {probe.kind for probe in some.every_probe} == {"detail", "struct_trip"}
     assert len({whole.fingerprint, some.fingerprint, other.fingerprint}) == 3
     assert some.edits == whole.edits and some == whole.only(["detail", "struct_trip"])
+    cut = whole.cut(3, tokenizer).every_probe
+    assert [tokenizer.tokenize(probe.reference)[3:] for probe in cut] == [[]] * 4
     first = whole.first(2)
     assert {probe.edit for probe in first.every_probe} == {"Ada", "Grace"}
 

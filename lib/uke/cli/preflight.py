@@ -20,7 +20,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
 
     A name on a hub is looked up only when it is loaded. Raises InputError for the first fault.
     """
-    for name in ("limit", "entities", "batch_sizes", "rounds"):
+    for name in ("limit", "entities", "batch_sizes", "rounds", "lengths"):
         value = parameters.get(name, 1)
         numbers = value if isinstance(value, list) else [value]
         if not numbers or min(numbers) < 1:

@@ -46,10 +46,14 @@ Layers = Annotated[tuple[Layer, ...], Field(min_length=1), Several]
 
 @dataclass
 class Training:
-    """What a training did: mean loss of each pass (nats per token), and steps of the optimiser."""
+    """What a training did: mean loss of each pass (nats per token), and steps of the optimiser.
+
+    `target_loss`: nats per token of the text with all target vectors in place, if there are any.
+    """
 
     losses: list[float] = field(default_factory=list)
     steps: int = 0
+    target_loss: float | None = None
 
 
 @dataclass

@@ -148,6 +148,7 @@ def trend(
     baseline: float | None = None,
     label_y: str = "",
     names: Mapping[float, str] | None = None,
+    columns: int = 4,
 ) -> Figure:
     """Draw the mean of `y` over the rows at each number `x`.
 
@@ -160,7 +161,7 @@ def trend(
     look = looks(ordered(frame[by]))
     alone = len(look) == 1 and not panel
     height = max(2.0, 0.1 + 0.16 * len(look)) if panel else 2.2 if alone else 3.4
-    fig, parts = _panels(frame, panel, 4, height)
+    fig, parts = _panels(frame, panel, columns, height)
     fig.set_figwidth(COLUMN if alone else FULL)
     for ax, own in parts:
         means = own.groupby([by, x], sort=False)[y].mean()

@@ -34,14 +34,16 @@ _LINE = 100  # letters; a wider table scrolls on a narrow screen
 class Section:
     """What one notebook contributes to the report.
 
-    Texts are plain, words between backticks are code. `environment` and `smoke_run` (no verdict
-    follows) may be set. InputError for a bad or repeated key or name, or a number that is none.
+    Texts are plain, words between backticks are code. `environment`, `smoke_run` (no verdict
+    follows) and `untestable` (methods whose rows are grey) may be set. InputError for a bad or
+    repeated key or name, or a number that is none.
     """
 
     def __init__(self, notebook: str, paths: Paths, title: str, question: str):
         self.notebook, self.paths, self.title, self.question = notebook, paths, title, question
         self.environment: dict[str, Any] = {}
         self.smoke_run = False
+        self.untestable: dict[str, str] = {}
         self._answer = ""
         self._numbers: dict[str, dict] = {}
         self._body: list[dict[str, str]] = []
@@ -90,8 +92,10 @@ class Section:
         """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV."""
         self._check_name("table", name, caption)
         saved = tables.save(frame, self.paths.figures / "tables", name, caption, latex=placed)
+        grey = [method in self.untestable for method in frame.get("method", ())]
+        caption += " Grey: not testable on this model, see the positive control." * any(grey)
         text = prose(f"{caption} It is in `tables/{name}.csv`.")
-        text = table_markdown(frame, name, caption, saved) if placed else text
+        text = table_markdown(frame, name, caption, saved, grey) if placed else text
         self._body.append({"type": "table", "name": name, "markdown": text})
         _show(tables.printed(frame))
 
@@ -195,14 +199,23 @@ def prose(text: str) -> str:
     return re.sub(r"^(\d+(?=[.)])|)([-+:%.)])", r"\1\\\2", "".join(parts))
 
 
-def table_markdown(frame: pd.DataFrame, name: str, caption: str, files: Iterable[Path] = ()) -> str:
-    """Return a table as a pipe table with a caption, in a box of its own."""
+def table_markdown(
+    frame: pd.DataFrame,
+    name: str,
+    caption: str,
+    files: Iterable[Path] = (),
+    grey: Iterable[bool] = (),
+) -> str:
+    """Return a table as a pipe table with a caption, in a box of its own; rows may be grey."""
     frame = frame.astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
     aligned = ["---:" if tables.numeric(frame[each]) else ":---" for each in frame]
     below = sum(any(cell.note for cell in cells) for cells in columns.values()) > 4
     printed = ([_cell_markdown(cell, below) for cell in cells] for cells in columns.values())
-    lines = [map(prose, columns), aligned, *zip(*printed, strict=True)]
+    pale = '[{}]{{.grey typst:text:fill="luma(150)"}}'.format
+    rows = zip(zip(*printed, strict=True), [*grey] or [False] * len(frame), strict=True)
+    rows = [map(pale, row) if off else row for row, off in rows]
+    lines = [map(prose, columns), aligned, *rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     names = {".csv": "CSV", ".tex": "LaTeX"}
     links = (f'<a href="tables/{file.name}">{names[file.suffix]}</a>' for file in files)

@@ -1,6 +1,6 @@
 """What comparisons of levels, methods and sequences share: runs, rows in order, numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ class Comparison:
     """
 
     by: str | list[str] = "method"
+    averaged = True  # over the kinds of probe
     cells: Sequence[Any]
     runs: list[tuple[Method, dict[str, Any]]]
 
@@ -39,7 +40,7 @@ class Comparison:
             if fault := self.write(method, options):
                 level = f", {compare.label(options['level'])}" if "level" in options else ""
                 section.warn(f"{method.name}{level}: failed ({fault})")
-        if kinds := compare.lacking(self.rows):
+        if self.averaged and (kinds := compare.lacking(self.rows)):
             section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
 
     def write(self, method: Method, options: dict[str, Any]) -> str | None:
@@ -86,15 +87,19 @@ def say_means(
     return said
 
 
-def say_leads(section: Any, name: str, leads: pd.DataFrame) -> dict[int, str]:
+def say_leads(
+    section: Any, name: str, leads: pd.DataFrame, untestable: Mapping[str, str] = {}
+) -> dict[int, str]:
     """Say each of these leads (`compare.leads`), and return the first of each batch size as said.
 
-    `{}` in the name, which ends in `lead`, stands for the batch size.
+    `{}` in the name, which ends in `lead`, stands for the batch size. A lead over a baseline that
+    is not testable is void.
     """
     said: dict[int, str] = {}
     for row in leads.itertuples():
         own = name.format(row.batch_size).removesuffix("lead") + row.lead
         unit = "%" if row.lead == "lead_relative" else "points"
-        text = section.say(own, row.mean, row.low, row.high, n=row.n, unit=unit)
+        void = "" if row.lead == "lead_over_no_edit" else untestable.get(row.baseline, "")
+        text = section.say(own, row.mean, row.low, row.high, n=row.n, unit=unit, void=void)
         said.setdefault(row.batch_size, text)
     return said

@@ -1,9 +1,12 @@
 """The dataset of a study: the first edits of a split of the world or a benchmark, with probes."""
 
 import hashlib
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from uke.data import formats
 from uke.data.edits import SPLITS, Edit, Probe, fingerprint, in_split
@@ -46,6 +49,36 @@ class Dataset:
         }
         changed = hashlib.sha256(f"{self.fingerprint} {sorted(kinds)}".encode()).hexdigest()[:16]
         return replace(self, probes=probes, fingerprint=changed)
+
+    def cut(self, tokens: int, tokenizer: Any = None) -> "Dataset":
+        """Return the edits with their first words of at most so many tokens, and their own question
+        alone: a dataset of other edits.
+
+        Without a tokenizer answers stay whole, which is enough for committed rows.
+        """
+        edits = [
+            Edit(
+                id=f"{edit.id}.{tokens}",
+                question=edit.question,
+                answer=_first_words(edit.answer, tokens, tokenizer),
+            )
+            for edit in self.edits
+        ]
+        changed = hashlib.sha256(f"{self.fingerprint} {tokens} tokens".encode()).hexdigest()[:16]
+        probes = {edit.id: edit.probes for edit in edits}
+        return replace(self, edits=tuple(edits), probes=probes, fingerprint=changed)
+
+
+def _first_words(text: str, tokens: int, tokenizer: Any) -> str:
+    """Return as many words of a text as have at most so many tokens, at least one."""
+    if tokenizer is None:
+        return text
+    parts = [text[: word.end()] for word in re.finditer(r"\S+", text)]
+
+    def length(part: str) -> int:
+        return len(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    return parts[max(bisect_right(parts, tokens, key=length), 1) - 1]
 
 
 def load(

@@ -1,17 +1,17 @@
 """Compare methods at one batch size or several: what the notebooks on both share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from uke.data.edits import KINDS
-from uke.errors import InputError
 from uke.methods.catalog import METHODS, configured, find
 from uke.methods.method import Method
 from uke.project import Paths
-from uke.results import compare
+from uke.results import compare, control
 from uke.study.comparison import Comparison, say_means
 from uke.study.study import Study
 
@@ -45,10 +45,10 @@ class MethodStudy(Comparison):
         super().__init__(study)
         params = study.paths.home / "params", study.subject.name
         self.published = configured(*params, tuned=False)
-        names = methods or [name for name in METHODS if _writes_one(self.published[name])]
-        self.cells = self.names = [find(name, self.published).name for name in names]
+        self.cells = self.names = writers(*params, methods)
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
+        self.untestable = control.untestable(control.of_run(study.paths), self.baselines)
         self.leader = LEADER if LEADER in others else next(iter(others), None)
         # Development rows may be those of this run, or of the embedded model's own study.
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
@@ -87,11 +87,9 @@ class MethodStudy(Comparison):
         """Return how many edits such a study reads."""
         return max(limit, *(max(limit // size, batches) * size for size in sizes))
 
-    def require_lead(self) -> None:
-        """Raise InputError where no lead of fine-tuning over a baseline could be measured."""
-        if not self.leader or not self.baselines:
-            what = "no baseline" if self.leader else "only baselines"
-            raise InputError(f"methods: {', '.join(self.names)}: {what}; expected both kinds")
+    def void(self, baselines: Iterable[str]) -> str:
+        """Return why no verdict may rest on these baselines; empty where one may."""
+        return " ".join(self.untestable.get(name, "") for name in dict.fromkeys(baselines)).strip()
 
     def write(self, method: Method, options: dict[str, Any]) -> None:
         self.study.run(method, **options)  # a method that fails is no comparison
@@ -102,8 +100,9 @@ class MethodStudy(Comparison):
             self.best = compare.best_here(self.scores, self.baselines)
             fallback = "the best is the best on these very edits, which flatters it"
             self.caveats = [f"No development rows of the baselines: {fallback}."]
-        for caveat in self.caveats:
+        for caveat in (*self.caveats, *self.untestable.values()):
             section.warn(caveat)
+        section.untestable |= self.untestable
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -121,6 +120,13 @@ class MethodStudy(Comparison):
         counts = self.rows.groupby(["batch_size", "method"])["edit"].nunique().to_dict()
         section.check(counts == self.plan, "every method wrote all edits that it was asked for")
         super().check(section)
+
+
+def writers(folder: Path, model: str, names: Sequence[str] = ()) -> list[str]:
+    """Return the names of these methods, or of all that write a single edit into the weights."""
+    published = configured(folder, model, tuned=False)
+    names = names or [name for name in METHODS if _writes_one(published[name])]
+    return [find(name, published).name for name in names]
 
 
 def _writes_one(method: Method) -> bool:

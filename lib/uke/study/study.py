@@ -313,7 +313,8 @@ class Study:
         if not np.isfinite(norm) or np.isinf(frame["log_probability"]).any():
             edits = ", ".join(frame["edit"].unique())
             raise InputError(f"study {self.name}: edits {edits}: what was written is not finite")
-        curve = json.dumps(rows.shortened({"losses": record.losses, "norms": norms}, 6))
+        ends = {} if record.target_loss is None else {"target_loss": record.target_loss}
+        curve = json.dumps(rows.shortened({"losses": record.losses, "norms": norms} | ends, 6))
         return frame.assign(
             steps=record.steps, change_norm=norm, curve=[curve] + [None] * (len(frame) - 1)
         )

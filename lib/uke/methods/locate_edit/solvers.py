@@ -108,7 +108,8 @@ class LocateRecipe(Method):
             for step in range(max(len(one.losses) for one in trainings))
         ]
         steps = max(one.steps for one in trainings)
-        return Training(losses, steps + solver.solve(located, hidden))
+        target_loss = sum(one.target_loss for one in trainings) / len(trainings)
+        return Training(losses, steps + solver.solve(located, hidden), target_loss)
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Find the targets of all edits together, then solve for each.

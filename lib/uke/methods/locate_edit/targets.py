@@ -18,6 +18,7 @@ from uke.errors import Diverged
 from uke.methods.lanes import LowerBlocks, lower_blocks_once
 from uke.methods.locate_edit.anchors import Located, Site, Window, states
 from uke.methods.method import Training
+from uke.models.generate import surprisals
 from uke.models.model import kept, wide
 from uke.models.prompts import group_by_length, padded
 
@@ -35,6 +36,7 @@ def find_targets(
     """Find the hidden states (n, D) that the anchors, in their order, should have after `site`.
 
     Return them and the training of each edit, window by window: losses, and updates as its steps.
+    Its target loss is that of the whole text with all of its deltas in place.
 
     Window by window, all edits together. Each edit has its own delta (added to the output of the
     site's projection at the anchor), loss, clamp and end, and Adam is element-wise: this is one
@@ -63,6 +65,11 @@ def find_targets(
                 with lower_blocks_once(model, [site.name]) as chunk.lower:
                     deltas[anchors] = _optimise(chunk, state[anchors], recipe, trainings, follow)
     with torch.no_grad():
+        for one, own in zip(located, deltas.split(counts), strict=True):
+            at = [(0, window.anchor) for window in one.windows]
+            with injected(site, at, own):
+                (losses,) = surprisals(model, [one.example], [one.edit])
+            trainings[one.edit].target_loss = losses.mean().item()
         before, after = (site.through(wide(here.outputs) + change) for change in (0, deltas))
     hidden = here.hidden.double() + (deltas if site.norm is None else after - before)
     return hidden, list(trainings.values())

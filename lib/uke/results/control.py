@@ -1,0 +1,101 @@
+"""Positive control: can a method write anything at all into this model, and how long a text?
+
+Every method writes answers cut to a few tokens, each alone, with the settings tuned for the model,
+and is asked the question again, for as many tokens. The end of the turn is not written, since that
+a text breaks off is the least likely thing in it. The rule, fixed before any of these rows existed:
+
+target loss    nats a token of the text with every target vector in place; of fine-tuning, its last
+               training loss
+written loss   nats a token of the text after the write
+original       ROUGE-L F1 of the answer to its question after the write
+comes back     original is at least half of the way from that of no edit to 1, so at least .5
+works          at a length: target loss at most MOST_LOSS, and the text comes back; means over edits
+not testable   a baseline whose target loss at the largest length, that of the edits, is above
+               MOST_LOSS, or with which texts of at most SHORT tokens do not come back, on average
+
+No verdict rests on a number that needs a baseline which is not testable or has no control.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from uke.project import Paths
+from uke.results import rows
+from uke.results.compare import BEFORE
+
+STUDY = "controls"
+MOST_LOSS, SHORT = 0.1, 10  # nats a token; tokens
+MEASURES = {
+    "target_loss": "Loss of the target search",
+    "written_loss": "Loss after the write",
+    "original": "Original, ROUGE-L F1",
+}
+
+
+def measured(after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Return the measures of every edit, and of `no edit`: method, tokens, edit, measure, score.
+
+    `after` has one row for each cut edit and method, with the tokens as its level.
+    """
+    curves = after["curve"].map(json.loads)
+    ends = [curve.get("target_loss", [np.nan, *curve["losses"]][-1]) for curve in curves]
+    lengths = after[["edit", "level"]].drop_duplicates()
+    unedited = before.drop(columns="level").merge(lengths).assign(method=BEFORE)
+    frame = pd.concat([after.assign(target_loss=ends), unedited])
+    frame = frame.assign(written_loss=-frame["log_probability"], original=frame["rougel_f1"])
+    frame["tokens"] = frame["level"].astype(int)
+    by = ["method", "tokens", "edit"]
+    return frame.melt(by, list(MEASURES), "measure", "score").dropna(subset="score")
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean measures of what `measured` gives, by method and tokens; `least`, at which
+    an original comes back; and `works`."""
+    means = frame.groupby(["method", "tokens", "measure"], sort=False)["score"].mean()
+    table = means.unstack("measure").reindex(columns=list(MEASURES)).sort_index(level="tokens")
+    none = table["original"].xs(BEFORE)[table.index.get_level_values("tokens")]
+    least = (1 + none.to_numpy()) / 2
+    works = (table["target_loss"] <= MOST_LOSS) & (table["original"] >= least)
+    return table.assign(least=least, works=works)
+
+
+def works_up_to(table: pd.DataFrame) -> dict[str, int]:
+    """Return by method the length (tokens) up to which it works, at every one; 0 for none."""
+    found = {}
+    for name, own in table["works"].groupby("method", sort=False):
+        lengths = own.index.get_level_values("tokens")
+        found[name] = int(max(lengths[own.cummin()], default=0))
+    return found
+
+
+def untestable(table: pd.DataFrame | None, baselines: Sequence[str]) -> dict[str, str]:
+    """Return why these baselines are not testable, by name; those that are have no entry."""
+    reasons = {}
+    written = {} if table is None else table.groupby("method").size().to_dict()
+    for name in baselines:
+        if written.get(name, 0) < max(written.values(), default=1):  # of some length, or of all
+            reasons[name] = f"{name} has no positive control (`{STUDY}`)."
+            continue
+        own, longest = table.loc[name], works_up_to(table)[name]
+        loss, short = own["target_loss"].iloc[-1], own.loc[:SHORT].mean()
+        faults = []
+        if not loss <= MOST_LOSS:
+            faults.append(f"its target search ends at {loss:.2f} nats a token on {own.index[-1]}")
+        if not short["original"] >= short["least"]:
+            found = f"{short['original']:.2f} F1, below {short['least']:.2f}"
+            faults.append(f"it brings texts of up to {SHORT} tokens back with {found}")
+        if faults:
+            works = f"works up to {longest} tokens" if longest else "works at no length"
+            reasons[name] = f"{name} is not testable: {' and '.join(faults)}; it {works}."
+    return reasons
+
+
+def of_run(paths: Paths) -> pd.DataFrame | None:
+    """Return the summary of a run's committed control; None where there is none."""
+    if not paths.exported(STUDY).is_file():
+        return None
+    after, before = (rows.committed(paths, STUDY, phase) for phase in ("after", "before"))
+    return summary(measured(after, before))
