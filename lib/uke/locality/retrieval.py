@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from uke.data.documents import Document
 from uke.errors import InputError
 from uke.files import replacing, sha256
 from uke.project import Paths, digest
-from uke.results.metrics import encode_once, encoder_folder, open_encoder
+from uke.results.metrics import encoder_folder, open_encoder
 
+PART = 1024  # texts that are embedded and kept together
 SCALE = 4000  # of vectors: products of their whole numbers stay below 2^24, exact in float32
 Score = Callable[[Sequence[str]], np.ndarray]  # Q questions to the scores (Q, N) of N passages
 
@@ -74,13 +76,22 @@ def dense(texts: Sequence[str], model: Path) -> Score:
 
 @functools.lru_cache(maxsize=8)
 def _vectors(texts: tuple[str, ...], model: Path) -> np.ndarray:
-    """Embed texts once for all sets and runs: they are kept below `results/embeddings`."""
-    name = digest(sha256(model / "model.safetensors"), texts=texts)
-    path = Paths("embedded").home / "results" / "embeddings" / f"{name}.npy"
-    if not path.is_file():
-        with replacing(path) as part, part.open("wb") as file:
-            np.save(file, encode_once(texts, functools.partial(_encode, model=model)))
-    return np.load(path)
+    """Embed texts once for all sets and runs: they are kept below `results/embeddings`.
+
+    PART texts at a time, so that a collection of many thousands resumes where it was stopped.
+    """
+    weights, parts = sha256(model / "model.safetensors"), []
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    starts = range(0, len(distinct), PART)
+    for start in tqdm(starts, desc="embedding", disable=len(starts) < 2, mininterval=5):
+        own = list(distinct)[start : start + PART]
+        name = digest(weights, texts=own)
+        path = Paths("embedded").home / "results" / "embeddings" / f"{name}.npy"
+        if not path.is_file():
+            with replacing(path) as part, part.open("wb") as file:
+                np.save(file, _encode(own, model))
+        parts.append(np.load(path))
+    return np.concatenate(parts)[[distinct[text] for text in texts]]
 
 
 def _encode(texts: Sequence[str], model: Path) -> np.ndarray:
