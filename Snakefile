@@ -12,6 +12,7 @@ from pathlib import Path
 from uke.cli import params
 from uke.data.find import COLLECTIONS, find_data, find_files
 from uke.project import Paths
+from uke.world.files import world_of
 
 ROOT = Path(workflow.basedir)
 PROFILE = str(config.get("profile", "quick"))
@@ -26,6 +27,10 @@ SHARED = {
 NAMED = {kind: list(filter(None, str(config.get(kind, "")).split(","))) for kind in COLLECTIONS}
 FILES = {kind: list(map(str, find_files(kind, NAMED[kind]))) for kind in COLLECTIONS}
 REPORTED = params.reported(ROOT, PROFILE, DATA, bool(FILES["documents"]))
+MODEL = str(
+    config.get("model") or params.merge(ROOT, params.LOCALITY, PROFILE).get("model", "embedded")
+)
+OWN_SET = DATA != "world" or world_of(MODEL) is None  # of this run alone, so others wait for it
 TUNING = [name for name in STUDIES if name.startswith("tuning")]
 if "rows" in config:  # draw again: the searches too, where their rows are committed
     REPORTED += [name for name in TUNING if PATHS.exported(name).is_file()]
@@ -64,11 +69,11 @@ def sources(wildcards):
     if path := find_data(DATA, str(config.get("data_file", ""))):
         files.append(path)
     own = PROFILE == STUDIES[notebook].report  # a profile of its own reads every file of UKE_DATA
-    if own or (notebook == params.LOCALITY and DATA != "world"):
+    if own or (notebook == params.LOCALITY and OWN_SET):
         files += [path for kind in FILES.values() for path in kind]
     # Whoever comes first builds the world's locality set; nobody waits for its audit.
     needed = [name for name in STUDIES[notebook].after if name in REPORTED]
-    return files + [section(name) for name in needed if name != params.LOCALITY or DATA != "world"]
+    return files + [section(name) for name in needed if name != params.LOCALITY or OWN_SET]
 
 
 rule report:

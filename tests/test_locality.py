@@ -1,16 +1,16 @@
 """Locality sets: what is chosen, what is refused, what a file holds, whether audits see leaks."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from uke.data.documents import Document
 from uke.data.edits import Cloze, Edit, Item
-from uke.data.formats import load, load_locality
+from uke.data.formats import load, load_clozes, load_locality
 from uke.errors import InputError
 from uke.files import sha256
 from uke.locality import audit, card
@@ -20,12 +20,14 @@ from uke.locality.build import (
     Settings,
     Sources,
     build,
+    build_judged,
     cut,
     question_for,
     unfiltered,
 )
 from uke.locality.card import SetFiles
 from uke.locality.retrieval import ranking
+from uke.study.known import admitted
 from uke.world import files as world_files
 
 STARTS = ("Abel", "Bor", "Cor", "Dan", "Ebb", "Fal")
@@ -117,19 +119,35 @@ def test_random_draws_depend_on_the_seed_and_on_no_other_edit(sources):
     assert len({tuple(drawn(sources, seed)) for seed in range(4)}) > 1
 
 
-@pytest.mark.parametrize(
-    ("section", "questions", "question", "aliases"),
-    [
-        ("", [("Who built it?", "Romans")], "Who built it?", ("Romans",)),
-        ("", [], "Tell me about Bath.", ()),
-        ("History", [], "Tell me about Bath, in particular: History.", ()),
-    ],
-)
-def test_a_document_is_asked_its_own_question_else_by_its_title(
-    section, questions, question, aliases
-):
-    document = Document("x", "Bath", "Text.", section, tuple(questions))
-    assert question_for(document) == (question, aliases)
+def test_a_document_is_asked_its_own_question_else_by_title_and_text():
+    own = Document("x", "Bath", "Text.", questions=(("Who built it?", "Romans"),))
+    quill = Document("a", "Ada Quill", "Countess Ada Quill was a poet.", topic="People")
+    owl = Document("o", "Owl", "Owls are birds; an owl hunts.", topic="Biology")
+    rest = Document("x", "Bath", "Text."), Document("x", "Bath", "Text.", "History"), quill, owl
+    assert question_for(own) == ("Who built it?", ("Romans",))
+    asked = " ".join(question_for(document)[0] for document in rest)
+    titles = "Tell me about Bath. Tell me about Bath, in particular: History."
+    assert asked == f"{titles} Who was Ada Quill? What are owls?"
+
+
+def test_what_a_model_does_not_know_is_passed_over_and_nothing_else_changes(sources):
+    plain, _ = build_judged(sources, BM25, lambda each: [True] * len(each))
+    gone = {item.source for item in plain if item.edit == "ada"}
+    judge = partial(map, lambda source: source.id not in gone)
+    items, verdicts = build_judged(sources, BM25, judge)
+    assert {source for source, known in verdicts.items() if not known} == gone
+    kept = {item for item in plain if item.edit == "tom" and item.source not in gone}
+    assert kept and kept <= set(items) and not gone & {item.source for item in items}
+    assert build_judged(sources, BM25, judge, 1)[0] == items[:4]
+
+
+def test_a_probe_counts_by_two_answers_alike_and_right():
+    gold = next(one for one in load_clozes(card.GENERAL_FACTS) if one.id.endswith("symbol-gold"))
+    assert admitted(gold, "It is Au.", "Au") and not admitted(gold, "Au", "Gold is G.")
+    bath, says = Document("x", "Bath", "Bath is a city."), "Bath is a town in England."
+    assert admitted(bath, says, f"{says} It is old.")
+    unlike = "It holds water.", "", f"I'm sorry. {says}", "Bath is a town. " * 3
+    assert not any(admitted(bath, says, second) for second in unlike)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +157,6 @@ def test_a_document_is_asked_its_own_question_else_by_its_title(
         ("He said “stop.” Then he left. Gone.", 4, "He said “stop.”"),
         ("In St. Ives. A long one follows. End.", 6, "In St. Ives. A long one follows."),
         ("As Frederick W. Mote wrote. It is so.", 4, "As Frederick W. Mote wrote."),
-        ("No end at all", 2, "No end at all"),
     ],
 )
 def test_a_reference_ends_with_a_sentence(text, words, kept):
@@ -210,7 +227,7 @@ def test_a_set_is_built_again_only_when_what_decides_it_has_changed(
 ):
     folder = shutil.copytree(built.parent, tmp_path / "set")
     with monkeypatch.context() as patch:
-        patch.setattr(card, "build", lambda *_: pytest.fail("built again"))
+        patch.setattr(card, "build_judged", lambda *_: pytest.fail("built again"))
         card.ensure(development, QUICK, folder)
     for name, content in ((built.name, "[]"), ("UnKEBench-Loc.md", "---\na: [\n---\n")):
         (folder / name).write_text(content)
@@ -218,7 +235,7 @@ def test_a_set_is_built_again_only_when_what_decides_it_has_changed(
     card_file = built.with_suffix(".md")
     assert (folder / card_file.name).read_bytes() == card_file.read_bytes()
     # A build that fails leaves what was there; elsewhere it leaves nothing.
-    monkeypatch.setattr(card, "build", lambda *_: 1 / 0)
+    monkeypatch.setattr(card, "build_judged", lambda *_: 1 / 0)
     for target in (folder, tmp_path / "new"):
         with pytest.raises(ZeroDivisionError):
             card.ensure(development, Settings(retriever="bm25", floor=50), target)
@@ -303,18 +320,3 @@ def test_the_audit_sees_leaks_in_both_directions_by_whole_names(
     spoiled = [related[edit].model_copy(update={"source": leaks[edit]}) for edit in leaks]
     found = audit.assess(spoiled, sources, batch, known, of_documents)
     assert found["own"].tolist() == own and found["batch"].tolist() == together
-
-
-@pytest.mark.skipif(not os.environ.get("UKE_DATA"), reason="UKE_DATA is unset: no real files")
-@pytest.mark.parametrize("data", ["unkebench", "akew-mquake"])
-def test_real_files_give_whole_sets_whose_items_share_no_stated_fact(data, tmp_path):
-    files = card.of_files(data, "")
-    path = card.ensure(files, Settings(retriever="bm25", floor=20, batch=8), tmp_path)
-    sources = files.sources()
-    items = load_locality(path, sources.edits)
-    assert len(items) == 4 * len(sources.edits) and path.name == f"{card.NAMES[data]}.json"
-    known = {edit.id: audit.stated_names(edit) for edit in sources.edits}
-    found = audit.assess(items, sources, 8, known, {})
-    assert (found["own"] == 0).all() and (found["batch"] > 0).mean() < 0.02
-    licences = {each["licence"] for each in card.read_card(path.with_suffix(".md"))["sources"]}
-    assert "CC BY-SA 4.0 (Wikipedia); by its name" in licences

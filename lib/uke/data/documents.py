@@ -1,12 +1,13 @@
 """Documents: the passages that become locality probes, and the files they come from.
 
 Accepted are JSON lines (.jsonl) and Parquet (.parquet) with `title` and `text`, perhaps `id`,
-`section` and `question`; and .json: a list of such records, or the layout of SQuAD and XQuAD. A
-MediaWiki dump becomes JSON lines by `wikiextractor --json`.
+`section`, `topic` and `question`; and .json: a list of such records, or the layout of SQuAD and
+XQuAD. A MediaWiki dump becomes JSON lines by `wikiextractor --json`.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -30,6 +31,7 @@ class Document:
     """A passage and what is known of it; `section` is "" for a whole article or its lead.
 
     `questions` are pairs of a question and its short answer, "" if the whole text is the answer.
+    `topic` is "People" for a person; "" where it is not known.
     """
 
     id: Annotated[Text, Field(coerce_numbers_to_str=True)]
@@ -37,6 +39,7 @@ class Document:
     text: str
     section: str = ""
     questions: tuple[tuple[str, str], ...] = ()
+    topic: str = ""
 
 
 def gather(paths: Sequence[Path | str]) -> list[Document]:
@@ -62,6 +65,11 @@ def gather(paths: Sequence[Path | str]) -> list[Document]:
     return found
 
 
+def reserved(document: Document) -> bool:
+    """Return whether a lead is kept for the corpus of second moments: one in twenty, by its id."""
+    return document.topic != "" and int(sha256(document.id.encode()).hexdigest(), 16) % 20 == 0
+
+
 def _document(values: Mapping, id: str) -> Document:
     questions = [(_spaced(one["question"]), one["answer"]) for one in values.get("questions", ())]
     if question := _spaced(values.get("question")):
@@ -72,6 +80,7 @@ def _document(values: Mapping, id: str) -> Document:
         text=values["text"],
         section=_spaced(values.get("section")),
         questions=tuple(questions),
+        topic=_spaced(values.get("topic")),
     )
 
 

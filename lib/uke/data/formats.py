@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from uke.data.edits import Cloze, Edit, Item, Probe
 from uke.errors import InputError, nearest
+from uke.files import read_yaml
 
 
 def read_json(path: str | Path) -> Any:
@@ -243,6 +244,24 @@ def _records(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield f"{place} (id '{id}')", record | {"id": str(id)}
 
 
+def _facts(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield the triples of a file of relations as records, each with its place in words."""
+    for name, relation in read_yaml(path).items():
+        with located(place := f"{path}: {name}"):
+            prompt, question = relation["prompt"], relation["question"]
+            for subject, answers in relation["pairs"].items():
+                yield (
+                    f"{place}: {subject}",
+                    {
+                        "id": f"{name}-{subject}",
+                        "subject": subject,
+                        "prompt": prompt.replace("{}", subject),
+                        "rephrase": question.replace("{}", subject),
+                        "ground_truth": answers,
+                    },
+                )
+
+
 def load(dataset: str, path: str | Path) -> tuple[Edit, ...]:
     """Load all edits of a benchmark's file, in its order.
 
@@ -263,10 +282,12 @@ def load(dataset: str, path: str | Path) -> tuple[Edit, ...]:
 def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
     """Load the triples of a structured set in the file's order, with ids `<file>-<id>`.
 
-    Raises InputError as `load` does; warns of records without an answer, which are left out.
+    A file .yaml has them by relation: `prompt` and `question` with {} for the subject, and `pairs`
+    of subject and answers. Raises InputError as `load` does; warns of records without an answer,
+    which are left out.
     """
     clozes = []
-    for place, record in _records(path):
+    for place, record in (_facts if Path(path).suffix == ".yaml" else _records)(path):
         with located(place):
             clozes.append(_cloze(record, Path(path).stem))
     found = tuple(cloze for cloze in clozes if cloze)

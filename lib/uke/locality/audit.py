@@ -13,7 +13,7 @@ from uke.data.edits import Edit, Item
 from uke.data.formats import load, load_locality
 from uke.files import sha256
 from uke.locality import card
-from uke.locality.build import Sources, text_of, unfiltered
+from uke.locality.build import Judge, Sources, text_of, unfiltered
 from uke.locality.facts import LONGEST, facts, names, normal
 from uke.locality.retrieval import passage
 from uke.project import Paths
@@ -130,33 +130,42 @@ def assess_run(
     data_file: str = "",
     documents: Sequence[str] = (),
     structured: Sequence[str] = (),
+    judge: Judge | None = None,
+    limit: int = 0,
 ) -> pd.DataFrame:
     """Build and assess the set of a benchmark's file, or both forms of one split of the world.
 
-    Items are assessed as they are used, filtered by texts alone, and unfiltered: a set as it is
-    used knows what records state, by which leaks of a benchmark are counted, though only of records
-    at odd places (see `names_found`). Columns of `assess`, filter and figures of the set, and,
-    where the encoder is installed, similarity (of a document's reference and the edit's answer).
+    With a `judge` the set as it is used is a model's own, of the first `limit` edits of each split;
+    `asked` and `refused` are columns then. Items are assessed as they are used, filtered by texts
+    alone, and unfiltered: a set as it is used knows what records state, by which leaks of a
+    benchmark are counted, though only of records at odd places (see `names_found`). Columns of
+    `assess`, filter and figures of the set, and, where the encoder is installed, similarity (of a
+    document's reference and the edit's answer).
     """
+    real = {"documents": documents, "structured": structured}
     if paths.data == "world":
         home = world_files.ensure(paths.home / "results", world_seed)
-        sets = [card.of_world(home, split, form) for form in ("unkebench", "akew-counterfact")]
-        folder = home / split / "locality"
+        forms = ("unkebench", "akew-counterfact")
+        sets = [card.of_world(home, split, form, **(real if judge else {})) for form in forms]
+        folder = card.built(paths, split).parent if judge else home / split / "locality"
     else:
-        sets = [card.of_files(paths.data, data_file, documents, structured)]
+        sets = [card.of_files(paths.data, data_file, **real, own=judge is not None)]
         folder = card.built(paths).parent
     settings = card.settings(paths.home, paths.data)
     blind = settings.model_copy(update={"stated": False})
     frames, pairs = [], []
     for files in sets:
-        sources, path = files.sources(), card.ensure(files, settings, folder)
+        sources, path = files.sources(), card.ensure(files, settings, folder, judge, limit)
+        counts = card.read_card(path.with_suffix(".md")).get("judged", {}).values()
+        counts = {name: sum(one[name] for one in counts) for name in ("asked", "refused") if judge}
         answers = {edit.id: edit.answer for edit in sources.edits}
         if files.generated:
             known = known_of_world(world_seed, split, sources)
         else:
             edits = load(files.dataset, files.edit_file)[1::2]
             known = {edit.id: names for edit in edits if (names := stated_names(edit))}, {}
-        made = {USED: load_locality(path, sources.edits)}
+        covered = [e for group in sources.groups for e in group[: limit if judge else None]]
+        made = {USED: load_locality(path, covered)}
         if known[0]:
             made[ALONE] = load_locality(card.ensure(files, blind, folder), sources.edits)
             made[UNFILTERED] = unfiltered(sources, blind)
@@ -169,6 +178,7 @@ def assess_run(
                 documents=len(sources.documents),
                 triples=len(sources.clozes),
                 sha256=sha256(path),
+                **counts,
                 filter=name,
             )
             frames.append(frame)

@@ -2,21 +2,23 @@
 
 Source of the kinds: arXiv 2506.09672 (UnKEBench-Loc, AKEW-Loc); the near triple is ours. RelDoc is
 the best-ranked document that shares no fact with any edit written in one batch with its own;
-RandDoc is drawn from those ranked below a floor.
+RandDoc is drawn from those ranked below a floor. A `Judge` refuses what a model cannot answer; the
+next in the same order is then taken.
 """
 
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 from pydantic import Field, StrictBool, StrictInt
 from tqdm import tqdm
 
-from uke.data.documents import Document
+from uke.data.documents import Document, reserved
 from uke.data.edits import Cloze, Edit, Frozen, Item, in_group
 from uke.data.formats import is_question
 from uke.errors import InputError
@@ -24,6 +26,7 @@ from uke.locality import retrieval
 from uke.locality.facts import SENTENCE, Facts, edit_facts, facts, names, shared, union
 
 PROBE_KINDS = in_group("locality", "nearby")
+PATIENCE = 50  # sources that a judge is asked about, for each item of a set, before it is given up
 
 
 class Settings(Frozen):
@@ -67,12 +70,30 @@ class Sources:
         ]
 
 
+class Judge(Protocol):
+    """Tells which questions an unedited model answers; `about` says which model, and by what rule.
+
+    It may see a document or triple once, whatever edit it is for.
+    """
+
+    about: dict[str, str]
+
+    def __call__(self, sources: Sequence[Document | Cloze]) -> Sequence[bool]: ...
+
+
 @dataclass
 class Builder:
-    """Sources with what is computed once: facts, scores, lengths."""
+    """Sources with what is computed once: facts, scores, lengths.
+
+    `verdicts`: by id, whether a document or triple counts; those not listed do. `asked`: every
+    triple is a question, as for a model that talks; StructTrip is a cloze otherwise.
+    """
 
     sources: Sources
     settings: Settings
+    asked: bool = False
+    verdicts: dict[str, bool] = field(default_factory=dict)
+    _free: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def document_facts(self) -> list[Facts]:
@@ -124,8 +145,17 @@ class Builder:
         """Make a generator for one draw of one edit: what is drawn for others does not matter."""
         return random.Random(f"{use}-{self.settings.seed}-{edit.id}")
 
-    def block(self, edits: Sequence[Edit]) -> Iterator[Item]:
-        """Make the items of edits that may be written together, edit by edit."""
+    def block(self, edits: Sequence[Edit], wanted: Sequence[Edit] | None = None) -> Iterator[Item]:
+        """Make the items of edits that may be written together, or of those wanted among them."""
+        if edits[0].id not in self._free:
+            self._free[edits[0].id] = self.free_of(edits)
+        free, apart = self._free[edits[0].id]
+        for edit in edits if wanted is None else wanted:
+            yield from self.documents_of(edit, free)
+            yield from self.triples_of(edit, apart)
+
+    def free_of(self, edits: Sequence[Edit]) -> tuple[np.ndarray, np.ndarray]:
+        """Mark the documents (N,) and triples (M,) that share no fact with any of these edits."""
         together = union(edit_facts(edit, self.settings.stated) for edit in edits)
         spelled_out = " ".join(("", *map(spelled, map(text_of, edits)), ""))
         free = np.array([not shared(together, each) for each in self.document_facts])
@@ -133,20 +163,19 @@ class Builder:
         for number, cloze in enumerate(self.sources.clozes):
             phrases = map(spelled, (cloze.subject, *cloze.answers))
             apart[number] &= not any(f" {phrase} " in spelled_out for phrase in phrases)
-        for edit in edits:
-            yield from self.documents_of(edit, free)
-            yield from self.triples_of(edit, apart)
+        return free, apart
 
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
         """Choose RelDoc and RandDoc of an edit from the documents marked `free` (N,)."""
-        if not free.any():
-            return
         ranked = retrieval.ranking(self.relevance[edit.id])
-        related = next(index for index in ranked if free[index])
+        left = self.counting(self.sources.documents)
+        related = next((index for index in ranked if free[index] and left[index]), None)
+        if related is None:
+            return
         below = free.copy()
         below[ranked[: self.settings.floor]] = False
         below[related] = False
-        drawn = self.draw("rand_doc", edit, below)
+        drawn = self.draw("rand_doc", edit, below, left)
         for kind, index in ({"rel_doc": related} | drawn).items():
             document = self.sources.documents[index]
             question, aliases = question_for(document)
@@ -165,17 +194,18 @@ class Builder:
 
         They are numbered on from the probes that the edit brings.
         """
-        if not apart.any():
+        counting = self.counting(self.sources.clozes)
+        drawn = self.draw("struct_trip", edit, apart, counting)
+        if not drawn:
             return
-        drawn = self.draw("struct_trip", edit, apart)
-        left, scores = apart.copy(), self.nearness[edit.id]
-        left[drawn["struct_trip"]] = False
+        apart, scores = apart.copy(), self.nearness[edit.id]
+        apart[drawn["struct_trip"]] = False
         # Triples of one relation differ in the subject, which was taken out: equally near.
-        nearest = left & (scores == scores[left].max(initial=-np.inf))
-        drawn |= self.draw("near_triple", edit, nearest)
+        nearest = apart & (scores == scores[apart & counting].max(initial=-np.inf))
+        drawn |= self.draw("near_triple", edit, nearest, counting)
         for kind, index in drawn.items():
             cloze = self.sources.clozes[index]
-            as_question = kind == "near_triple"
+            as_question = self.asked or kind == "near_triple"
             yield Item(
                 edit=edit.id,
                 kind=kind,
@@ -187,39 +217,121 @@ class Builder:
                 source=cloze.id,
             )
 
-    def draw(self, kind: str, edit: Edit, marked: np.ndarray) -> dict[str, int]:
-        """Draw one of the marked indices for an edit, by kind; nothing where none is marked."""
-        indices = np.flatnonzero(marked)
-        return {kind: self.rng(kind, edit).choice(indices)} if len(indices) else {}
+    def counting(self, sources: Sequence[Document | Cloze]) -> np.ndarray:
+        """Mark the documents or triples (N,) that no verdict is against."""
+        return np.array([self.verdicts.get(source.id, True) for source in sources], dtype=bool)
+
+    def draw(
+        self, kind: str, edit: Edit, marked: np.ndarray, counting: np.ndarray
+    ) -> dict[str, int]:
+        """Draw the first of the marked indices that counts for an edit, by kind, if there is any.
+
+        The order is that of the draw, so that a verdict passes one over and changes nothing else.
+        """
+        rng, left = self.rng(kind, edit), np.flatnonzero(marked).tolist()
+        while left and counting[left].any():
+            if counting[index := rng.choice(left)]:
+                return {kind: index}
+            left.remove(index)
+        return {}
 
 
 def question_for(document: Document) -> tuple[str, tuple[str, ...]]:
-    """Find the question that a document brings, with its short answer if any, or ask by title."""
+    """Find the question that a document brings, with its short answer if any, or ask by title.
+
+    Where its topic is known, a person is asked for by "Who was X?", and another thing by "What is
+    an X?" if its text opens with "An X is".
+    """
     if document.questions:
         question, answer = document.questions[0]
         return question, (answer,) if answer else ()
+    person = document.topic == "People"
+    if person and (verb := re.search(r"\b(?:is|was|are|were)\b", document.text)):
+        return f"Who {verb[0]} {document.title}?", ()
+    name, verb = opening(document)
+    return (f"What {verb} {name}?" if verb else tell_about(document)), ()
+
+
+def tell_about(document: Document) -> str:
+    """Ask for a document by its title, in a form that needs no grammar."""
     section = f", in particular: {document.section}" if document.section else ""
-    return f"Tell me about {document.title}{section}.", ()
+    return f"Tell me about {opening(document)[0]}{section}."
+
+
+def opening(document: Document) -> tuple[str, str]:
+    """Find name and verb in a text that opens with "An X is", else the title and "".
+
+    Only where the topic is known and rules out a person; X is the title or its plural.
+    """
+    title, text = document.title, document.text
+    found = document.topic not in ("", "People", "Uncategorized") and re.match(
+        rf"(?:In [\w ]+, )?(an? |the )?({re.escape(title)}(?:e?s)?),? (?:\([^()]*\),? )?"
+        r"(is|was|are|were)\b",
+        text,
+        re.I,
+    )
+    if not found:
+        return title, ""
+    article, name, verb = found.groups(default="")
+    # The capital of a first word says nothing, unless the word has it elsewhere too.
+    lower = title[0].lower() + title[1:]
+    if not found.start(2) and re.search(rf"\b{re.escape(lower)}", text[1:]):
+        name = name[0].lower() + name[1:]
+    return article.lower() + name, verb
 
 
 def build(sources: Sources, settings: Settings) -> tuple[Item, ...]:
     """Build four items for every edit, in their order; InputError, with counts, where one lacks."""
+    return build_judged(sources, settings)[0]
+
+
+def build_judged(
+    sources: Sources, settings: Settings, judge: Judge | None = None, limit: int | None = None
+) -> tuple[tuple[Item, ...], dict[str, bool]]:
+    """Build four items for the first `limit` edits (None: all) of every split, in their order.
+
+    With a `judge` only what it admits counts, and no document reserved for a corpus; its verdicts
+    by id are the second value. InputError, with counts, where an edit lacks an item.
+    """
     if len({cloze.id for cloze in sources.clozes}) < len(sources.clozes):
         raise InputError("locality: triples share ids; expected structured files of unlike names")
-    builder = Builder(sources, settings)
-    blocks = tqdm(sources.blocks(settings.batch), desc="locality", mininterval=5)
-    items = [item for block in blocks for item in builder.block(block)]
+    builder = Builder(sources, settings, asked=judge is not None)
+    wanted = [edit.id for group in sources.groups for edit in group[:limit]]
+    blocks = [
+        (block, chosen)
+        for block in sources.blocks(settings.batch)
+        if (chosen := [edit for edit in block if edit.id in wanted])
+    ]
+    known = {source.id: source for source in (*sources.documents, *sources.clozes)}
+    kept = [one.id for one in sources.documents if reserved(one)] if judge else ()
+    builder.verdicts |= dict.fromkeys(kept, False)
+    with tqdm(desc="locality", unit=" judged", disable=judge is None, mininterval=5) as bar:
+        while True:
+            items = [item for pair in blocks for item in builder.block(*pair)]
+            chosen = dict.fromkeys(item.source for item in items)
+            new = [source for source in chosen if source not in builder.verdicts]
+            if judge is None or not new:
+                break
+            builder.verdicts |= zip(new, judge([known[id] for id in new]), strict=True)
+            bar.update(len(new))
+            if bar.n > PATIENCE * len(items) + 100:
+                admitted = [*builder.verdicts.values()].count(True)
+                raise InputError(
+                    f"locality: of {bar.n} documents and triples {admitted} count by the "
+                    "answers of this model; expected one that knows something of the real world"
+                )
     for kind in PROBE_KINDS:
         served = {item.edit for item in items if item.kind == kind}
-        if lacking := [edit.id for edit in sources.edits if edit.id not in served]:
+        if lacking := [edit for edit in wanted if edit not in served]:
+            refused = [*builder.verdicts.values()].count(False) - len(kept)
             raise InputError(
-                f"{kind}: nothing is left for {len(lacking)} of {len(sources.edits)} edits, first "
+                f"{kind}: nothing is left for {len(lacking)} of {len(wanted)} edits, first "
                 f"{lacking[0]!r}, among {len(sources.documents)} documents and "
                 f"{len(sources.clozes)} triples: each shares a fact with an edit of its batch or "
-                "is ranked out; "
+                f"is ranked out{f', or was refused ({refused})' if refused else ''}; "
                 f"add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
             )
-    return tuple(items)
+    return tuple(items), {id: builder.verdicts[id] for id in builder.verdicts.keys() - kept}
 
 
 def unfiltered(sources: Sources, settings: Settings) -> tuple[Item, ...]:

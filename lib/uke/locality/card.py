@@ -23,8 +23,10 @@ from uke.data.find import COLLECTIONS, find_data, find_files
 from uke.data.formats import load, load_clozes, located
 from uke.errors import InputError
 from uke.files import read_yaml, sha256, write_atomic
-from uke.locality.build import Settings, Sources, build
+from uke.locality.build import Judge, Settings, Sources, build_judged
 from uke.project import Paths, code_fingerprint
+from uke.results.metrics import cosines, load_encoder
+from uke.results.stats import interval
 from uke.world import files as world_files
 
 NAMES = {  # as published; any other file's set is called <dataset>-Loc
@@ -33,6 +35,8 @@ NAMES = {  # as published; any other file's set is called <dataset>-Loc
     "akew-mquake": "AKEW-Loc-MQuAKE",
 }
 BUILDING = ("data", "locality.build", "locality.facts", "locality.retrieval")
+COUNTED = ("judged", "cosine")  # in the card of a model's own set, beside what decides it
+GENERAL_FACTS = Path(__file__).with_name("general_facts.yaml")
 
 
 @dataclass(frozen=True)
@@ -58,24 +62,49 @@ class SetFiles:
         return Sources(tuple(filter(None, groups)), tuple(gather(self.documents)), triples)
 
 
-def of_world(folder: Path, split: str, dataset: str = "unkebench") -> SetFiles:
-    """Find the files of one split of a world that lies below `folder`."""
+def of_world(
+    folder: Path, split: str, dataset: str = "unkebench", **real: Sequence[str]
+) -> SetFiles:
+    """Find the files of one split of a world that lies below `folder`.
+
+    `real` (documents, structured): ask around its edits for what a model of the real world knows,
+    from these or what is found, and from our own facts.
+    """
     file = {"unkebench": world_files.UNKEBENCH, "akew-counterfact": world_files.AKEW}[dataset]
     names = (file, world_files.DOCUMENTS, world_files.KNOWEDIT)
     edits, documents, triples = (Path(folder) / split / name for name in names)
+    if real:
+        return SetFiles(dataset, edits, **collections(**real, own=True), generated=True)
     return SetFiles(dataset, edits, (documents,), (triples,), generated=True)
 
 
 def of_files(
-    data: str, data_file: str = "", documents: Sequence[str] = (), structured: Sequence[str] = ()
+    data: str,
+    data_file: str = "",
+    documents: Sequence[str] = (),
+    structured: Sequence[str] = (),
+    own: bool = False,
 ) -> SetFiles:
-    """Find the files for a benchmark's set: those given, else those of `data_folder()`."""
+    """Find the files for a benchmark's set: those given, else those of `data_folder()`.
+
+    `own`: our own facts of general knowledge are among the triples.
+    """
+    found = collections(documents, structured, own)
+    return SetFiles(data, Path(find_data(data, data_file)), **found)
+
+
+def collections(
+    documents: Sequence[str], structured: Sequence[str], own: bool
+) -> dict[str, tuple[Path, ...]]:
+    """Find documents and sets of triples; InputError where there is no file of either."""
     given = {"documents": documents, "structured": structured}
     found = {name: find_files(name, given[name]) for name in COLLECTIONS}
+    if own:
+        found["structured"] = (GENERAL_FACTS, *found["structured"])
     if missing := [name for name in COLLECTIONS if not found[name]]:
         expected = f"name them with {missing[0].upper()}=, set UKE_DATA, or run `make data`"
         raise InputError(f"locality: no file to take {missing[0]} from; {expected}")
-    return SetFiles(data, Path(find_data(data, data_file)), **found)
+    return found
 
 
 def set_name(dataset: str) -> str:
@@ -83,19 +112,27 @@ def set_name(dataset: str) -> str:
     return NAMES.get(dataset, f"{dataset}-Loc")
 
 
-def built(paths: Paths) -> Path:
-    """Name the file where `make locality` leaves a benchmark's set."""
-    return paths.results / "locality" / f"{set_name(paths.data)}.json"
+def built(paths: Paths, split: str = "test", form: str = "unkebench") -> Path:
+    """Name the file where `make locality` leaves a set of this run's own.
+
+    A benchmark's has both splits; for the world's edits only a model of the real world has one.
+    """
+    name = f"{split}/{set_name(form)}" if paths.data == "world" else set_name(paths.data)
+    return paths.results / "locality" / f"{name}.json"
 
 
-def check_made_for(built: Path, edit_file: Path) -> None:
-    """Raise InputError where a set, by its card, is of another edit file or was changed since."""
+def check_made_for(built: Path, edit_file: Path) -> int | None:
+    """Return of how many edits of a split a model's own set is; None where it has them all.
+
+    InputError where a set, by its card, is of another edit file or was changed since.
+    """
     card = read_card(built.with_suffix(".md"))
     if card.get("sha256") != sha256(built) or card["sources"][0]["sha256"] != sha256(edit_file):
         raise InputError(
             f"{built}: not the set made for {edit_file}, by its card; "
             "make it with `make locality`, or remove it"
         )
+    return card.get("limit")
 
 
 def settings(home: Path, data: str) -> Settings:
@@ -106,16 +143,46 @@ def settings(home: Path, data: str) -> Settings:
         return Settings.model_validate(values)
 
 
-def ensure(files: SetFiles, chosen: Settings, folder: Path) -> Path:
-    """Return the path of the set below `folder`, built if it is missing or out of date."""
+def ensure(
+    files: SetFiles, chosen: Settings, folder: Path, judge: Judge | None = None, limit: int = 0
+) -> Path:
+    """Return the path of the set below `folder`, built if it is missing or out of date.
+
+    With a `judge` it is a model's own set, of the first `limit` edits of each split at least; the
+    documents reserved for a corpus are in no such set.
+    """
     name = set_name(files.dataset) + ("" if chosen.stated else "-texts-alone")
     target = Path(folder) / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         head, card = header(files, chosen), read_card(target.with_suffix(".md"))
-        if not (target.is_file() and card == head | {"sha256": sha256(target)}):
-            write(head, build(files.sources(), chosen), target)
+        if judge:
+            head |= {"judge": judge.about, "limit": max(limit, card.get("limit", 0))}
+        decided = {name: value for name, value in card.items() if name not in COUNTED}
+        if not (target.is_file() and decided == head | {"sha256": sha256(target)}):
+            sources = files.sources()
+            items, verdicts = build_judged(sources, chosen, judge, head.get("limit"))
+            write(head | (described(items, verdicts, sources) if judge else {}), items, target)
     return target
+
+
+def described(items: Sequence[Item], verdicts: Mapping[str, bool], sources: Sources) -> dict:
+    """Count what a judge was asked for and refused; say how near documents are to their edits.
+
+    `cosine`: of embeddings of document and answer, with a 95 % interval over edits; empty without
+    an encoder.
+    """
+    judged = {}
+    for name, every in (("documents", sources.documents), ("triples", sources.clozes)):
+        asked = [verdicts[one.id] for one in every if one.id in verdicts]
+        judged[name] = {"asked": len(asked), "refused": asked.count(False)}
+    answers = {edit.id: edit.answer for edit in sources.edits}
+    cosine, encoder = {}, load_encoder()
+    for kind in ("rel_doc", "rand_doc") if encoder else ():
+        texts = [(one.reference, answers[one.edit]) for one in items if one.kind == kind]
+        found = interval(cosines(*zip(*texts, strict=True), encoder))
+        cosine[kind] = [round(float(value), 3) for value in found[:3]]
+    return {"judged": judged, "cosine": cosine}
 
 
 def header(files: SetFiles, chosen: Settings) -> dict:
@@ -126,7 +193,8 @@ def header(files: SetFiles, chosen: Settings) -> dict:
     for path in (files.edit_file, *files.documents, *files.structured):
         known = (licences[start] for start in licences if path.name.startswith(start))
         licence = next((f"{text}; by its name" for text in known), "not stated")
-        licence = "MIT (generated by this project)" if files.generated else licence
+        if files.generated and path.is_relative_to(files.edit_file.parent):
+            licence = "MIT (generated by this project)"
         sources.append({"file": path.name, "sha256": sha256(path), "licence": licence})
     return {
         "set": set_name(files.dataset),

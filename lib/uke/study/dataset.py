@@ -98,7 +98,8 @@ def load(
 
     The world's edits come in the format of a benchmark (`form`: `unkebench`, `akew-counterfact`)
     and with their locality set, which is built where it is missing. A benchmark's file comes with
-    the set that `make locality` has built for this run, if any, beside the probes of its records.
+    the set that `make locality` has built for this run, if any, beside the probes of its records;
+    a model of the real world has such a set of its own for the world's edits too.
     InputError for an unknown split or benchmark, a limit below 1, or a file with bad records.
     """
     paths = Paths(profile, data)
@@ -109,19 +110,24 @@ def load(
     if data == "world":
         folder = world_files.ensure(paths.home / "results", world_seed)
         order = card.of_world(folder, split, form)
-        edits = formats.load(order.dataset, order.edit_file)
-        settings = card.settings(paths.home, "world")
-        sets = [card.ensure(order, settings, folder / split / "locality")]
-        sets += [folder / split / world_files.GENERAL] if form == "unkebench" else []
-        locality = tuple(probe for path in sets for probe in load_locality(path, edits))
+        edits, edit_file = formats.load(order.dataset, order.edit_file), order.edit_file
     else:
-        edits, locality = formats.load(data, data_file), ()
-        if (built := card.built(paths)).is_file():
-            card.check_made_for(built, Path(data_file))
-            locality = load_locality(built, edits)
+        edits, edit_file = formats.load(data, data_file), Path(data_file)
         edits = tuple(edit for edit in edits if in_split(edit.id, split))
+    built, locality = card.built(paths, split, form), ()
+    if built.is_file():
+        most = card.check_made_for(built, edit_file)
+        if most and len(edits[:limit]) > most:
+            fault = f"{built}: it has the first {most} edits of a split, not {len(edits[:limit])}"
+            raise InputError(f"{fault}; make it again with `make locality` and a larger LIMIT")
+        locality = load_locality(built, edits[:most])
+    elif data == "world":
+        settings = card.settings(paths.home, "world")
+        built = card.ensure(order, settings, folder / split / "locality")
+        locality = load_locality(built, edits)
+    if data == "world" and form == "unkebench":
+        locality += load_locality(folder / split / world_files.GENERAL, edits)
     probes: dict[str, list[Probe]] = {edit.id: list(edit.probes) for edit in edits}
-    locality = [probe for probe in locality if probe.edit in probes]
     for probe in locality:
         probes[probe.edit].append(probe)
     return Dataset(

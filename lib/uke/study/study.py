@@ -29,14 +29,14 @@ from uke.methods.method import EditRecord, Method
 from uke.models.divergence import Expected, divergences, expected
 from uke.models.generate import AnswerCache, Generation
 from uke.models.model import blocks, fingerprint, load
-from uke.project import EMBEDDED, Paths, code_fingerprint, unit_key
+from uke.project import Paths, code_fingerprint, unit_key
 from uke.results import compare, rows
 from uke.results.metrics import Encoder, load_encoder
 from uke.study.committed import Committed
 from uke.study.dataset import Dataset
 from uke.study.memory import Peak, free_mib
 from uke.study.score import COMPARED, answer_and_score, leakages, token_limit, with_before
-from uke.world.files import CARD, card
+from uke.world.files import world_of
 
 logger = logging.getLogger(__name__)
 
@@ -338,12 +338,6 @@ def installed_encoder() -> Encoder | None:
     """Load the sentence encoder, once for all studies; None where it is not installed."""
     transformers.utils.logging.disable_progress_bar()  # no bars of weights in a notebook
     return load_encoder()
-
-
-def world_of(model: str) -> int | None:
-    """Return the seed of the world that a model was trained on; None for any other model."""
-    directory = EMBEDDED if model == "embedded" else Path(model)
-    return card(directory)["settings"]["world_seed"] if (directory / CARD).is_file() else None
 
 
 def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

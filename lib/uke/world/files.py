@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from uke.data.formats import read_json
 from uke.files import replacing, sha256, write_atomic
-from uke.project import code_fingerprint, digest
+from uke.project import EMBEDDED, code_fingerprint, digest
 from uke.world.generate import SPLITS, Entity, World, build, choice, exercise, hop, language
 
 UNKEBENCH, AKEW, KNOWEDIT = "UnKEBench.json", "AKEW-CounterFact.json", "KnowEdit.json"
@@ -22,6 +22,12 @@ CARD = "training.json"  # how tools/train_world_model.py made a model
 def card(directory: Path) -> dict[str, Any]:
     """Read how the model of a directory was made; InputError for a directory without a card."""
     return read_json(Path(directory) / CARD)
+
+
+def world_of(model: str) -> int | None:
+    """Return the seed of the world that a model was trained on; None for any other model."""
+    directory = EMBEDDED if model == "embedded" else Path(model)
+    return card(directory)["settings"]["world_seed"] if (directory / CARD).is_file() else None
 
 
 def ensure(folder: Path, seed: int) -> Path:
