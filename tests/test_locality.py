@@ -134,8 +134,7 @@ def test_what_a_model_does_not_know_is_passed_over_and_nothing_else_changes(sour
     plain, _ = build_judged(sources, BM25, lambda each: [True] * len(each))
     gone = {item.source for item in plain if item.edit == "ada"}
     judge = partial(map, lambda source: source.id not in gone)
-    items, verdicts = build_judged(sources, BM25, judge)
-    assert {source for source, known in verdicts.items() if not known} == gone
+    items, _ = build_judged(sources, BM25, judge)
     kept = {item for item in plain if item.edit == "tom" and item.source not in gone}
     assert kept and kept <= set(items) and not gone & {item.source for item in items}
     assert build_judged(sources, BM25, judge, 1)[0] == items[:4]
@@ -145,9 +144,8 @@ def test_a_probe_counts_by_two_answers_alike_and_right():
     gold = next(one for one in load_clozes(card.GENERAL_FACTS) if one.id.endswith("symbol-gold"))
     assert admitted(gold, "It is Au.", "Au") and not admitted(gold, "Au", "Gold is G.")
     bath, says = Document("x", "Bath", "Bath is a city."), "Bath is a town in England."
-    assert admitted(bath, says, f"{says} It is old.")
-    unlike = "It holds water.", "", f"I'm sorry. {says}", "Bath is a town. " * 3
-    assert not any(admitted(bath, says, second) for second in unlike)
+    tried = f"{says} It is old.", "It holds water.", "", f"I'm sorry. {says}", says * 3
+    assert [admitted(bath, says, second) for second in tried] == [True] + 4 * [False]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,6 @@ def test_a_probe_counts_by_two_answers_alike_and_right():
         ("One two. Three four. Five six.", 4, "One two. Three four."),
         ("He said “stop.” Then he left. Gone.", 4, "He said “stop.”"),
         ("In St. Ives. A long one follows. End.", 6, "In St. Ives. A long one follows."),
-        ("As Frederick W. Mote wrote. It is so.", 4, "As Frederick W. Mote wrote."),
     ],
 )
 def test_a_reference_ends_with_a_sentence(text, words, kept):

@@ -35,7 +35,7 @@ from uke.models.model import kept, load
 from uke.project import Paths, check_name
 from uke.study import dataset
 from uke.study.score import answer_and_score, token_limit, with_before
-from uke.study.study import measure_world
+from uke.study.study import measure_for, measure_world
 from uke.world import files as world_files
 
 OWN_ID = "mine"
@@ -235,6 +235,7 @@ class Bench:
             self._before[questions] = self._ask(self.model, *questions)
         if task.method.family == "locate-then-edit":
             measure_world(self.model, self.tokenizer)
+            measure_for(task.method, self.model, self.tokenizer)
         weights = task.method.weights(self.model).values()
         untouched = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
         report(0, 0.0)

@@ -21,8 +21,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from uke.data.documents import gather, reserved
 from uke.data.edits import Edit, Probe
+from uke.data.find import find_files
 from uke.errors import Diverged, InputError
+from uke.locality.build import question_for
 from uke.methods.edited import edited, edited_each, lane_mib
 from uke.methods.locate_edit import covariance
 from uke.methods.method import EditRecord, Method
@@ -172,6 +175,7 @@ class Study:
             return
         fingerprints = self.fingerprints | {"recipe": method.fingerprint}
         labels |= fingerprints | {"learning_rate": method.learning_rate, "seed": method.seed}
+        measure_for(method, self.model, self.tokenizer)
         work = self.conditions | labels | {"texts": method.depends_on(self.model)}
         units = [
             Unit(unit_key(batch=index, **work), edits, labels | {"batch": index})
@@ -345,3 +349,21 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     if (seed := world_of(model.config.name_or_path)) is not None:
         texts = covariance.world_texts(seed)
         covariance.measure(model, tokenizer, texts, range(len(blocks(model))))
+
+
+def measure_for(method: Method, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Measure what a locate-then-edit method must keep, where the model was not measured for it.
+
+    The corpus of a model of the real world is that of before, if any, else the documents that are
+    reserved for it, as questions and answers; where there are none, the method says what it lacks.
+    """
+    if method.family != "locate-then-edit" or world_of(model.config.name_or_path) is not None:
+        return
+    if covariance.digest(model):
+        texts = covariance.preservation(model)
+    else:
+        files = find_files("documents")
+        kept = filter(reserved, gather(files) if files else ())
+        texts = [{"question": question_for(one)[0], "answer": one.text} for one in kept]
+    if texts:
+        covariance.measure(model, tokenizer, texts, method.layers)
