@@ -2,7 +2,8 @@
 
 Both models read the answer that the unedited model gave, so that they are compared at equal places
 whatever the edited one would say. Of every distribution the 64 likeliest tokens are kept and the
-rest is one: on the embedded model that had 98.9 to 99.9 % of the full divergence.
+rest is one: of the full divergence that had 98.9 to 99.9 % on the embedded model (FT-M, FT-UKE,
+LoRA) and 84 to 85 % on SmolLM2-135M (FT-M, FT-UKE; 93 % with 256), whose vocabulary is 49,152.
 """
 
 import hashlib
