@@ -74,7 +74,7 @@ def test_texts_of_a_benchmark_are_shown_where_rows_have_them_and_leave_no_file_a
         made = Section("01_edits", paths, "Edits", "What?")
         made.texts(pd.DataFrame({"question": [question], "answer": "Ada."}), "example", "One edit.")
         assert any((paths.figures / "tables").iterdir()) == bool(question)
-    assert "not committed" in json.loads(made.save().read_text())["body"][0]["markdown"]
+    assert "no table" in json.loads(made.save().read_text())["body"][0]["markdown"]
 
 
 def test_an_interval_is_said_with_the_decimals_of_its_number(paths):

@@ -105,7 +105,7 @@ class Section:
             return self.table(frame, name, caption)
         for file in (self.paths.figures / "tables").glob(f"{name}.*"):
             file.unlink()  # of the run that made the rows
-        self.observe(f"Texts of a benchmark are not committed with its rows: no table `{name}`.")
+        self.observe(f"Rows are committed without the texts of others: no table `{name}`.")
 
     def observe(self, text: str, expected: bool | None = None) -> str:
         """Say what a figure or a table shows, and whether that is "As expected: ..." or not."""

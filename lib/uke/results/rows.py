@@ -124,13 +124,13 @@ def _read_file(path: Path) -> pa.Table:
 
 
 def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
-    """Write all scores, and in the world the answers of five edits of each method, unless committed
-    rows are used. No text of a benchmark is written, nor any answer to one."""
+    """Write all scores, and the answers of five edits of each method, unless committed rows are
+    used. No text of a benchmark or a foreign document is written, nor any answer to one."""
     path = paths.exported(study)
     if not use_committed():
-        world, rank = paths.data == "world", frame.groupby("method")["edit"].rank("dense")
-        hidden = ["answer", "before"] if world else ["question", "reference", "answer", "before"]
-        texts = frame[hidden].where(world & (rank <= 5), None)  # rank: in the order of the ids
+        own, rank = paths.own_texts, frame.groupby("method")["edit"].rank("dense")
+        hidden = ["answer", "before"] if own else ["question", "reference", "answer", "before"]
+        texts = frame[hidden].where(own & (rank <= 5), None)  # rank: in the order of the ids
         _write(f"rows of study '{study}'", frame.assign(**texts), path)
     return path
 
