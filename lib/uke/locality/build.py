@@ -26,6 +26,7 @@ from uke.locality import retrieval
 from uke.locality.facts import SENTENCE, Facts, edit_facts, facts, names, shared, union
 
 PROBE_KINDS = in_group("locality", "nearby")
+AT_ONCE = 32  # sources that a judge is asked about at once, or more
 PATIENCE = 50  # sources that a judge is asked about, for each item of a set, before it is given up
 
 
@@ -307,9 +308,15 @@ def build_judged(
     builder.verdicts |= dict.fromkeys(kept, False)
     with tqdm(desc="locality", unit=" judged", disable=judge is None, mininterval=5) as bar:
         while True:
-            items = [item for pair in blocks for item in builder.block(*pair)]
-            chosen = dict.fromkeys(item.source for item in items)
-            new = [source for source in chosen if source not in builder.verdicts]
+            judged, new, more = builder.verdicts, [], True
+            # Where few are left, what would come next is asked for at once: it decides nothing.
+            while more and len(new) < (AT_ONCE if judge else 1):
+                builder.verdicts = judged | dict.fromkeys(new, False)
+                items = [item for pair in blocks for item in builder.block(*pair)]
+                found = dict.fromkeys(item.source for item in items)
+                more = [source for source in found if source not in builder.verdicts]
+                new += more
+            builder.verdicts = judged
             if judge is None or not new:
                 break
             builder.verdicts |= zip(new, judge([known[id] for id in new]), strict=True)

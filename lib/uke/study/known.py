@@ -53,12 +53,25 @@ class Knowledge:
         return {"model": f"{name} ({self.subject.fingerprint()})", "rule": RULE}
 
     def __call__(self, sources: Sequence[Document | Cloze]) -> list[bool]:
-        """Tell of each document or triple whether the model knows it."""
-        probes = [probe for source in sources for probe in phrasings(source)]
-        options = vars(Generation(_tokens, cache=self.cache))
-        answers = answer(*self.subject.loaded, probes, **options)
-        pairs = zip(answers[::2], answers[1::2], strict=True)
-        return [admitted(source, *pair) for source, pair in zip(sources, pairs, strict=True)]
+        """Tell of each document or triple whether the model knows it.
+
+        The second question is asked where the first answer leaves that open.
+        """
+        asked, said = [phrasings(source) for source in sources], {}
+        for turn in range(2):
+            left = [
+                index
+                for index, source in enumerate(sources)
+                if turn == 0 or admitted(source, said[index, 0], said[index, 0])
+            ]
+            options = vars(Generation(_tokens, cache=self.cache))
+            probes = [asked[index][turn] for index in left]
+            answers = answer(*self.subject.loaded, probes, **options)
+            said |= {(index, turn): text for index, text in zip(left, answers, strict=True)}
+        return [
+            (index, 1) in said and admitted(source, said[index, 0], said[index, 1])
+            for index, source in enumerate(sources)
+        ]
 
 
 def judge_of(model: str) -> Knowledge | None:
@@ -70,11 +83,8 @@ def phrasings(source: Document | Cloze) -> tuple[Probe, Probe]:
     """Ask for a document or triple in two ways, the first as its probe does."""
     if isinstance(source, Document):
         first, second = question_for(source)[0], tell_about(source)
-        second = (
-            f"What do you know about{second.removeprefix('Tell me about').rstrip('.')}?"
-            if second == first
-            else second
-        )
+        if second == first:
+            second = f"What do you know about{second.removeprefix('Tell me about').rstrip('.')}?"
         kind, reference = "rel_doc", source.text
     else:
         first, kind, reference = source.question or source.prompt, "near_triple", source.answers[0]
