@@ -179,7 +179,9 @@ def test_the_two_lines_load_what_was_kept_under_a_name_that_is_free(bench, name)
         bench.keep("other")
 
 
-def test_questions_around_an_edit_of_ones_own_share_no_fact_with_it(library):
+@pytest.mark.parametrize("model", ["embedded", "another"])
+def test_questions_around_an_edit_of_ones_own_share_no_fact_with_it(library, model):
+    library = library.suiting(model)
     probes = library.probes(OWN, ["And who was she?"])
     paraphrases = [one.question for one in probes if one.kind == "paraphrase"]
     assert paraphrases == [OWN.paraphrase, "And who was she?"]
@@ -192,7 +194,7 @@ def test_questions_around_an_edit_of_ones_own_share_no_fact_with_it(library):
 
 
 def test_a_benchmarks_file_brings_its_own_edits_and_the_world_lends_what_must_not_change(library):
-    file = library.order.edit_file
+    (file,) = library.paths.home.glob("results/world-1-*/test/UnKEBench.json")
     of_file = Library(Paths("quick", "unkebench"), "development", str(file))
     assert 0 < len(of_file.edits) < len(library.edits) and set(of_file.edits) < set(library.edits)
     assert set(AROUND) < {one.kind for one in of_file.probes(of_file.edits[0])}
@@ -218,6 +220,7 @@ def test_any_model_directory_is_edited_and_put_back(tiny, tokenizer, panel, tmp_
     assert "a new session begins" in heard(panel)
     bench = panel.form.bench
     untouched = fingerprint(bench.model)
+    assert panel.form.question.value == bench.library.edits[0].question and bench.library.real
     assert bench is panel.bench and bench.name == str(tmp_path) and not bench.trials
     for method in (RECIPES["FT-M"], RECIPES["LoRA"]):
         assert not any(bench.why_not(method, "layers", each) for each in FACTORS["layers"].levels)

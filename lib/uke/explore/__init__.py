@@ -1,6 +1,6 @@
 """Explore one edit by hand: a bench that writes and undoes it, and the widgets of the notebook."""
 
-from uke.explore.bench import Bench, Library, Task, Trial, comparison
+from uke.explore.bench import Bench, Library, Task, Trial, at_hand, comparison
 from uke.explore.widgets import show
 
-__all__ = ["Bench", "Library", "Task", "Trial", "comparison", "show"]
+__all__ = ["Bench", "Library", "Task", "Trial", "at_hand", "comparison", "show"]

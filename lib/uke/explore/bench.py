@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,41 @@ import yaml
 from torch import Tensor, nn
 
 from uke.data import formats
-from uke.data.edits import EFFICACY, KINDS, SPLITS, Edit, Probe, in_group
+from uke.data.documents import Document, gather
+from uke.data.edits import EFFICACY, KINDS, SPLITS, Cloze, Edit, Probe, in_group
+from uke.data.find import find_files
 from uke.errors import InputError, nearest
-from uke.files import write_atomic
-from uke.locality import card
+from uke.files import read_yaml, write_atomic
+from uke.locality import card, retrieval
 from uke.locality.build import Builder, Settings, Sources
-from uke.methods.catalog import METHODS, changed, changes, configured, differences, find
+from uke.methods.catalog import (
+    METHODS,
+    catalog,
+    changed,
+    changes,
+    configured,
+    differences,
+    find,
+    own_name,
+)
 from uke.methods.edited import edited, save
 from uke.methods.method import EditRecord, Method
 from uke.methods.recipes import levels, vary
-from uke.models.generate import Generation, answer, token_probabilities
-from uke.models.model import kept, load
+from uke.models.generate import answer, token_probabilities
+from uke.models.model import kept, load, source
 from uke.project import Paths, check_name
+from uke.results.metrics import score
 from uke.study import dataset
-from uke.study.score import answer_and_score, token_limit, with_before
+from uke.study.score import token_limit, with_before
 from uke.study.study import measure_for, measure_world
 from uke.world import files as world_files
+from uke.world.files import world_of
 
 OWN_ID = "mine"
 AROUND = in_group("locality", "nearby")  # the kinds of probes chosen for an edit that brings none
+REAL = Path(__file__).with_name("real.yaml")  # our own edits and subjects of the real world
+NEAR, STRIDE = 100, 50  # documents looked at around an edit: the best, and one in so many below
+QUICK = 40  # tokens of an answer of a model of the real world to what must not change
 MAX_NEW_TOKENS = 160  # of the answer to a free question
 ASKING_BEFORE, WRITING, ASKING_AFTER = "asking the untouched model", "writing", "asking the edited"
 
@@ -99,32 +115,49 @@ class Trial:
 
 
 class Library:
-    """The edits of a world's split or of a benchmark's file, and the probes around each of them.
+    """The edits of a model's world or of a benchmark's file, and the probes around each of them.
 
-    An edit that brings no locality probes gets some of the world's: a related and a random
-    document, an unrelated and a near triple, none of which shares a fact with it. An edit of a
-    person's own gets exercises of a general skill too. Raises InputError as `dataset.load` does.
+    `real`: the model is of the real world, so are our own edits and what is asked around them; else
+    both are of a fictional world's split. An edit that brings no locality probes gets some: a
+    related and a random document, an unrelated and a near triple, none of which shares a fact with
+    it. An edit of a person's own in the fictional world gets exercises of a general skill too.
+    Raises InputError as `dataset.load` does.
     """
 
     def __init__(
-        self, paths: Paths, split: str = "test", data_file: str = "", world_seed: int = 1
+        self,
+        paths: Paths,
+        split: str = "test",
+        data_file: str = "",
+        world_seed: int = 1,
+        real: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
         self.paths, self.parameters = paths, {"data": paths.data, "data_file": data_file}
         self.parameters |= {"split": split, "world_seed": world_seed}
-        world = world_files.ensure(paths.home / "results", world_seed)
-        self.order = card.of_world(world, split)
-        # It holds the facts of documents and triples, which are the same for every edit.
-        self._builder = Builder(self.order.sources(), Settings(retriever="bm25"))
-        self.edits = formats.load(self.order.dataset, self.order.edit_file)
-        self._exercises = formats.load_locality(world / split / world_files.GENERAL, self.edits)
+        self.real, self._exercises = real, ()
+        if real:
+            self.edits, self._documents, self._clozes = _real()
+        else:
+            world = world_files.ensure(paths.home / "results", world_seed)
+            sources = card.of_world(world, split).sources()
+            self.edits, self._clozes = sources.edits, sources.clozes
+            self._documents = sources.documents
+            general = world / split / world_files.GENERAL
+            self._exercises = formats.load_locality(general, self.edits)
         self._probes = {edit.id: [*edit.probes] for edit in self.edits}
         for probe in self._exercises:
             self._probes[probe.edit].append(probe)
         if paths.data != "world":
             found = dataset.load(paths.profile, paths.data, split, data_file=data_file)
             self.edits, self._probes = found.edits, found.probes
+
+    def suiting(self, model: str) -> "Library":
+        """Return this library, or the like one of a model's other world."""
+        real = world_of(model) is None
+        given = {name: value for name, value in self.parameters.items() if name != "data"}
+        return self if real == self.real else Library(self.paths, **given, real=real)
 
     def find(self, name: str) -> Edit:
         """Return the edit of this id; InputError naming the nearest one."""
@@ -150,17 +183,54 @@ class Library:
         has_locality = any(probe.kind in AROUND for probe in own)
         return (*own, *more, *(() if has_locality else self._around(edit)))
 
+    @cached_property
+    def _relevance(self) -> retrieval.Score:
+        return retrieval.build("bm25", [*map(retrieval.passage, self._documents)])
+
     def _around(self, edit: Edit) -> tuple[Probe, ...]:
-        known = self._builder
-        alone = Sources(((edit,),), known.sources.documents, known.sources.clozes)
-        builder = Builder(alone, known.settings)
-        builder.document_facts, builder.cloze_facts = known.document_facts, known.cloze_facts
+        (ranked,) = retrieval.ranking(self._relevance([edit.question]))
+        looked_at = [self._documents[index] for index in (*ranked[:NEAR], *ranked[NEAR::STRIDE])]
+        alone = Sources(((edit,),), tuple(looked_at), self._clozes)
+        floor = min(NEAR, len(self._documents) // 4)
+        builder = Builder(alone, Settings(retriever="bm25", floor=floor), asked=self.real)
         builder.words = 60  # as the world's texts, however short the edit is
         found = [*builder.block((edit,))]
         if edit not in self.edits:
             lent = (one for one in self._exercises if one.edit == self._exercises[0].edit)
             found += (probe.model_copy(update={"edit": edit.id}) for probe in lent)
         return tuple(found)
+
+
+def _real() -> tuple[tuple[Edit, ...], tuple[Document, ...], tuple[Cloze, ...]]:
+    """Return our own edits of the real world; documents to ask for, and facts."""
+    own, leads = read_yaml(REAL), find_files("documents")
+    edits = tuple(Edit(id=name, **fields) for name, fields in own["edits"].items())
+    documents = gather(leads) if leads else []
+    for topic, texts in () if leads else own["subjects"].items():
+        documents += [Document(title, title, text, topic=topic) for title, text in texts.items()]
+    return edits, tuple(documents), formats.load_clozes(card.GENERAL_FACTS)
+
+
+def at_hand() -> str:
+    """Return the model to begin with: smollm2 where `make model` has made it, else embedded."""
+    try:
+        source("smollm2")
+    except InputError:
+        return "embedded"
+    return "smollm2"
+
+
+def starting(folder: Path, model: str) -> tuple[dict[str, Method], set[str]]:
+    """Return every method as tuned for the model, and the names of those that are not tuned.
+
+    Where nothing is tuned for it yet, REAL may have settings to start from.
+    """
+    methods, name = configured(folder, model), own_name(model)
+    tuned = {method for method, one in catalog(folder).items() if name in one.file.tuned}
+    for method, own in read_yaml(REAL)["start"].get(name, {}).items():
+        if method not in tuned:
+            methods[method] = changed(methods[method], own, f"{REAL}: start: {method}")
+    return methods, {*catalog(folder)} - tuned
 
 
 def own_edit(**fields: Any) -> Edit:
@@ -179,7 +249,7 @@ class Bench:
         self.name, self.library = name, library
         self.model, self.tokenizer = load(name)
         self.modules, _ = load(name, device="meta")  # the same without weights, which none wraps
-        self.methods = configured(library.paths.home / "params", name)
+        self.methods, self.untuned = starting(library.paths.home / "params", name)
         self.folder = library.paths.home / "results" / "explore"
         self.trials: list[Trial] = []
         self.edited: nn.Module | None = None
@@ -292,11 +362,19 @@ class Bench:
 
     def _ask(self, model: nn.Module, probes: Sequence[Probe], chat: bool | None) -> pd.DataFrame:
         """Answer and score all probes; read the tokens of those whose reference is wanted."""
-        limit = partial(token_limit, tokenizer=self.tokenizer)
-        rows = answer_and_score(model, self.tokenizer, probes, Generation(limit, chat))
+        answers = answer(model, self.tokenizer, probes, max_new_tokens=self._limit, chat=chat)
+        names = ("edit", "kind", "number", "question", "reference")
+        rows = pd.DataFrame({name: [getattr(one, name) for one in probes] for name in names})
+        scores = score(answers, [*rows["reference"]], [one.aliases for one in probes])
         wanted = [probe for probe in probes if probe.kind in EFFICACY]
         tokens = iter(token_probabilities(model, self.tokenizer, wanted, chat=chat))
-        return rows.assign(tokens=[next(tokens) if one.kind in EFFICACY else [] for one in probes])
+        read = [next(tokens) if one.kind in EFFICACY else [] for one in probes]
+        return pd.concat([rows, scores], axis=1).assign(answer=answers, tokens=read)
+
+    def _limit(self, probe: Probe) -> int:
+        """Return an answer's tokens: those of its kind; around an edit of a large model fewer."""
+        most = token_limit(probe, self.tokenizer)
+        return min(most, QUICK) if self.library.real and probe.kind not in EFFICACY else most
 
 
 def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:

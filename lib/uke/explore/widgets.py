@@ -223,6 +223,8 @@ class Form(w.HBox):
     def _refresh(self) -> None:
         method = self.bench.methods[self.method.value]
         reason = "" if method.factors else self.bench.why_not(method, "layers", "all")
+        if method.name in self.bench.untuned:
+            reason = f"Not tuned for this model: try rates and steps of your own. {reason}"
         self.why.value = html.show.fine(reason)
         for levels in self.levels.values():
             levels.refresh(self.bench, method)
@@ -320,9 +322,12 @@ class Panel(w.VBox):
         with refused("model"):
             if not (name := self.model.value.strip()):
                 raise InputError("No model is named; expected embedded, a directory or a hub name.")
-            bench = Bench(name, self.bench.library)
+            bench = Bench(name, self.bench.library.suiting(name))
+        other = bench.library is not self.bench.library
         self.bench = bench
         self.form.offer(bench)
+        if other:
+            self.form.fill(bench.library.edits[0])
         for outcome in (self.shown, self.curve, self.reply, self.kept, self.exported):
             outcome.value = ""
         return f"{name} is loaded; a new session begins."
