@@ -140,7 +140,8 @@ class Section:
 
     def warn(self, text: str) -> None:
         """Say what the reader must know before believing the section, in a box at its top."""
-        self._lists["warnings"].append(text)
+        if text not in self._lists["warnings"]:
+            self._lists["warnings"].append(text)
         _show(f"Warning: {text}")
 
     def method(self, recipe: Mapping[str, Any]) -> None:

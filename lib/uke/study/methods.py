@@ -100,7 +100,7 @@ class MethodStudy(Comparison):
             self.best = compare.best_here(self.scores, self.baselines)
             fallback = "the best is the best on these very edits, which flatters it"
             self.caveats = [f"No development rows of the baselines: {fallback}."]
-        for caveat in (*self.caveats, *self.untestable.values()):
+        for caveat in filter(None, (*self.caveats, " ".join(self.untestable.values()))):
             section.warn(caveat)
         section.untestable |= self.untestable
 
