@@ -156,9 +156,9 @@ def sides(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(scores: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
-    """Return the headline numbers of every group with all of them, the best balance first."""
+    """Return the headline numbers of every group, the best balance first; a side may be missing."""
     found = stats.summarise(sides(scores), [*by, "kind"]).set_index([*by, "kind"])["mean"]
-    table = found.unstack("kind").reindex(columns=list(HEADLINE)).dropna()
+    table = found.unstack("kind").reindex(columns=list(HEADLINE)).dropna(subset="balance")
     return table.sort_values("balance", ascending=False, kind="stable").reset_index()
 
 
