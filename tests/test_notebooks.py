@@ -149,7 +149,8 @@ def test_notebook_keeps_the_skeleton_and_has_the_defaults_of_quick(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     assert faults(nbformat.read(path, as_version=4)) == []
     defaults = params.declared(path)
-    assert params.merge(ROOT, name, "quick") == defaults
+    of_quick = defaults | ({"model": "embedded"} if name == "explore" else {})
+    assert params.merge(ROOT, name, "quick") == of_quick
     assert defaults.get("profile") == "quick" and defaults.get("data") == "world"
 
 

@@ -1,5 +1,4 @@
-"""A study: complete rows, resumption, rows of other work, memory, committed rows, and weights as
-before."""
+"""A study: complete rows, resumption, memory, committed rows, and weights as before."""
 
 import dataclasses
 import json
