@@ -56,7 +56,7 @@ CPU_SIZES: dict[str, dict[str, Any]] = {
         "first": (2, 1, 1),
         "others": (2, 1, 1),
         "repeats": 1,
-        "kinds": ("multi_hop", "struct_trip"),
+        "kinds": ("detail", "struct_trip"),
         "steps": 5,
         "grow": {"edits": (2,), "length": (1.0,), "width": (0.5,), "at": 2},
     },

@@ -28,8 +28,7 @@ RUN = [
     for name in NAMES
     if os.environ.get("UKE_DATA") or name not in STUDIES or STUDIES[name].report != "benchmarks"
 ]
-# What the longest chains wait for starts first.
-SLOWEST = dict.fromkeys(NAMES, 0) | {"02_locality": 2, "tuning": 1}
+SLOWEST = dict.fromkeys(NAMES, 0) | {"02_locality": 2, "tuning_levels": 1}  # these start first
 HEADINGS = ("Set-up", "Checks", "Saved", "Limits")  # every other heading asks something
 PARAMETER = re.compile(r"[a-z_]+ = [^#]+  # [^=]+")
 SANITISE = r"""
@@ -198,6 +197,7 @@ def executed(home, environment) -> list[Path]:
     assert (checked := command("check")).returncode == 0, checked.stderr
 
     needs = {name: set(STUDIES[name].after) if name in STUDIES else set() for name in RUN}
+    needs["tuning"].add("tuning_levels")  # whose rows are in its budget
     for name in ("07_recipe", "08_batch_size"):  # whose best baseline tuning decides
         needs[name].add("tuning")
     order = TopologicalSorter(needs)
