@@ -256,19 +256,17 @@ def choose(frame: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, dict[str
     if len(others) or frame.empty:
         found = f"{len(others)} of {others.iloc[0]!r}" if len(others) else "none"
         raise InputError(f"recipe rule: expected rows of split 'development' alone, found {found}")
-    cells = frame.dropna(subset="score").groupby(["method", "factor", "level"])
-    counts = cells["edit"].agg(["nunique", "size"]).eq(frame["edit"].nunique())
+    groups = frame.dropna(subset="score").groupby(["method", "factor", "level"])
+    counts = groups["edit"].agg(["nunique", "size"]).eq(frame["edit"].nunique())
     # Rounded, so that a rounding error breaks no tie.
-    scores = {cell: round(overall(own), 9) for cell, own in cells}
+    scores = {cell: round(overall(own), 9) for cell, own in groups}
     chosen: dict[str, dict[str, str]] = {}
     for method in frame["method"].unique():
         for factor, studied in levels(RECIPES[method], names).items():
-            found = {level: (method, factor, level) for level in studied}
-            for cell in found.values():
+            cells = [(method, factor, level) for level in studied]
+            for cell in cells:
                 if cell not in scores or not counts.loc[cell].all():
                     where = f"recipe rule: {', '.join(cell)}"
                     raise InputError(f"{where}: expected one score for each edit")
-            best = max(scores[cell] for cell in found.values())
-            first = next(level for level, cell in found.items() if scores[cell] == best)
-            chosen.setdefault(method, {})[factor] = first
+            chosen.setdefault(method, {})[factor] = max(cells, key=scores.__getitem__)[-1]
     return chosen
