@@ -19,7 +19,7 @@ from uke.data.documents import Document
 from uke.errors import InputError
 from uke.files import replacing, sha256
 from uke.project import Paths, digest
-from uke.results.metrics import encoder_folder, open_encoder
+from uke.results.metrics import encode_once, encoder_folder, open_encoder
 
 PART = 1024  # texts that are embedded and kept together
 SCALE = 4000  # of vectors: products of their whole numbers stay below 2^24, exact in float32
@@ -76,22 +76,26 @@ def dense(texts: Sequence[str], model: Path) -> Score:
 
 @functools.lru_cache(maxsize=8)
 def _vectors(texts: tuple[str, ...], model: Path) -> np.ndarray:
-    """Embed texts once for all sets and runs: they are kept below `results/embeddings`.
+    """Embed texts once for all sets and runs."""
+    return encode_once(texts, functools.partial(_kept, model=model))
+
+
+def _kept(texts: Sequence[str], model: Path) -> np.ndarray:
+    """Embed texts, or read what is kept of them below `results/embeddings`.
 
     PART texts at a time, so that a collection of many thousands resumes where it was stopped.
     """
     weights, parts = sha256(model / "model.safetensors"), []
-    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    starts = range(0, len(distinct), PART)
+    starts = range(0, len(texts), PART)
     for start in tqdm(starts, desc="embedding", disable=len(starts) < 2, mininterval=5):
-        own = list(distinct)[start : start + PART]
+        own = texts[start : start + PART]
         name = digest(weights, texts=own)
         path = Paths("embedded").home / "results" / "embeddings" / f"{name}.npy"
         if not path.is_file():
             with replacing(path) as part, part.open("wb") as file:
                 np.save(file, _encode(own, model))
         parts.append(np.load(path))
-    return np.concatenate(parts)[[distinct[text] for text in texts]]
+    return np.concatenate(parts)
 
 
 def _encode(texts: Sequence[str], model: Path) -> np.ndarray:
