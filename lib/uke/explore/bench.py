@@ -44,9 +44,8 @@ from uke.methods.recipes import levels, vary
 from uke.models.generate import answer, token_probabilities
 from uke.models.model import kept, load, source
 from uke.project import Paths, check_name
-from uke.results.metrics import score
 from uke.study import dataset
-from uke.study.score import token_limit, with_before
+from uke.study.score import scored, token_limit, with_before
 from uke.study.study import measure_for, measure_world
 from uke.world import files as world_files
 from uke.world.files import world_of
@@ -363,13 +362,10 @@ class Bench:
     def _ask(self, model: nn.Module, probes: Sequence[Probe], chat: bool | None) -> pd.DataFrame:
         """Answer and score all probes; read the tokens of those whose reference is wanted."""
         answers = answer(model, self.tokenizer, probes, max_new_tokens=self._limit, chat=chat)
-        names = ("edit", "kind", "number", "question", "reference")
-        rows = pd.DataFrame({name: [getattr(one, name) for one in probes] for name in names})
-        scores = score(answers, [*rows["reference"]], [one.aliases for one in probes])
         wanted = [probe for probe in probes if probe.kind in EFFICACY]
         tokens = iter(token_probabilities(model, self.tokenizer, wanted, chat=chat))
         read = [next(tokens) if one.kind in EFFICACY else [] for one in probes]
-        return pd.concat([rows, scores], axis=1).assign(answer=answers, tokens=read)
+        return scored(probes, answers).assign(tokens=read)
 
     def _limit(self, probe: Probe) -> int:
         """Return an answer's tokens: those of its kind; around an edit of a large model fewer."""

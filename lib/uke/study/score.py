@@ -29,12 +29,7 @@ def answer_and_score(
     an encoder, and for the kinds it was published for), and `log_probability`, the mean nats of a
     reference's token, of the edit's own questions.
     """
-    answers = answer(model, tokenizer, probes, **vars(options))
-    names = ("edit", "kind", "number", "question", "reference")
-    columns = {name: [getattr(probe, name) for probe in probes] for name in names}
-    frame = pd.DataFrame(columns | {"answer": answers})
-    scores = score(answers, frame["reference"].tolist(), [probe.aliases for probe in probes])
-    frame = pd.concat([frame, scores], axis=1)
+    frame = scored(probes, answer(model, tokenizer, probes, **vars(options)))
     own = [index for index, probe in enumerate(probes) if probe.kind in EFFICACY]
     frame.loc[own, "log_probability"] = target_log_probability(
         model, tokenizer, [probes[index] for index in own], **vars(options)
@@ -45,6 +40,15 @@ def answer_and_score(
         scores = score(texts["answer"].tolist(), texts["reference"].tolist(), encoder=encoder)
         frame.loc[alike, "similarity"] = scores["similarity"].to_numpy()
     return frame
+
+
+def scored(probes: Sequence[Probe], answers: Sequence[str]) -> pd.DataFrame:
+    """Score the answer to each probe against its reference, but for `similarity`."""
+    names = ("edit", "kind", "number", "question", "reference")
+    columns = {name: [getattr(probe, name) for probe in probes] for name in names}
+    frame = pd.DataFrame(columns | {"answer": answers})
+    scores = score(answers, frame["reference"].tolist(), [probe.aliases for probe in probes])
+    return pd.concat([frame, scores], axis=1)
 
 
 def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
