@@ -18,7 +18,7 @@ from uke.project import code_fingerprint, unit_key
 from uke.results import compare, rows
 from uke.study.comparison import Comparison, attempt, say_means
 from uke.study.memory import Peak
-from uke.study.study import Study
+from uke.study.study import Study, measure_for
 
 FACTOR = "count"  # what the rows vary: how many edits the weights hold
 QUERIED = tuple(kind for kind in KINDS if kind != "multi_hop")
@@ -52,6 +52,7 @@ def run(
             batch = {count: first_and_last(edits[:count], queried)}
             study.taken.append(study.committed.take(own, batch))
         return
+    measure_for(method, study.model, study.tokenizer)
     fingerprints = study.fingerprints | {"recipe": method.fingerprint}
     choices = {
         "counts": " ".join(map(str, counts)),
