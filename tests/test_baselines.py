@@ -367,9 +367,6 @@ def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
     assert not moved(model, before)
 
 
-# --- in context -----------------------------------------------------------------------------------
-
-
 def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(tiny, tokenizer):
     model = tiny()
     before = state(model)
