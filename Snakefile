@@ -58,10 +58,11 @@ def sources(wildcards):
     ]
     if notebook == "11_verdicts":
         patterns += ["params/claims.yaml", "params/paper.yaml"]
-        patterns += [f"figures/{PATHS.figures.name}-world-*/numbers.json"]
+        patterns += ["figures/embedded*/numbers.json", "figures/smollm2*/numbers.json"]
     if notebook == "10_cost":
         patterns += ["benchmarks/results/*.json"]
     found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
+    found.discard(PATHS.figures / "numbers.json")  # which the report of this run writes
     files = sorted(map(str, found))
     # Tuning writes what it chose into the files of methods: newer ones are no reason to tune again.
     methods = sorted(map(str, ROOT.glob("params/methods/*.yaml")))

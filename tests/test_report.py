@@ -60,9 +60,6 @@ def words(paths):
     return " ".join("".join(Reader(page(paths)).text).replace("\u00a0", " ").split())
 
 
-# --- numbers and tables ---------------------------------------------------------------------------
-
-
 def test_a_number_has_a_proper_minus_and_sensible_decimals():
     values = [0.934, -3.25, 12.34, 5e-4, 0.0, -0.0, 12000, float("nan"), float("-inf")]
     texts = ["0.93", "−3.25", "12.3", "5 × 10⁻⁴", "0.00", "0.00", "12,000", "–", "−∞"]
@@ -126,9 +123,6 @@ def test_a_missing_cell_is_a_dash_and_csv_keeps_plain_numbers(tmp_path):
     assert read["score"].isna().tolist() == [False, True] and read["score"][0] == 0.123456
 
 
-# --- a section ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("key", "value", "low"),
     [("a.b", float("nan"), None), ("a.b", True, None), ("a.b", "0.9", None), ("a.a", 1, None)]
@@ -167,20 +161,18 @@ def test_a_failed_check_voids_its_section_in_a_red_box_and_every_verdict_on_it(p
     assert "✓ weights restored" in text and "✗ equal numbers of edits" in text
     assert source.count('class="box void"') == 1 and "It works" not in text
     claim = verdicts.Claim(key="c", claim="c", number="loss_scope.*.original", sign="+")
-    judged = verdicts.judge(claim, verdicts.gather(paths))
+    judged = verdicts.judge(claim, verdicts.settings(paths)["smoke"])
     assert judged.word == verdicts.UNTESTABLE and "failed: equal numbers" in judged.reason
     monkeypatch.setenv("STRICT", "1")
     with pytest.raises(InputError, match="conclusion is void: a trace is left"):
         made.check(False, "a trace is left")
 
 
-# --- the report -----------------------------------------------------------------------------------
-
-
 def full(paths, notebook="03_factor_loss_scope"):
     made = section(paths, notebook, f"{notebook}.value")
     made.figure(figures.curves, LOSSES, f"loss_{notebook}", "Loss.", 'Falls from 3 to "0.1".')
-    made.table(ONE, f"table_{notebook}", f"Table of {notebook}.")
+    words = pd.DataFrame({"claim": [1], "setting": "does\u00a0not\u00a0hold"})
+    made.table(words, f"table_{notebook}", f"Table of {notebook}.", half=True)
     made.table(ONE, f"large_{notebook}", "Every metric.", placed=False)
     made.observe("the loss falls.", expected=True)
     made.limit("One model.")
@@ -203,6 +195,7 @@ def test_the_report_has_answers_first_and_the_sections_in_order(paths):
     for phrase in ("As expected: the loss falls.", "Warning. Few edits."):
         assert text.count(phrase) == 4
     source = page(paths)
+    assert source.count('<table class="half">') == source.count("does\u00a0not\u00a0hold") == 4
     ids = re.findall(r' id="([^"]+)"', source)
     assert len(ids) == len(set(ids)) and {"fig-loss_01_edits", "tbl-table_01_edits"} <= set(ids)
     assert set(re.findall(r'href="#([^"]+)"', source)) <= set(ids)
@@ -277,6 +270,8 @@ def test_a_smoke_run_says_so_and_no_other_run_does(paths):
     made.save()
     compose.compose(paths)
     assert words(paths).index("Smoke run.") < words(paths).index("It works")
+    numbers = json.loads((paths.figures / "numbers.json").read_text())
+    assert all("was a smoke run" in number["void"] for number in numbers.values())
 
 
 def test_missing_sections_and_failed_runs_are_warned_of_and_one_section_is_needed(paths):

@@ -49,14 +49,11 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# --- Paths and names ------------------------------------------------------------------------------
-
-
 def test_runs_on_other_data_have_other_folders(here, tmp_path):
     other = Paths("quick", "unkebench")
     assert here.figures == tmp_path / "figures" / "smoke"
     assert here.results == tmp_path / "results" / "smoke"
-    assert other.figures == tmp_path / "figures" / "unkebench-quick"
+    assert other.figures == tmp_path / "figures" / "quick-unkebench"
     assert other.results == tmp_path / "results" / "quick-unkebench"
 
 
@@ -75,9 +72,6 @@ def test_unit_keys_are_equal_for_equal_choices_only():
     assert plain == unit_key("FT-M", level="all", batch=np.int64(3))
     assert plain.startswith("ft-m-batch-3-")
     assert len(unit_key("x" * 500, **{"y" * 300: "é/.."})) < 120
-
-
-# --- Append, done, read ---------------------------------------------------------------------------
 
 
 def test_what_is_read_is_what_was_written(here):
@@ -155,9 +149,6 @@ def test_a_truncated_file_is_not_done_and_one_without_a_new_column_is_read(here)
         read(here)
 
 
-# --- The committed form ---------------------------------------------------------------------------
-
-
 def test_export_keeps_all_scores_and_texts_of_five_edits_of_each_method_in_the_world(here):
     edits = [f"e{number:02}" for number in range(9)]
     for method, batch in itertools.product(("FT-M", "LoRA"), (0, 1)):
@@ -178,9 +169,6 @@ def test_export_keeps_all_scores_and_texts_of_five_edits_of_each_method_in_the_w
         found = pq.read_table(rows.export(paths, "s", full)).to_pandas()
         assert found[texts].isna().all(axis=None)
         pd.testing.assert_frame_equal(found.drop(columns=texts), full.drop(columns=texts))
-
-
-# --- Primary metric and average -------------------------------------------------------------------
 
 
 def test_primary_takes_the_metric_of_each_kind():

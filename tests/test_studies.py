@@ -61,9 +61,6 @@ def curves(frame: pd.DataFrame) -> list[dict]:
     return [json.loads(text) for text in frame["curve"].dropna()]
 
 
-# --- rows and their units -------------------------------------------------
-
-
 def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_undone(
     tmp_path, results, monkeypatch
 ):
@@ -94,6 +91,8 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
     for seed in (None, 2):
         study.dataset = dataclasses.replace(edits, world_seed=seed)
         assert study.smoke_run()
+    study.subject.name = "smollm2"  # which knows the real world
+    assert not study.smoke_run()
 
 
 def test_the_table_of_kinds_limits_an_answer(toy):
@@ -229,9 +228,6 @@ def test_the_floor_never_compares_a_question_with_itself():
     assert floor(frame[:2], ["rel_doc"]).empty  # one question only: nothing to compare with
 
 
-# --- failures -------------------------------------------------------------
-
-
 def test_a_trial_that_fails_says_why_and_leaves_nothing_to_read(toy):
     study = toy()
     assert attempt(study.run, QUICK, limit=1) is None
@@ -263,9 +259,6 @@ def test_an_edit_that_diverges_has_no_rows_and_the_others_have(toy, monkeypatch)
     assert written == [[bad]] and set(again.read()["edit"]) == set(ANSWERS)
 
 
-# --- memory ---------------------------------------------------------------
-
-
 def test_where_memory_runs_out_fewer_edits_are_written_at_once(toy, caplog):
     study, write, tried = toy("short"), Study.write, []
 
@@ -295,9 +288,6 @@ def test_only_as_many_edits_as_fit_are_written_at_once(toy, monkeypatch):
     monkeypatch.setattr(studies, "free_mib", lambda device: next(free) * mib)
     study.run(QUICK)
     assert [len(group) for group in written] == [1, 3]
-
-
-# --- committed rows -------------------------------------------------------
 
 
 def test_committed_rows_are_taken_without_a_model_whatever_code_wrote_them(toy, monkeypatch):
@@ -345,9 +335,6 @@ def test_a_missing_committed_unit_is_named(toy, monkeypatch):
     monkeypatch.setenv("UKE_ROWS", "comitted")
     with pytest.raises(InputError, match="UKE_ROWS: unknown 'comitted'; did you mean 'committed'"):
         toy().run(QUICK)
-
-
-# --- datasets -------------------------------------------------------------
 
 
 def test_parts_of_a_dataset_are_datasets(toy, tokenizer):

@@ -55,14 +55,6 @@ def test_a_claim_holds_only_if_it_holds_in_every_world():
     assert word("+", AGAINST, HINT) == word("either", HINT, SAME) == NOT_SHOWN
 
 
-def test_a_world_without_the_number_does_not_count():
-    claim = Claim(key="c", claim="c", number="a.b", sign="+")
-    verdict = judge(claim, {"one": {"a.b": said(*SURE)}, "two": {}})
-    assert (verdict.word, verdict.worlds) == (HOLDS, 1)
-    assert judge(claim, {"one": {"a.b": said(*SURE)}, "two": {"a.b": said(*SURE)}}).worlds == 2
-    assert judge(claim, {}).word == UNTESTABLE and "`a.b`" in judge(claim, {}).reason
-
-
 @pytest.mark.parametrize(
     ("sign", "than", "own", "other", "expected"),
     [
@@ -97,7 +89,7 @@ def test_every_number_that_a_pattern_matches_must_agree_and_deeper_keys_do_not_m
     verdict = judge(claim, {"w": numbers})
     assert verdict.word == HOLDS
     assert [each.key for each in verdict.evidence] == ["batch.8.lead", "batch.24.lead"]
-    shown = verdicts.table([verdict])["ours"].item()
+    shown = verdicts.evidence({"w": [verdict]})["ours, or why none"].item()
     assert shown == "8: 3.0 points, n = 40; 24: 3.0 points, n = 40"
     assert judge(claim, {"w": numbers | {"batch.40.lead": said(*AGAINST)}}).word == IN_PART
 
@@ -106,8 +98,10 @@ def test_the_reason_of_an_untestable_claim_is_shown_whatever_the_numbers_say():
     claim = Claim(key="c", claim="c", untestable="another size")
     verdict = judge(claim, {"w": {"a.b": said(*SURE)}})
     assert (verdict.word, verdict.worlds, verdict.evidence) == (UNTESTABLE, 0, ())
-    shown = ["c", "", "", f"{UNTESTABLE}: another size", 0, ""]
-    assert verdicts.table([verdict]).iloc[0].tolist() == shown
+    both = {"w": [verdict], "v": [verdict]}
+    shown = [["c", "", "any", UNTESTABLE, "another size", ""]]  # once, not for each setting
+    assert verdicts.evidence(both).values.tolist() == shown
+    assert verdicts.table(both).values.tolist() == [["c", "not\u00a0testable", "not\u00a0testable"]]
 
 
 def run(folder, sections=None, numbers=None):
@@ -123,22 +117,52 @@ def run(folder, sections=None, numbers=None):
     return paths
 
 
-def test_numbers_come_from_this_run_and_from_the_other_worlds_beside_it(tmp_path):
+def test_every_setting_that_has_numbers_is_a_column_and_is_judged_by_its_own(tmp_path):
+    claims = [
+        Claim(key="lead", claim="l", number="single.lead", sign="+", could_fail={"smol*": "yes"}),
+        Claim(key="slope", claim="s", number="batch.trend", sign="+"),
+    ]
     sections = {
         "07_recipe": {"numbers": {"single.lead": said(*SURE)}},
-        "08_batch_size": {"numbers": {"batch.trend": said(*SURE)}, "smoke_run": True},
-        verdicts.NOTEBOOK: {"numbers": {"verdict.a": said(1)}},
+        verdicts.NOTEBOOK: {"numbers": {"batch.trend": said(*SURE)}},  # an old verdict counts not
     }
-    paths = run(tmp_path / "embedded", sections, numbers={"old": said(1)})
-    run(tmp_path / "embedded-world-2", numbers={"single.lead": said(*HINT)})
-    run(tmp_path / "quick-world-2")
-    found = verdicts.gather(paths)
-    names = {name: list(numbers) for name, numbers in found.items()}
-    assert names == {"embedded": ["single.lead"], "embedded-world-2": ["single.lead"]}
-    assert judge(Claim(key="c", claim="c", number="single.lead", sign="+"), found).word == IN_PART
-    assert verdicts.gather(run(tmp_path / "quick")) == {"quick": {}}
-    alone = run(tmp_path / "clone", numbers={"a.b": said(1)})  # has no sections
-    assert list(verdicts.gather(alone)["clone"]) == ["a.b"]
+    paths = run(tmp_path / "embedded", sections, numbers={"batch.trend": said(*SURE)})
+
+    def judged(of=paths):
+        return {at: [judge(c, runs) for c in claims] for at, runs in verdicts.settings(of).items()}
+
+    own = {"embedded model, its world": [HOLDS, "not run"]}
+    sure, hint = {"single.lead": said(*SURE)}, {"single.lead": said(*HINT)}
+    real = {"single.lead": said(*AGAINST), "batch.trend": said(*SURE) | {"void": "A check."}}
+    for name, numbers, column, words in (
+        ("quick-unkebench", sure, None, None),  # a trial is no setting
+        ("smollm2", None, None, None),  # nor is what has no numbers yet
+        ("embedded-world-2", hint, "other worlds", [NOT_SHOWN, "not run"]),
+        ("embedded-world-3", sure, "other worlds", [IN_PART, "not run"]),
+        ("smollm2-unkebench", real, "SmolLM2, UnKEBench", [FAILS, "not testable"]),
+    ):
+        run(tmp_path / name, numbers=numbers)
+        own |= {column: words} if column else {}
+        table = verdicts.table(judged()).drop(columns="claim").replace("\u00a0", " ", regex=True)
+        assert table.to_dict("list") == own and list(table) == list(own)
+    rows = verdicts.evidence(judged()).iloc[:, -2:].values.tolist()
+    assert [could for _, could in rows] == ["", "", "yes", ""] and rows[-1][0] == "A check."
+    alone = judged(run(tmp_path / "clone", numbers={"batch.trend": said(*SURE)}))  # no sections
+    assert list(alone)[:2] == ["clone", "embedded model, its world"]
+    assert [each.word for each in alone["clone"]] == [UNTESTABLE, HOLDS]
+    assert "no number `single.lead`" in alone["clone"][0].reason
+
+
+def test_a_claim_on_one_benchmark_is_not_decided_by_the_other():
+    keys = {"unkebench": "single.lead", "akew": "akew.single.lead"}
+    claims = [Claim(key=of, claim="c", number=keys[of], sign="+", data=of) for of in keys]
+    world = {"smollm2": {"single.lead": said(*SURE), "akew.single.lead": said(*AGAINST)}}
+    assert [judge(claim, world).word for claim in claims] == [HOLDS, FAILS]
+    for name, words in (("unkebench", [HOLDS, UNTESTABLE]), ("akew-mquake", [UNTESTABLE, HOLDS])):
+        real = {f"smollm2-{name}": {"single.lead": said(*SURE)}}
+        judged = [judge(claim, real) for claim in claims]
+        assert [each.word for each in judged] == words
+        assert {each.reason for each in judged} == {"", verdicts.OTHER_DATA}
 
 
 @pytest.mark.parametrize(

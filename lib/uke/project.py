@@ -39,14 +39,13 @@ class Paths:
     @property
     def figures(self) -> Path:
         """The folder of what may be committed: figures, tables, rows, numbers and report."""
-        name = self.profile if self.data == "world" else f"{self.data}-{self.profile}"
+        name = self.profile if self.data == "world" else f"{self.profile}-{self.data}"
         return self.home / "figures" / name
 
     @property
     def results(self) -> Path:
         """The folder of everything else that the run writes."""
-        name = self.profile if self.data == "world" else f"{self.profile}-{self.data}"
-        return self.home / "results" / name
+        return self.home / "results" / self.figures.name
 
     @property
     def own_texts(self) -> bool:

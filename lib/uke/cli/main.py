@@ -24,7 +24,7 @@ from uke.project import Paths
 
 logger = logging.getLogger("uke")
 
-QUOTED = "embedded"  # the profile whose figures are committed and whose numbers README quotes
+QUOTED = "embedded"  # the profile whose numbers README quotes by their mere keys
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,9 +110,9 @@ def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
 
 def _check(options: argparse.Namespace) -> None:
     paths, notebooks = _reported(options)
-    if paths.figures == paths.home / "figures" / QUOTED and options.shared:
+    if _quoted(paths) and options.shared:
         quoted = "README quotes the numbers of this study; change another profile (PROFILE=quick)"
-        raise InputError(f"profile {QUOTED}: {', '.join(options.shared)}: {quoted}")
+        raise InputError(f"profile {paths.profile}: {', '.join(options.shared)}: {quoted}")
     for notebook in notebooks:
         job(options, notebook)
 
@@ -129,8 +129,14 @@ def _report(options: argparse.Namespace) -> None:
         write_atomic(kept, json.dumps(made, indent=1) + "\n")
     account(paths, [run for run in made if run["notebook"] in notebooks])
     compose(paths, notebooks, made)
-    if paths.figures == paths.home / "figures" / QUOTED:
-        quote(paths.home / "README.md", paths)
+    if _quoted(paths):
+        quote(paths.home / "README.md", Paths(QUOTED))
+
+
+def _quoted(paths: Paths) -> bool:
+    """Whether README quotes numbers of this run."""
+    page, run = paths.home / "README.md", paths.figures.name
+    return page.is_file() and (run == QUOTED or f": {run}/" in page.read_text(encoding="utf-8"))
 
 
 def _covariance(options: argparse.Namespace) -> None:

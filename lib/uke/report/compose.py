@@ -3,6 +3,7 @@
 compose(Paths("quick"))     # figures/quick/numbers.json, report.html, report.pdf
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,10 @@ _TEXTS = Environment(
 _TEXTS.filters["prose"] = prose
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
-_QUOTED = re.compile(r"<!-- (number|word): ([a-z0-9_.]+) -->.*?<!-- -->")
+_QUOTED = re.compile(r"<!-- (number|word): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->")
+_WIDTHS = re.compile(
+    r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )"
+)  # given twice, the count first
 
 
 def compose(
@@ -145,7 +149,7 @@ def _html(paths: Paths, text: str) -> str:
 
 def _pdf(paths: Paths, text: str) -> bytes:
     """Return the report as a PDF, byte-identical for the same sections and figures."""
-    source = _pandoc(paths, text, "typst", "report.typ")
+    source = _WIDTHS.sub("", _pandoc(paths, text, "typst", "report.typ"))
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     own_fonts = {"font_paths": [str(fonts)], "ignore_system_fonts": True}
     compiler = typst.Compiler(source.encode(), root=paths.figures, **own_fonts)
@@ -181,17 +185,25 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
 def quote(page: Path, paths: Paths) -> None:
     """Update what a Markdown page quotes from numbers.json: `<!-- number: KEY -->text<!-- -->`.
 
-    `word: KEY` quotes the unit alone. Raises InputError for a key that is not there.
+    `FOLDER/KEY` is of another run in `figures`; `word: KEY` quotes the unit alone. Raises
+    InputError for a key or a run that is not there.
     """
     if not page.is_file():
         return
-    source = paths.figures / "numbers.json"
-    numbers = json.loads(source.read_text(encoding="utf-8"))
+
+    @functools.cache
+    def numbers_of(source: Path) -> dict[str, dict]:
+        if not source.is_file():
+            raise InputError(f"{page}: {source}: no such numbers; run that study first")
+        return json.loads(source.read_text(encoding="utf-8"))
 
     def quoted(match: re.Match) -> str:
-        what, key = match.groups()
+        what, run, key = match.groups()
+        source = paths.figures.parent / (run or paths.figures.name) / "numbers.json"
+        numbers = numbers_of(source)
         if key not in numbers:
             raise InputError(f"{page}: number {key}: not in {source}{nearest(key, numbers)}")
-        return f"<!-- {what}: {key} -->{numbers[key]['unit' if what == 'word' else 'said']}<!-- -->"
+        shown = numbers[key]["unit" if what == "word" else "said"]
+        return f"{match[0].split('-->')[0]}-->{shown}<!-- -->"
 
     write_atomic(page, _QUOTED.sub(quoted, page.read_text(encoding="utf-8")))

@@ -34,8 +34,8 @@ _LINE = 100  # letters; a wider table scrolls on a narrow screen
 class Section:
     """What one notebook contributes to the report.
 
-    Texts are plain, words between backticks are code. `environment`, `smoke_run` (no verdict
-    follows) and `untestable` (methods whose rows are grey) may be set. InputError for a bad or
+    Texts are plain, words between backticks are code. `environment`, `smoke_run` (its numbers are
+    void) and `untestable` (methods whose rows are grey) may be set. InputError for a bad or
     repeated key or name, or a number that is none.
     """
 
@@ -88,14 +88,17 @@ class Section:
         self._body.append({"type": "figure", "name": name, "markdown": text})
         _show(IPython.display.SVG(filename=saved[0]))
 
-    def table(self, frame: pd.DataFrame, name: str, caption: str, placed: bool = True) -> None:
-        """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV."""
+    def table(self, frame: pd.DataFrame, name, caption, placed=True, half=False) -> None:
+        """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV.
+
+        With `half` its first column has half of the line, and the others share the rest.
+        """
         self._check_name("table", name, caption)
         saved = tables.save(frame, self.paths.figures / "tables", name, caption, latex=placed)
         grey = [method in self.untestable for method in frame.get("method", ())]
         caption += " Grey: not testable on this model, see the positive control." * any(grey)
         text = prose(f"{caption} It is in `tables/{name}.csv`.")
-        text = table_markdown(frame, name, caption, saved, grey) if placed else text
+        text = table_markdown(frame, name, caption, saved, grey, half) if placed else text
         self._body.append({"type": "table", "name": name, "markdown": text})
         _show(tables.printed(frame))
 
@@ -153,10 +156,12 @@ class Section:
         names = ("notebook", "title", "question", "smoke_run", "environment")
         content = {name: getattr(self, name) for name in names} | self._lists
         content |= {"answer": self._answer, "body": self._body, "numbers": self._numbers}
+        void = f"`{self.notebook}` was a smoke run." if self.smoke_run else ""
         if failed := "; ".join(each["text"] for each in content["checks"] if not each["ok"]):
             void = f"A check of `{self.notebook}` failed: {failed}."
-            numbers = {key: entry | {"void": void} for key, entry in self._numbers.items()}
-            content |= {"answer": "", "void": void, "numbers": numbers}
+            content |= {"answer": "", "void": void}
+        if void:
+            content["numbers"] = {key: n | {"void": void} for key, n in self._numbers.items()}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         return write_atomic(self.paths.sections / f"{self.notebook}.json", text + "\n")
 
@@ -192,7 +197,8 @@ def _show(what: Any) -> None:
 
 def prose(text: str) -> str:
     """Return plain text as Markdown in which only words between backticks are markup."""
-    text = _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), " ".join(text.split()))
+    text = re.sub("[ \t\r\n]+", " ", text).strip(" ")  # a no-break space stays
+    text = _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), text)
     parts = re.split("`([^`]*)`", text)
     parts[::2] = [re.sub(r"([\\*_{}\[\]<>#$^~|@&`])", r"\\\1", plain) for plain in parts[::2]]
     parts[1::2] = [f"`` {code} ``" for code in parts[1::2]]
@@ -205,8 +211,12 @@ def table_markdown(
     caption: str,
     files: Iterable[Path] = (),
     grey: Iterable[bool] = (),
+    half: bool = False,
 ) -> str:
-    """Return a table as a pipe table with a caption, in a box of its own; rows may be grey."""
+    """Return a table as a pipe table with a caption, in a box of its own; rows may be grey.
+
+    With `half` the first column has half of the line.
+    """
     frame = frame.astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
     aligned = ["---:" if tables.numeric(frame[each]) else ":---" for each in frame]
@@ -222,7 +232,8 @@ def table_markdown(
     links = f' `<span class="files">{" · ".join(links)}</span>`{{=html}}' if files else ""
     longest = (max((len(c.text + c.note) for c in cells), default=0) for cells in columns.values())
     kind = "wide" if sum(longest) > _LINE else "narrow"
-    return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links}\n:::"
+    share = f'{{.half typst:columns="(50%,) + (1fr,) * {len(columns) - 1}"}}' if half else ""
+    return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links} {share}\n:::"
 
 
 def _cell_markdown(cell: Cell, below: bool) -> str:

@@ -1,8 +1,8 @@
 """Judge each claim of the paper by the numbers that decide it.
 
-claims = verdicts.claims("params/claims.yaml")
-judged = [verdicts.judge(claim, verdicts.gather(paths)) for claim in claims]
-section.table(verdicts.table(judged), "verdicts", "Each claim, our number and the verdict.")
+claims, settings = verdicts.claims("params/claims.yaml"), verdicts.settings(paths)
+judged = {at: [verdicts.judge(each, runs) for each in claims] for at, runs in settings.items()}
+section.table(verdicts.table(judged), "verdicts", "Each claim in each setting.", half=True)
 """
 
 import json
@@ -19,12 +19,21 @@ from uke.data.formats import located
 from uke.files import read_yaml
 from uke.project import Paths
 from uke.report.section import read_sections
+from uke.report.tables import MISSING
 
 HOLDS, IN_PART, NOT_SHOWN = "holds", "holds in part", "not shown"
 FAILS, UNTESTABLE = "does not hold", "not testable here"
 WORDS = {HOLDS: 1, IN_PART: 0.5, NOT_SHOWN: 0, FAILS: -1, UNTESTABLE: None}  # as numbers
 MARGIN = 3.0  # points: a whole interval within them is a difference of nothing
 NOTEBOOK = "11_verdicts"
+NOT_RUN, OTHER_DATA = "not run", "a claim on other data"  # how a reason begins
+SETTINGS = {  # models and data by folder of `figures`, as readers see them
+    "embedded": "embedded model, its world",
+    "embedded-world-*": "other worlds",
+    "smollm2": "SmolLM2, the world",
+    "smollm2-unkebench": "SmolLM2, UnKEBench",
+    "smollm2-akew-mquake": "SmolLM2, AKEW (MQuAKE-CF)",
+}
 _ENDS = ("low", "high")
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
 
@@ -34,8 +43,9 @@ class Claim(BaseModel):
 
     `number` is its key; `*` stands for any part, and then every number that matches must agree.
     `sign`: "+" or "-", above or below `than` (a value, or the key of another number); "either", a
-    difference in any direction; "opposite", `number` and the number `than` differ in sign. `ours`:
-    a statement of this study, not of the paper. `could_fail`: whether it could have failed here.
+    difference in any direction; "opposite", `number` and the number `than` differ in sign. `data`:
+    the benchmark that it is about, if one. `ours`: a statement of this study, not of the paper.
+    `could_fail`: whether it could have failed, in words, or words by pattern of a run's name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +58,8 @@ class Claim(BaseModel):
     sign: Literal["", "+", "-", "either", "opposite"] = ""
     than: FiniteFloat | StrictStr = 0.0
     untestable: StrictStr = ""
-    could_fail: StrictStr = ""
+    could_fail: StrictStr | dict[str, StrictStr] = ""
+    data: Literal["", "unkebench", "akew"] = ""
     ours: bool = False
 
     @model_validator(mode="after")
@@ -58,6 +69,22 @@ class Claim(BaseModel):
         if self.sign == "opposite" and not isinstance(self.than, str):
             raise ValueError(f"than: expected the key of another number, found {self.than!r}")
         return self
+
+    def key_in(self, run: str) -> str:
+        """Return the key of the number in a run; empty where the run is of other data.
+
+        The world has edits in the form of either benchmark, AKEW's numbers under `akew.`; a run of
+        AKEW itself has them without.
+        """
+        of = next((data for data in ("unkebench", "akew") if f"-{data}" in run), self.data)
+        if self.data and of != self.data:
+            return ""
+        return self.number.removeprefix("akew.") if "-akew" in run else self.number
+
+    def could_fail_in(self, run: str) -> str:
+        """Return whether it could have failed in a run, by the first pattern that fits its name."""
+        given = {"*": self.could_fail} if isinstance(self.could_fail, str) else self.could_fail
+        return next((text for pattern, text in given.items() if fnmatchcase(run, pattern)), "")
 
 
 def claims(path: str | Path) -> list[Claim]:
@@ -103,12 +130,13 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     excludes zero. Two numbers differ if their intervals do not overlap. A world in which a number
     that the claim needs is void does not count either.
     """
-    void = {world: _void(claim, numbers) for world, numbers in worlds.items()}
+    void = {world: _void(claim, world, numbers) for world, numbers in worlds.items()}
     sound = {world: numbers for world, numbers in worlds.items() if not void[world]}
     evidence = () if claim.untestable else tuple(_evidence(claim, sound))
     if not evidence:
         reason = " ".join(dict.fromkeys(filter(None, void.values())))
-        reason = reason or f"no number `{claim.number}`: not run, or only as a smoke run"
+        other = worlds and not any(map(claim.key_in, worlds))
+        reason = reason or (OTHER_DATA if other else f"{NOT_RUN}: no number `{claim.number}`")
         return Verdict(claim, UNTESTABLE, claim.untestable or reason, ())
     states = [each.state for each in evidence]
     side = next((each for each in states if abs(each) == 1), 1) if claim.sign == "either" else 1
@@ -118,9 +146,10 @@ def judge(claim: Claim, worlds: Mapping[str, Numbers]) -> Verdict:
     return Verdict(claim, word, "", evidence)
 
 
-def _void(claim: Claim, numbers: Numbers) -> str:
+def _void(claim: Claim, world: str, numbers: Numbers) -> str:
     """Return why numbers that a claim needs are void; empty where none is."""
-    needed = [numbers.get(key, {}) for key in (*_matching(numbers, claim.number), claim.than)]
+    keys = (*_matching(numbers, claim.key_in(world)), claim.than)
+    needed = [numbers.get(key, {}) for key in keys]
     return " ".join(dict.fromkeys(each["void"] for each in needed if each.get("void")))
 
 
@@ -130,7 +159,7 @@ def _evidence(claim: Claim, worlds: Mapping[str, Numbers]) -> Iterator[Evidence]
     turn = -1 if claim.sign == "-" else 1
     for world, numbers in worlds.items():
         other = bound or numbers.get(claim.than)
-        for key in _matching(numbers, claim.number) if other else ():
+        for key in _matching(numbers, claim.key_in(world)) if other else ():
             own = numbers[key]
             if claim.sign == "opposite":
                 zero = dict.fromkeys(_ENDS, 0)
@@ -158,20 +187,27 @@ def _matching(numbers: Numbers, pattern: str) -> list[str]:
     return sorted(keys, key=lambda key: [p.zfill(9) if p.isdigit() else p for p in key.split(".")])
 
 
-def gather(paths: Paths) -> dict[str, Numbers]:
-    """Return the numbers of this run and of `figures/<run>-world-*`, by the run's name.
+def settings(paths: Paths) -> dict[str, dict[str, Numbers]]:
+    """Return the numbers of each setting by run: this run first, then what `figures` has.
 
-    This run's are read from its sections (else from numbers.json), without verdicts and smoke runs.
+    This run's are read from its sections (else from numbers.json), without its verdicts.
     """
-    own = paths.figures.name
-    files = [paths.figures / "numbers.json"]
-    files += sorted(paths.figures.parent.glob(f"{own}-world-*/numbers.json"))
-    found = {file.parent.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-    worlds = {own: {}} | {world: json.loads(text) for world, text in found.items()}
+    own, folder = paths.figures.name, paths.figures.parent
     if sections := read_sections(paths):
-        counted = [s for s in sections if s["notebook"] != NOTEBOOK and not s["smoke_run"]]
-        worlds[own] = {key: entry for s in counted for key, entry in s["numbers"].items()}
-    return worlds
+        counted = [section["numbers"] for section in sections if section["notebook"] != NOTEBOOK]
+        numbers = {key: entry for each in counted for key, entry in each.items()}
+    else:
+        numbers = _read(folder, own).get(own, {})
+    found = {SETTINGS.get(own, own): {own: numbers}}
+    for pattern, name in SETTINGS.items():
+        if others := {run: each for run, each in _read(folder, pattern).items() if run != own}:
+            found[name] = others
+    return found
+
+
+def _read(folder: Path, pattern: str) -> dict[str, Numbers]:
+    files = sorted(folder.glob(f"{pattern}/numbers.json"))
+    return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def counts(verdicts: Iterable[Verdict], ours: bool = False) -> dict[str, int]:
@@ -180,19 +216,43 @@ def counts(verdicts: Iterable[Verdict], ours: bool = False) -> dict[str, int]:
     return {word: words.count(word) for word in WORDS}
 
 
-def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """Return a row for each claim: its words, ours, verdict, where tried, could it have failed."""
-    rows = [
-        {
-            "claim": each.claim.claim,
-            "the paper": each.claim.paper,
-            "ours": "; ".join(_distinction(each, seen) + seen.said for seen in each.evidence),
-            "verdict": f"{each.word}: {each.reason}" if each.reason else each.word,
-            "models and worlds": each.worlds,
-            "could it have failed here": each.claim.could_fail,
-        }
-        for each in verdicts
-    ]
+def table(judged: Mapping[str, Iterable[Verdict]], ours: bool = False) -> pd.DataFrame:
+    """Return a row for each claim of the paper (or of ours), a column of verdicts a setting."""
+    chosen = {name: [v for v in own if v.claim.ours == ours] for name, own in judged.items()}
+    words = {name: [_cell(verdict) for verdict in own] for name, own in chosen.items()}
+    return pd.DataFrame({"claim": [v.claim.claim for v in next(iter(chosen.values()))]} | words)
+
+
+def _cell(verdict: Verdict) -> str:
+    """Return a verdict in few words that stay on one line."""
+    word = NOT_RUN if verdict.reason.startswith(NOT_RUN) else verdict.word.removesuffix(" here")
+    return MISSING if verdict.reason == OTHER_DATA else word.replace(" ", "\u00a0")
+
+
+def evidence(judged: Mapping[str, Iterable[Verdict]]) -> pd.DataFrame:
+    """Return a row for each verdict: the numbers that decide it, and if it could have failed there.
+
+    Without numbers a verdict has a row where there is a reason: they are void, or it has none ever.
+    """
+    rows, own = [], next(iter(judged))
+    for each in zip(*judged.values(), strict=True):
+        for setting, verdict in zip(judged, each, strict=True):
+            claim, never = verdict.claim, bool(verdict.claim.untestable)
+            if verdict.reason.startswith((NOT_RUN, OTHER_DATA)) or (never and setting != own):
+                continue
+            runs = {seen.world for seen in verdict.evidence}
+            words = dict.fromkeys(claim.could_fail_in(run) for run in sorted(runs))
+            rows += [
+                {
+                    "claim": claim.label or claim.claim,
+                    "the paper": claim.paper,
+                    "model and data": "any" if never else setting,
+                    "verdict": verdict.word,
+                    "ours, or why none": verdict.reason
+                    or "; ".join(_distinction(verdict, s) + s.said for s in verdict.evidence),
+                    "could it have failed there": " ".join(words),
+                }
+            ]
     return pd.DataFrame(rows)
 
 
