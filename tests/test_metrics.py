@@ -44,6 +44,7 @@ def test_rows_are_read_without_heavy_packages():
         ("bleu_char", "a bcd", "a bcd efgh", math.exp(1 - 10 / 5)),  # brevity penalty
         # Common subsequence "the cat the mat": 4 of 6 predicted and 4 of 5 wanted words.
         ("rougel_f1", "The cat is on the mat", "the cat, near the mat", 2 * 4 / (6 + 5)),
+        ("lcs_recall", "In Lisbon, in 1755.", "Lisbon 1755 fire", 2 / 3),  # commas are no letters
         # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples; no common four words: smoothing gives 1 / 2.
         ("bleu_token", "the big red dog", "the big red cat", (3 / 4 * 2 / 3 * 1 / 2 / 2) ** 0.25),
         ("bleu_token", "Paris", "Paris", 1),  # effective order: no four-grams needed

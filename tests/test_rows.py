@@ -186,7 +186,7 @@ def test_primary_takes_the_metric_of_each_kind():
 def test_details_weigh_no_more_than_the_original():
     frame = unit(edits=("e1",), **READ)
     frame["rougel_f1"], frame["rougel_f1_before"] = 1.0, 0.5
-    frame["rougel_recall"] = frame["number"].eq(0).astype(float)  # one detail of three
+    frame["lcs_recall"] = frame["number"].eq(0).astype(float)  # one detail of three
     scores = rows.primary(frame)
     detail = scores.set_index("kind").loc["detail", ["score", "probes"]].tolist()
     assert detail == [pytest.approx(1 / 3), 3] and len(AVERAGE) == 6
@@ -221,8 +221,8 @@ def test_an_average_needs_the_same_edits_side_by_side_and_all_kinds():
 def test_a_missing_score_and_a_repeated_probe_are_named():
     frame = unit(**READ)
     probe = (frame["kind"] == "detail") & (frame["number"] == 2) & (frame["edit"] == "e2")
-    message = "FT-M, edit 'e2', detail 2: no rougel_recall against the reference"
+    message = "FT-M, edit 'e2', detail 2: no lcs_recall against the reference"
     with pytest.raises(InputError, match=message):
-        rows.primary(frame.assign(rougel_recall=frame["rougel_recall"].mask(probe)))
+        rows.primary(frame.assign(lcs_recall=frame["rougel_recall"].mask(probe)))
     with pytest.raises(InputError, match="the same probe twice"):
         rows.primary(pd.concat([frame, frame.head(1)], ignore_index=True))

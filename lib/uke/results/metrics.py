@@ -44,7 +44,7 @@ def _bleu_char(prediction: str, reference: str) -> float:
 
 def _rouge_recall(name: str, prediction: str, reference: str) -> float:
     """Share of the reference's distinct words, pairs of words or longest common subsequences that
-    are found, as published; package rouge."""
+    are found, as published: a comma is part of its word; package rouge."""
     from rouge import Rouge
 
     # The package recurses once for each word of two sentences, and refuses a text of periods alone,
@@ -54,9 +54,10 @@ def _rouge_recall(name: str, prediction: str, reference: str) -> float:
     return Rouge([name], ["r"]).get_scores(pad(prediction), reference)[0][name]["r"]
 
 
-def _rougel_f1(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence (Lin 2004); package rouge-score, no stemmer. Texts
-    without a token (a-z, 0-9) score 1 if they are equal, else 0."""
+def _lcs(name: str, prediction: str, reference: str) -> float:
+    """Recall or F1 of the longest common subsequence (Lin 2004); package rouge-score, no stemmer,
+    so that "Lisbon," has the word of "Lisbon". Texts without a token (a-z, 0-9) score 1 if they are
+    equal, else 0."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenize import tokenize
 
@@ -65,7 +66,7 @@ def _rougel_f1(prediction: str, reference: str) -> float:
         return float(prediction == reference)
     recall = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].recall
     common = round(recall * len(wanted))  # the words in common, from which F1 is rounded once
-    return 2 * common / (len(predicted) + len(wanted))
+    return recall if name == "recall" else 2 * common / (len(predicted) + len(wanted))
 
 
 def _bleu_token(prediction: str, reference: str) -> float:
@@ -160,12 +161,13 @@ PAIRWISE: dict[str, Callable[[str, str], float]] = {
     "rouge1_recall": partial(_rouge_recall, "rouge-1"),
     "rouge2_recall": partial(_rouge_recall, "rouge-2"),
     "rougel_recall": partial(_rouge_recall, "rouge-l"),
-    "rougel_f1": _rougel_f1,
+    "rougel_f1": partial(_lcs, "f1"),
     "bleu_token": _bleu_token,
     "exact": _exact,
     "mention": _mention,
     "choice": _choice,
     "length_ratio": _length_ratio,
+    "lcs_recall": partial(_lcs, "recall"),
 }
 METRICS = (*list(PAIRWISE)[:4], "similarity", *list(PAIRWISE)[4:])
 ALIASED = ("exact", "mention", "choice")  # the score is the best over reference and aliases
