@@ -276,6 +276,15 @@ def test_a_lead_is_over_the_better_of_no_edit_and_the_best_baseline():
     assert worse["lead"] == pytest.approx(-60) and worse["lead_over_no_edit"] == 0
 
 
+def test_an_area_counts_the_best_efficacy_with_such_a_locality_or_more():
+    weak = scores(A=[[(0.2, 0.9)] * 6], B=[[(0.1, 0.3)] * 6]).replace({"level": {"": "0.5"}})
+    whole = scores(A=[[(0.6, 0.5)] * 6], B=[[(0.8, 0.3)] * 6]).replace({"level": {"": "1"}})
+    found = compare.areas(pd.concat([weak, whole]).drop_duplicates(), "B").set_index("method")
+    a = 0.2 * (0.9 - 0.5) + 0.6 * 0.5  # nothing is written where more than .9 is kept
+    assert [one.mean for one in found["area"]] == pytest.approx([a, 0.8 * 0.3])
+    assert found.loc["A", "minus B"].low == pytest.approx(100 * (a - 0.8 * 0.3))
+
+
 def test_intervals_are_t_of_few_batches_and_else_a_bootstrap_of_batches_and_their_edits():
     own = [[(0.5 + step, 1.0)] * 50 for step in (0.0, 0.1, 0.2)]
     found = leads(own=own, other=[[(0.0, 1.0)] * 50] * 3).loc["lead_average"]

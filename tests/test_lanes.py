@@ -119,6 +119,21 @@ def test_a_row_is_read_with_the_weights_of_its_own_lane(tiny, held):
             assert torch.allclose(read(m, ids), torch.stack(expected), atol=2e-4, rtol=1e-4)
 
 
+def test_a_share_of_each_change_is_applied_and_then_the_whole_again(tiny):
+    model, ids = tiny(), tokens(len(IDS))
+    weights, low_rank = stacks(select(model, 2, ["mlp"])), low_ranks(model)
+    own = dict(model.named_parameters())
+    half = {name: (stack + own[name].detach()) / 2 for name, stack in weights.items()}
+    less = {name: one._replace(scale=one.scale / 2) for name, one in low_rank.items()}
+    expected = [read(alone(tiny(), n, half, less), one[None])[0] for n, one in enumerate(ids)]
+    lanes = Lanes(model, IDS, weights, low_rank)
+    with lanes.laid() as m:
+        whole = read(m, ids)
+        with lanes.at(0.5):
+            assert torch.allclose(read(m, ids), torch.stack(expected), atol=2e-4, rtol=1e-4)
+        assert torch.equal(read(m, ids), whole) and not torch.allclose(whole[0], expected[0])
+
+
 def test_a_row_moves_the_weights_of_its_own_lane_alone(tiny):
     """Slots that no row needs are read with another lane's weights: that must not reach them."""
     model = tiny().requires_grad_(False)

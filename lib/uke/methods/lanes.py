@@ -123,6 +123,25 @@ class Lanes:
         return norms
 
     @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """Apply a share of every lane's change, or more than all of it; undone on exit."""
+        own, whole = dict(self.model.named_parameters()), (self.weights, self.low_rank)
+        try:
+            self.weights = {
+                name: torch.lerp(own[name].expand_as(stack), stack, strength)
+                for name, stack in self.weights.items()
+            }
+            self.low_rank = {
+                name: added._replace(scale=strength * added.scale)
+                for name, added in self.low_rank.items()
+            }
+            self.read(self.ids)  # which forgets the parts that the last batch chose
+            yield
+        finally:
+            self.weights, self.low_rank = whole
+            self.read(self.ids)
+
+    @contextmanager
     def laid(self) -> Iterator[nn.Module]:
         """Put the lanes in place of the model's weights; undone on exit, also by an exception."""
         if "lanes" in vars(self.model):

@@ -257,7 +257,8 @@ def distribution(
 def plane(frame: pd.DataFrame) -> Figure:
     """Draw efficacy against locality, a point for each method; dashed lines are of equal balance.
 
-    `frame` has method, efficacy and locality; the row called `no edit` is a cross.
+    `frame` has method, efficacy and locality; the row called `no edit` is a cross. The points of a
+    method that has several, one for each `level`, are joined in that order.
     """
     fig = Figure(figsize=(FULL, 3.2))
     ax = fig.subplots()
@@ -266,8 +267,12 @@ def plane(frame: pd.DataFrame) -> Figure:
         wanted = equal * kept / (2 * kept - equal)
         ax.plot(kept, wanted, color=style.GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
     look = {name: each._replace(dashes="") for name, each in looks(frame["method"]).items()}
-    for method in frame.itertuples():
-        _mark(ax, method.locality, method.efficacy, look[method.method], 6)
+    for name, own in frame.groupby("method"):
+        if len(own) > 1:
+            own = own.sort_values("level", key=lambda level: level.astype(float))
+            ax.plot(own["locality"], own["efficacy"], color=look[name].colour, lw=0.8)
+        for method in own.itertuples():
+            _mark(ax, method.locality, method.efficacy, look[name], 6 if len(own) == 1 else 4)
     ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean share)")
     ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
     ax.set_ylim(min(0, frame["efficacy"].min() - 0.02), max(0.5, frame["efficacy"].max() + 0.05))

@@ -13,13 +13,16 @@ balance     the harmonic mean of max(0, efficacy) and locality: near 0 for doing
 average     the plain mean of the six kinds, as in the paper; doing nothing has over half of it
 lead        the balance of FT-UKE minus the better of no edit and the best baseline, which is best
             in balance on development edits; leads over either stand beside it
+area        under the frontier of efficacy against locality, as the strength of an edit's change
+            varies from none on: the mean over localities of the best efficacy at such or more
 
 Kinds that the data lacks are left out, as is a side (efficacy, locality) of which it lacks all.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from uke.results import rows, stats
 from uke.results.metrics import METRICS, PAIRWISE
 from uke.results.stats import Interval, Score, estimated, ordered, overall, pairs, pooled
 
-BEFORE = "no edit"
+BEFORE, STRENGTH = "no edit", "strength"
 HEADLINE = ("balance", "efficacy", "locality", "average")
 SIDES = {side: in_group(side) for side in ("efficacy", "locality")}
 LABELS = {name: kind.label for name, kind in KINDS.items()} | {
@@ -297,6 +300,37 @@ def _lead(scores: pd.DataFrame, lead: str, size: int, method: str, baseline: str
     own = scores[(scores["batch_size"] == size) & (scores["kind"] == kind)]
     values, batches = _paired(own, [(method, ""), (baseline, ""), (BEFORE, BEFORE)])
     return lambda drawn: difference(*(pooled(each, drawn) for each in values)), batches
+
+
+def areas(scores: pd.DataFrame, baseline: str = "") -> pd.DataFrame:
+    """Return the area of each method (see above), and how far it is above a baseline's, in points.
+
+    `scores` has the strengths of single edits as `level`.
+    """
+    own = scores[scores["kind"] == "balance"]
+    cells = {cell: one.set_index("edit") for cell, one in own.groupby(["method", "level"])}
+    edits = sorted(set.intersection(*(set(one.index) for one in cells.values())))
+    found = {name: [cells[BEFORE, BEFORE]] for name in own["method"].unique() if name != BEFORE}
+    for (name, _), one in cells.items():
+        found.get(name, []).append(one)
+    values = {name: np.stack([pairs(s.loc[edits]) for s in each]) for name, each in found.items()}
+
+    def score(statistic: Callable[[np.ndarray], np.ndarray]) -> Score:
+        return Score(*estimated(statistic, range(len(edits)))[:3])
+
+    table = pd.DataFrame({"method": list(values)})
+    table["area"] = [score(partial(stats.area, each)) for each in values.values()]
+    if baseline:
+        other = values[baseline]
+        table[f"minus {baseline}"] = [
+            None if name == baseline else score(partial(_more_area, each, other))
+            for name, each in values.items()
+        ]
+    return table
+
+
+def _more_area(first: np.ndarray, second: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    return 100 * (stats.area(first, drawn) - stats.area(second, drawn))
 
 
 def shown_leads(leads: pd.DataFrame) -> pd.DataFrame:

@@ -49,6 +49,19 @@ def pooled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return means.T if values.ndim == 1 else balance(*means)
 
 
+def area(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean over localities from 0 to 1 of the best efficacy at such a locality or more.
+
+    values (S, N, 2): efficacy and locality of N edits at S strengths; weights (..., N).
+    """
+    means = np.moveaxis(weights @ values, 0, -2) / weights.sum(-1)[..., None, None]  # (..., S, 2)
+    order = np.argsort(-means[..., 1], axis=-1, kind="stable")
+    efficacy, locality = (np.take_along_axis(means[..., side], order, -1) for side in (0, 1))
+    best = np.maximum.accumulate(np.maximum(efficacy, 0), axis=-1)
+    lower = np.concatenate([locality[..., 1:], np.zeros_like(locality[..., :1])], axis=-1)
+    return (best * (locality - lower)).sum(-1)
+
+
 def interval(values: Sequence, groups: Sequence[Any] | None = None) -> Interval:
     """Return `pooled` values with its interval; units are values (edits), or `groups` (batches).
 

@@ -8,7 +8,7 @@ import pandas as pd
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.project import Paths
-from uke.results import rows
+from uke.results import compare, rows
 
 
 class MissingRows(InputError):
@@ -51,6 +51,12 @@ class Committed:
                 names = [f"{name} {value}" for name, value in labels.items() if value is not None]
                 raise self._missing(f"{', '.join(names)}, batch {batch}")
         return own
+
+    def weaker(self, whole: pd.DataFrame) -> pd.DataFrame:
+        """Return what there is of these rows' edits at other strengths."""
+        at, places = ["method", "batch_size", "batch"], self.after.set_index
+        own = places(at).index.isin(whole.set_index(at).index)
+        return self.after[own & (self.after["factor"] == compare.STRENGTH)]
 
     def unedited(self, probes: Sequence[Probe]) -> pd.DataFrame:
         """Return the rows of the unedited model on these probes."""

@@ -104,6 +104,18 @@ class MethodStudy(Comparison):
             section.warn(caveat)
         section.untestable |= self.untestable
 
+    def read(self) -> pd.DataFrame:
+        own = super().read()
+        return own[own["factor"].isna()]
+
+    @cached_property
+    def strengths(self) -> pd.DataFrame:
+        """Every score with the share of its change that was applied as `level`, 1 among them."""
+        found = self.study.read()
+        found = dict(list(found[found["batch_size"] == 1].groupby("method")))
+        after = pd.concat([found[name] for name in self.names if name in found])
+        return compare.scored(after.fillna({"level": "1"}), self.study.before, False)
+
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Every score by batch size, method (and `no edit`), batch, edit and kind."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.documents import gather, reserved
-from uke.data.edits import Edit, Probe
+from uke.data.edits import AVERAGE, Edit, Probe
 from uke.data.find import find_files
 from uke.errors import Diverged, InputError
 from uke.locality.build import question_for
@@ -87,6 +87,8 @@ class Study:
     `subject`: a model's name, or model and tokenizer. `chat` False asks every probe through a raw
     prompt, before and after. `max_new_tokens` cuts every answer shorter than its kind is. `lanes`:
     at most so many single edits are written side by side; they are halved where memory runs out.
+    `strengths`: shares of a single edit's change that answer the six kinds of the average too, with
+    the factor `strength`.
 
     With UKE_ROWS=committed in the environment `run` and `before` take their rows from the committed
     file of the study, whatever code wrote them, and no model is loaded.
@@ -99,6 +101,7 @@ class Study:
     max_new_tokens: int | None = None
     chat: bool | None = None
     lanes: int = 16
+    strengths: Sequence[float] = ()
     units: list[str] = field(default_factory=list, init=False)
     taken: list[pd.DataFrame] = field(default_factory=list, init=False)  # of committed rows
 
@@ -132,6 +135,7 @@ class Study:
     def conditions(self) -> dict[str, Any]:
         """What else tells units apart: rows made under other conditions are other rows."""
         limits = {"tokens": self.max_new_tokens, "similarity": self.encoder is not None}
+        limits |= {"strengths": list(self.strengths)} if self.strengths else {}
         return {"split": self.dataset.split, "chat": self.chat} | limits
 
     @property
@@ -172,6 +176,8 @@ class Study:
         labels |= {"batch_size": batch_size, "split": self.dataset.split}
         if self.committed:
             self.taken.append(self.committed.take(labels, dict(enumerate(batches))))
+            if self.strengths:
+                self.taken.append(self.committed.weaker(self.taken[-1]))
             return
         fingerprints = self.fingerprints | {"recipe": method.fingerprint}
         labels |= fingerprints | {"learning_rate": method.learning_rate, "seed": method.seed}
@@ -234,11 +240,22 @@ class Study:
             probes = [probe for id in ids if id in records for probe in self.dataset.probes[id]]
             written = {edit.id: [edit] if alone else edits for edit in edits}
             frame = self.scored(m, probes, unedited, written, share).assign(**cost)
+            weaker = {}
+            for strength in self.strengths if alone and hasattr(m, "lanes") else ():
+                asked = [probe for probe in probes if probe.kind in AVERAGE]
+                with m.lanes.at(strength):
+                    weaker[f"{strength:g}"] = self.scored(m, asked, unedited, written, share)
         for unit in group:
             own = frame[frame["edit"].isin([edit.id for edit in unit.edits])]
             if len(own):
                 own = self.recorded(own.assign(**unit.columns), records[unit.edits[0].id])
-                rows.append(self.paths, self.name, unit.key, own)
+                others = [
+                    each[each["edit"].isin(own["edit"])].assign(
+                        **unit.columns | {"factor": compare.STRENGTH, "level": level}
+                    )
+                    for level, each in weaker.items()
+                ]
+                rows.append(self.paths, self.name, unit.key, pd.concat([own, *others]))
         return failed
 
     def scored(
