@@ -26,14 +26,14 @@ SHARED = {
 }
 NAMED = {kind: list(filter(None, str(config.get(kind, "")).split(","))) for kind in COLLECTIONS}
 FILES = {kind: list(map(str, find_files(kind, NAMED[kind]))) for kind in COLLECTIONS}
-REPORTED = params.reported(ROOT, PROFILE, DATA, bool(FILES["documents"]))
+REPORTED = params.reported(
+    ROOT, PROFILE, DATA, bool(FILES["documents"]), PATHS if "rows" in config else None
+)
 MODEL = str(
     config.get("model") or params.merge(ROOT, params.LOCALITY, PROFILE).get("model", "embedded")
 )
 OWN_SET = DATA != "world" or world_of(MODEL) is None  # of this run alone, so others wait for it
 TUNING = [name for name in STUDIES if name.startswith("tuning")]
-if "rows" in config:  # draw again: the searches too, where their rows are committed
-    REPORTED += [name for name in TUNING if PATHS.exported(name).is_file()]
 OPTIONS = shlex.join(
     ["--profile", PROFILE, "--data", DATA]
     + (["--rows", config["rows"]] if "rows" in config else [])

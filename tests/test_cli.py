@@ -217,6 +217,10 @@ def test_a_profile_of_its_own_has_its_own_report_and_a_locality_set_needs_docume
     assert params.reported(project, "quick", "world", False) == ["02_locality", "03_other"]
     assert params.reported(project, "quick", "unkebench", True) == ["02_locality", "03_other"]
     assert params.reported(project, "quick", "unkebench", False) == ["03_other"]
+    drawn = Paths("quick")
+    drawn.exported("03_other").parent.mkdir(parents=True)
+    drawn.exported("03_other").touch()  # drawn again from rows, a run has what has any
+    assert params.reported(project, "quick", "world", True, drawn) == ["03_other"]
 
 
 # What is checked of a run's parameters.

@@ -100,12 +100,13 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
-    paths = Paths(options.profile)
-    data = params.dataset(paths.home, options.profile, options.data)
+    home = Paths(options.profile).home
+    data = params.dataset(home, options.profile, options.data)
     given = dict(pair.partition("=")[::2] for pair in options.shared)
     documents = find_files("documents", params.items(given.get("documents", "")))
-    notebooks = params.reported(paths.home, options.profile, data, bool(documents))
-    return Paths(options.profile, data), notebooks
+    own = Paths(options.profile, data)
+    drawn = own if options.rows else None
+    return own, params.reported(home, options.profile, data, bool(documents), drawn)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter
 from uke.data.formats import FORMATS, located
 from uke.errors import InputError, nearest
 from uke.files import read_yaml
+from uke.project import Paths
 
 Parameters = dict[str, Any]
 LOCALITY = "02_locality"  # the notebook that builds locality sets
+ROWLESS = ("10_cost", "11_verdicts")  # notebooks that read the rows and numbers of others alone
 
 
 class Study(BaseModel):
@@ -52,14 +54,21 @@ def studies(root: Path) -> dict[str, Study]:
     return found
 
 
-def reported(root: Path, profile: str, data: str, documents: bool = True) -> list[str]:
+def reported(
+    root: Path, profile: str, data: str, documents: bool = True, drawn: Paths | None = None
+) -> list[str]:
     """List the notebooks in a report on `profile`: those made for it, or else all general ones.
 
-    A benchmark's locality set is built from `documents`; without any, its notebook is left out.
+    A benchmark's locality set is built from `documents`; without any, its notebook is left out. A
+    run that is drawn again from its committed rows has the notebooks that have any, the searches
+    among them, and those that read the rows of others.
     """
     every = studies(root)
     own = [name for name, study in every.items() if study.report == profile]
     general = [name for name, study in every.items() if study.report is True]
+    if drawn:
+        general += [name for name in every if name.startswith("tuning")]
+        return own or [n for n in general if n in ROWLESS or drawn.exported(n).is_file()]
     buildable = data == "world" or documents
     return own or [name for name in general if name != LOCALITY or buildable]
 

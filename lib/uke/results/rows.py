@@ -85,15 +85,22 @@ def _write(place: str, frame: pd.DataFrame, path: Path) -> Path:
     return path
 
 
-def done(paths: Paths, study: str, unit: str, fingerprints: Mapping[str, str | None]) -> bool:
-    """Whether the unit has rows of this code with these fingerprints; others are stale."""
+def done(
+    paths: Paths,
+    study: str,
+    unit: str,
+    fingerprints: Mapping[str, str | None],
+    levels: Iterable[str] = (),
+) -> bool:
+    """Whether the unit has rows of this code with these fingerprints, at these levels too."""
     wanted = {"code": code_fingerprint(), **fingerprints}
     try:
         with pq.ParquetFile(paths.rows(study) / f"{check_name('unit', unit)}.parquet") as file:
-            found = file.read(columns=list(wanted)).slice(0, 1).to_pylist()
+            table = file.read(columns=[*wanted, "level"])
     except (pa.ArrowException, OSError):  # absent, or cut short when a machine went down
         return False
-    return found == [wanted]
+    found = table.select(list(wanted)).slice(0, 1).to_pylist()
+    return found == [wanted] and set(levels) <= set(table["level"].to_pylist())
 
 
 def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:

@@ -135,7 +135,6 @@ class Study:
     def conditions(self) -> dict[str, Any]:
         """What else tells units apart: rows made under other conditions are other rows."""
         limits = {"tokens": self.max_new_tokens, "similarity": self.encoder is not None}
-        limits |= {"strengths": list(self.strengths)} if self.strengths else {}
         return {"split": self.dataset.split, "chat": self.chat} | limits
 
     @property
@@ -188,7 +187,9 @@ class Study:
             for index, edits in enumerate(batches)
         ]
         place = self.paths, self.name
-        todo = [unit for unit in units if not rows.done(*place, unit.key, fingerprints)]
+        shares = self.strengths if method.moves_weights and batch_size == 1 else ()
+        needed = fingerprints, [f"{share:g}" for share in shares]
+        todo = [unit for unit in units if not rows.done(*place, unit.key, *needed)]
         if todo:
             # An edit too long is reported before any is written.
             method.examples(self.model, self.tokenizer, self.dataset.edits)
