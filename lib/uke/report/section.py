@@ -110,9 +110,12 @@ class Section:
             file.unlink()  # of the run that made the rows
         self.observe(f"Rows are committed without the texts of others: no table `{name}`.")
 
-    def observe(self, text: str, expected: bool | None = None) -> None:
-        """Say what a figure or a table shows, and whether that is "As expected: ..." or not."""
-        if expected is not None:
+    def observe(self, text: str, expected: bool | None = None, void: str = "") -> None:
+        """Say what a figure or a table shows, and whether that is "As expected: ..." or not, or
+        why it decides nothing."""
+        if void:
+            text = f"{text} That decides nothing: {void}"
+        elif expected is not None:
             text = f"{'As' if expected else 'Not as'} expected: {text}"
         self._body.append({"type": "text", "markdown": prose(text)})
         _show(text)

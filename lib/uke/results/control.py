@@ -10,8 +10,9 @@ written loss   nats a token of the text after the write
 original       ROUGE-L F1 of the answer to its question after the write
 comes back     original is at least half of the way from that of no edit to 1, so at least .5
 works          at a length: target loss at most MOST_LOSS, and the text comes back; means over edits
-not testable   a baseline whose target loss at the largest length, that of the edits, is above
-               MOST_LOSS, or with which texts of at most SHORT tokens do not come back, on average
+not testable   a baseline whose target loss is above MOST_LOSS at any length (at first that of the
+               edits alone counted, and so passed a method that works at no length), or with which
+               texts of at most SHORT tokens do not come back, on average
 
 No verdict rests on a number that needs a baseline which is not testable or has no control.
 """
@@ -80,10 +81,11 @@ def untestable(table: pd.DataFrame | None, baselines: Sequence[str]) -> dict[str
             reasons[name] = f"{name} has no positive control (`{STUDY}`)."
             continue
         own, longest = table.loc[name], works_up_to(table)[name]
-        loss, short = own["target_loss"].iloc[-1], own.loc[:SHORT].mean()
+        losses, short = own["target_loss"].fillna(np.inf), own.loc[:SHORT].mean()
         faults = []
-        if not loss <= MOST_LOSS:
-            faults.append(f"its target search ends at {loss:.2f} nats a token on {own.index[-1]}")
+        if (loss := losses.max()) > MOST_LOSS:
+            where = f"{loss:.2f} nats a token on {losses.idxmax()}"
+            faults.append(f"its target search ends at {where}")
         if not short["original"] >= short["least"]:
             found = f"{short['original']:.2f} F1, below {short['least']:.2f}"
             faults.append(f"it brings texts of up to {SHORT} tokens back with {found}")
