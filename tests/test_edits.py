@@ -289,7 +289,7 @@ def test_a_bad_locality_file_is_one_line(one, written, records, message):
 
 def test_the_table_of_kinds_holds_the_papers_average_and_known_metrics():
     assert edits.AVERAGE == tuple("original paraphrase detail rel_doc rand_doc struct_trip".split())
-    assert in_group("nearby", "skill") == ("near_triple", "general")
+    assert in_group("nearby", "skill") == ("near_triple", "general", "neutral")
     assert {kind.against for kind in KINDS.values()} == {"reference", "before"}
     assert all(kind.against == "before" for kind in map(KINDS.get, in_group("locality")))
 

@@ -132,12 +132,16 @@ def test_a_document_is_asked_its_own_question_else_by_title_and_text():
 
 def test_what_a_model_does_not_know_is_passed_over_and_nothing_else_changes(sources):
     plain, _ = build_judged(sources, BM25, lambda each: [True] * len(each))
+    plain = [item for item in plain if item.kind != "neutral"]
     gone = {item.source for item in plain if item.edit == "ada"}
     judge = partial(map, lambda source: source.id not in gone)
-    items, _ = build_judged(sources, BM25, judge)
+    items, verdicts = build_judged(sources, BM25, judge)
     kept = {item for item in plain if item.edit == "tom" and item.source not in gone}
     assert kept and kept <= set(items) and not gone & {item.source for item in items}
-    assert build_judged(sources, BM25, judge, 1)[0] == items[:4]
+    assert build_judged(sources, BM25, judge, 1)[0][:4] == items[:4]
+    texts = [item.source for item in items if item.kind == "neutral"]
+    assert len({*texts}) == len(texts) == 6  # and of no other pool
+    assert not {*texts} & (LEAKING | {*verdicts})
 
 
 def test_a_probe_counts_by_two_answers_alike_and_right():

@@ -173,12 +173,13 @@ def test_export_keeps_all_scores_and_texts_of_five_edits_of_each_method_in_the_w
 
 def test_primary_takes_the_metric_of_each_kind():
     frame = unit(edits=("e1",), kinds=dict.fromkeys(TABLE, 1), **READ)
-    for place, name in enumerate(METRICS):
+    names = [*METRICS, "likelihood"]
+    for place, name in enumerate(names):
         frame[name], frame[f"{name}_before"] = 100.0 + place, 200.0 + place
     found = rows.primary(frame).set_index("kind")["score"]
     for name, kind in TABLE.items():
         base = 100 if kind.against == "reference" else 200
-        assert found[name] == base + list(METRICS).index(kind.metric), name
+        assert found[name] == base + names.index(kind.metric), name
     before = rows.primary(frame.assign(phase="before"), phase="before").set_index("kind")["score"]
     assert before["rel_doc"] == before["general"] == 1 and before["original"] > 100
 

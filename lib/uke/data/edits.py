@@ -2,7 +2,8 @@
 
 `KINDS` is the one table of probe kinds. `original`, `paraphrase` and `detail` ask for the edit
 itself; `rel_doc`, `rand_doc`, `struct_trip` and `near_triple` for what must not change; `multi_hop`
-for what follows from the edit; `general` for a skill that needs none of it.
+for what follows from the edit; `general` for a skill that needs none of it, and `neutral` for how
+likely a text about something else is.
 
 Metrics and limits are the same for every model. A chat model answers everything in sentences: so
 details have the recall of ROUGE-L, of words without punctuation, in few tokens, lest rambling pays;
@@ -27,7 +28,7 @@ class Kind(NamedTuple):
 
     label: str
     group: str
-    metric: str  # the primary one, a name in `uke.results.metrics.METRICS`
+    metric: str  # the primary one, of `uke.results.metrics.METRICS`, or `likelihood` of rows
     against: str  # what an answer is compared with: the "reference" or the answer "before" the edit
     tokens: int
     stretches: bool = False
@@ -46,6 +47,7 @@ KINDS: Mapping[str, Kind] = {
     "struct_trip": Kind("StructTrip", "locality", "rougel_f1", "before", 32),
     "near_triple": Kind("Near triples", "nearby", "rougel_f1", "before", 32),
     "general": Kind("General skill", "skill", "exact", "before", 40),
+    "neutral": Kind("Neutral text", "skill", "likelihood", "before", 1),
 }
 
 

@@ -3,7 +3,8 @@
 Source of the kinds: arXiv 2506.09672 (UnKEBench-Loc, AKEW-Loc); the near triple is ours. RelDoc is
 the best-ranked document that shares no fact with any edit written in one batch with its own;
 RandDoc is drawn from those ranked below a floor. A `Judge` refuses what a model cannot answer; the
-next in the same order is then taken.
+next in the same order is then taken. With one, every edit has three neutral texts as well, which no
+edit of its split shares a fact with, and which are in no other pool.
 """
 
 import random
@@ -27,6 +28,7 @@ from uke.locality.facts import SENTENCE, Facts, edit_facts, facts, names, shared
 
 PROBE_KINDS = in_group("locality", "nearby")
 AT_ONCE = 32  # sources that a judge is asked about at once, or more
+NEUTRAL, OPENING = 3, 8  # neutral texts of an edit, and the words of each that are given
 PATIENCE = 50  # sources that a judge is asked about, for each item of a set, before it is given up
 
 
@@ -327,6 +329,7 @@ def build_judged(
                     f"locality: of {bar.n} documents and triples {admitted} count by the "
                     "answers of this model; expected one that knows something of the real world"
                 )
+    items += neutral(builder, blocks, {item.source for item in items}) if judge else []
     for kind in PROBE_KINDS:
         served = {item.edit for item in items if item.kind == kind}
         if lacking := [edit for edit in wanted if edit not in served]:
@@ -339,6 +342,37 @@ def build_judged(
                 f"add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
             )
     return tuple(items), {id: builder.verdicts[id] for id in builder.verdicts.keys() - kept}
+
+
+def neutral(
+    builder: Builder, blocks: Sequence[tuple[Sequence[Edit], Sequence[Edit]]], used: set[str | None]
+) -> list[Item]:
+    """Draw texts whose likelihood an edit should leave as it is; what the judge saw is left out."""
+    items = []
+    for block, wanted in blocks:
+        free = builder._free[block[0].id][0] & [
+            one.id not in builder.verdicts
+            and one.id not in used
+            and len(one.text.split()) > OPENING
+            for one in builder.sources.documents
+        ]
+        left = np.flatnonzero(free).tolist()
+        for edit in wanted if len(left) >= NEUTRAL * len(wanted) else ():
+            for number, at in enumerate(builder.rng("neutral", edit).sample(left, NEUTRAL)):
+                left.remove(at)
+                document = builder.sources.documents[at]
+                words = document.text.split()[: max(builder.words, OPENING + 1)]
+                item = Item(
+                    edit=edit.id,
+                    kind="neutral",
+                    number=number,
+                    question=" ".join(words[:OPENING]),
+                    reference=" ".join(words[OPENING:]),
+                    chat=False,
+                    source=document.id,
+                )
+                items.append(item)
+    return items
 
 
 def unfiltered(sources: Sources, settings: Settings) -> tuple[Item, ...]:

@@ -106,7 +106,9 @@ def floors(questions: pd.DataFrame) -> list[float]:
     unedited model answers to another edit's question.
     """
     found = {}
-    for kind, own in questions.drop_duplicates(["edit", "kind", "question"]).groupby("kind"):
+    pairwise = [name for name, kind in KINDS.items() if kind.metric in PAIRWISE]
+    answered = questions[questions["kind"].isin(pairwise)]
+    for kind, own in answered.drop_duplicates(["edit", "kind", "question"]).groupby("kind"):
         column = "answer" if KINDS[kind].against == "before" else "reference"
         texts = list(own.groupby("edit")[["question", column]].agg(list).itertuples())
         for at, (edit, asked, wanted) in enumerate(texts):
@@ -367,9 +369,10 @@ def separation(after: pd.DataFrame) -> dict[str, Interval]:
     """
     primary, tables, counts = rows.primary(after), [], set()
     primary["total"] = primary["score"] * primary["probes"]
-    for kinds in (in_group("locality"), in_group("skill")):
+    held = set(primary["kind"])
+    for kinds in (in_group("locality"), held.intersection(in_group("skill"))):
         own = primary[primary["kind"].isin(kinds)]
-        if own["kind"].nunique() < len(kinds) or own["method"].nunique() < 2:
+        if not kinds or own["kind"].nunique() < len(kinds) or own["method"].nunique() < 2:
             return {}
         sums = own.groupby(["method", "edit"])[["total", "probes"]].sum()
         counts |= set(sums["probes"])

@@ -1,6 +1,7 @@
 """The rows of a run: schema, units of work, committed form, primary metric and average."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "seed": _COUNT,
     **dict.fromkeys(("notes", "curve"), _TEXT),
     **dict.fromkeys(FINGERPRINTS, _TEXT),
-    **dict.fromkeys(("divergence", "leakage", "fact_kept"), _REAL),
+    **dict.fromkeys(("divergence", "leakage", "fact_kept", "likelihood_before"), _REAL),
 }
 SCHEMA = pa.schema(COLUMNS.items())
 REQUIRED = ("method", "batch", "edit", "kind", "number", "phase", "question", "reference")
@@ -155,7 +156,7 @@ def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
         own = rows[rows["kind"] == name]
         metric = kind.metric if kind.against == "reference" else f"{kind.metric}_before"
         unchanged = kind.against == "before" and phase == "before"
-        own = own.assign(score=1.0 if unchanged else own[metric])
+        own = own.assign(score=1.0 if unchanged else own.get(metric, math.nan))
         for probe in own[own["score"].isna()].itertuples():
             missing = f"no {kind.metric} against the {kind.against}"
             raise InputError(f"primary: {_words(probe)}: {missing}")

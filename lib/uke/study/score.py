@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,10 @@ from uke.data.edits import EFFICACY, KINDS, Edit, Probe
 from uke.models.generate import Generation, answer, target_log_probability
 from uke.results.metrics import Encoder, leakage, score
 
-COMPARED = tuple(name for name, kind in KINDS.items() if kind.against == "before")
+READ = (*EFFICACY, "neutral")  # kinds whose reference is read for its log probability
+COMPARED = tuple(
+    name for name, kind in KINDS.items() if kind.against == "before" and name not in READ
+)
 FACTS = ("struct_trip", "near_triple")  # kinds whose reference is a fact in a few words
 PUBLISHED_SIMILARITY = ("original", "paraphrase")
 
@@ -27,10 +31,10 @@ def answer_and_score(
 
     Columns: edit, kind, number, question, reference, answer, every metric (`similarity` only with
     an encoder, and for the kinds it was published for), and `log_probability`, the mean nats of a
-    reference's token, of the edit's own questions.
+    reference's token, of the edit's own questions and of neutral texts.
     """
     frame = scored(probes, answer(model, tokenizer, probes, **vars(options)))
-    own = [index for index, probe in enumerate(probes) if probe.kind in EFFICACY]
+    own = [index for index, probe in enumerate(probes) if probe.kind in READ]
     frame.loc[own, "log_probability"] = target_log_probability(
         model, tokenizer, [probes[index] for index in own], **vars(options)
     )
@@ -55,13 +59,17 @@ def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Add the answer before the edit to each row (`before`), and scores (`<metric>_before`).
 
     `fact_kept` of FACTS is 1 or 0: whether the answer still mentions the reference; missing where
-    the answer before did not.
+    the answer before did not. `likelihood_before` of a neutral text is the perplexity before as a
+    share of that now, at most 1.
     """
     probe, names = ["edit", "kind", "number"], {"answer": "before", "mention": "right"}
+    names["log_probability"] = "likelihood_before"
     known = before[[*probe, *names]].rename(columns=names)
     frame = frame.merge(known, how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
     asked = frame["kind"].isin(FACTS) & (frame.pop("right") == 1)
+    nats = (frame["log_probability"] - frame["likelihood_before"]).where(frame["kind"] == "neutral")
+    frame["likelihood_before"] = np.exp(nats.clip(upper=0))
     return pd.concat([frame, against], axis=1).assign(fact_kept=frame["mention"].where(asked))
 
 
