@@ -239,16 +239,6 @@ def test_of_several_edits_the_one_that_diverges_alone_is_left_out(measured, toke
         assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("name", ["FT-M", "FT-L", "LoRA", "AdaLoRA", "MEMIT"])
-def test_edits_that_all_diverge_are_not_handed_out(measured, tokenizer, name):
-    model, method = measured(), EVERY[name][1].model_copy(update={"learning_rate": 1e38})
-    snapshot = Snapshot(model)
-    with pytest.raises(FloatingPointError, match="'ada'"):
-        with edited_each(model, tokenizer, EDITS, method):
-            pytest.fail("a broken edit was handed out")
-    snapshot.check()
-
-
 def test_a_block_that_breaks_is_left_out(measured, tokenizer, monkeypatch):
     find_targets = solvers.find_targets
 

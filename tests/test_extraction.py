@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from uke.data.edits import Edit
 from uke.data.formats import load
-from uke.locality.facts import Facts, edit_facts, facts, names, normal, shared, union
+from uke.locality.facts import edit_facts, facts, names, normal, shared, union
 
 AKEW = ("akew-mquake", "akew/MQuAKE-CF_first177.json")
 UNKEBENCH = ("unkebench", "unkebench/final_data_v2_first500.json")
@@ -148,15 +148,6 @@ Ada Quist lives in Balmora. | Petra Vik was born in Seyda.
 @pytest.mark.parametrize("pair", APART.strip().splitlines())
 def test_no_fact_is_shared(pair):
     assert not common(*pair.split(" | "))
-
-
-def test_texts_without_names_share_nothing():
-    empty = stated("")
-    rain = "it rained and it may rain again."
-    for text in ("", " \n ", "...", rain, "\"\"'''((", "Ada Quist lives in Balmora."):
-        assert not shared(stated(text), empty) and not shared(empty, stated(text))
-    assert stated(rain).names == frozenset()
-    assert names("") == [] and union([]) == empty == Facts(frozenset(), frozenset())
 
 
 def test_a_union_shares_what_its_parts_share():

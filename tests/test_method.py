@@ -5,7 +5,7 @@ import torch
 from conftest import to_explore
 from small import EDITS, Snapshot, moved, state
 from uke.data.edits import Detail
-from uke.errors import Diverged, InputError
+from uke.errors import Diverged
 from uke.explore.bench import Bench, Library, Task
 from uke.methods import METHODS, Method, Training, edited, edited_each, load, save, sequence
 from uke.models.generate import answer
@@ -71,19 +71,6 @@ def test_it_is_written_together_alone_and_on_top_and_undone(tiny, tokenizer, tmp
             writer.write([edit])
         torch.testing.assert_close(weight - before, sum(amounts.values()) * sign)
     snapshot.check()
-
-
-def test_one_edit_that_fails_is_named_and_the_others_are_written(tiny, tokenizer):
-    long = EDITS[0].model_copy(update={"id": "long", "answer": "a " * 110 + " " * 1000})
-    model = tiny(max_position_embeddings=4096)
-    with edited_each(model, tokenizer, [long, *EDITS], "Shifted") as m:
-        assert m.failed == {"long": "too long"} and m.lanes.ids == ["ada", "alan", "grace"]
-    with pytest.raises(FloatingPointError, match="too long"):
-        with edited_each(model, tokenizer, [long], "Shifted"):
-            pytest.fail("handed out")
-    with pytest.raises(InputError, match="edit 'endless'.*context"):
-        with edited(tiny(), tokenizer, [long.model_copy(update={"id": "endless"})], "Shifted"):
-            pytest.fail("written")
 
 
 def test_a_study_writes_its_rows(tiny, tokenizer, tmp_path, monkeypatch):

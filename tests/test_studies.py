@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 from small import ANSWERS, toys
-from uke.data.edits import KINDS, Edit
+from uke.data.edits import KINDS, Edit, Probe
 from uke.errors import InputError
 from uke.methods import catalog, finetune
 from uke.methods.locate_edit import covariance
@@ -67,6 +67,9 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
     monkeypatch.setenv("UKE_HOME", str(tmp_path))
     shutil.copytree(results, tmp_path / "results")
     edits = datasets.load("smoke", limit=2)
+    told = {"kind": "neutral", "chat": False, "question": "The owl", "reference": "hunts at night."}
+    probes = {id: (*own, Probe(edit=id, **told)) for id, own in edits.probes.items()}
+    edits = dataclasses.replace(edits, probes=probes)
     study = Study("trial", edits, load("embedded", device="cpu"), False, max_new_tokens=130)
     study.run(FT_M)
     after, before = study.read(), study.before
@@ -78,6 +81,7 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
     assert after["before"].notna().all() and set(after["split"]) == {"test"}
     right = before["kind"].isin(FACTS) & (before["mention"] == 1)
     wanted = {"divergence": COMPARED, "leakage": COMPARED, "fact_kept": before["kind"][right]}
+    wanted |= {"likelihood_before": {"neutral"}}
     for name, kinds in wanted.items():
         assert set(after["kind"][after[name].notna()]) == set(kinds) != set(), name
     means = [
@@ -86,7 +90,8 @@ def test_every_probe_of_the_world_has_a_row_before_and_after_and_the_edit_is_und
     ]
     assert means[1] > means[0] + 0.2 and study.unchanged() and not study.smoke_run()
     chance = floor(before, ["original", "paraphrase", "rel_doc", "rand_doc"])
-    assert len(chance) == 8 and before["floor"].notna().all() and after["floor"].isna().all()
+    assert len(chance) == 8 and after["floor"].isna().all()
+    assert (before["floor"].notna() == (before["kind"] != "neutral")).all()
     assert chance["score"].between(0, 0.7).all()
     for seed in (None, 2):
         study.dataset = dataclasses.replace(edits, world_seed=seed)
