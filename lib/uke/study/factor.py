@@ -24,6 +24,10 @@ CONTRASTS: Mapping[str, Mapping[str, tuple[str, str | None]]] = {
     "chat_template": {"": ("with", "without")},
     "end_of_turn": {"": ("with", "without")},
 }
+CONFOUNDED = (
+    "method and component are not crossed (feed-forward weights, adapters on query and value), so "
+    "either may make the difference."
+)
 RAW = "asked_without"  # in keys: every probe was asked through a raw prompt
 
 
@@ -156,7 +160,9 @@ class FactorStudy(Comparison):
             for kind, end in self._said.items():
                 if found := self.effect(contrast, kind):
                     name = f"effect.{self.factor}.{contrast}.{end}"
-                    self.said[name] = section.say(name, *found[:3], n=found.n, unit="points")
+                    void = CONFOUNDED if contrast == "interaction" else ""
+                    ends = {"n": found.n, "unit": "points", "void": void}
+                    self.said[name] = section.say(name, *found[:3], **ends)
 
     def sentences(self, template: str) -> str:
         """Fill a sentence for each method whose first contrast was said, less the number of edits.
