@@ -45,7 +45,12 @@ class MethodStudy(Comparison):
         super().__init__(study)
         params = study.paths.home / "params", study.subject.name
         self.published = configured(*params, tuned=False)
-        self.cells = self.names = writers(*params, methods)
+        self.names, absent = writers(*params, methods), []
+        if study.committed:  # rows are committed as they come, one method after another
+            written = set(study.committed.after["method"])
+            absent = [name for name in self.names if name not in written]
+            self.names = [name for name in self.names if name in written]
+        self.cells = self.names
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
         self.untestable = control.untestable(control.of_run(study.paths), self.baselines)
@@ -65,6 +70,7 @@ class MethodStudy(Comparison):
         lost = [f"{n} at {size}" for size, n in every.items() if self.best.get(size) != n]
         text = f"The best baseline on development edits has no rows here ({', '.join(lost)}): the "
         self.caveats = [f"{text}best of those that have stands for it."] if lost else []
+        self.caveats += [f"No rows are there yet of {', '.join(absent)}."] if absent else []
         if study_of != tuning:
             self.caveats.append("Baselines were chosen on development edits of the other dataset.")
         self.plan: dict[tuple[int, str], int] = {}  # how many edits, by batch size and name
@@ -99,7 +105,7 @@ class MethodStudy(Comparison):
         if self.baselines and not self.best:
             self.best = compare.best_here(self.scores, self.baselines)
             fallback = "the best is the best on these very edits, which flatters it"
-            self.caveats = [f"No development rows of the baselines: {fallback}."]
+            self.caveats += [f"No development rows of the baselines: {fallback}."]
         for caveat in filter(None, (*self.caveats, " ".join(self.untestable.values()))):
             section.warn(caveat)
         section.untestable |= self.untestable
