@@ -63,13 +63,13 @@ def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     share of that now, at most 1.
     """
     probe, names = ["edit", "kind", "number"], {"answer": "before", "mention": "right"}
-    names["log_probability"] = "likelihood_before"
     known = before[[*probe, *names]].rename(columns=names)
     frame = frame.merge(known, how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
     asked = frame["kind"].isin(FACTS) & (frame.pop("right") == 1)
-    nats = (frame["log_probability"] - frame["likelihood_before"]).where(frame["kind"] == "neutral")
-    frame["likelihood_before"] = np.exp(nats.clip(upper=0))
+    if "log_probability" in before:  # which the explorer does not read
+        nats = frame["log_probability"] - frame.merge(before, "left", probe)["log_probability_y"]
+        frame["likelihood_before"] = np.exp(nats.clip(upper=0)).where(frame["kind"] == "neutral")
     return pd.concat([frame, against], axis=1).assign(fact_kept=frame["mention"].where(asked))
 
 
