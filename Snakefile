@@ -33,7 +33,7 @@ MODEL = str(
     config.get("model") or params.merge(ROOT, params.LOCALITY, PROFILE).get("model", "embedded")
 )
 OWN_SET = DATA != "world" or world_of(MODEL) is None  # of this run alone, so others wait for it
-TUNING = [name for name in STUDIES if name.startswith("tuning")]
+TUNING = [name for name in STUDIES if name.startswith(params.SEARCH)]
 OPTIONS = shlex.join(
     ["--profile", PROFILE, "--data", DATA]
     + (["--rows", config["rows"]] if "rows" in config else [])

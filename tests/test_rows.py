@@ -224,6 +224,6 @@ def test_a_missing_score_and_a_repeated_probe_are_named():
     probe = (frame["kind"] == "detail") & (frame["number"] == 2) & (frame["edit"] == "e2")
     message = "FT-M, edit 'e2', detail 2: no lcs_recall against the reference"
     with pytest.raises(InputError, match=message):
-        rows.primary(frame.assign(lcs_recall=frame["rougel_recall"].mask(probe)))
+        rows.primary(frame.assign(lcs_recall=frame["lcs_recall"].mask(probe)))
     with pytest.raises(InputError, match="the same probe twice"):
         rows.primary(pd.concat([frame, frame.head(1)], ignore_index=True))

@@ -20,6 +20,7 @@ from uke.project import Paths
 
 Parameters = dict[str, Any]
 LOCALITY = "02_locality"  # the notebook that builds locality sets
+SEARCH = "tuning"  # how the names of notebooks that `make tune` runs begin
 ROWLESS = ("10_cost", "11_verdicts")  # notebooks that read the rows and numbers of others alone
 
 
@@ -60,14 +61,13 @@ def reported(
     """List the notebooks in a report on `profile`: those made for it, or else all general ones.
 
     A benchmark's locality set is built from `documents`; without any, its notebook is left out. A
-    run that is drawn again from its committed rows has the notebooks that have any, the searches
-    among them, and those that read the rows of others.
+    run drawn again has the notebooks whose rows are committed, searches too, or that have none.
     """
     every = studies(root)
     own = [name for name, study in every.items() if study.report == profile]
     general = [name for name, study in every.items() if study.report is True]
     if drawn:
-        general += [name for name in every if name.startswith("tuning")]
+        general += [name for name in every if name.startswith(SEARCH)]
         return own or [n for n in general if n in ROWLESS or drawn.exported(n).is_file()]
     buildable = data == "world" or documents
     return own or [name for name in general if name != LOCALITY or buildable]

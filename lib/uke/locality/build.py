@@ -9,7 +9,7 @@ edit of its split shares a fact with, and which are in no other pool.
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -220,6 +220,31 @@ class Builder:
                 source=cloze.id,
             )
 
+    def neutral(
+        self, edits: Sequence[Edit], wanted: Sequence[Edit], used: Collection[str | None]
+    ) -> Iterator[Item]:
+        """Draw texts, of no source that is used, whose likelihood an edit should leave as it is."""
+        free = self._free[edits[0].id][0]
+        left = [
+            index
+            for index, one in enumerate(self.sources.documents)
+            if free[index] and one.id not in used and len(one.text.split()) > OPENING
+        ]
+        for edit in wanted if len(left) >= NEUTRAL * len(wanted) else ():
+            for number, at in enumerate(self.rng("neutral", edit).sample(left, NEUTRAL)):
+                left.remove(at)
+                document = self.sources.documents[at]
+                words = document.text.split()[: max(self.words, OPENING + 1)]
+                yield Item(
+                    edit=edit.id,
+                    kind="neutral",
+                    number=number,
+                    question=" ".join(words[:OPENING]),
+                    reference=" ".join(words[OPENING:]),
+                    chat=False,
+                    source=document.id,
+                )
+
     def counting(self, sources: Sequence[Document | Cloze]) -> np.ndarray:
         """Mark the documents or triples (N,) that no verdict is against."""
         return np.array([self.verdicts.get(source.id, True) for source in sources], dtype=bool)
@@ -329,7 +354,9 @@ def build_judged(
                     f"locality: of {bar.n} documents and triples {admitted} count by the "
                     "answers of this model; expected one that knows something of the real world"
                 )
-    items += neutral(builder, blocks, {item.source for item in items}) if judge else []
+    if judge:
+        used = builder.verdicts.keys() | {item.source for item in items}
+        items += [item for pair in blocks for item in builder.neutral(*pair, used)]
     for kind in PROBE_KINDS:
         served = {item.edit for item in items if item.kind == kind}
         if lacking := [edit for edit in wanted if edit not in served]:
@@ -342,37 +369,6 @@ def build_judged(
                 f"add more, or lower batch ({settings.batch or 'all'}) or floor ({settings.floor})"
             )
     return tuple(items), {id: builder.verdicts[id] for id in builder.verdicts.keys() - kept}
-
-
-def neutral(
-    builder: Builder, blocks: Sequence[tuple[Sequence[Edit], Sequence[Edit]]], used: set[str | None]
-) -> list[Item]:
-    """Draw texts whose likelihood an edit should leave as it is; what the judge saw is left out."""
-    items = []
-    for block, wanted in blocks:
-        free = builder._free[block[0].id][0] & [
-            one.id not in builder.verdicts
-            and one.id not in used
-            and len(one.text.split()) > OPENING
-            for one in builder.sources.documents
-        ]
-        left = np.flatnonzero(free).tolist()
-        for edit in wanted if len(left) >= NEUTRAL * len(wanted) else ():
-            for number, at in enumerate(builder.rng("neutral", edit).sample(left, NEUTRAL)):
-                left.remove(at)
-                document = builder.sources.documents[at]
-                words = document.text.split()[: max(builder.words, OPENING + 1)]
-                item = Item(
-                    edit=edit.id,
-                    kind="neutral",
-                    number=number,
-                    question=" ".join(words[:OPENING]),
-                    reference=" ".join(words[OPENING:]),
-                    chat=False,
-                    source=document.id,
-                )
-                items.append(item)
-    return items
 
 
 def unfiltered(sources: Sources, settings: Settings) -> tuple[Item, ...]:

@@ -59,16 +59,16 @@ def with_before(frame: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Add the answer before the edit to each row (`before`), and scores (`<metric>_before`).
 
     `fact_kept` of FACTS is 1 or 0: whether the answer still mentions the reference; missing where
-    the answer before did not. `likelihood_before` of a neutral text is the perplexity before as a
-    share of that now, at most 1.
+    the answer before did not. `likelihood_before`: of neutral texts, perplexity before / now, <= 1.
     """
     probe, names = ["edit", "kind", "number"], {"answer": "before", "mention": "right"}
-    known = before[[*probe, *names]].rename(columns=names)
+    read = {"log_probability": "likelihood_before"} if "log_probability" in before else {}
+    known = before[[*probe, *names, *read]].rename(columns=names | read)
     frame = frame.merge(known, how="left", on=probe, validate="1:1")
     against = score(frame["answer"].tolist(), frame["before"].tolist()).add_suffix("_before")
     asked = frame["kind"].isin(FACTS) & (frame.pop("right") == 1)
-    if "log_probability" in before:  # which the explorer does not read
-        nats = frame["log_probability"] - frame.merge(before, "left", probe)["log_probability_y"]
+    if read:
+        nats = frame["log_probability"] - frame["likelihood_before"]
         frame["likelihood_before"] = np.exp(nats.clip(upper=0)).where(frame["kind"] == "neutral")
     return pd.concat([frame, against], axis=1).assign(fact_kept=frame["mention"].where(asked))
 

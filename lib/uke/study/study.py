@@ -242,7 +242,7 @@ class Study:
             written = {edit.id: [edit] if alone else edits for edit in edits}
             frame = self.scored(m, probes, unedited, written, share).assign(**cost)
             weaker = {}
-            for strength in self.strengths if alone and hasattr(m, "lanes") else ():
+            for strength in self.strengths if method.moves_weights and alone else ():
                 asked = [probe for probe in probes if probe.kind in AVERAGE]
                 with m.lanes.at(strength):
                     weaker[f"{strength:g}"] = self.scored(m, asked, unedited, written, share)
