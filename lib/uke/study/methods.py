@@ -53,7 +53,8 @@ class MethodStudy(Comparison):
         self.cells = self.names
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
-        self.untestable = control.untestable(control.of_run(study.paths), self.baselines)
+        writing = [name for name in self.baselines if self.published[name].moves_weights]
+        self.untestable = control.untestable(control.of_run(study.paths), writing)
         self.leader = LEADER if LEADER in others else next(iter(others), None)
         # Development rows may be those of this run, or of the embedded model's own study.
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
@@ -78,7 +79,7 @@ class MethodStudy(Comparison):
             compared = [self.best[size]] if size in self.best else self.baselines
             for name in self.names:
                 left_out = size not in full and name in self.baselines and name not in compared
-                if left_out or (size == 1 and not _writes_one(self.published[name])):
+                if left_out or (size == 1 and _by_minibatches(self.published[name])):
                     continue
                 counted = name in (self.leader, *compared) or (size in full and size <= limit)
                 self.plan[size, name] = max(limit // size, batches if counted else 1) * size
@@ -143,10 +144,9 @@ class MethodStudy(Comparison):
 def writers(folder: Path, model: str, names: Sequence[str] = ()) -> list[str]:
     """Return the names of these methods, or of all that write a single edit into the weights."""
     published = configured(folder, model, tuned=False)
-    names = names or [name for name in METHODS if _writes_one(published[name])]
-    return [find(name, published).name for name in names]
+    every = [n for n in METHODS if published[n].moves_weights and not _by_minibatches(published[n])]
+    return [find(name, published).name for name in names or every]
 
 
-def _writes_one(method: Method) -> bool:
-    """Whether a method changes weights for a single edit, other than by minibatches of many."""
-    return method.moves_weights and getattr(method, "batch_size", None) is None
+def _by_minibatches(method: Method) -> bool:
+    return getattr(method, "batch_size", None) is not None  # so a single edit says nothing
