@@ -35,13 +35,9 @@ class Invented(SimpleNamespace):
     def __init__(self, originals=None, edits=4, chat=None, fails=()):
         every = [SimpleNamespace(id=f"edit-{at}") for at in range(edits)]
         dataset = SimpleNamespace(edits=every, split="test", world_seed=None)
-        more = {
-            "subject": SimpleNamespace(name="embedded"),
-            "chat": chat,
-            "environment": {},
-            "committed": None,
-        }
-        super().__init__(dataset=dataset, paths=Paths("smoke"), **more)
+        more = {"chat": chat, "environment": {}, "committed": None, "with_rows": list}
+        more |= {"subject": SimpleNamespace(name="embedded"), "paths": Paths("smoke")}
+        super().__init__(dataset=dataset, **more)
         self.originals, self.fails, self.frames = originals or {}, fails, []
         names = [edit.id for edit in every]
         empty = {"method": "unedited", "factor": None, "level": None, "batch_size": None}

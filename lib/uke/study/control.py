@@ -53,7 +53,7 @@ class ControlStudy(Comparison):
         }
         super().__init__(next(iter(self.studies.values())))
         params = dataset.paths.home / "params", subject.name
-        self.names, tuned = writers(*params, methods), configured(*params)
+        self.names, tuned = self.study.with_rows(writers(*params, methods)), configured(*params)
         self.baselines = [name for name in self.names if tuned[name].family in BASELINES]
         self.cells = [(name, level) for name in self.names for level in self.studies]
         self.runs = [

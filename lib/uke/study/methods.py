@@ -45,11 +45,8 @@ class MethodStudy(Comparison):
         super().__init__(study)
         params = study.paths.home / "params", study.subject.name
         self.published = configured(*params, tuned=False)
-        self.names, absent = writers(*params, methods), []
-        if study.committed:  # rows are committed as they come, one method after another
-            written = set(study.committed.after["method"])
-            absent = [name for name in self.names if name not in written]
-            self.names = [name for name in self.names if name in written]
+        self.names = study.with_rows(asked := writers(*params, methods))
+        absent = [name for name in asked if name not in self.names]
         self.cells = self.names
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]

@@ -155,6 +155,11 @@ class Study:
         """Whether every weight of the model is as it was before the first edit."""
         return bool(self.committed) or self.subject.fingerprint() == self.fingerprints["model"]
 
+    def with_rows(self, methods: Sequence[str]) -> list[str]:
+        """Return those that can be drawn: rows are committed as they come, method by method."""
+        written = methods if self.committed is None else set(self.committed.after["method"])
+        return [name for name in methods if name in written]
+
     def run(
         self,
         method: Method,
