@@ -70,7 +70,7 @@ def results(tmp_path_factory):
 
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    # The vectors of documents are kept below UKE_HOME, here beside the sets for whoever copies them.
+    # Vectors of documents are kept below UKE_HOME, here beside the sets for whoever copies them.
     with FileLock(shared / "results.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("UKE_HOME", str(shared))
         world = world_files.ensure(shared / "results", 1)

@@ -128,6 +128,8 @@ def test_the_floor_is_what_another_edit_scores_and_no_edit_stands_at_every_size(
     assert floor.groupby("kind")["score"].mean().to_dict() == pytest.approx(expected)
     committed = before.assign(floor=compare.floors(before), question=None, reference=None)
     pd.testing.assert_frame_equal(compare.floor(committed), floor)
+    most = compare.ceiling(Paths("embedded")).groupby("kind")["score"].mean().round(1)
+    assert most.to_dict() == {"detail": 0.6, "original": 1.0, "paraphrase": 0.3}  # as 00 says
     pairs = rows(0.7, edits=EDITS[:4], method="UnKE", batch_size=2)
     after = pd.concat([rows(0.9), pairs.assign(batch=pairs["batch"] // 2)])
     found = compare.scored(after, rows(0.2, phase="before"), same_edits=False)

@@ -19,7 +19,7 @@ from uke.results.compare import label
 from uke.results.stats import Score, ordered, summarise
 
 MISSING = "–"
-REFERENCES = ("no edit", "floor")
+REFERENCES = ("no edit", "floor", "ceiling")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LABELLED = ("kind", "level", "factor", "loss_scope", "layers", "examination")  # cells in words
 _LATEX = {

@@ -5,6 +5,8 @@ What the headline numbers are, fixed before they were drawn:
 score       of a kind of probe: its primary metric, by the one table of kinds (`data.edits.KINDS`):
             ROUGE-L F1 of texts and triples, ROUGE-L recall of details, mention of multi-hop answers
 floor       of a kind of efficacy: the mean score of another edit's reference, the next edit's by id
+ceiling     of a kind of efficacy: what the embedded model scores on facts known from pretraining,
+            asked in phrasings that it never saw, so about the most an edit can reach
 share       (score - floor) / (1 - floor), how far a score is on the way from its floor to 1
 efficacy    the mean over original, paraphrase and detail of the mean share over edits
 locality    the mean over RelDoc, RandDoc and StructTrip of the mean score
@@ -119,6 +121,20 @@ def floors(questions: pd.DataFrame) -> list[float]:
                     found[kind, edit, pair[0]] = score
     places = zip(*(questions[name] for name in ("kind", "edit", "question")), strict=True)
     return [found.get(place, np.nan) for place in places]
+
+
+def ceiling(paths: Paths) -> pd.DataFrame:
+    """Return what facts known from pretraining score in the phrasings that edits are asked in.
+
+    Read from the committed examination of the embedded model. Columns as those of `floor`.
+    """
+    exam = pd.read_parquet(paths.exported("00_embedded_model"))
+    kinds = {"original": "original", "paraphrase": "paraphrase", "detail_held_out": "detail"}
+    own = exam[exam["kind"].isin(kinds)].replace({"kind": kinds})
+    texts = zip(own["kind"], own["answer"], own["reference"], strict=True)
+    found = [PAIRWISE[KINDS[kind].metric](answer, wanted) for kind, answer, wanted in texts]
+    means = own.assign(score=found).groupby(["edit", "kind"], as_index=False)["score"].mean()
+    return means.assign(method="ceiling")[["method", "edit", "kind", "score"]]
 
 
 def _measured(
