@@ -108,7 +108,7 @@ world: $(STAMP) ## Train the model of another world (SEED=2, two hours) and run 
 
 bench: $(STAMP) ## Time the published loop, one edit after another, and lanes, in turns
 	$(OFFLINE) OMP_NUM_THREADS=$(CORES) $(BIN)/python benchmarks/bench.py --size '$(SIZE)' \
-	  --rows '$(ROWS)'
+	  --rows '$(ROWS)' $(if $(MODEL),--model '$(MODEL)')
 
 explore: $(STAMP) ## Open JupyterLab on the notebook that edits by hand
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/explore.ipynb

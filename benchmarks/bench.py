@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from shapes import QWEN, TINY, random_qwen, random_words, repeated, widened
 from tqdm import tqdm
+from uke.cli import params
 from uke.cli.execute import processor
 from uke.data.edits import Edit, fingerprint
+from uke.data.find import find_data
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import PUBLISHED, at_level, configured, find
@@ -33,10 +35,10 @@ from uke.models.model import load, precision
 from uke.project import Paths
 from uke.results.rows import shortened
 from uke.study import dataset
-from uke.study.study import Study, measure_world
+from uke.study.study import Study, measure_for, measure_world
 from variants import VARIANTS, check_same, compare_answers, timed
 
-from results import BUSY, PARTS, RESULTS, SHAPE
+from results import BUSY, PARTS, RESULTS, SHAPE, file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy")
@@ -50,6 +52,14 @@ CPU_SIZES: dict[str, dict[str, Any]] = {
         "others": (16, 8, 4),
         "repeats": 3,
         "grow": {"edits": (1, 4, 16, 64), "length": (0.5, 1, 2), "width": (0.5, 1, 2), "at": 8},
+    },
+    "smollm2": {  # minutes an edit: what a process does once does not matter there
+        "profile": "smollm2",
+        "methods": ("FT-M", "FT-UKE", "LoRA", "AnyEdit (UnKE)"),
+        "first": (4, 1, 1),
+        "others": (4, 1, 1),
+        "repeats": 1,
+        "warm_up": False,
     },
     "smoke": {  # short questions after few steps: that it runs, and that the variants answer alike
         "methods": ("FT-UKE", "LoRA"),
@@ -70,18 +80,21 @@ TEXT_TOKENS, ANSWER_TOKENS, PROBES, LANES = 130, 128, 11, 512  # of an edit of r
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=CPU_SIZES, default="full")
+    parser.add_argument("--size", choices=("full", "smoke"), default="full")
+    parser.add_argument("--model", choices=("embedded", "smollm2"), default="embedded")
     parser.add_argument("--rows", choices=("cpu", "gpu", "all"), default="all")
     parser.add_argument("--into", type=Path, help="folder of the results")
     given = parser.parse_args(arguments)
     stored = ROOT / RESULTS if given.size == "full" else Paths("smoke").home / "results" / "bench"
     command = "make bench" + (f" SIZE={given.size}" if given.size != "full" else "")
     command += f" ROWS={given.rows}" if given.rows != "all" else ""
-    cuda = torch.cuda.is_available()
+    command += f" MODEL={given.model}" if given.model != "embedded" else ""
+    cuda = torch.cuda.is_available() and given.model == "embedded"
+    size = given.size if given.model == "embedded" else given.model
     try:
         if given.rows != "gpu":
-            content = described(measure_cpu, CPU_SIZES, given.size, "cpu", command)
-            save(content, (given.into or stored) / "cpu.json")
+            content = described(measure_cpu, CPU_SIZES, size, "cpu", command)
+            save(content, (given.into or stored) / file_name(given.model))
         if given.rows == "gpu" or (given.rows == "all" and cuda):
             if not cuda and given.size != "smoke":
                 raise InputError("ROWS=gpu: no CUDA device here; expected one, or SIZE=smoke")
@@ -141,19 +154,25 @@ def save(content: Mapping[str, Any], path: Path) -> Path:
 
 
 def measure_cpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
-    """Measure every method on the embedded model, and how the first one grows."""
-    study = embedded(size["first"][0], device)
+    """Measure every method on a model, and on the embedded one how the first method grows."""
+    count = size["first"][0]
+    study = of_profile(size["profile"], count) if "profile" in size else embedded(count, device)
     if "kinds" in size:
         study.dataset = study.dataset.only(size["kinds"])
-    methods = [chosen(name, size.get("steps")) for name in size["methods"]]
-    if not all(method.factors for method in methods):
-        measure_world(study.model, study.tokenizer)
+    name = study.subject.name if "profile" in size else "embedded"
+    methods = [chosen(method, name, size.get("steps")) for method in size["methods"]]
     timings, same = [], []
+    warm_up, world = size.get("warm_up", True), "profile" not in size
     for number, method in enumerate(methods):
+        if world and not method.factors:
+            measure_world(study.model, study.tokenizer)
+        measure_for(method, study.model, study.tokenizer)
         counts = size["others"] if number else size["first"]
-        found = compare(study, method, counts, size["repeats"])
+        # Answers of a real model are long: rounding may tip some, which the table then shows.
+        found = compare(study, method, counts, size["repeats"], world, warm_up)
         timings, same = timings + found[0], same + found[1]
-    return {"timings": timings, "same": same, "growth": growth(study, methods[0], size["grow"])}
+    grown = growth(study, methods[0], size["grow"]) if "grow" in size else []
+    return {"timings": timings, "same": same, "growth": grown}
 
 
 def measure_gpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
@@ -161,7 +180,7 @@ def measure_gpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
     study = replace(embedded(size["edits"][0], device), lanes=LANES)
     if "steps" in size:
         study.dataset = study.dataset.only(("detail", "struct_trip"))
-    method = chosen("FT-M", size.get("steps"))
+    method = chosen("FT-M", steps=size.get("steps"))
     timings, same = compare(study, method, size["edits"], size["repeats"])
     del study  # each model is held alone
     model, tokenizer = random_qwen(size["shape"], device, precision(device))
@@ -172,7 +191,7 @@ def measure_gpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
     changes = {"layers": "all"} | ({"steps": size["steps"]} if "steps" in size else {})
     lora = PUBLISHED["LoRA"].model_copy(update=changes | {"name": f"LoRA, {SHAPE}", "rank": 8})
     # Random weights prefer no word to another, and bf16 rounds, so equal answers are not required.
-    found = compare(study, lora, size["of_shape"], 1, required=False)
+    found = compare(study, lora, size["of_shape"], 1, required=False, trained=False)
     changes |= {"name": f"FT-M, {SHAPE}", "components": ("down_proj",), "steps": 3}
     direct = PUBLISHED["FT-M"].model_copy(update=changes)
     found[0].append(measurement("single", study, shaped.edits[:1], direct, repeat=0)[0])
@@ -191,29 +210,44 @@ def embedded(count: int, device: str) -> Study:
     return Study("bench", edits, load("embedded", device, torch.float32), similarity=False)
 
 
-def chosen(name: str, steps: int | None = None) -> Method:
-    """Return a method as tuned for single edits; FT-M on the down projections of all blocks."""
-    params = ROOT / "params"
-    if name == "FT-M":
-        method = at_level(params, "embedded", "FT-M", "layers", "all")
+def of_profile(profile: str, count: int) -> Study:
+    """Return a study of a profile's model with the first `count` test edits of its benchmark."""
+    data = params.dataset(ROOT, profile, None)
+    edits = dataset.load(profile, data, "test", count, str(find_data(data, "")))
+    model = params.merge(ROOT, "07_recipe", profile)["model"]
+    return Study("bench", edits, model, similarity=False)
+
+
+def chosen(name: str, model: str = "embedded", steps: int | None = None) -> Method:
+    """Return a method as tuned for single edits; the embedded model's FT-M on every `down_proj`."""
+    folder = ROOT / "params"
+    if name == "FT-M" and model == "embedded":
+        method = at_level(folder, model, "FT-M", "layers", "all")
     else:
-        method = find(name, configured(params, "embedded"))
+        method = find(name, configured(folder, model))
     return method.model_copy(update={"steps": steps}) if steps else method
 
 
 def compare(
-    study: Study, method: Method, counts: Sequence[int], repeats: int, required: bool = True
+    study: Study,
+    method: Method,
+    counts: Sequence[int],
+    repeats: int,
+    required: bool = True,
+    warm_up: bool = True,
+    trained: bool = True,
 ) -> tuple[list[dict], list[dict]]:
     """Time a method in every variant, in turns, and compare the answers with those of lanes.
 
-    Lanes write the same edits in every repeat, the slower variants some of them, in turn.
+    Equal answers are `required`, or only counted. A model that is not `trained` has no answers to
+    keep. Lanes write the same edits in every repeat, the slower variants some of them, in turn.
     """
     probes = study.dataset.every_probe
     limit = {"max_new_tokens": study.token_limit}
-    texts = answer(study.model, study.tokenizer, probes, **limit) if required else probes
+    texts = answer(study.model, study.tokenizer, probes, **limit) if trained else probes
     before = dict(zip(probes, texts, strict=True))
     timings, answers = [], {variant: {} for variant in VARIANTS}
-    for variant in VARIANTS:  # what a process does once is not timed
+    for variant in VARIANTS if warm_up else ():  # what a process does once is not timed
         timed(variant, study, study.dataset.edits[:1], method)
     for repeat in tqdm(range(repeats), desc=method.name):
         edits = study.dataset.edits[: counts[0]]
@@ -226,7 +260,7 @@ def compare(
             answers[variant] |= found
     same = []
     for variant in ("loop", "single"):
-        found = compare_answers(answers[variant], answers["lanes"], before if required else {})
+        found = compare_answers(answers[variant], answers["lanes"], before if trained else {})
         if required:
             check_same(f"variant {variant} of {method.name}", found)
         same.append({"method": method.name, "variant": variant} | found)

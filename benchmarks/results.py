@@ -36,6 +36,8 @@ class Target(NamedTuple):
 
 TWO_CORES = "two cores, embedded model, 64 edits, all probes"
 OF_SHAPE = "one GPU, Qwen2.5-7B shape"
+ON_SMOLLM2 = "two cores, SmolLM2, 4 edits of UnKEBench, all probes"
+OVER_LOOP = "lanes over the published loop"
 TARGETS = (
     Target(TWO_CORES, "lanes over the published loop", "two_cores.lanes_over_loop", least=3.5),
     Target(TWO_CORES, "lanes over one by one", "two_cores.lanes_over_single", least=1.7),
@@ -63,6 +65,12 @@ TARGETS = (
         "gpu.qwen_shape.minutes_per_1000_scaled",
         most=60,
     ),
+)
+SMOLLM2_TARGETS = (
+    Target(ON_SMOLLM2, f"FT-M: {OVER_LOOP}", "two_cores.lanes_over_loop", least=3),
+    Target(ON_SMOLLM2, f"FT-UKE: {OVER_LOOP}", "two_cores.ft_uke.lanes_over_loop", least=3),
+    Target(ON_SMOLLM2, f"LoRA: {OVER_LOOP}", "two_cores.lora.lanes_over_loop", least=2),
+    Target(ON_SMOLLM2, f"AnyEdit (UnKE): {OVER_LOOP}", "two_cores.anyedit_unke.lanes_over_loop", 2),
 )
 
 
@@ -103,9 +111,14 @@ def read(path: Path) -> Run:
         raise InputError(f"{path}: not a file that `make bench` writes ({error})") from None
 
 
-def read_all(home: Path) -> list[Run]:
-    """Read the stored runs of processor and GPU, those that there are."""
-    paths = (home / RESULTS / f"{name}.json" for name in ("cpu", "gpu"))
+def file_name(model: str) -> str:
+    """Return the name of a file of timings on a processor."""
+    return "cpu.json" if model == "embedded" else f"cpu-{model}.json"
+
+
+def read_all(home: Path, model: str = "embedded") -> list[Run]:
+    """Read the stored runs of a model on the processor, and of a GPU, those that there are."""
+    paths = (home / RESULTS / name for name in (file_name(model), "gpu.json"))
     return [read(path) for path in paths if path.is_file()]
 
 
@@ -223,10 +236,10 @@ def about(run: Run) -> str:
     )
 
 
-def targets_table(numbers: Mapping[str, Score]) -> pd.DataFrame:
-    """Return the targets beside what was measured; a dash where nothing was."""
+def targets_table(numbers: Mapping[str, Score], model: str = "embedded") -> pd.DataFrame:
+    """Return a model's targets beside what was measured; a dash where nothing was."""
     rows = []
-    for one in TARGETS:
+    for one in TARGETS if model == "embedded" else SMOLLM2_TARGETS:
         found = numbers.get(one.key)
         asked = f"at least {one.least:g}" if one.most is None else f"under {one.most:g}"
         met = found and (found.mean >= one.least if one.most is None else found.mean <= one.most)
