@@ -67,7 +67,7 @@ def sources(wildcards):
     # Tuning writes what it chose into the files of methods: newer ones are no reason to tune again.
     methods = sorted(map(str, ROOT.glob("params/methods/*.yaml")))
     files += [ancient(path) for path in methods] if notebook in TUNING else methods
-    if path := find_data(DATA, str(config.get("data_file", ""))):
+    if "rows" not in config and (path := find_data(DATA, str(config.get("data_file", "")))):
         files.append(path)
     own = PROFILE == STUDIES[notebook].report  # a profile of its own reads every file of UKE_DATA
     if own or (notebook == params.LOCALITY and OWN_SET):

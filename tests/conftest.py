@@ -53,7 +53,6 @@ OWN_SHAPE = {
 
 def pytest_collection_modifyitems(items):
     """Start the files that take longest first, so that no core is idle at the end."""
-    # The second needs no world: the first is building it, and whoever asks for it would wait.
     names = ("notebooks", "embedded", "explore", "explore_browser", "speed", "studies")
     longest = [f"test_{name}.py" for name in names]
     items.sort(key=lambda item: ([*longest, item.path.name]).index(item.path.name))

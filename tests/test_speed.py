@@ -40,7 +40,6 @@ def run(tmp_path_factory, results):
     (home / "params").symlink_to(ROOT / "params")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UKE_HOME", str(home))
-        patch.setenv("TQDM_DISABLE", "1")
         into = ["--into", str(home / stored.RESULTS)]
         assert bench.main(["--size", "smoke", "--rows", "cpu", *into]) == 0
     return home
@@ -76,15 +75,13 @@ def test_a_run_measures_every_method_in_every_variant_with_the_same_answers(run)
     assert set(numbers) == {
         f"{place}.{own}lanes_over_{v}" for own in ("", "lora.") for v in ("loop", "single")
     }
-    assert read.about["command"] == "make bench SIZE=smoke ROWS=cpu" and "smoke" in stored.about(
-        read
-    )
+    assert read.about["command"] == "make bench SIZE=smoke ROWS=cpu"
+    assert "smoke" in stored.about(read)
     for table in (stored.ratios_table, stored.resources_table, stored.growth_table):
         assert len(table(read))
     assert set(stored.growth_by_edits(read)["variant"]) == set(stored.VARIANTS.values())
-    targets = stored.targets_table(
-        {"two_cores.lanes_over_loop": numbers[f"{place}.lanes_over_loop"]}
-    )
+    numbers = {"two_cores.lanes_over_loop": numbers[f"{place}.lanes_over_loop"]}
+    targets = stored.targets_table(numbers)
     assert targets["measured"].notna().sum() == 1 == len(stored.met(targets))
 
 
@@ -110,9 +107,8 @@ def test_other_answers_end_a_run_and_store_nothing(run, monkeypatch, tmp_path, c
     assert bench.main(["--size", "smoke", "--rows", "cpu", *into]) == 2
     assert "variant loop of FT-UKE: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    found = {"answers": 40, "share": 1.0, "average": 0.5, "average_lanes": 0.52}
     with pytest.raises(InputError, match="average is 0.500 beside 0.520"):
-        check_same("single", found)
+        check_same("single", {"answers": 40, "share": 1.0, "average": 0.5, "average_lanes": 0.52})
 
 
 @pytest.mark.parametrize("recipe", [FT_M, LORA], ids=["weights", "adapter"])

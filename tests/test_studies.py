@@ -321,6 +321,13 @@ def test_committed_rows_are_taken_without_a_model_whatever_code_wrote_them(toy, 
     assert study.export(found) == path and path.read_bytes() == content
 
 
+def test_committed_rows_of_a_benchmark_are_drawn_without_its_file(monkeypatch):
+    monkeypatch.setenv("UKE_ROWS", "committed")
+    study = Study("07_recipe", datasets.load("smollm2", "unkebench", limit=2), "", False)
+    study.run(catalog.find("FT-M"))
+    assert set(study.read()["edit"]) == set(study.before["edit"]) == {"0", "1"}
+
+
 def test_a_missing_committed_unit_is_named(toy, monkeypatch):
     study = toy()
     study.run(QUICK, limit=1)

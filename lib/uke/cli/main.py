@@ -75,7 +75,7 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
     data = params.dataset(home, options.profile, options.data)
     parameters = params.merge(home, name, options.profile, options.shared, options.set)
     parameters |= {"profile": options.profile, "data": data}
-    if "data_file" in parameters:
+    if "data_file" in parameters and not options.rows:
         parameters["data_file"] = find_data(data, parameters["data_file"])
     for kind in COLLECTIONS:
         if kind in parameters and data != "world":

@@ -8,13 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from uke.data import formats
 from uke.data.edits import SPLITS, Edit, Probe, fingerprint, in_split
 from uke.data.formats import load_locality
 from uke.errors import InputError, nearest
 from uke.locality import card
 from uke.project import Paths
+from uke.results import control, rows
 from uke.world import files as world_files
+
+NO_TEXT = "not in the repository"
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Dataset:
     def every_probe(self) -> list[Probe]:
         return [probe for edit in self.edits for probe in self.probes[edit.id]]
 
-    def first(self, limit: int) -> "Dataset":
-        """Return the first `limit` edits with their probes."""
+    def first(self, limit: int | None) -> "Dataset":
+        """Return the first `limit` edits (None: all) with their probes."""
         return replace(self, edits=self.edits[:limit])
 
     def only(self, kinds: Sequence[str]) -> "Dataset":
@@ -100,6 +105,8 @@ def load(
     and with their locality set, which is built where it is missing. A benchmark's file comes with
     the set that `make locality` has built for this run, if any, beside the probes of its records;
     a model of the real world has such a set of its own for the world's edits too.
+    With UKE_ROWS=committed a benchmark's edits are those of the committed rows, without texts: so
+    its figures are drawn again where its file is not.
     InputError for an unknown split or benchmark, a limit below 1, or a file with bad records.
     """
     paths = Paths(profile, data)
@@ -107,6 +114,8 @@ def load(
         raise InputError(f"limit is {limit}; expected at least one edit")
     if split not in SPLITS:
         raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
+    if data != "world" and rows.use_committed():
+        return _of_rows(paths, split).first(limit)
     if data == "world":
         folder = world_files.ensure(paths.home / "results", world_seed)
         order = card.of_world(folder, split, form)
@@ -138,3 +147,18 @@ def load(
         split,
         world_seed if data == "world" else None,
     )
+
+
+def _of_rows(paths: Paths, split: str) -> Dataset:
+    """Return the edits and probes that committed rows are of, in their order, without texts."""
+    files = sorted(paths.exported(control.STUDY).parent.glob("*.parquet"))
+    names = [path.stem for path in files if path.stem != control.STUDY]  # whose edits are cut
+    phases = ("before", "after")
+    every = pd.concat([rows.committed(paths, name, phase) for name in names for phase in phases])
+    every = every[every["split"] == split].sort_values(["batch_size", "batch"], kind="stable")
+    probes: dict[str, tuple[Probe, ...]] = dict.fromkeys(every["edit"], ())
+    asked = every[["edit", "kind", "number"]].drop_duplicates().sort_values(["kind", "number"])
+    for row in asked.to_dict("records"):
+        probes[row["edit"]] += (Probe(**row, question=NO_TEXT, reference=NO_TEXT),)
+    edits = tuple(Edit(id=edit, question=NO_TEXT, answer=NO_TEXT) for edit in probes)
+    return Dataset(edits, probes, every["data"].iloc[0], paths, split)
