@@ -50,8 +50,8 @@ def test_quoting_renews_a_stale_number_and_refuses_an_unknown_one(run, tmp_path,
         renewed("number", "a.b")
     assert page.read_text() == quoted("number", "a.b", "old")
     numbers.parent.mkdir(parents=True)
-    numbers.write_text(json.dumps({"a.b": {"said": "0.93", "unit": "holds"}}))
-    assert renewed("number", "a.b") == quoted("number", "a.b", "0.93")
-    assert renewed("word", "a.b") == quoted("word", "a.b", "holds")
+    numbers.write_text(json.dumps({"a.b": {"said": "0.93, n = 4", "unit": "holds"}}))
+    for what, text in {"number": "0.93, n = 4", "word": "holds", "cell": "0.93"}.items():
+        assert renewed(what, "a.b") == quoted(what, "a.b", text)
     with pytest.raises(InputError, match=f"a.c: not in .*{run}/numbers.json; did you mean 'a.b'"):
         renewed("number", "a.c")

@@ -35,7 +35,7 @@ _TEXTS = Environment(
 _TEXTS.filters["prose"] = prose
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
-_QUOTED = re.compile(r"<!-- (number|word): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->")
+_QUOTED = re.compile(r"<!-- (number|word|cell): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->")
 _WIDTHS = re.compile(
     r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )"
 )  # given twice, the count first
@@ -185,8 +185,8 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
 def quote(page: Path, paths: Paths) -> None:
     """Update what a Markdown page quotes from numbers.json: `<!-- number: KEY -->text<!-- -->`.
 
-    `FOLDER/KEY` is of another run in `figures`; `word: KEY` quotes the unit alone. Raises
-    InputError for a key or a run that is not there.
+    `FOLDER/KEY` is of another run in `figures`; `word: KEY` quotes the unit alone, `cell: KEY` the
+    number without its count. Raises InputError for a key or a run that is not there.
     """
     if not page.is_file():
         return
@@ -204,6 +204,7 @@ def quote(page: Path, paths: Paths) -> None:
         if key not in numbers:
             raise InputError(f"{page}: number {key}: not in {source}{nearest(key, numbers)}")
         shown = numbers[key]["unit" if what == "word" else "said"]
+        shown = shown.partition(", n =")[0] if what == "cell" else shown
         return f"{match[0].split('-->')[0]}-->{shown}<!-- -->"
 
     write_atomic(page, _QUOTED.sub(quoted, page.read_text(encoding="utf-8")))
