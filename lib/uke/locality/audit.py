@@ -83,6 +83,9 @@ def assess(
     phrases = {**known, **of_documents}
     every = {*edits, *(item.source for item in items)}
     patterns = {name: _pattern(phrases.get(name, ())) for name in every}
+    # Most texts lack a word of every name, which is seen sooner than that they lack the name.
+    words_of = {name: [*map(_words, phrases.get(name, ()))] for name in every}
+    stated = {edit.id: _words(text_of(edit)) for edit in sources.edits}
     rows = []
     for item in items:
         text, overlap = " ".join((item.question, item.reference, *item.aliases)), None
@@ -91,10 +94,13 @@ def assess(
             pair = (item.reference, edits[item.edit].answer)
             words, answer = (set(re.findall(r"\w{4,}", each.casefold())) for each in pair)
             overlap = len(words & answer) / max(1, len(words))
-        own, shared = patterns[item.source], {}
+        own, found, shared = patterns[item.source], _words(text), {}
         for edit in together[item.edit]:
-            its = patterns[edit.id]
-            shared[edit.id] = _named(its, text, own) | _named(own, text_of(edit), its)
+            its, shared[edit.id] = patterns[edit.id], set()
+            if any(name <= found for name in words_of[edit.id]):
+                shared[edit.id] |= _named(its, text, own)
+            if any(name <= stated[edit.id] for name in words_of[item.source]):
+                shared[edit.id] |= _named(own, text_of(edit), its)
         counts = (len(shared[item.edit]), len(set().union(*shared.values())))
         length = len(item.reference.split())
         rows.append((item.edit, item.kind, item.source, *counts, item.rank, length, overlap))
@@ -103,6 +109,10 @@ def assess(
     frame = pd.DataFrame(rows, columns=columns).astype(types)
     frame.loc[~frame["edit"].isin(known), ["own", "batch"]] = pd.NA
     return frame
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
 
 
 def _pattern(names: Sequence[str]) -> re.Pattern:

@@ -24,7 +24,7 @@ Kinds that the data lacks are left out, as is a side (efficacy, locality) of whi
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -273,14 +273,19 @@ def best_baselines(
     Read from the committed rows of `study` of the first place that has any of them; else empty.
     """
     every = {name for names in baselines.values() for name in names}
-    for paths in places:
-        frame = rows.committed(paths, study) if paths.exported(study).is_file() else None
-        if frame is not None and frame["method"].isin(every).any():
-            lowest = floor(rows.committed(paths, study, "before"))
-            trials = _measured(frame, lowest, same_edits=False)
+    for paths in (one for one in places if one.exported(study).is_file()):
+        trials = _trials(paths, study, paths.exported(study).stat().st_mtime_ns)
+        if trials["method"].isin(every).any():
             tuned = {size: best_here(trials, names) for size, names in baselines.items()}
             return {at: b[nearest_first(b, at)[0]] for at, b in tuned.items() if b}
     return {}
+
+
+@lru_cache(maxsize=4)
+def _trials(paths: Paths, study: str, written: int) -> pd.DataFrame:
+    """Return the scores of committed trials, read again when they are written anew."""
+    lowest = floor(rows.committed(paths, study, "before"))
+    return _measured(rows.committed(paths, study), lowest, same_edits=False)
 
 
 def best_here(scores: pd.DataFrame, baselines: Sequence[str]) -> dict[int, str]:

@@ -150,22 +150,23 @@ def primary(frame: pd.DataFrame, phase: str = "after") -> pd.DataFrame:
     occurs twice.
     """
     rows, parts = frame[frame["phase"] == phase], []
-    for probe in rows[rows.duplicated(list(_PROBE))].itertuples():
-        raise InputError(f"primary: {_words(probe)}: the same probe twice")
+    if (twice := rows.duplicated(list(_PROBE))).any():
+        raise InputError(f"primary: {_words(rows[twice])}: the same probe twice")
     for name, kind in KINDS.items():
         own = rows[rows["kind"] == name]
         metric = kind.metric if kind.against == "reference" else f"{kind.metric}_before"
         unchanged = kind.against == "before" and phase == "before"
         own = own.assign(score=1.0 if unchanged else own.get(metric, math.nan))
-        for probe in own[own["score"].isna()].itertuples():
+        if (absent := own["score"].isna()).any():
             missing = f"no {kind.metric} against the {kind.against}"
-            raise InputError(f"primary: {_words(probe)}: {missing}")
+            raise InputError(f"primary: {_words(own[absent])}: {missing}")
         parts.append(own)
     groups = pd.concat(parts).groupby([*_EDIT, "kind"], dropna=False, as_index=False)
     return groups.agg(score=("score", "mean"), probes=("score", "size"))
 
 
-def _words(probe: Any) -> str:
+def _words(probes: pd.DataFrame) -> str:
+    probe = next(probes.itertuples())
     return f"{probe.method}, edit '{probe.edit}', {probe.kind} {probe.number}"
 
 
@@ -181,14 +182,15 @@ def average(
     if scores.empty:
         raise InputError(f"average: no rows of {', '.join(kinds)}")
     groups = scores.groupby(list(_EDIT), dropna=False, as_index=False)
-    means = groups.agg(score=("score", "mean"), held=("kind", frozenset))
-    for row in means[means["held"].map(len) < len(kinds)].itertuples():
-        absent = ", ".join(kind for kind in kinds if kind not in row.held)
-        raise InputError(f"average: {row.method}, edit '{row.edit}': no {absent}")
+    means = groups.agg(score=("score", "mean"), held=("kind", "nunique"))
+    for _, row in means[means["held"] < len(kinds)].iterrows():
+        held = set(scores.merge(row.to_frame().T[list(_EDIT)])["kind"])
+        absent = ", ".join(kind for kind in kinds if kind not in held)
+        raise InputError(f"average: {row['method']}, edit '{row['edit']}': no {absent}")
     for _, compared in means.groupby(list(_COMPARED), dropna=False) if same_edits else ():
         every = set(compared["edit"])
-        for (_, method, _, level, *_), own in compared.groupby(list(RUN), dropna=False):
-            if absent := sorted(every - set(own["edit"])):
+        for (_, method, _, level, *_), own in compared.groupby(list(RUN), dropna=False)["edit"]:
+            if absent := sorted(every - set(own)):
                 name = method if pd.isna(level) else f"{method} {level}"
                 found = f"{len(absent)} of the {len(every)} edits beside it"
                 raise InputError(f"average: {name} lacks {found} ({', '.join(absent[:5])})")
