@@ -101,7 +101,7 @@ def heard(panel, field: str = "action") -> str:
     return html.unescape(re.sub("<[^>]+>", "", panel.notes[field].value))
 
 
-@pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT", "in-context", "Doubled"])
+@pytest.mark.parametrize("name", ["FT-M", "LoRA", "MEMIT", "in-context"])
 def test_an_edit_stays_until_undo_and_a_free_question_is_asked_of_both_models(bench, name):
     alone = bench.ask(QUESTION)
     assert alone[1] is None
