@@ -101,7 +101,7 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
         ends = of_kind[["mean", "low", "high"]].itertuples()
         cells = [Score(*each, best=means.get(name, np.nan) == best) for name, *each in ends]
         table[kind] = [None if absent(cell.mean) else cell for cell in cells]
-    if "batch" in frame and (frame["batch"].nunique() < frame["edit"].nunique()):
+    if "batch" in frame and frame.groupby("batch")["edit"].nunique().max() > 1:
         table["batches"] = [summary.xs(name, level=by)["n"].max() for name in names]
     return table
 

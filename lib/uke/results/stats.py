@@ -171,8 +171,10 @@ def summarise(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     low, high, n.
 
     Probes of one edit are averaged first; the units drawn are batches where the frame has `batch`,
-    else edits.
+    else edits, as those of a floor, which no batch has.
     """
+    if "batch" in frame:
+        frame = frame.assign(batch=frame["batch"].astype(object).fillna(frame["edit"]))
     by, unit = list(by), "batch" if "batch" in frame else "edit"
     keys = [*by, *dict.fromkeys((unit, "edit"))]
     values = [name for name in ("score", "kept") if name in frame]
