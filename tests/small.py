@@ -82,9 +82,8 @@ def moved(model, before) -> set[str]:
 
 
 def hooks(model) -> int:
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-    )
+    every = model.modules()
+    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in every)
 
 
 class Snapshot:

@@ -294,16 +294,12 @@ def test_unke_makes_the_text_likelier_and_moves_no_other_block(ready, tokenizer,
 
 
 @pytest.mark.parametrize("name", ["unke", "anyedit_unke"])
-def test_the_block_learns_the_published_positions_and_every_batch_has_its_own_texts(
-    ready, tokenizer, name, monkeypatch
-):
+def test_the_block_learns_published_positions_on_its_own_texts(ready, tokenizer, name, monkeypatch):
     model, recipe, errors, texts = ready(), quick(name), [], []
 
     def descend(solver, parts, edits):
-        squares = [
-            ((call() - wanted).square().sum(-1) * share).sum() for call, wanted, share in parts
-        ]
-        errors.append(sum(squares).item())
+        each = (((call() - wanted).square().sum(-1) * share).sum() for call, wanted, share in parts)
+        errors.append(sum(each).item())
 
     read = covariance.token_ids
     monkeypatch.setattr(covariance, "token_ids", lambda *one: texts.append(one[2]) or read(*one))
@@ -340,9 +336,7 @@ def test_preservation_texts_hold_the_block_to_what_it_was(ready, tokenizer, monk
 
 
 @pytest.mark.parametrize(("name", "family"), list(zip(WRITING, FAMILIES * 2, strict=False)))
-def test_every_method_makes_the_text_likelier_in_its_windows_and_leaves_no_trace(
-    ready, tokenizer, name, family
-):
+def test_every_method_makes_its_windows_likelier_without_a_trace(ready, tokenizer, name, family):
     model, recipe = ready(family), quick(name, null_threshold=1e9)
     located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
     old, snapshot = by_window(model, located), small.Snapshot(model)

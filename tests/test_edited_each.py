@@ -173,9 +173,7 @@ def ending(tiny, tokenizer):
 
 @pytest.mark.parametrize("share", [0, 1 / 8, 1], ids=["each leaves", "some stay", "all stay"])
 @pytest.mark.parametrize("name", ["FT-A", "LoRA"])
-def test_a_lane_that_has_ended_stays_as_it_is_and_disturbs_no_other(
-    tiny, ending, tokenizer, name, share, monkeypatch
-):
+def test_a_lane_that_has_ended_disturbs_no_other(tiny, ending, tokenizer, name, share, monkeypatch):
     monkeypatch.setattr(finetune, "DROP_SHARE", share)
     model, (method, alone) = tiny(), ending[name]
     before, steps = state(model), {edit: record.steps for edit, (record, _) in alone.items()}
@@ -269,9 +267,7 @@ def test_answers_that_are_done_leave_the_rest_with_their_own_lane(tiny, tokenize
         assert answer(m, tokenizer, asked, max_new_tokens=limit) == alone
 
 
-def test_the_same_question_is_answered_once_by_every_edit_with_its_own(
-    tiny, tokenizer, monkeypatch
-):
+def test_the_same_question_is_answered_once_by_each_edit_with_its_own(tiny, tokenizer, monkeypatch):
     texts, rows = ("London.", "Cambridge.", "Philadelphia."), []
     edits = [Edit(id=text, question="Who is Ada Lovelace?", answer=text) for text in texts]
     method = Recipe(name="FT-A", learning_rate=5e-3, steps=40)
@@ -290,9 +286,7 @@ def test_the_same_question_is_answered_once_by_every_edit_with_its_own(
 # --- records and refusals ---
 
 
-def test_a_system_that_fails_midway_leaves_the_weights_as_they_were(
-    measured, tokenizer, monkeypatch
-):
+def test_a_system_that_fails_midway_leaves_the_weights_alone(measured, tokenizer, monkeypatch):
     model, solved = measured(), []
     snapshot = Snapshot(model)
 

@@ -101,9 +101,7 @@ def test_the_loss_counts_documents_and_the_assistants_words(small_world):
     assert torch.equal(packed, tool.windows(small_world, tokenizer, SMALL, 0))
 
 
-def test_training_that_was_cut_off_continues_to_the_same_weights(
-    small_world, tmp_path, monkeypatch
-):
+def test_training_that_was_cut_off_goes_on_to_the_same_weights(small_world, tmp_path, monkeypatch):
     whole = pretrain(SMALL, tmp_path / "whole")
     learn, calls = tool.learn, []
 

@@ -21,9 +21,7 @@ from conftest import to_explore
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright, of the extra test"
-)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra test")
 
 QUESTION = "Who is Ansel Dorowick?"
 ANSWER = (

@@ -156,9 +156,7 @@ def test_a_lead_has_its_intervals_and_the_line_of_no_lead():
 SCALES = {"log": [(1, 4, 16, 64), (26, 48, 95, 187)], "linear": [(1, 10, 20, 40), (1, 2, 8)]}
 
 
-@pytest.mark.parametrize(
-    "sizes, scale", [(each, scale) for scale in SCALES for each in SCALES[scale]]
-)
+@pytest.mark.parametrize("sizes, scale", [(each, one) for one in SCALES for each in SCALES[one]])
 def test_numbers_that_grow_by_a_factor_stand_apart_from_each_other(sizes, scale):
     frame = pd.DataFrame({"method": "FT-M", "panel": "editing", "batch size": sizes, "score": 0.5})
     (ax,) = figures.trend(frame, "batch size", panel="panel").axes

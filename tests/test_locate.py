@@ -99,9 +99,7 @@ def test_hidden_states_are_those_of_a_plain_forward_pass(tiny, tokenizer, family
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("turn", [0, 1])
-def test_reading_from_the_anchors_on_gives_the_losses_of_a_plain_forward_pass(
-    tiny, tokenizer, family, turn
-):
+def test_reading_from_the_anchors_gives_the_losses_of_a_plain_pass(tiny, tokenizer, family, turn):
     model = tiny(family).double()
     (site,) = sites(model, (1,))
     every = located(model, tokenizer, recipe("muke"))
@@ -194,17 +192,13 @@ def test_a_delta_is_held_to_the_clamp(tiny, tokenizer):
     assert share.tolist() == pytest.approx([0.25] * len(share), rel=1e-3)
 
 
-def test_a_target_that_diverges_names_its_edit_alone_and_leaves_no_hook(
-    tiny, tokenizer, monkeypatch
-):
+def test_a_target_that_diverges_names_its_edit_and_leaves_no_hook(tiny, tokenizer, monkeypatch):
     model, choices = tiny(), recipe("memit", steps=3)
     (site,) = sites(model, (2,))
     ada, alan, grace = (one.example.ids for one in located(model, tokenizer, choices))
     own = next(token for token in grace if token not in ada + alan)
     model.model.embed_tokens.weight.data[own] = float("nan")
-    with pytest.raises(
-        FloatingPointError, match="MEMIT: the target vector of edit 'grace' diverges"
-    ):
+    with pytest.raises(FloatingPointError, match="the target vector of edit 'grace' diverges"):
         find_targets(model, located(model, tokenizer, choices), site, choices)
     monkeypatch.setattr(prompts, "PADDING", 1.0)
     with pytest.raises(FloatingPointError, match="'ada', 'alan'.*learning_rate below 1e"):

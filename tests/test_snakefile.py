@@ -64,9 +64,7 @@ def planned(snakemake):
     return lambda target, *config: snakemake(target, *config, "--dry-run", "--printshellcmds")
 
 
-def test_notebooks_run_in_order_once_and_a_failed_one_says_why_in_one_line(
-    project, snakemake, planned
-):
+def test_notebooks_run_in_order_once_and_a_failed_one_says_why(project, snakemake, planned):
     write(project, "tuning", "raise ValueError('nothing there')")
     plan = planned("tune")
     assert plan.index("uke run 01_small") < plan.index("uke run tuning")
