@@ -60,11 +60,8 @@ def write(project: Path, *cells: str) -> None:
         "# Is this small?\n\n**Answer** See below.\n\n**Cost** 0."
     )
     notebook = nbformat.v4.new_notebook(cells=[title, tagged, *(cell(source) for source in cells)])
-    notebook.metadata.kernelspec = {
-        "name": "python3",
-        "display_name": "Python",
-        "language": "python",
-    }
+    kernel = {"name": "python3", "display_name": "Python", "language": "python"}
+    notebook.metadata.kernelspec = kernel
     nbformat.write(notebook, project / "notebooks" / "01_small.ipynb")
 
 
@@ -94,9 +91,7 @@ def merge(project: Path, profile: str = "quick", notebook: str = "01_small", **g
         (["--profile", "quik"], "quik.yaml: no such file; did you mean 'quick'?"),
     ],
 )
-def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
-    project, caplog, arguments, expected
-):
+def test_bad_parameters_are_refused_in_one_line_at_once(project, caplog, arguments, expected):
     assert run(*arguments) == 2
     assert expected in caplog.messages[-1]
     assert len(caplog.messages) == 1 and "\n" not in caplog.messages[-1]
@@ -110,6 +105,9 @@ def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
         ("profiles/quick.yaml", "limit: many", "limit: Input should be a valid integer"),
         ("profiles/quick.yaml", "limit: 1\nlimit: 2", "key 'limit' is written twice"),
         ("profiles/quick.yaml", "limit: [1", "line 2: not valid YAML"),
+        ("profiles/quick.yaml", "limit: 010", "valid integer; found '010'"),
+        ("profiles/quick.yaml", "limit: 1:30", "valid integer; found '1:30'"),
+        ("profiles/quick.yaml", "limit: !!int x", "quick.yaml: not valid YAML: invalid literal"),
         ("profiles/quick.yaml", "- limit", "expected a mapping of names to values, found list"),
         ("profiles/quick.yaml", "profile: smoke", "'profile' is chosen by --profile"),
         ("studies.yaml", "01_small: {fixt: {}}", "did you mean 'fixed'?"),
@@ -128,13 +126,16 @@ def test_bad_parameters_are_refused_in_one_line_before_anything_starts(
         ("studies.yaml", "01_small: {profiles: {smok: {}}}", "did you mean 'smoke'?"),
     ],
 )
-def test_a_fault_in_a_parameter_file_names_file_key_and_nearest_name(
-    project, caplog, file, content, expected
-):
+def test_a_fault_in_a_parameter_file_is_named_with_key(project, caplog, file, content, expected):
     (project / "params" / file).write_text(content + "\n")
     assert run() == 2
     line = caplog.messages[-1]
     assert expected in line and file in line and "\n" not in line
+
+
+def test_a_file_in_place_of_the_folder_of_results_is_one_line(project, caplog):
+    (project / "results").touch()
+    assert run() == 1 and f"Not a directory: '{project / 'results'}" in caplog.messages[-1]
 
 
 def test_a_misspelt_notebook_is_named_with_the_nearest(project, caplog):
@@ -257,12 +258,6 @@ def test_a_bad_value_is_refused(project, parameters, match):
     refuse(project, match, **parameters)
 
 
-def test_a_directory_that_is_no_model_is_refused(project, tmp_path):
-    refuse(project, "no config.json", model=str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    refuse(project, "expected a causal language model", model=str(tmp_path))
-
-
 def test_what_does_not_fit_the_model_is_named(project, directory, tmp_path):
     check(project, "world", {"methods": ["FT-M", "anyedit_memit"], "model": str(directory)})
     path = project / "params" / "methods" / f"{key('FT-M')}.yaml"
@@ -282,16 +277,6 @@ def test_what_does_not_fit_the_model_is_named(project, directory, tmp_path):
             check(project, "editeverything", {"methods": ["FT-M"], "split": split, **given})
     file.write_text(json.dumps([*records[:7], records[7] | {"answer": ""}]))
     refuse(project, "edits.json.*answer", data="editeverything", limit=2, **given)
-
-
-def test_a_tokenizer_without_a_template_is_refused_where_a_recipe_trains_through_one(
-    project, directory
-):
-    (directory / "chat_template.jinja").unlink()
-    config = json.loads((directory / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    refuse(project, "FT-L: .*no chat template", model=str(directory))
 
 
 # What becomes of a notebook that is run.
@@ -333,9 +318,7 @@ def test_a_run_uses_this_interpreter_and_leaves_section_answer_and_manifest(proj
         ("limit", "finished without writing its section"),
     ],
 )
-def test_a_failing_cell_is_one_line_and_an_old_section_fails_the_run(
-    project, caplog, cell, expected
-):
+def test_a_failing_cell_is_one_line_and_an_old_section_fails(project, caplog, cell, expected):
     write_atomic(Paths("quick").sections / "01_small.json", "{}")
     write(project, cell)
     assert run("--checked") == 1

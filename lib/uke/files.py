@@ -16,20 +16,26 @@ from uke.errors import InputError, nearest
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Read `5e-4` as a float, which YAML 1.1 takes for text, and refuse a repeated key."""
+    """Read decimal numbers, true, false and null alone; all else is text (`010`, `1:30`, `no`)."""
+
+    yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise InputError(f"{node.start_mark.name}: key '{repeated[0]}' is written twice")
+            fault = f"key '{repeated[0]}' is written twice"
+            raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _tag, _form in {
+    "int": "[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?",
+    "bool": "[tT]rue|[fF]alse",
+    "null": "~|null|",
+}.items():
+    _pattern = re.compile(f"({_form})$")
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, None)
 
 
 @contextmanager
@@ -70,10 +76,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         hint = nearest(path.stem, (other.stem for other in path.parent.glob("*.yaml")))
         raise InputError(f"{path}: no such file{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        OSError,
+        RecursionError,
+    ) as error:
         start = getattr(error, "problem_mark", None)
         place = f", line {start.line + 1}" if start else ""
-        problem = getattr(error, "problem", None) or error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"{path}{place}: not valid YAML: {problem}") from None
     content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(loud).setLevel(logging.ERROR)
     try:
         options.command(options)
-    except (InputError, Failure) as error:
+    except (InputError, Failure, OSError) as error:  # such as a file in place of results/
         logger.error("%s", error)
         return 2 if isinstance(error, InputError) else 1
     return 0

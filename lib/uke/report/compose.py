@@ -36,9 +36,7 @@ _TEXTS.filters["prose"] = prose
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
 _QUOTED = re.compile(r"<!-- (number|word|cell): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->")
-_WIDTHS = re.compile(
-    r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )"
-)  # given twice, the count first
+_WIDTHS = re.compile(r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )")  # given twice, count first
 
 
 def compose(

@@ -199,9 +199,7 @@ def average(
 
 def shortened(value: Any, digits: int) -> Any:
     """Return data of JSON with its floats rounded to so many significant digits."""
-    return json.loads(
-        json.dumps(value), parse_float=lambda text: float(f"{float(text):.{digits}g}")
-    )
+    return json.loads(json.dumps(value), parse_float=lambda x: float(f"{float(x):.{digits}g}"))
 
 
 def stored(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
