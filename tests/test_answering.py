@@ -112,6 +112,8 @@ def test_the_context_ends_an_answer_and_a_prompt_that_fills_it_is_refused_by_nam
     assert answer(model, tokenizer, [probe], max_new_tokens=500) == expected
     with pytest.raises(InputError, match=r"edit e1, original 0: \d+ tokens; expected at most 40"):
         answer(model, tokenizer, probes_of(["Who?", "Who is Ada? " * 20]))
+    with pytest.raises(InputError, match="expected a list of Probe, found str"):
+        answer(model, tokenizer, ["Who?"])
     with pytest.raises(InputError, match="edit e0"):
         target_log_probability(model, tokenizer, probes_of(["Who is Ada? " * 20]))
 
@@ -137,7 +139,7 @@ def test_log_probability_equals_a_loop_over_tokens(family, tiny, tokenizer):
 
 
 @pytest.mark.parametrize("likeliest", [4, 1000])
-def test_divergence_is_at_most_the_full_one_and_zero_without_an_edit(
+def test_divergence_is_at_most_the_full_one(
     likeliest, tiny, tokenizer, probes, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(divergence, "LIKELIEST", likeliest)
@@ -157,9 +159,6 @@ def test_divergence_is_at_most_the_full_one_and_zero_without_an_edit(
     found = divergence.divergences(model, tokenizer, probes, kept)
     assert found == pytest.approx(full, rel=1e-6 if likeliest > len(tokenizer) else 1)
     assert all(0 < one < whole * (1 + 1e-6) for one, whole in zip(found, full, strict=True))
-
-
-# --- answers kept on disk ------------------------------------------------------------------------
 
 
 CACHED = probes_of(("Who?", "Who is Ada Lovelace?", "Where was Alan Turing born?"))

@@ -57,20 +57,42 @@ def test_a_directory_that_is_missing_or_no_model_is_refused(name, fault):
         models.load(name)
 
 
-def test_a_broken_or_incomplete_model_gets_one_line(copy):
-    weights = copy / "model.safetensors"
-    tensors = load_file(weights)
-    del tensors["model.layers.1.mlp.down_proj.weight"]
-    save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="lack model.layers.1.mlp.down_proj.weight"):
-        models.load(str(copy))
+def test_a_broken_or_incomplete_model_gets_one_line(copy, monkeypatch):
+    weights, whole = copy / "model.safetensors", load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    lacking = {own: tensor for own, tensor in whole.items() if own != name}
+    for tensors, fault in (
+        (lacking, f"lack {name}"),
+        (whole | {"b": torch.ones(1)}, "also hold b"),
+    ):
+        save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=fault):
+            models.load(str(copy))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="expected a causal language model") as caught:
-        models.load(str(copy))
-    assert "\n" not in str(caught.value)
-    (copy / "config.json").write_text("{")
-    with pytest.raises(InputError, match="expected a causal language model"):
-        models.load(str(copy))
+    config, own = copy / "config.json", (copy / "config.json").read_text()
+    (copy / "own.py").write_text(f"open({str(copy / 'ran')!r}, 'w')")
+    foreign = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for content in (own, json.dumps(json.loads(own) | foreign), "{"):
+        config.write_text(content)
+        with pytest.raises(InputError, match="expected a causal language model") as caught:
+            models.load(str(copy))
+        assert "\n" not in str(caught.value) and not (copy / "ran").exists()
+    with pytest.raises(InputError, match="a device that is there"):
+        models.load("embedded", device="gpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tiny, tokenizer, copy, device):
+    tiny(vocab_size=len(tokenizer)).save_pretrained(copy)
+    extended = type(tokenizer).from_pretrained(copy)
+    extended.add_special_tokens({"additional_special_tokens": ["<image>"]})  # in no prompt
+    extended.save_pretrained(copy)
+    assert models.load(str(copy), device=device)
+    extended.add_tokens(["Lovelace"])
+    extended.save_pretrained(copy)
+    with pytest.raises(InputError, match="'Lovelace' has the id 385; expected at most 383"):
+        models.load(str(copy), device=device)
 
 
 def test_a_prompt_has_one_beginning_of_text(tokenizer):
@@ -79,12 +101,34 @@ def test_a_prompt_has_one_beginning_of_text(tokenizer):
     assert raw == "<s>Who?"
 
 
-def test_a_tokenizer_without_template_cannot_chat(tokenizer, directory):
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+FAULTS = [
+    (None, "no chat template works"),
+    ("{{ raise_exception('no') }}", "works .no.; use chat: false"),
+]
+FAULTS += [("{% for one in %}", "Expected an expression"), ({"tool": "x"}, "no default specified")]
+FAULTS += [(PARTS, "changes what the user says"), ("{{ messages|upper }}", "changes what the user")]
+
+
+@pytest.mark.parametrize(("template", "fault"), FAULTS)
+def test_a_template_that_fails_or_changes_a_text_is_refused(tokenizer, directory, template, fault):
     bare = type(tokenizer).from_pretrained(directory)
-    bare.chat_template = None
-    with pytest.raises(InputError, match="no chat template"):
+    bare.chat_template = template
+    with pytest.raises(InputError, match=fault) as caught:
         encode(bare, "Who?", True)
-    assert encode(bare, "Who?", False) and end_of_turn_id(bare) == bare.eos_token_id
+    assert "\n" not in str(caught.value) and encode(bare, "Who?", False)
+    assert template or end_of_turn_id(bare) == bare.eos_token_id
+
+
+def test_the_answer_is_learnt_as_the_template_writes_it(tokenizer, directory):
+    ours = type(tokenizer).from_pretrained(directory)
+    said = "{{ ' ' * loop.index0 ~ m.content ~ '</s>' * loop.index0 }}"
+    ours.chat_template = f"{{{{ strftime_now('') }}}}{{% for m in messages %}}{said}{{% endfor %}}"
+    assert prompts.render(ours, "Who?", True) == "26 Jul 2024Who?"
+    one = example(ours, "Who?", "Ada.", True, True)
+    assert ours.decode(one.ids[one.prompt_length :]) == " Ada.</s>"
+    ours.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    assert prompts.render(ours, "Who?", True).endswith("<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -106,7 +150,7 @@ def test_only_the_answer_is_learnt(tokenizer, chat):
 def test_padding_is_masked_and_never_learnt(tokenizer, side):
     questions = ("Who?", "Where was Ada born?")
     examples = [example(tokenizer, one, "London", True, True) for one in questions]
-    batch = collate(examples, pad_id=0, side=side)
+    batch = collate(examples, pad=0, side=side)
     assert {tensor.shape for tensor in batch.values()} == {(2, len(examples[1].ids))}
     for row, one in enumerate(examples):
         real = batch["attention_mask"][row].bool()
@@ -155,6 +199,16 @@ def test_a_selection_of_nothing_or_of_what_is_absent_is_refused(llama, layers, c
         select(llama, layers, components)
 
 
+FUSED = [("mixtral", "mlp"), ("qwen2_moe", "down_proj"), ("gpt2", "all"), ("phi3", "q_proj")]
+
+
+@pytest.mark.parametrize(("family", "component"), FUSED)
+def test_weights_that_are_no_linear_layers_are_never_left_out_unsaid(tiny, family, component):
+    with pytest.raises(InputError, match=f"'{component}': .*expected a model of Llama, Qwen2"):
+        select(tiny(family), 0, [component])
+    assert family == "gpt2" or select(tiny(family), 0, ["o_proj"])
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_kept_weights_come_back_bit_for_bit_after_an_exception(tiny, whole):
     model = tiny().to(torch.bfloat16)
@@ -183,9 +237,6 @@ def test_a_fingerprint_sees_one_bit_and_no_path(tiny, directory, copy):
     config = copy / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
     assert models.fingerprint(models.load(str(copy), device="cpu")[0]) != first
-
-
-# --- padding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [1, 400, 8192])

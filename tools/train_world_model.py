@@ -35,9 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.files import replacing
-from uke.models.generate import answer
+from uke.models.generate import answer, reading
 from uke.models.model import load
-from uke.models.prompts import reading
 from uke.project import EMBEDDED, Paths
 from uke.results.metrics import score
 from uke.results.stats import Interval, interval

@@ -309,9 +309,7 @@ def _drawn(
     for _ in range(50 * count):
         if len(found) == count:
             return list(found.values())
-        drawn = {
-            field: one.draw(generator, whole(base, field)) for field, one in sorted(own.items())
-        }
+        drawn = {name: one.draw(generator, whole(base, name)) for name, one in sorted(own.items())}
         one = changed(base, drawn, where)
         found.setdefault(one.fingerprint, one)
     raise InputError(f"{where}: the ranges give {len(found)} settings; expected {count}")
@@ -366,9 +364,8 @@ def write(folder: Path, model: str, block: str, new: Mapping[str, Mapping]) -> N
             path = find(name, catalog(folder)).path
             held = read_yaml(path).get(block, {})
             held[named] = dict(sorted({**held.get(named, {}), **own}.items()))
-            dumped = yaml.safe_dump(
-                {block: held}, sort_keys=False, default_flow_style=None, width=100
-            )
+            form = {"sort_keys": False, "default_flow_style": None, "width": 100}
+            dumped = yaml.safe_dump({block: held}, **form)
             text = path.read_text(encoding="utf-8").rstrip() + "\n"
             replaced, count = pattern.subn(lambda _, new=dumped: new, text, count=1)
             write_atomic(path, replaced if count else f"{text}\n{dumped}")

@@ -1,14 +1,6 @@
 """Language models: load them, prompt them, generate answers and read log-probabilities."""
 
-from uke.models.generate import answer, target_log_probability, token_probabilities
+from uke.models.generate import answer, target_log_probability
 from uke.models.model import fingerprint, load, module_names, select
 
-__all__ = [
-    "answer",
-    "fingerprint",
-    "load",
-    "module_names",
-    "select",
-    "target_log_probability",
-    "token_probabilities",
-]
+__all__ = ["answer", "fingerprint", "load", "module_names", "select", "target_log_probability"]

@@ -89,9 +89,9 @@ def divergences(
     for row, logits in teacher_forced(model, examples, edits, PASS_TOKENS):
         logits, own = logits.double(), before[row]
         tokens = own.tokens[: len(logits)].to(logits.device).long()
-        q = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-        p = own.logs[: len(logits)].to(q)
-        result[row] = float(_kullback_leibler(_with_rest(p), _with_rest(q)).mean())
+        q = _with_rest(logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True))
+        p = _with_rest(own.logs[: len(logits)].to(q))
+        result[row] = float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean())
     return result
 
 
@@ -105,11 +105,6 @@ def _with_rest(logs: Tensor) -> Tensor:
     """Append the log-probability of all other tokens: (T, K) to (T, K + 1)."""
     rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(logs.dtype).eps)
     return torch.cat([logs, rest.log()], dim=-1)
-
-
-def _kullback_leibler(p: Tensor, q: Tensor) -> Tensor:
-    """Return sum_x p(x) (log p(x) - log q(x)) of log-probabilities, (T, K) to (T,)."""
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
 def _path(chosen: Generation, key: tuple[tuple[int, ...], tuple[int, ...]]) -> Path | None:

@@ -21,15 +21,7 @@ from uke.data.edits import Probe
 from uke.errors import InputError
 from uke.files import write_atomic
 from uke.models.model import max_context, wide
-from uke.models.prompts import (
-    Example,
-    encode,
-    end_of_turn_id,
-    example,
-    group_by_length,
-    padded,
-    reading,
-)
+from uke.models.prompts import Example, encode, end_of_turn_id, example, group_by_length, padded
 
 # Dropping finished rows copies the cache, so it waits until this share of the batch has finished.
 DROP_SHARE = 1 / 8
@@ -74,6 +66,11 @@ class AnswerCache:
             content = json.dumps([[prompt, *new] for prompt, new in answers.items()])
             name = hashlib.sha256(content.encode()).hexdigest()[:16]
             write_atomic(self.folder / f"{name}.json", content)
+
+
+def reading(passage: str, question: str) -> str:
+    """Return the prompt of a reading task: a passage, then the question about it."""
+    return f"Read this text: {passage}\n{question}"
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,8 @@ def answer_ids(
     chosen: Generation,
 ) -> list[list[int]]:
     """Return the token ids of what `answer` returns, without the token that ends an answer."""
+    if strange := [type(one).__name__ for one in probes if not isinstance(one, Probe)]:
+        raise InputError(f"probes: expected a list of Probe, found {strange[0]} in it")
     has_lanes, context = hasattr(model, "lanes"), max_context(model)
     given = chosen.max_new_tokens
     wanted = [given(probe) if callable(given) else given for probe in probes]

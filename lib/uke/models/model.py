@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from uke.errors import InputError, nearest
 from uke.project import EMBEDDED, Paths
 
+PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # of Llama's kind
+
 
 def load(
     name: str, device: str = "auto", dtype: str | torch.dtype = "auto"
@@ -31,35 +33,47 @@ def load(
     path, local = source(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = precision(device) if dtype == "auto" else dtype
+    # Code in a model's folder is never run, and nobody is asked to let it.
+    given, report = {"local_files_only": local, "trust_remote_code": False}, {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        torch.empty(0, device=device)
+        dtype = precision(device) if dtype == "auto" else dtype
+        tokenizer = AutoTokenizer.from_pretrained(path, **given)
         if device == "meta":
-            config = AutoConfig.from_pretrained(path, local_files_only=local)
+            config = AutoConfig.from_pretrained(path, **given)
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config), tokenizer
-        options = {"local_files_only": local, "use_safetensors": True, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        else:
+            given |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+            model, report = AutoModelForCausalLM.from_pretrained(path, **given)
     except Exception as error:  # the readers of files raise classes with no common base
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        expected = "expected a causal language model with its tokenizer"
+        expected = "expected a causal language model with its tokenizer, and a device that is there"
         raise InputError(f"{name}: {expected}; {reason}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{name}: the weights lack {missing[0]}; expected the whole model")
+    for fault, keys in (("lack", "missing_keys"), ("also hold", "unexpected_keys")):
+        if names := sorted(report.get(keys, ())):
+            raise InputError(f"{name}: the weights {fault} {names[0]}; expected config.json's own")
+    # Special tokens that no prompt has, as Gemma's of images, may lie beyond the embedding.
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template)
+    last = model.get_input_embeddings().num_embeddings - 1
+    for token, number in tokenizer.get_vocab().items():
+        if number > last and (token not in special or token in str(own)):
+            fault = f"the tokenizer's {token!r} has the id {number}"
+            raise InputError(f"{name}: {fault}; expected at most {last}, the embedding's last")
     return model.to(device).eval(), tokenizer
 
 
 def precision(device: str) -> torch.dtype:
     """Return the dtype that models are loaded in: bfloat16 where a GPU has it, else float32."""
-    has_bfloat16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
+    on_gpu = torch.device(device).type == "cuda"
+    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def source(name: str) -> tuple[str, bool]:
     """Return what `from_pretrained` reads, and whether it is a local directory."""
-    path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    path = EMBEDDED if name == "embedded" else Path(name := str(name)).expanduser()
     if name == "smollm2":
         path = Paths("embedded").home / "results" / "models" / name
         if not path.is_dir():
@@ -77,11 +91,8 @@ def source(name: str) -> tuple[str, bool]:
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the decoder blocks with their names, first to last; InputError where none is found."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    stacks = [(name, module) for name, module in lists if len(module) == depth]
     if not stacks:
         raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks")
     # A vision tower has blocks of its own, which are smaller.
@@ -116,13 +127,24 @@ def layer_index(layer: int | float, depth: int) -> int:
 def _inside(block: nn.Module, component: str) -> list[str]:
     """Return the names, within the block, of the projections that a component stands for."""
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    found: dict[str, list[str]] = {"all": names, "mlp": [], "attention": []}
-    for name in names:
-        found["attention" if "att" in name.partition(".")[0] else "mlp"].append(name)
-        found.setdefault(name.rpartition(".")[2], []).append(name)
-    if component not in found:
+    matrices = {n.removesuffix(".weight"): w for n, w in block.named_parameters() if w.dim() > 1}
+    found: dict[str, list[str]] = {"all": [], "mlp": [], "attention": []}
+    for name in dict.fromkeys([*names, *matrices]):
+        part = "attention" if "att" in name.partition(".")[0] else "mlp"
+        for own in ("all", part, name.rpartition(".")[2]):
+            found.setdefault(own, []).append(name)
+    if component not in (*found, *PROJECTIONS):
         raise InputError(f"components: unknown '{component}'{nearest(component, found)}")
+    if lacking := [name for name in found.get(component, [component]) if name not in names]:
+        expected = "expected a model of Llama, Qwen2, Qwen3, Mistral or Gemma type"
+        raise InputError(f"components: '{component}': {lacking[0]} is no linear layer; {expected}")
     return found[component]
+
+
+def refuse_adapter(model: nn.Module) -> None:
+    """Refuse a model with an adapter: an edit would move its weights, or be saved in no file."""
+    if any(hasattr(one, own) for one in model.modules() for own in ("base_layer", "peft_config")):
+        raise InputError("the model already carries an adapter; expected it merged or taken off")
 
 
 def module_names(model: nn.Module, layers: Layers, components: str | Sequence[str]) -> list[str]:
@@ -132,6 +154,7 @@ def module_names(model: nn.Module, layers: Layers, components: str | Sequence[st
     list of both. `components`: "mlp", "attention", "all", or a projection such as "down_proj".
     Raises InputError for a layer out of range, an unknown component, and a selection of nothing.
     """
+    refuse_adapter(model)
     decoder, names = blocks(model), []
     components = [components] if isinstance(components, str) else components
     for i in _indices(layers, len(decoder)):

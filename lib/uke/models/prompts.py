@@ -12,6 +12,8 @@ from uke.errors import InputError
 
 IGNORED = -100  # label of a token that carries no loss
 PLACEHOLDER = "uke0mark"
+# Before templates that write today's date: a resumed study must not mix days.
+DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 # Limits of one forward pass: tokens, padding included, and the share of them that may be padding.
 PASS_TOKENS, PADDING = 8192, 0.15
 TRAINING_TOKENS = 1024  # where a CPU keeps every activation; larger passes were slower
@@ -25,23 +27,29 @@ class Example(NamedTuple):
     prompt_length: int
 
 
-def reading(passage: str, question: str) -> str:
-    """Return the prompt of a reading task: a passage, then the question about it."""
-    return f"Read this text: {passage}\n{question}"
+def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool, answer: str = "") -> str:
+    """Return the prompt as text: the chat template up to the answer, or the question itself.
 
-
-def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> str:
-    """Return the prompt as text: the chat template up to the answer, or the question itself."""
+    With an `answer` it is the template's whole conversation. Reasoning is closed at once, and the
+    date is always the same. InputError for a template that fails or changes a text.
+    """
     if not chat:
         return question
-    if not tokenizer.chat_template:
-        name = tokenizer.name_or_path or "tokenizer"
-        raise InputError(f"{name}: no chat template; expected one, or chat: false")
-    # Templates of reasoning models read `enable_thinking`: a scored answer begins at once.
-    turn = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(
-        turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    name = tokenizer.name_or_path or "tokenizer"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns = turns if answer else turns[:1]
+    options = {"add_generation_prompt": not answer, "enable_thinking": False}
+    try:
+        template = tokenizer.get_chat_template()
+        options["chat_template"] = DATE * ("strftime_now" in template) + template
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:  # a template can fail in any way that code can
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name}: no chat template works ({reason}); use chat: false") from None
+    for turn in turns:
+        if turn["content"].strip() not in text:
+            raise InputError(f"{name}: its chat template changes what the {turn['role']} says")
+    return text + "\n</think>\n\n" * text.endswith(("<think>", "<think>\n"))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool) -> list[int]:
@@ -63,11 +71,13 @@ def example(
     """Join prompt and answer into one sequence whose labels are the answer.
 
     With `end_of_turn` the token that ends a turn is learned too. A raw prompt is continued after
-    one space.
+    one space, one of the chat template after the white space that it puts there.
     """
-    prompt = encode(tokenizer, question, chat)
-    text = render(tokenizer, question, chat)
+    prompt, text = encode(tokenizer, question, chat), render(tokenizer, question, chat)
     space = "" if chat or text[-1:].isspace() or answer[:1].isspace() else " "
+    if chat and answer:
+        before = render(tokenizer, question, chat, answer).removeprefix(text).partition(answer)[0]
+        space = before if before.isspace() else ""
     # Tokenizing both together spares the answer the word-start mark that some tokenizers put before
     # any text. Where the two would merge into one token, the answer is tokenized alone.
     together = _tokenize(tokenizer, text + space + answer, special=not chat)
@@ -83,8 +93,7 @@ def example(
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the token that ends a turn in the chat template, or else the text."""
     if tokenizer.chat_template:
-        turns = [{"role": role, "content": PLACEHOLDER} for role in ("user", "assistant")]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = render(tokenizer, PLACEHOLDER, True, PLACEHOLDER)
         ids = _tokenize(tokenizer, text.rpartition(PLACEHOLDER)[2].lstrip(), special=False)
         added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         if ids and ids[0] in added:
@@ -95,12 +104,10 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def collate(
-    examples: Sequence[Example], pad_id: int, side: str = "right"
-) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
     """Return `input_ids`, `attention_mask` and `labels`, each (B, T), padded on `side`."""
     return {
-        "input_ids": padded([one.ids for one in examples], pad_id, side),
+        "input_ids": padded([one.ids for one in examples], pad, side),
         "attention_mask": padded([[1] * len(one.ids) for one in examples], 0, side),
         "labels": padded([one.labels for one in examples], IGNORED, side),
     }

@@ -74,14 +74,12 @@ class Located(NamedTuple):
     windows: list[Window]
 
 
-def locate(
-    model: nn.Module, examples: Mapping[str, Example], recipe: LocateRecipe
-) -> list[Located]:
-    """Find anchors and windows of every edit by the recipe's rule; `examples` by id of the edit."""
+def locate(model: nn.Module, given: Mapping[str, Example], recipe: LocateRecipe) -> list[Located]:
+    """Find anchors and windows of every edit by the recipe's rule; `given` by id of the edit."""
     found = []
     if recipe.anchors == "surprisal":
-        values = surprisals(model, list(examples.values()), list(examples))
-    for number, (edit, one) in enumerate(examples.items()):
+        values = surprisals(model, list(given.values()), list(given))
+    for number, (edit, one) in enumerate(given.items()):
         span = range(one.prompt_length, len(one.ids))
         if recipe.anchors == "last":
             starts = [span.start]

@@ -182,9 +182,7 @@ class ClosedForm:
             self.systems = [(recipe.memit_lambda * one, None) for one in found]
         else:
             found = covariance.projectors(model, chosen, recipe.null_threshold)
-            self.systems = [
-                (recipe.alphaedit_l2 * torch.eye(len(one)).to(one), one) for one in found
-            ]
+            self.systems = [(recipe.alphaedit_l2 * torch.eye(len(p)).to(p), p) for p in found]
 
     @torch.no_grad()
     def solve(self, located: Sequence[Located], hidden: Tensor) -> int:
@@ -285,8 +283,7 @@ class BlockSteps:
             if not math.isfinite(error):
                 where = f"the block's error of edit {', '.join(map(repr, edits))} is not finite"
                 expected = f"expected an unke_rate below {recipe.unke_rate:g}"
-                message = f"{recipe.name}: {where} after {step} steps; {expected}"
-                raise Diverged(message, edits)
+                raise Diverged(f"{recipe.name}: {where} after {step} steps; {expected}", edits)
             adam.step()
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +133,7 @@ def _check_finite(chunk: _Chunk, values: Tensor, recipe: LocateRecipe) -> None:
     if broken := [edit for edit, value in pairs if not math.isfinite(value)]:
         where = f"the target vector of edit {', '.join(map(repr, broken))} diverges"
         expected = f"expected a learning_rate below {recipe.learning_rate:g}"
-        message = f"{recipe.name}: {where}: its loss is not finite; {expected}"
-        raise Diverged(message, broken)
+        raise Diverged(f"{recipe.name}: {where}: its loss is not finite; {expected}", broken)
 
 
 class _Chunk:
@@ -182,9 +181,8 @@ class _Chunk:
                 for row, one in enumerate(located)
                 for window in one.windows[:turn]
             ]
-            positions = (
-                torch.arange(longest, device=model.device) - (longest - self.lengths)[:, None]
-            )
+            every = torch.arange(longest, device=model.device)
+            positions = every - (longest - self.lengths)[:, None]
             with torch.no_grad(), injected(site, at, torch.cat(list(earlier))):
                 self._forward(self.before, positions.clamp(min=0), self.cache, 1)
 
@@ -221,9 +219,7 @@ class _Chunk:
         return output.logits
 
 
-def injected(
-    site: Site, at: Sequence[tuple[int, int]], deltas: Tensor
-) -> AbstractContextManager[Any]:
+def injected(site: Site, at: Sequence[tuple[int, int]], deltas: Tensor) -> AbstractContextManager:
     """Add `deltas` (n, D) to the output of the site's projection at each (row, position)."""
 
     def add(module, args, output):
