@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from small import EDITS, LONG, QUICK, Snapshot, baseline, logits, moved, state
+from uke.data.edits import Edit
 from uke.errors import InputError
 from uke.methods.catalog import METHODS, find
 from uke.methods.edited import ADAPTER, RECORD, WEIGHTS, edited, edited_each, load, save, sequence
@@ -32,13 +33,8 @@ def log_probability(model, tokenizer, edit, scope) -> float:
     return torch.stack(terms).mean().item()
 
 
-# --- edited ---
-
-
 @pytest.mark.parametrize(("family", "name"), EVERY)
-def test_an_edit_takes_effect_moves_the_named_weights_alone_and_leaves_no_trace(
-    tiny, tokenizer, family, name
-):
+def test_an_edit_moves_the_named_weights_alone_and_leaves_no_trace(tiny, tokenizer, family, name):
     model, recipe = tiny(family), QUICK[name]
     expected = [log_probability(model, tokenizer, edit, recipe.loss) for edit in PAIR]
     snapshot, before = Snapshot(model), state(model)
@@ -131,9 +127,7 @@ def test_an_edit_does_not_depend_on_what_was_drawn_or_written_before_it(tiny, to
 
 
 @pytest.mark.parametrize("enter", [edited, edited_each])
-def test_a_method_is_found_by_name_and_a_misspelt_one_by_the_nearest(
-    tiny, tokenizer, monkeypatch, enter
-):
+def test_a_method_is_found_by_its_name_or_the_nearest_is_named(tiny, tokenizer, monkeypatch, enter):
     model = tiny()
     monkeypatch.setitem(METHODS, "FT-M", QUICK["FT-M"])
     with enter(model, tokenizer, EDITS[:1], "ft_m") as m:
@@ -142,11 +136,16 @@ def test_a_method_is_found_by_name_and_a_misspelt_one_by_the_nearest(
     with pytest.raises(InputError, match="unknown method 'AdaLore'; did you mean 'AdaLoRA'"):
         with enter(model, tokenizer, EDITS[:1], "AdaLore"):
             pass
+    with pytest.raises(InputError, match="a model and its tokenizer, found LlamaForC.* and tuple"):
+        with enter(model, EDITS[:1], tokenizer, "FT-M"):
+            pass
 
 
 BAD_EDITS = (
     ((), "no edits"),
+    (EDITS[0], "expected a list of Edit, found Edit"),
     ((*EDITS, EDITS[0]), "edit 'ada': given twice"),
+    ([Edit(id="b", question="A?", answer="B <|im_end|> C")], "edit 'b': .*token '<.im_end.>'"),
     ((*EDITS, LONG), "edit 'endless'.*context holds 256"),
 )
 
@@ -185,16 +184,12 @@ def test_the_norm_of_the_change_is_that_of_the_matrices(tiny, tokenizer):
         assert m.edit_record.change_norm[name] == pytest.approx(float(ratio), rel=1e-4)
     with edited(model, tokenizer, PAIR, recipe) as m:
         layer = model.model.layers[1].self_attn.q_proj
-        low, high = (
-            part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B)
-        )
+        pair = (layer.lora_A, layer.lora_B)
+        low, high = (part["default"].weight.detach().double() for part in pair)
         ratio = (high @ low * recipe.alpha / recipe.rank).norm() / layer.weight.double().norm()
         norms = m.edit_record.change_norm
         name = "model.layers.1.self_attn.q_proj.weight"
         assert norms[name] == pytest.approx(float(ratio), rel=1e-4)
-
-
-# --- sequence ---
 
 
 @pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "UnKE"])
@@ -241,9 +236,6 @@ def test_a_sequence_of_a_method_that_writes_nothing_is_refused(tiny, tokenizer):
             pytest.fail("handed out")
 
 
-# --- save and load ---
-
-
 @pytest.mark.parametrize("name", ["FT-M", "FT-A", "LoRA", "AdaLoRA", "MEMIT"])
 def test_a_saved_edit_is_loaded_with_the_same_logits(measured, tokenizer, tmp_path, name):
     model = measured()
@@ -268,9 +260,7 @@ def saved(tiny, tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["FT-M", "LoRA"])
-def test_a_saved_adapter_is_loaded_by_peft_and_no_edit_on_another_model(
-    tiny, tokenizer, saved, name
-):
+def test_a_saved_adapter_is_loaded_by_peft_and_none_on_another_model(tiny, tokenizer, saved, name):
     if name == "LoRA":
         plain = PeftModel.from_pretrained(tiny(), saved / name).eval()
         ours = load(tiny(), saved / name)
@@ -278,6 +268,10 @@ def test_a_saved_adapter_is_loaded_by_peft_and_no_edit_on_another_model(
     other = tiny()
     other.model.embed_tokens.weight.data[5, 5] += 1e-3
     before = state(other)
+    with pytest.raises(InputError, match="edit.json: expected a model with dtype=torch.float32"):
+        load(tiny().to(torch.bfloat16), saved / name)
+    (passing := tiny()).config.use_cache = False  # which changes no answer
+    assert load(passing, saved / name)
     with pytest.raises(InputError, match="edit.json: field unchanged: .*another model"):
         load(other, saved / name)
     with pytest.raises(InputError, match="another model"):
@@ -299,9 +293,7 @@ def test_a_saved_adapter_is_loaded_by_peft_and_no_edit_on_another_model(
         ("LoRA", "adapter_config.json", b"{", "no readable file, or no configuration"),
     ],
 )
-def test_a_damaged_directory_is_named_and_the_model_stays(
-    tiny, saved, tmp_path, name, file, content, expected
-):
+def test_a_damaged_directory_is_named(tiny, saved, tmp_path, name, file, content, expected):
     model, damaged = tiny(), shutil.copytree(saved / name, tmp_path / "damaged")
     before = state(model)
     (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
@@ -318,7 +310,7 @@ def test_a_damaged_directory_is_named_and_the_model_stays(
         ("LoRA", ADAPTER, {"rank": 4}, "not the weights that adapter_config.json describes"),
     ],
 )
-def test_weights_that_are_not_those_of_the_record_are_refused(
+def test_weights_of_another_record_are_refused(
     tiny, tokenizer, saved, tmp_path, name, file, changes, expected
 ):
     model = tiny()
@@ -339,4 +331,26 @@ def test_a_model_without_an_edit_in_its_weights_is_not_saved(tiny, tokenizer, tm
     with edited(model, tokenizer, PAIR, "in-context") as m:
         with pytest.raises(InputError, match="nothing to save"):
             save(m, tmp_path / "edit")
-    assert not (tmp_path / "edit").exists()
+        assert not (tmp_path / "edit").exists()
+        with edited(m, tokenizer, EDITS[2:], QUICK["FT-M"]):
+            save(m, tmp_path / "edit")
+            with pytest.raises(InputError, match="edit.json: expected a folder to make"):
+                save(m, tmp_path / "edit" / RECORD)
+        with edited(m, tokenizer, EDITS[2:], "in-context"):
+            assert set(m.passages) == {"ada", "alan", "grace"}
+    assert load(tiny(), tmp_path / "edit").edit_record.change_norm
+
+
+@pytest.mark.parametrize("enter", [edited, edited_each, lambda m, t, _, name: sequence(m, t, name)])
+def test_a_model_with_an_adapter_is_refused_and_stays(tiny, tokenizer, saved, enter):
+    model = load(tiny(), saved / "LoRA")
+    before = state(model)
+    for name in ("FT-M", "LoRA", "AdaLoRA"):
+        with pytest.raises(InputError, match="already carries an adapter"):
+            with enter(model, tokenizer, PAIR, QUICK[name]) as writer:
+                writer.write(PAIR)
+    with pytest.raises(InputError, match="already carries an adapter"):
+        load(model, saved / "FT-M")
+    assert not moved(model, before)
+    with enter(model.merge_and_unload(), tokenizer, PAIR, QUICK["LoRA"]):
+        pass

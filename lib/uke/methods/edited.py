@@ -1,5 +1,6 @@
 """The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; save and load."""
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,22 +17,22 @@ from uke.errors import InputError
 from uke.files import write_atomic
 from uke.methods.catalog import METHODS, find
 from uke.methods.lanes import attached
-from uke.methods.method import (
-    EditRecord,
-    Edits,
-    Method,
-    Progress,
-    Tokenizer,
-    Training,
-    change_norms,
-)
-from uke.models.model import fingerprint, kept
+from uke.methods.method import EditRecord, Edits, Method, Progress, Tokenizer, Training, norms_since
+from uke.models.model import fingerprint, kept, refuse_adapter
 
 LANE_MIB = 64  # what a lane's activations and cache take at least
 LOGITS = 3 * 128  # logits held for an answer, with their gradients
 
 RECORD, WEIGHTS = "edit.json", "edit.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def _method(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> Method:
+    """Return the method itself or of that name; InputError for arguments of another type."""
+    if not isinstance(model, nn.Module) or not isinstance(tokenizer, Tokenizer):
+        found = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise InputError(f"expected a model and its tokenizer, found {found}")
+    return method if isinstance(method, Method) else find(method, METHODS)
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def edited(
     what it raises ends the edit. InputError for an unknown method, one that selects no weight and
     an edit longer than the context; Diverged (a FloatingPointError) for a loss that is not finite.
     """
-    method = find(method, METHODS) if isinstance(method, str) else method
+    method = _method(model, tokenizer, method)
     method.examples(model, tokenizer, edits)
     with (
         kept(model, {}),
@@ -80,7 +81,7 @@ def edited_each(
     answered by the lane of its `edit`, but for rounding as `edited` answers it. `edit_records` has
     an EditRecord by the edit's id; `failed` says why others have no lane. Raises as `edited` does.
     """
-    method = find(method, METHODS) if isinstance(method, str) else method
+    method = _method(model, tokenizer, method)
     method.examples(model, tokenizer, edits)
     if not method.moves_weights:
         with edited(model, tokenizer, edits, method) as m:
@@ -112,7 +113,7 @@ class Writer:
 
     def norms(self) -> dict[str, float]:
         """Return each weight's relative Frobenius norm of all that was changed so far."""
-        return change_norms(self.weights, self.before)
+        return norms_since(self.weights, self.before)
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def sequence(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> It
     On exit, also after an exception, all is bit for bit as before. InputError for a method that
     moves no weight.
     """
-    method = find(method, METHODS) if isinstance(method, str) else method
+    method = _method(model, tokenizer, method)
     if not method.moves_weights:
         raise InputError(f"{method.name}: moves no weight; expected a method that writes")
     method.depends_on(model)  # the statistics of the model as it is on entry
@@ -154,10 +155,13 @@ def save(m: nn.Module, directory: str | Path) -> None:
 
     `m` is what `edited` yields. InputError for a model without an edit in its weights.
     """
-    record, directory = getattr(m, "edit_record", None), Path(directory)
-    if record is None or hasattr(m, "passages"):
+    record, directory = getattr(m, "edit_record", None), Path(directory).expanduser()
+    if record is None or not record.change_norm:
         raise InputError(f"{directory}: nothing to save; expected what edited(...) yields")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: expected a folder to make ({error.strerror})") from None
     if hasattr(m, "peft_config"):
         form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
         if m.active_peft_config.peft_type == "ADALORA":
@@ -169,7 +173,7 @@ def save(m: nn.Module, directory: str | Path) -> None:
         form, unchanged = "weights", _unchanged(m, record.change_norm)
         weights = {name: m.get_parameter(name).detach() for name in record.change_norm}
         save_file({n: w.contiguous() for n, w in weights.items()}, directory / WEIGHTS)
-    content = {"form": form, "unchanged": unchanged, "record": vars(record)}
+    content = {"form": form, "dtype": str(m.dtype), "unchanged": unchanged, "record": vars(record)}
     # Written last: a directory without it was never finished.
     write_atomic(directory / RECORD, json.dumps(content, indent=1) + "\n")
 
@@ -182,11 +186,14 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     """
     import peft  # seconds, which drawing again from rows does without
 
-    path = Path(directory) / RECORD
+    refuse_adapter(model)
+    path = Path(directory).expanduser() / RECORD
     with located(f"{path}: not a record written by save(...)"):
         content = read_json(path)
         record, unchanged = EditRecord(**content["record"]), content["unchanged"]
         changed = {"weights": record.change_norm, "adapter": ()}[content["form"]]
+    if content.get("dtype", own := str(model.dtype)) != own:
+        raise InputError(f"{path}: expected a model with dtype={content['dtype']}, found {own}")
     if _unchanged(model, changed) != unchanged:
         raise InputError(f"{path}: field unchanged: this edit was made on another model")
     # Without these files peft would look for a pickle, and then on the hub.
@@ -230,4 +237,6 @@ def _unchanged(model: nn.Module, changed: Collection[str]) -> str:
         for name, tensor in model.state_dict().items()
         if name not in changed and ".lora_" not in name and ".ranknum." not in name
     }
-    return fingerprint(SimpleNamespace(config=model.config, state_dict=lambda: tensors))
+    config = copy.deepcopy(model.config)  # without what changes no answer
+    config.update({"use_cache": True, "output_hidden_states": False, "output_attentions": False})
+    return fingerprint(SimpleNamespace(config=config, state_dict=lambda: tensors))

@@ -10,15 +10,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +30,7 @@ Progress = Callable[[int, float], None] | None
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1)]
-Layer = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictFloat, Field(ge=0, le=1)]
+Layer = Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(strict=True, ge=0, le=1)]
 # One layer number becomes a list of one, so that equal choices have equal fingerprints.
 Several = BeforeValidator(lambda value: (value,) if type(value) in (int, float) else value)
 Layers = Annotated[tuple[Layer, ...], Field(min_length=1), Several]
@@ -131,14 +123,20 @@ class Method(BaseModel, ABC):
     def examples(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> dict[str, Example]:
         """Return token ids and labels by the edit's id, as the method learns them.
 
-        InputError for no edits, an edit given twice, and one that is longer than the context.
+        InputError for what is no list of edits, an edit given twice, one that spells a special
+        token, at which an answer would end, and one that is longer than the context.
         """
         if not edits:
             raise InputError(f"{self.name}: no edits; expected at least one")
+        if not isinstance(edits, Sequence) or not all(isinstance(one, Edit) for one in edits):
+            raise InputError(f"edits: expected a list of Edit, found {type(edits).__name__}")
+        special = [one.content for one in tokenizer.added_tokens_decoder.values() if one.special]
         longest, found, form = max_context(model), {}, (self.chat_template, self.end_of_turn)
         for edit in edits:
             if edit.id in found:
                 raise InputError(f"edit '{edit.id}': given twice; expected unique ids")
+            if spelt := [one for one in special if one in f"{edit.question}\n{edit.answer}"]:
+                raise InputError(f"edit '{edit.id}': expected plain text, found token {spelt[0]!r}")
             found[edit.id] = example(tokenizer, edit.question, edit.answer, *form)
             if (length := len(found[edit.id].ids)) > longest:
                 context = f"the model's context holds {longest}"
@@ -153,7 +151,7 @@ class Method(BaseModel, ABC):
         weights = self.weights(model)
         with kept(model, weights) as before:
             training = self.write(model, tokenizer, edits, progress)
-            yield model, EditRecord(**vars(training), change_norm=change_norms(weights, before))
+            yield model, EditRecord(**vars(training), change_norm=norms_since(weights, before))
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Write each edit alone into the same weights; here one after another."""
@@ -187,11 +185,9 @@ def write_one_by_one(
     return Written(lanes, list(trainings.values()), failed)
 
 
-def change_norms(
-    weights: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]
-) -> dict[str, float]:
+def norms_since(now: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> dict[str, float]:
     """Return each weight's relative Frobenius norm of what was changed since `before`."""
     return {
         name: relative_norm(weight.detach() - before[name], before[name])
-        for name, weight in weights.items()
+        for name, weight in now.items()
     }

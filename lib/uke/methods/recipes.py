@@ -125,7 +125,8 @@ class InContext(Method):
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
     ) -> Iterator[tuple[nn.Module, EditRecord]]:
         """Let the model's `passages` say what stands before the questions about each edit."""
-        with attached(model, passages={edit.id: edit.answer for edit in edits}):
+        passages = {edit.id: edit.answer for edit in edits}
+        with attached(model, passages=getattr(model, "passages", {}) | passages):
             yield model, EditRecord()
 
 
@@ -187,9 +188,7 @@ SINGLE_BLOCKS = tuple(_EIGHTHS)  # levels of the factor `layers` that train one 
 
 FACTORS: Mapping[str, Factor] = {
     "loss_scope": Factor("loss", {one: one for one in ("last_prompt_token", "target_tokens")}),
-    "layers": Factor(
-        "layers", _EIGHTHS | {one: one for one in ("first_half", "second_half", "all")}
-    ),
+    "layers": Factor("layers", _EIGHTHS | {n: n for n in ("first_half", "second_half", "all")}),
     "components": Factor(
         "components",
         {

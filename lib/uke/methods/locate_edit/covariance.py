@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import torch
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
+from uke.data.edits import Text
 from uke.data.formats import located, read_json
 from uke.errors import InputError
 from uke.files import replacing, write_atomic
@@ -44,14 +46,12 @@ _FINGERPRINTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDict
 class Turn(TypedDict):
     """A question of a chat and its answer."""
 
-    question: str
-    answer: str
+    question: Text
+    answer: Text
 
 
-Text = str | Turn
-_CORPUS = TypeAdapter(
-    Annotated[list[Annotated[str, Field(min_length=1)] | Turn], Field(min_length=1)]
-)
+Entry = Text | Turn
+_CORPUS = TypeAdapter(Annotated[list[Entry], Field(min_length=1)])
 
 
 def folder(model: nn.Module | str) -> Path:
@@ -62,20 +62,20 @@ def folder(model: nn.Module | str) -> Path:
     return Paths("embedded").home / "results" / "covariance" / name
 
 
-def world_texts(seed: int | None = None) -> list[Text]:
+def world_texts(seed: int | None = None) -> list[Entry]:
     """Return a world's preservation texts (default: the embedded model's world)."""
     seed = card(EMBEDDED)["settings"]["world_seed"] if seed is None else seed
     world = world_files.ensure(Paths("embedded").home / "results", seed)
     return read_texts(world / world_files.PRESERVATION)
 
 
-def read_texts(path: str | Path) -> list[Text]:
+def read_texts(path: str | Path) -> list[Entry]:
     """Read a corpus: a JSON list of texts, or of objects with `question` and `answer`."""
     with located(f"{path}: expected a JSON list of texts, or of objects with question and answer"):
         return _CORPUS.validate_python(read_json(path))
 
 
-def token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+def token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Entry) -> list[int]:
     """Return the tokens of one text, cut off at the context; a pair uses the chat template."""
     if isinstance(text, str):
         ids = encode(tokenizer, text, chat=False)
@@ -87,7 +87,7 @@ def token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) 
 def measure(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
+    texts: Sequence[Entry],
     layers: Sequence[int | float] = LAYERS,
 ) -> None:
     """Measure E[k k^T] over all tokens of the texts at the `down_proj` of each layer.
@@ -138,7 +138,7 @@ def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> li
     return found
 
 
-def preservation(model: nn.Module) -> list[Text]:
+def preservation(model: nn.Module) -> list[Entry]:
     """Return the texts that the covariance was measured on; InputError where there are none."""
     if digest(model) is None:
         raise InputError(_missing(model, "preservation texts"))
@@ -166,7 +166,7 @@ def _paths(model: nn.Module, chosen: Sequence[Site]) -> list[Path]:
 
 def _missing(model: nn.Module, what: str, layers: str = "") -> str:
     name = model.config.name_or_path
-    arguments = "embedded" if name == str(EMBEDDED) else f"{name or 'MODEL'} TEXTS.json"
+    arguments = "embedded" if name == str(EMBEDDED) else f"{quote(name or 'MODEL')} TEXTS.json"
     command = f"python -m uke covariance {arguments}{layers}"
     return f"{folder(model)}: no {what} of this model; expected what this makes: {command}"
 
