@@ -12,7 +12,7 @@ from uke.errors import InputError
 from uke.project import Paths
 from uke.results import compare, control
 from uke.results.metrics import METRICS
-from uke.results.stats import balance, interval, pooled
+from uke.results.stats import balance, interval, pooled, summarise
 
 EDITS = ("a", "b", "c", "d", "e", "f")
 GAIN = {("M", "all"): 1, ("M", "one"): -1}
@@ -128,6 +128,8 @@ def test_the_floor_is_what_another_edit_scores_and_no_edit_stands_at_every_size(
     assert floor.groupby("kind")["score"].mean().to_dict() == pytest.approx(expected)
     committed = before.assign(floor=compare.floors(before), question=None, reference=None)
     pd.testing.assert_frame_equal(compare.floor(committed), floor)
+    beside = pd.concat([floor, floor.assign(batch=0, method="FT-M")])  # a floor has no batch
+    assert set(summarise(beside, ["method", "kind"])["method"]) == {"floor", "FT-M"}
     most = compare.ceiling(Paths("embedded")).groupby("kind")["score"].mean().round(1)
     assert most.to_dict() == {"detail": 0.6, "original": 1.0, "paraphrase": 0.3}  # as 00 says
     pairs = rows(0.7, edits=EDITS[:4], method="UnKE", batch_size=2)

@@ -101,9 +101,6 @@ def each_alone(model, tokenizer, edits, method) -> dict[str, tuple]:
     return alone
 
 
-# --- as each alone ---
-
-
 ALIKE = ("MEMIT", "AlphaEdit", "UnKE")  # differ from others in no step here
 
 
@@ -154,9 +151,6 @@ def test_half_precision_takes_an_edit_and_does_not_keep_it(measured, tokenizer, 
     assert not moved(model, before)
 
 
-# --- ends at different steps ---
-
-
 @pytest.fixture(scope="module")
 def ending(tiny, tokenizer):
     """By method: a `stop_loss` at which some of MANY end early, and what each is alone."""
@@ -185,9 +179,6 @@ def test_a_lane_that_has_ended_disturbs_no_other(tiny, ending, tokenizer, name, 
             assert record.losses == pytest.approx(own.losses, rel=1e-2)
             assert far(of_lane(m.lanes, lane, before), update) < 1e-2
     assert not moved(model, before)
-
-
-# --- a loss that is not finite ---
 
 
 def breaking(monkeypatch, row: int, call: int) -> None:
@@ -252,9 +243,6 @@ def test_a_block_that_breaks_is_left_out(measured, tokenizer, monkeypatch):
         assert "the block's error of edit 'alan' is not finite after 0 steps" in m.failed["alan"]
 
 
-# --- answers ---
-
-
 @pytest.mark.parametrize("name", ["FT-A", "LoRA"])
 def test_answers_that_are_done_leave_the_rest_with_their_own_lane(tiny, tokenizer, name):
     def limit(probe) -> int:
@@ -281,9 +269,6 @@ def test_the_same_question_is_answered_once_by_each_edit_with_its_own(tiny, toke
         assert min(target_log_probability(m, tokenizer, asked)) > -0.5
         with pytest.raises(KeyError, match="grace"):
             answer(m, tokenizer, EDITS[2].probes, max_new_tokens=2)
-
-
-# --- records and refusals ---
 
 
 def test_a_system_that_fails_midway_leaves_the_weights_alone(measured, tokenizer, monkeypatch):
