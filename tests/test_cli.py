@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 from uke.cli import params
+from uke.cli.execute import runs
 from uke.cli.main import main
 from uke.cli.preflight import check
 from uke.data.find import find_data, find_files
@@ -289,6 +290,16 @@ def executed() -> list:
 
 def manifest() -> dict:
     return json.loads((Paths("quick").results / "manifests" / "01_small.json").read_text())
+
+
+def test_a_notebook_took_as_long_as_its_rows_say_where_they_are_rows_of_edits(project):
+    paths, committed = Paths("quick"), ROOT / "figures" / "embedded" / "rows"
+    for name in ("00_embedded_model", "07_recipe"):  # the first has an examination
+        run = {"notebook": name, "seconds": 1.0}
+        write_atomic(paths.results / "manifests" / f"{name}.json", json.dumps(run))
+        write_atomic(paths.exported(name), (committed / f"{name}.parquet").read_bytes())
+    first, second = runs(paths)
+    assert first["seconds"] == 1 and second["seconds"] > 100
 
 
 def test_a_run_uses_this_interpreter_and_leaves_section_answer_and_manifest(project, monkeypatch):

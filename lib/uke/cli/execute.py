@@ -25,6 +25,7 @@ from jupyter_client.kernelspec import KernelSpec
 
 from uke.files import write_atomic
 from uke.project import Paths
+from uke.results import rows
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +142,10 @@ def runs(paths: Paths) -> list[dict[str, Any]]:
     unit = ["method", "factor", "level", "batch_size", "batch", "recipe", "phase"]
     seconds, found = ["train_seconds", "answer_seconds"], []
     for path in sorted((paths.results / "manifests").glob("*.json")):
-        run, rows = json.loads(path.read_text(encoding="utf-8")), paths.exported(path.stem)
-        if rows.is_file():
-            frame = pd.read_parquet(rows, columns=[*unit, *seconds]).drop_duplicates(unit)
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if paths.exported(path.stem).is_file():
+            phases = [rows.committed(paths, path.stem, phase) for phase in ("before", "after")]
+            frame = pd.concat(phases).drop_duplicates(unit)
             run["seconds"] = max(run["seconds"], float(frame[seconds].sum().sum()))
         found.append(run)
     return found
