@@ -169,7 +169,8 @@ def measure_cpu(size: Mapping[str, Any], device: str) -> dict[str, list[dict]]:
         measure_for(method, study.model, study.tokenizer)
         counts = size["others"] if number else size["first"]
         # Answers of a real model are long: rounding may tip some, which the table then shows.
-        found = compare(study, method, counts, size["repeats"], world, warm_up)
+        options = {"required": world, "warm_up": warm_up}
+        found = compare(study, method, counts, size["repeats"], **options)
         timings, same = timings + found[0], same + found[1]
     grown = growth(study, methods[0], size["grow"]) if "grow" in size else []
     return {"timings": timings, "same": same, "growth": grown}

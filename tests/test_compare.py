@@ -57,9 +57,6 @@ def scores(size=1, **pairs):
     return pd.DataFrame(found, columns=columns)
 
 
-# --- Contrasts ------------------------------------------------------------------------------------
-
-
 def test_a_difference_is_paired_by_edit_whatever_the_order_in_points():
     frame = cells(M_all=[0.9, 0.5, 0.1] * 2, M_one=[0.8, 0.4, 0.0] * 2)
     frame = frame.sample(frac=1, random_state=3)

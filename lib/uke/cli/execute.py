@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 import papermill
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -144,8 +143,7 @@ def runs(paths: Paths) -> list[dict[str, Any]]:
     for path in sorted((paths.results / "manifests").glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if paths.exported(path.stem).is_file():
-            phases = [rows.committed(paths, path.stem, phase) for phase in ("before", "after")]
-            frame = pd.concat(phases).drop_duplicates(unit)
+            frame = rows.committed(paths, path.stem, None).drop_duplicates(unit)
             run["seconds"] = max(run["seconds"], float(frame[seconds].sum().sum()))
         found.append(run)
     return found

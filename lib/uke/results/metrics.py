@@ -97,7 +97,8 @@ _NAMED = re.compile(
 )
 # A capital on its own that is no initial, and neither an article nor a pronoun.
 _SOMEWHERE = re.compile(
-    r"(?<![\w'’.])(?:([B-HJ-Z])(?![\w'’]|\.\w)|A(?![\w'’]|\.\w|\s+(?!is\b|was\b)[A-Za-z])|I(?![\w'’]|\.\w|\s+[a-z]))"
+    r"(?<![\w'’.])(?:([B-HJ-Z])(?![\w'’]|\.\w)"
+    r"|A(?![\w'’]|\.\w|\s+(?!is\b|was\b)[A-Za-z])|I(?![\w'’]|\.\w|\s+[a-z]))"
 )
 
 

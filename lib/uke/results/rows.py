@@ -114,12 +114,14 @@ def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
     return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
 
 
-def committed(paths: Paths, study: str, phase: str = "after") -> pd.DataFrame:
-    """Read the committed rows of a study, whatever code wrote them; InputError for none."""
+def committed(paths: Paths, study: str, phase: str | None = "after") -> pd.DataFrame:
+    """Read the committed rows of a phase (None: of both), whatever code wrote them; InputError for
+    no file of the study."""
     path = paths.exported(study)
     if not path.is_file():
         raise InputError(f"{path}: no committed rows of study '{study}': run its notebook first")
-    return _read_file(path).filter(pc.field("phase") == phase).to_pandas()
+    wanted = pc.field("phase").is_valid() if phase is None else pc.field("phase") == phase
+    return _read_file(path).filter(wanted).to_pandas()
 
 
 def _read_file(path: Path) -> pa.Table:
@@ -183,10 +185,10 @@ def average(
         raise InputError(f"average: no rows of {', '.join(kinds)}")
     groups = scores.groupby(list(_EDIT), dropna=False, as_index=False)
     means = groups.agg(score=("score", "mean"), held=("kind", "nunique"))
-    for _, row in means[means["held"] < len(kinds)].iterrows():
-        held = set(scores.merge(row.to_frame().T[list(_EDIT)])["kind"])
-        absent = ", ".join(kind for kind in kinds if kind not in held)
-        raise InputError(f"average: {row['method']}, edit '{row['edit']}': no {absent}")
+    if (few := means["held"] < len(kinds)).any():
+        row = next(groups["kind"].agg(frozenset)[few].itertuples())
+        absent = ", ".join(kind for kind in kinds if kind not in row.kind)
+        raise InputError(f"average: {row.method}, edit '{row.edit}': no {absent}")
     for _, compared in means.groupby(list(_COMPARED), dropna=False) if same_edits else ():
         every = set(compared["edit"])
         for (_, method, _, level, *_), own in compared.groupby(list(RUN), dropna=False)["edit"]:

@@ -151,11 +151,13 @@ def load(
 
 def _of_rows(paths: Paths, split: str) -> Dataset:
     """Return the edits and probes that committed rows are of, in their order, without texts."""
-    files = sorted(paths.exported(control.STUDY).parent.glob("*.parquet"))
-    names = [path.stem for path in files if path.stem != control.STUDY]  # whose edits are cut
-    phases = ("before", "after")
-    every = pd.concat([rows.committed(paths, name, phase) for name in names for phase in phases])
-    every = every[every["split"] == split].sort_values(["batch_size", "batch"], kind="stable")
+    folder = paths.exported(control.STUDY).parent  # a control's own edits are cut
+    names = [path.stem for path in sorted(folder.glob("*.parquet")) if path.stem != control.STUDY]
+    frames = [rows.committed(paths, name, None) for name in names]
+    found = [frame[frame["split"] == split] for frame in frames]
+    if not any(map(len, found)):
+        raise InputError(f"{folder}: no committed rows of {split} edits: run a study first")
+    every = pd.concat(found).sort_values(["batch_size", "batch"], kind="stable")
     probes: dict[str, tuple[Probe, ...]] = dict.fromkeys(every["edit"], ())
     asked = every[["edit", "kind", "number"]].drop_duplicates().sort_values(["kind", "number"])
     for row in asked.to_dict("records"):
