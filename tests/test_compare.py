@@ -76,14 +76,14 @@ def test_an_interaction_is_the_difference_of_differences_and_p_values_are_correc
     assert alone.tolist() == pytest.approx([0.25]) and both.tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_an_effect_of_an_absent_cell_is_left_out_and_unequal_ones_are_refused():
+def test_an_effect_of_an_absent_cell_is_left_out_and_unequal_ones_share_edits():
     frame = cells(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5, 0.5])
     lost = {("M", "all"): 1, ("M", "half"): -1}
     found = compare.contrasts(frame, {"lost": lost, "gain": GAIN})
     assert set(found["effect"]) == {"gain"} and len(compare.shown(found)) == 1
     assert compare.shown(compare.contrasts(frame, {})).empty
-    with pytest.raises(InputError):
-        compare.contrasts(cells(M_all=[0.9, 0.8, 0.7], M_one=[0.5, 0.5]), {"gain": GAIN})
+    fewer = compare.contrasts(cells(M_all=[0.9, 0.8, 0.1], M_one=[0.5, 0.5]), {"gain": GAIN})
+    assert set(fewer["n"]) == {2} and fewer["difference"].tolist() == pytest.approx([35])
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -301,10 +301,12 @@ def test_intervals_are_t_of_few_batches_and_else_a_bootstrap_of_batches_and_thei
     assert wide["n"] == 8 and wide["high"] - wide["low"] > 10
 
 
-@pytest.mark.parametrize("other", [{"other": [[(1, 1)]]}, {"x": [[(1, 1)]]}, {"other": []}])
-def test_a_lead_over_other_edits_is_refused(other):
-    with pytest.raises(InputError, match="own and other: expected the same edits"):
-        leads(own=[[(0.6, 1.0)], [(0.7, 1.0)]], **other)
+def test_a_lead_is_over_the_edits_that_both_methods_have():
+    found = leads(own=[[(0.6, 1.0)], [(0.8, 1.0)]], other=[[(0.5, 1.0)]]).loc["lead_average"]
+    assert found["mean"] == pytest.approx(5) and found["n"] == 1
+    for other in ({"other": []}, {"x": [[(1, 1)]]}):
+        with pytest.raises(InputError, match="own and other: no edit in common"):
+            leads(own=[[(0.6, 1.0)]], **other)
 
 
 def at_sizes(lead, sizes, batches=None):
@@ -386,13 +388,13 @@ def test_a_share_is_that_of_a_table_done_by_hand():
     assert found.mean == pytest.approx(4 / 5) and found.high == pytest.approx(1)  # one edit alone
 
 
-def test_unequal_probes_and_gaps_are_refused_and_absent_sorts_give_nothing():
+def test_unequal_probes_are_refused_gaps_left_out_and_absent_sorts_give_nothing():
     def score(kind, method, edit):
         return method / 5
 
-    gap = probes(score)
-    gap = gap[(gap["method"] != "M1") | (gap["edit"] != "e3")]
-    for frame in (probes(score, general=2), probes(score, struct_trip=2), gap):
+    gap = probes(score).query("method != 'M1' or edit != 'e3'")
+    assert {share.n for share in compare.separation(gap).values()} == {7}
+    for frame in (probes(score, general=2), probes(score, struct_trip=2)):
         with pytest.raises(InputError, match="separation: expected as many probes for each edit"):
             compare.separation(frame)
     for frame in (probes(score, general=0), probes(score, methods=1)):

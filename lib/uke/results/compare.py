@@ -191,8 +191,8 @@ def contrasts(
         contrasts(scores, {"gain": {("FT-M", "all"): 1, ("FT-M", "eighth_3"): -1}})
 
     Effects of absent cells are left out. Columns: effect, kind, difference, low, high, n, p
-    (Holm-corrected over all; none for `balance`). InputError where the cells of an effect differ in
-    their edits.
+    (Holm-corrected over all; none for `balance`). InputError where the cells of an effect have no
+    edit in common.
     """
     found, kinds = [], dict(list(scores.groupby("kind")))
     for name, weights in wanted.items():
@@ -214,20 +214,15 @@ def _weighted(own: pd.DataFrame, weights: Mapping[tuple[str, str], float]) -> tu
 
 
 def _paired(own: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> tuple[list, Any]:
-    """Return the scores of each cell on the edits of the first, and the batch of each edit.
-
-    `no edit` may have more edits than the others.
-    """
+    """Return the scores of each cell on the edits that all of them have, and the batch of each."""
     tables = [
         own[(own["method"] == name) & (own["level"] == level)].set_index(["batch", "edit"])
         for name, level in cells
     ]
-    first = tables[0].index
-    for (name, _), table in zip(cells, tables, strict=True):
-        more = name != BEFORE and len(table) > len(first)
-        if first.empty or more or not first.isin(table.index).all():
-            raise InputError(f"{cells[0][0]} and {name}: expected the same edits")
-    return [pairs(table.loc[first]) for table in tables], first.get_level_values("batch")
+    shared = tables[0].index[[all(at in one.index for one in tables) for at in tables[0].index]]
+    if shared.empty:
+        raise InputError(f"{' and '.join(name for name, _ in cells[:2])}: no edit in common")
+    return [pairs(table.loc[shared]) for table in tables], shared.get_level_values("batch")
 
 
 def effect(effects: pd.DataFrame, effect: str, kind: str) -> Interval | None:
@@ -248,7 +243,8 @@ def _intervals(frame: pd.DataFrame, *ends: str) -> list[Score]:
 
 
 def gains(scores: pd.DataFrame, baseline: str = "", kind: str = "balance") -> pd.DataFrame:
-    """Return how far methods are above no edit (and a baseline) on a kind, in points."""
+    """Return how far methods are above no edit (and a baseline) on a kind, in points; and `n`, the
+    number of single edits or batches of each."""
     own = scores[scores["kind"] == kind]
     table = pd.DataFrame({"method": [name for name in own["method"].unique() if name != BEFORE]})
     for other in filter(None, (BEFORE, baseline)):
@@ -256,7 +252,7 @@ def gains(scores: pd.DataFrame, baseline: str = "", kind: str = "balance") -> pd
         wanted = {name: {(name, ""): 1, against: -1} for name in table["method"] if name != other}
         found = shown(contrasts(own, wanted)).set_index("effect")["difference (points)"]
         table[f"minus {other}"] = table["method"].map(found)
-    return table
+    return table.assign(n=table["method"].map(own.groupby("method")["batch"].nunique()))
 
 
 def nearest_first(sizes: Iterable[int], batch_size: int) -> list[int]:
@@ -306,7 +302,7 @@ def leads(scores: pd.DataFrame, method: str, best: Mapping[int, str]) -> pd.Data
     """Return every lead (LEADS) of a method at each batch size, beside the best baseline's name.
 
     `scores` is what `scored` gives. Columns: batch_size, baseline, lead (its key), mean, low,
-    high, n (batches). InputError where the edits differ.
+    high, n (batches). InputError without an edit in common.
     """
     found = [
         (size, baseline, lead, *estimated(*_lead(scores, lead, size, method, baseline)))
@@ -326,30 +322,31 @@ def _lead(scores: pd.DataFrame, lead: str, size: int, method: str, baseline: str
 
 
 def areas(scores: pd.DataFrame, baseline: str = "") -> pd.DataFrame:
-    """Return the area of each method (see above), and how far it is above a baseline's, in points.
+    """Return the area of each method (see above), how far it is above a baseline's, in points, and
+    `n`, the edits of each; a difference is over the edits that both have.
 
     `scores` has the strengths of single edits as `level`.
     """
     own = scores[scores["kind"] == "balance"]
     cells = {cell: one.set_index("edit") for cell, one in own.groupby(["method", "level"])}
-    edits = sorted(set.intersection(*(set(one.index) for one in cells.values())))
     found = {name: [cells[BEFORE, BEFORE]] for name in own["method"].unique() if name != BEFORE}
     for (name, _), one in cells.items():
         found.get(name, []).append(one)
-    values = {name: np.stack([pairs(s.loc[edits]) for s in each]) for name, each in found.items()}
 
-    def score(statistic: Callable[[np.ndarray], np.ndarray]) -> Score:
-        return Score(*estimated(statistic, range(len(edits)))[:3])
+    def score(statistic: Callable[..., np.ndarray], *names: str) -> tuple[Score, int]:
+        every = [set(one.index) for name in names for one in found[name]]
+        edits = sorted(set.intersection(*every))
+        values = [np.stack([pairs(s.loc[edits]) for s in found[name]]) for name in names]
+        *ends, n = estimated(partial(statistic, *values), range(len(edits)))
+        return Score(*ends), n
 
-    table = pd.DataFrame({"method": list(values)})
-    table["area"] = [score(partial(stats.area, each)) for each in values.values()]
+    table = pd.DataFrame({"method": list(found)})
+    table["area"], counts = zip(*(score(stats.area, name) for name in found), strict=True)
     if baseline:
-        other = values[baseline]
         table[f"minus {baseline}"] = [
-            None if name == baseline else score(partial(_more_area, each, other))
-            for name, each in values.items()
+            None if name == baseline else score(_more_area, name, baseline)[0] for name in found
         ]
-    return table
+    return table.assign(n=counts)
 
 
 def _more_area(first: np.ndarray, second: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -385,8 +382,9 @@ def trend(
 def separation(after: pd.DataFrame) -> dict[str, Interval]:
     """Return how well locality and a general skill tell methods apart, and their difference.
 
-    That is, of the variance of scores, edits aside, the share that lies between methods. Empty
-    without such probes or a second method; InputError for unequal numbers of probes.
+    That is, of the variance of scores, edits aside, the share that lies between methods, over the
+    edits that all methods have. Empty without such probes, edits or a second method; InputError for
+    unequal numbers of probes.
     """
     primary, tables, counts = rows.primary(after), [], set()
     primary["total"] = primary["score"] * primary["probes"]
@@ -397,11 +395,13 @@ def separation(after: pd.DataFrame) -> dict[str, Interval]:
             return {}
         sums = own.groupby(["method", "edit"])[["total", "probes"]].sum()
         counts |= set(sums["probes"])
-        tables.append((sums["total"] / sums["probes"]).unstack("edit").to_numpy())
-    if len(counts) > 1 or any(np.isnan(table).any() for table in tables):
+        tables.append((sums["total"] / sums["probes"]).unstack("edit"))
+    if len(counts) > 1:
         found = f"found {sorted(counts)}"
         raise InputError(f"separation: expected as many probes for each edit and sort, {found}")
-    locality, general = tables  # (methods, edits)
+    if not (shared := sorted(set.intersection(*(set(table.dropna(axis=1)) for table in tables)))):
+        return {}
+    locality, general = (table[shared].to_numpy() for table in tables)  # (methods, edits)
     shares = {
         "locality": lambda drawn: _between(locality, drawn),
         "general": lambda drawn: _between(general, drawn),

@@ -60,7 +60,10 @@ class MethodStudy(Comparison):
         study_of = tuning if any(one.exported(tuning).is_file() for one in places) else "tuning"
         known = dict.fromkeys(sizes, self.baselines)
         every = compare.best_baselines(places, known, study_of)
-        if study.committed:  # where the best one has no rows, the best of those that have stands
+        ran = {}  # edits with committed rows, which come as they are made, by batch size and method
+        if (
+            study.committed
+        ):  # where the best one has too few, the best of those that have all stands
             ran = study.committed.after.groupby(["batch_size", "method"])["edit"].nunique()
             least = {size: max(limit // size, batches) * size for size in sizes}
             known = {n: [b for b in known[n] if ran.get((n, b), 0) >= least[n]] for n in sizes}
@@ -80,6 +83,10 @@ class MethodStudy(Comparison):
                     continue
                 counted = name in (self.leader, *compared) or (size in full and size <= limit)
                 self.plan[size, name] = max(limit // size, batches if counted else 1) * size
+        few = {at: int(ran[at]) for at, n in self.plan.items() if ran.get(at, n) < n}
+        self.plan |= {(size, name): n // size * size for (size, name), n in few.items()}
+        names = ", ".join(dict.fromkeys(name for _, name in few))
+        self.caveats += [f"Fewer edits than asked for have rows of {names}."] if few else []
         tuned = {size: configured(*params, size) for size in sizes}
         self.runs = [
             (tuned[size][name], {"batch_size": size, "limit": count})
