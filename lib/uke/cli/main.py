@@ -111,7 +111,7 @@ def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
 
 def _check(options: argparse.Namespace) -> None:
     paths, notebooks = _reported(options)
-    if _quoted(paths) and options.shared:
+    if _quoting(paths) and options.shared:
         quoted = "README quotes the numbers of this study; change another profile (PROFILE=quick)"
         raise InputError(f"profile {paths.profile}: {', '.join(options.shared)}: {quoted}")
     for notebook in notebooks:
@@ -130,14 +130,14 @@ def _report(options: argparse.Namespace) -> None:
         write_atomic(kept, json.dumps(made, indent=1) + "\n")
     account(paths, [run for run in made if run["notebook"] in notebooks])
     compose(paths, notebooks, made)
-    if _quoted(paths):
-        quote(paths.home / "README.md", Paths(QUOTED))
+    for page in _quoting(paths):
+        quote(page, Paths(QUOTED))
 
 
-def _quoted(paths: Paths) -> bool:
-    """Whether README quotes numbers of this run."""
-    page, run = paths.home / "README.md", paths.figures.name
-    return page.is_file() and (run == QUOTED or f": {run}/" in page.read_text(encoding="utf-8"))
+def _quoting(paths: Paths) -> list[Path]:
+    """List the pages that quote numbers of this run: README.md and those of docs."""
+    run, pages = paths.figures.name, [*paths.home.glob("README.md"), *paths.home.glob("docs/*.md")]
+    return [p for p in pages if run == QUOTED or f": {run}/" in p.read_text(encoding="utf-8")]
 
 
 def _covariance(options: argparse.Namespace) -> None:

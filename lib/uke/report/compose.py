@@ -21,7 +21,7 @@ from uke.errors import InputError, nearest
 from uke.files import write_atomic
 from uke.project import Paths
 from uke.report.section import Section, prose, read_sections, table_markdown
-from uke.report.tables import number
+from uke.report.tables import number, places
 
 FIRST, APPENDIX = "11_verdicts", ("run", "tuning", "tuning_levels")  # sections out of turn
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -35,7 +35,9 @@ _TEXTS = Environment(
 _TEXTS.filters["prose"] = prose
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
 _FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
-_QUOTED = re.compile(r"<!-- (number|word|cell): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->")
+_QUOTED = re.compile(
+    r"<!-- (number|word|cell|mean): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->"
+)
 _WIDTHS = re.compile(r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )")  # given twice, count first
 
 
@@ -183,11 +185,9 @@ def account(paths: Paths, runs: Sequence[Mapping[str, Any]]) -> None:
 def quote(page: Path, paths: Paths) -> None:
     """Update what a Markdown page quotes from numbers.json: `<!-- number: KEY -->text<!-- -->`.
 
-    `FOLDER/KEY` is of another run in `figures`; `word: KEY` quotes the unit alone, `cell: KEY` the
-    number without its count. Raises InputError for a key or a run that is not there.
+    `FOLDER/KEY` is of another run in `figures`; `word: KEY` quotes the unit, `cell: KEY` the number
+    without its count, `mean: KEY` the bare value. InputError for a key or run that is not there.
     """
-    if not page.is_file():
-        return
 
     @functools.cache
     def numbers_of(source: Path) -> dict[str, dict]:
@@ -201,8 +201,10 @@ def quote(page: Path, paths: Paths) -> None:
         numbers = numbers_of(source)
         if key not in numbers:
             raise InputError(f"{page}: number {key}: not in {source}{nearest(key, numbers)}")
-        shown = numbers[key]["unit" if what == "word" else "said"]
+        entry = numbers[key]
+        shown = entry["unit" if what == "word" else "said"]
         shown = shown.partition(", n =")[0] if what == "cell" else shown
+        shown = number(entry["value"], min(2, places(entry["value"]))) if what == "mean" else shown
         return f"{match[0].split('-->')[0]}-->{shown}<!-- -->"
 
     write_atomic(page, _QUOTED.sub(quoted, page.read_text(encoding="utf-8")))
