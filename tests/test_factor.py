@@ -35,8 +35,11 @@ class Invented(SimpleNamespace):
     def __init__(self, originals=None, edits=4, chat=None, fails=()):
         every = [SimpleNamespace(id=f"edit-{at}") for at in range(edits)]
         dataset = SimpleNamespace(edits=every, split="test", world_seed=None)
-        more = {"chat": chat, "environment": {}, "committed": None, "with_rows": list}
-        more |= {"subject": SimpleNamespace(name="embedded"), "paths": Paths("smoke")}
+        more = {"chat": chat, "environment": {}, "committed": None, "paths": Paths("smoke")}
+        more |= {
+            "subject": SimpleNamespace(name="embedded"),
+            "with_rows": lambda own, *_, **__: own,
+        }
         super().__init__(dataset=dataset, **more)
         self.originals, self.fails, self.frames = originals or {}, fails, []
         names = [edit.id for edit in every]

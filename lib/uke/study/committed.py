@@ -34,6 +34,13 @@ class Committed:
         first = pd.concat([self.after.head(1), self.before.head(1)]).iloc[0]
         return {name: first[name] for name in ("model", "data", "code")}
 
+    def matching(self, labels: Mapping[str, Any]) -> pd.DataFrame:
+        """Return the rows after an edit with these labels."""
+        own = self.after
+        for column, value in labels.items():
+            own = own[own[column].isna() if value is None else own[column] == value]
+        return own
+
     def take(
         self, labels: Mapping[str, Any], batches: Mapping[int, Sequence[Edit]]
     ) -> pd.DataFrame:
@@ -41,9 +48,7 @@ class Committed:
 
         MissingRows where a batch has no rows, or those of other edits.
         """
-        own = self.after
-        for column, value in labels.items():
-            own = own[own[column].isna() if value is None else own[column] == value]
+        own = self.matching(labels)
         own = own[own["batch"].isin(list(batches))]
         found = own.groupby("batch")["edit"].agg(set).to_dict()
         for batch, edits in batches.items():

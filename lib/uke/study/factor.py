@@ -56,7 +56,7 @@ class FactorStudy(Comparison):
         params = study.paths.home / "params", study.subject.name
         tuned = configured(*params)
         found = [find(name, tuned) for name in methods or FAMILIES]
-        self.methods = [method.name for method in found if method.factors]
+        self.methods = study.with_rows([method.name for method in found if method.factors])
         if not self.methods:
             fault = "it has no levels of factors; expected a way to fine-tune"
             raise InputError(f"{found[0].name}: {fault}")
@@ -82,7 +82,8 @@ class FactorStudy(Comparison):
         """Return the levels compared on a method, in the order of the factor."""
         recipes.levels(method, names)  # refuses unknown ones
         own = [name for name in names if name in FACTORS[self.factor].levels]
-        chosen = recipes.levels(method, own).get(self.factor, [])
+        place, chosen = {"method": method.name, "factor": self.factor}, recipes.levels(method, own)
+        chosen = self.study.with_rows(chosen.get(self.factor, []), "level", **place)
         if len(chosen) < 2:
             where = f"factor {self.factor}, {method.name}: {', '.join(chosen) or 'none'}"
             raise InputError(f"{where}: expected two or more levels to compare")

@@ -155,10 +155,10 @@ class Study:
         """Whether every weight of the model is as it was before the first edit."""
         return bool(self.committed) or self.subject.fingerprint() == self.fingerprints["model"]
 
-    def with_rows(self, methods: Sequence[str]) -> list[str]:
-        """Return those that can be drawn: rows are committed as they come, method by method."""
-        written = methods if self.committed is None else set(self.committed.after["method"])
-        return [name for name in methods if name in written]
+    def with_rows(self, names: Sequence[str], column: str = "method", **own: str) -> list[str]:
+        """Return the methods, or levels, that can be drawn: rows are committed as they come."""
+        found = set(self.committed.matching(own)[column] if self.committed else names)
+        return [name for name in names if name in found]
 
     def run(
         self,
