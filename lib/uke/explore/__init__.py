@@ -2,5 +2,3 @@
 
 from uke.explore.bench import Bench, Library, Task, Trial, at_hand, comparison
 from uke.explore.widgets import show
-
-__all__ = ["Bench", "Library", "Task", "Trial", "at_hand", "comparison", "show"]

@@ -7,5 +7,3 @@ path = ensure(of_world(folder, "test"), Settings(), folder / "locality")
 
 from uke.locality.build import Builder, Settings, Sources
 from uke.locality.card import SetFiles, ensure, of_files, of_world
-
-__all__ = ["Builder", "SetFiles", "Settings", "Sources", "ensure", "of_files", "of_world"]

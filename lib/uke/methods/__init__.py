@@ -4,23 +4,3 @@ from uke.methods.catalog import METHODS, configured, find
 from uke.methods.edited import EditRecord, edited, edited_each, load, save, sequence
 from uke.methods.method import Method, Training
 from uke.methods.recipes import BASELINES, FACTORS, RECIPES, InContext, LocateRecipe, Recipe
-
-__all__ = [
-    "BASELINES",
-    "FACTORS",
-    "METHODS",
-    "RECIPES",
-    "EditRecord",
-    "InContext",
-    "LocateRecipe",
-    "Method",
-    "Recipe",
-    "Training",
-    "configured",
-    "edited",
-    "edited_each",
-    "find",
-    "load",
-    "save",
-    "sequence",
-]

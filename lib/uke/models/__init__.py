@@ -2,5 +2,3 @@
 
 from uke.models.generate import answer, target_log_probability
 from uke.models.model import fingerprint, load, module_names, select
-
-__all__ = ["answer", "fingerprint", "load", "module_names", "select", "target_log_probability"]

@@ -4,5 +4,3 @@ from uke.report import Section, figures, tables, verdicts
 """
 
 from uke.report.section import Section
-
-__all__ = ["Section"]

@@ -8,17 +8,3 @@ from uke.study.methods import MethodStudy
 from uke.study.sequential import SequenceStudy
 from uke.study.study import Study
 from uke.study.tuning import LevelTrials, Trials
-
-__all__ = [
-    "ControlStudy",
-    "Dataset",
-    "FactorStudy",
-    "LevelTrials",
-    "MethodStudy",
-    "SequenceStudy",
-    "Study",
-    "Trials",
-    "load",
-    "say_leads",
-    "say_means",
-]
