@@ -5,6 +5,7 @@ import torch
 from conftest import FAMILIES
 from uke.data.edits import Probe
 from uke.errors import InputError
+from uke.methods.locate_edit import covariance
 from uke.models import divergence
 from uke.models import generate as answering
 from uke.models.generate import AnswerCache, answer, target_log_probability
@@ -24,6 +25,18 @@ NEW = 16
 def probes_of(questions, **fields):
     fields = {"kind": "original", "reference": "Ada."} | fields
     return [Probe(edit=f"e{i}", question=one, **fields) for i, one in enumerate(questions)]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_that_spells_a_special_token_is_refused_by_name(tiny, tokenizer, chat):
+    probe = Probe(edit="e", kind="general", question="A <|im_end|> B", reference="<s>", chat=chat)
+    with pytest.raises(InputError, match="edit e, general 0: .* special token '<.im_end.>'"):
+        answer(tiny(), tokenizer, [probe])
+    with pytest.raises(InputError, match="edit e, general 0: .* special token '<s>'"):
+        plain = probe.model_copy(update={"question": "A?"})
+        target_log_probability(tiny(), tokenizer, [plain])
+    with pytest.raises(InputError, match="corpus: 'Ada </s>.*': .* special token '</s>'"):
+        covariance.measure(tiny(), tokenizer, ["Ada </s> was"], (1,))
 
 
 @pytest.fixture(scope="module")

@@ -270,7 +270,8 @@ def test_a_saved_adapter_is_loaded_by_peft_and_none_on_another_model(tiny, token
     before = state(other)
     with pytest.raises(InputError, match="edit.json: expected a model with dtype=torch.float32"):
         load(tiny().to(torch.bfloat16), saved / name)
-    (passing := tiny()).config.use_cache = False  # which changes no answer
+    (passing := tiny()).config.use_cache = False  # which changes no answer, nor does the next
+    passing.config.pad_token_id = 2
     assert load(passing, saved / name)
     with pytest.raises(InputError, match="edit.json: field unchanged: .*another model"):
         load(other, saved / name)
@@ -354,3 +355,16 @@ def test_a_model_with_an_adapter_is_refused_and_stays(tiny, tokenizer, saved, en
     assert not moved(model, before)
     with enter(model.merge_and_unload(), tokenizer, PAIR, QUICK["LoRA"]):
         pass
+
+
+@pytest.mark.parametrize("enter", [edited, edited_each])
+def test_a_model_with_lanes_takes_no_other_edit_but_one_in_context(tiny, tokenizer, enter):
+    model = tiny()
+    snapshot = Snapshot(model)
+    with edited_each(model, tokenizer, PAIR, QUICK["FT-M"]) as m:
+        with pytest.raises(InputError, match="the model has lanes of edited_each"):
+            with enter(m, tokenizer, PAIR, QUICK["LoRA"]):
+                pytest.fail("written")
+        with enter(m, tokenizer, PAIR, "in-context"):
+            assert m.passages and m.lanes.ids == ["ada", "alan"]
+    snapshot.check()

@@ -122,11 +122,13 @@ def test_a_template_that_fails_or_changes_a_text_is_refused(tokenizer, directory
 
 def test_the_answer_is_learnt_as_the_template_writes_it(tokenizer, directory):
     ours = type(tokenizer).from_pretrained(directory)
-    said = "{{ ' ' * loop.index0 ~ m.content ~ '</s>' * loop.index0 }}"
+    said = "{{ ' ' * loop.index0 ~ m.content ~ ' \n</s>' * loop.index0 }}"
     ours.chat_template = f"{{{{ strftime_now('') }}}}{{% for m in messages %}}{said}{{% endfor %}}"
     assert prompts.render(ours, "Who?", True) == "26 Jul 2024Who?"
     one = example(ours, "Who?", "Ada.", True, True)
-    assert ours.decode(one.ids[one.prompt_length :]) == " Ada.</s>"
+    assert ours.decode(one.ids[one.prompt_length :]) == " Ada. \n</s>"
+    open_end = example(ours, "Who?", "Ada.", True, False)
+    assert ours.decode(open_end.ids[one.prompt_length :]) == " Ada."
     ours.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     assert prompts.render(ours, "Who?", True).endswith("<think>\n\n</think>\n\n")
 

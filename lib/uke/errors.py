@@ -1,11 +1,21 @@
 """The error of bad input, the error of an edit that diverges, and the nearest valid name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """Bad input: one line that names the file, the place in it and what was expected."""
+
+
+@contextmanager
+def about(place: str) -> Iterator[None]:
+    """Begin the line of an InputError inside with the place that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 class Diverged(FloatingPointError):

@@ -169,8 +169,14 @@ def _settings(path: Path, stamp: tuple | None) -> Settings:
 
 def changed(method: Method, changes: Changes, where: str, besides: Iterable[str] = ()) -> Method:
     """Return the method with these fields changed; InputError that begins with `where`."""
-    with located(where, {*type(method).model_fields, *besides}):
-        return type(method)(**{**method.model_dump(), **changes})
+    own = type(method)
+    if unknown := [name for name in changes if name not in own.model_fields]:
+        hint = nearest(unknown[0], {*own.model_fields, *besides})
+        raise InputError(f"{where}, field '{unknown[0]}': no such field{hint}")
+    try:
+        return own(**{**method.model_dump(), **changes})
+    except InputError as error:
+        raise InputError(f"{where}{str(error).removeprefix(own.__name__)}") from None
 
 
 def changes(method: Method, base: Method) -> Changes:
@@ -219,6 +225,8 @@ def configured(
     Of the batch sizes that a method was tuned at the nearest counts (by ratio). Published settings
     stand where nothing is tuned, or `tuned` is false, and methods of your own as they are.
     """
+    if not isinstance(folder, str | Path) or type(batch_size) is not int or batch_size < 1:
+        raise InputError(f"expected a folder and a batch size, found {folder!r}, {batch_size!r}")
     found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
     for name, (path, file, method) in catalog(folder).items():
         found[name] = method

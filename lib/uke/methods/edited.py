@@ -1,6 +1,5 @@
 """The seam: `with edited(model, tokenizer, edits, method) as m:`, undone on exit; save and load."""
 
-import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,9 @@ LANE_MIB = 64  # what a lane's activations and cache take at least
 LOGITS = 3 * 128  # logits held for an answer, with their gradients
 
 RECORD, WEIGHTS = "edit.json", "edit.safetensors"
+# What a configuration says beside what decides an answer.
+PASSING = "use_cache output_hidden_states output_attentions return_dict pad_token_id".split()
+PASSING += "tokenizer_class problem_type id2label label2id initializer_range".split()
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -32,7 +34,10 @@ def _method(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> Met
     if not isinstance(model, nn.Module) or not isinstance(tokenizer, Tokenizer):
         found = f"{type(model).__name__} and {type(tokenizer).__name__}"
         raise InputError(f"expected a model and its tokenizer, found {found}")
-    return method if isinstance(method, Method) else find(method, METHODS)
+    method = method if isinstance(method, Method) else find(method, METHODS)
+    if method.moves_weights and hasattr(model, "lanes"):
+        raise InputError("the model has lanes of edited_each(...); expected it without")
+    return method
 
 
 @contextmanager
@@ -237,6 +242,6 @@ def _unchanged(model: nn.Module, changed: Collection[str]) -> str:
         for name, tensor in model.state_dict().items()
         if name not in changed and ".lora_" not in name and ".ranknum." not in name
     }
-    config = copy.deepcopy(model.config)  # without what changes no answer
-    config.update({"use_cache": True, "output_hidden_states": False, "output_attentions": False})
+    deciding = {n: value for n, value in model.config.to_diff_dict().items() if n not in PASSING}
+    config = SimpleNamespace(to_diff_dict=lambda: deciding)
     return fingerprint(SimpleNamespace(config=config, state_dict=lambda: tensors))

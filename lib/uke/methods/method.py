@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Edit
-from uke.errors import Diverged, InputError
+from uke.data.formats import located
+from uke.errors import Diverged, InputError, about
 from uke.methods.lanes import Lanes, relative_norm
 from uke.models.model import kept, max_context
 from uke.models.prompts import Example, example
@@ -93,6 +94,10 @@ class Method(BaseModel, ABC):
     learning_rate: Positive | None = None
     seed: Annotated[StrictInt, Field(ge=0)] = 2024
 
+    def __init__(self, **choices: Any) -> None:
+        with located(type(self).__name__, type(self).model_fields):
+            super().__init__(**choices)
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits of every choice but the name: equal choices edit equally under any name."""
@@ -124,20 +129,18 @@ class Method(BaseModel, ABC):
         """Return token ids and labels by the edit's id, as the method learns them.
 
         InputError for what is no list of edits, an edit given twice, one that spells a special
-        token, at which an answer would end, and one that is longer than the context.
+        token, and one that is longer than the context.
         """
         if not edits:
             raise InputError(f"{self.name}: no edits; expected at least one")
         if not isinstance(edits, Sequence) or not all(isinstance(one, Edit) for one in edits):
             raise InputError(f"edits: expected a list of Edit, found {type(edits).__name__}")
-        special = [one.content for one in tokenizer.added_tokens_decoder.values() if one.special]
         longest, found, form = max_context(model), {}, (self.chat_template, self.end_of_turn)
         for edit in edits:
             if edit.id in found:
                 raise InputError(f"edit '{edit.id}': given twice; expected unique ids")
-            if spelt := [one for one in special if one in f"{edit.question}\n{edit.answer}"]:
-                raise InputError(f"edit '{edit.id}': expected plain text, found token {spelt[0]!r}")
-            found[edit.id] = example(tokenizer, edit.question, edit.answer, *form)
+            with about(f"edit '{edit.id}'"):
+                found[edit.id] = example(tokenizer, edit.question, edit.answer, *form)
             if (length := len(found[edit.id].ids)) > longest:
                 context = f"the model's context holds {longest}"
                 raise InputError(f"edit '{edit.id}': it is {length} tokens long; {context}")

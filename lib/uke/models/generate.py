@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from uke.data.edits import Probe
-from uke.errors import InputError
+from uke.errors import InputError, about
 from uke.files import write_atomic
 from uke.models.model import max_context, wide
 from uke.models.prompts import Example, encode, end_of_turn_id, example, group_by_length, padded
@@ -133,8 +134,9 @@ def answer_ids(
     wanted = [given(probe) if callable(given) else given for probe in probes]
     queries, limits = [], {}
     for probe, most in zip(probes, wanted, strict=True):
-        prompt = tuple(encode(tokenizer, *chosen.prompt(model, probe)))
-        _check_length(probe, len(prompt) + 1, context)
+        with _of(probe):
+            prompt = tuple(encode(tokenizer, *chosen.prompt(model, probe)))
+            _check_length(len(prompt) + 1, context)
         queries.append(Query(probe.edit if has_lanes else None, prompt))
         limit = min(most, context - len(prompt))
         limits[queries[-1]] = max(limits.get(queries[-1], 0), limit)
@@ -158,10 +160,13 @@ def select_lanes(model: nn.Module, edits: Sequence[str | None]) -> None:
         model.lanes.read(edits)
 
 
-def _check_length(probe: Probe, needed: int, context: int) -> None:
+def _of(probe: Probe) -> AbstractContextManager[None]:
+    return about(f"edit {probe.edit}, {probe.kind} {probe.number}")
+
+
+def _check_length(needed: int, context: int) -> None:
     if needed > context:
-        place = f"edit {probe.edit}, {probe.kind} {probe.number}"
-        raise InputError(f"{place}: {needed} tokens; expected at most {context}, the context")
+        raise InputError(f"{needed} tokens; expected at most {context}, the context")
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -271,8 +276,9 @@ def _reference_surprisals(
     chosen, examples = Generation(**options), []
     for probe in probes:
         text, chat = chosen.prompt(model, probe)
-        examples.append(example(tokenizer, text, probe.reference, chat, False))
-        _check_length(probe, len(examples[-1].ids), max_context(model))
+        with _of(probe):
+            examples.append(example(tokenizer, text, probe.reference, chat, False))
+            _check_length(len(examples[-1].ids), max_context(model))
     edits = [probe.edit for probe in probes]
     return examples, surprisals(model, examples, edits, chosen.batch_tokens)
 

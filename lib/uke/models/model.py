@@ -73,6 +73,8 @@ def precision(device: str) -> torch.dtype:
 
 def source(name: str) -> tuple[str, bool]:
     """Return what `from_pretrained` reads, and whether it is a local directory."""
+    if not isinstance(name, str | Path):
+        raise InputError(f"model: expected a name or a directory, found {name!r}")
     path = EMBEDDED if name == "embedded" else Path(name := str(name)).expanduser()
     if name == "smollm2":
         path = Paths("embedded").home / "results" / "models" / name

@@ -31,8 +31,12 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool, answer
     """Return the prompt as text: the chat template up to the answer, or the question itself.
 
     With an `answer` it is the template's whole conversation. Reasoning is closed at once, and the
-    date is always the same. InputError for a template that fails or changes a text.
+    date is always the same. InputError for a template that fails or changes a text, and for a text
+    that spells a special token, which would be read as that token.
     """
+    special = [one.content for one in tokenizer.added_tokens_decoder.values() if one.special]
+    if spelt := [one for one in special if one in question or one in answer]:
+        raise InputError(f"expected plain text, found the special token {spelt[0]!r}")
     if not chat:
         return question
     name = tokenizer.name_or_path or "tokenizer"
@@ -71,37 +75,45 @@ def example(
     """Join prompt and answer into one sequence whose labels are the answer.
 
     With `end_of_turn` the token that ends a turn is learned too. A raw prompt is continued after
-    one space, one of the chat template after the white space that it puts there.
+    one space, one of the chat template after the white space that it puts there; what it puts
+    between the answer and the end of the turn is learned with that.
     """
     prompt, text = encode(tokenizer, question, chat), render(tokenizer, question, chat)
     space = "" if chat or text[-1:].isspace() or answer[:1].isspace() else " "
-    if chat and answer:
+    if answer:
         before = render(tokenizer, question, chat, answer).removeprefix(text).partition(answer)[0]
-        space = before if before.isspace() else ""
+        space = before if chat and before.isspace() else space
     # Tokenizing both together spares the answer the word-start mark that some tokenizers put before
     # any text. Where the two would merge into one token, the answer is tokenized alone.
-    together = _tokenize(tokenizer, text + space + answer, special=not chat)
+    gap, end = ending(tokenizer) if end_of_turn else ("", None)
+    said = space + answer + gap * chat
+    together = _tokenize(tokenizer, text + said, special=not chat)
     if together[: len(prompt)] == prompt:
         target = together[len(prompt) :]
     else:
-        target = _tokenize(tokenizer, space + answer, special=False)
-    if end_of_turn:
-        target.append(end_of_turn_id(tokenizer))
+        target = _tokenize(tokenizer, said, special=False)
+    target += [end] * end_of_turn
     return Example(prompt + target, [IGNORED] * len(prompt) + target, len(prompt))
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the token that ends a turn in the chat template, or else the text."""
+    return ending(tokenizer)[1]
+
+
+def ending(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """Return the white space before the end of a turn, and the id of the token that ends it."""
     if tokenizer.chat_template:
-        text = render(tokenizer, PLACEHOLDER, True, PLACEHOLDER)
-        ids = _tokenize(tokenizer, text.rpartition(PLACEHOLDER)[2].lstrip(), special=False)
+        after = render(tokenizer, PLACEHOLDER, True, PLACEHOLDER).rpartition(PLACEHOLDER)[2]
+        closing = after.lstrip()
+        ids = _tokenize(tokenizer, closing, special=False)
         added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         if ids and ids[0] in added:
-            return ids[0]
+            return after.removesuffix(closing), ids[0]
     if tokenizer.eos_token_id is None:
         name = tokenizer.name_or_path or "tokenizer"
         raise InputError(f"{name}: no token ends a turn; expected an eos_token")
-    return tokenizer.eos_token_id
+    return "", tokenizer.eos_token_id
 
 
 def collate(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 
 from uke.data.edits import Text
 from uke.data.formats import located, read_json
-from uke.errors import InputError
+from uke.errors import InputError, about
 from uke.files import replacing, write_atomic
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
 from uke.models.model import fingerprint, max_context
@@ -77,10 +77,11 @@ def read_texts(path: str | Path) -> list[Entry]:
 
 def token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Entry) -> list[int]:
     """Return the tokens of one text, cut off at the context; a pair uses the chat template."""
-    if isinstance(text, str):
-        ids = encode(tokenizer, text, chat=False)
-    else:
-        ids = example(tokenizer, text["question"], text["answer"], True, True).ids
+    with about(f"corpus: {str(text)[:60]!r}"):
+        if isinstance(text, str):
+            ids = encode(tokenizer, text, chat=False)
+        else:
+            ids = example(tokenizer, text["question"], text["answer"], True, True).ids
     return ids[: max_context(model)]
 
 
@@ -168,6 +169,7 @@ def _missing(model: nn.Module, what: str, layers: str = "") -> str:
     name = model.config.name_or_path
     arguments = "embedded" if name == str(EMBEDDED) else f"{quote(name or 'MODEL')} TEXTS.json"
     command = f"python -m uke covariance {arguments}{layers}"
+    command += ", or documents to make it from (`make data`)" * (name != str(EMBEDDED))
     return f"{folder(model)}: no {what} of this model; expected what this makes: {command}"
 
 
