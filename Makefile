@@ -34,16 +34,21 @@ THREADS  := $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
 OFFLINE  := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 SHARED   := data_file limit methods levels model documents structured
 upper     = $(shell echo $(1) | tr a-z A-Z)
-# `NAME='value'` for each of the shared parameters that the command line gives, behind the prefix $(1)
-given     = $(foreach name,$(SHARED),$(if $($(call upper,$(name))),$(1)$(name)='$($(call upper,$(name)))'))
-CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) $(call given,)
+# A value as one word of the shell, and for Snakemake as text in YAML (it strips quotes at the ends,
+# so spaces stand there): a path may hold $ ' " : # {}
+quoted    = '$(subst ','\'',$(1))'
+yaml      = $(call quoted, "$(subst ",\",$(subst \,\\,$(1)))" )
+# `name=value` for each of the shared parameters that the command line gives, behind the prefix $(1)
+own       = $(value $(call upper,$(1)))
+given     = $(foreach name,$(SHARED),$(if $(call own,$(name)),$(1)$(name)=$(call $(2),$(call own,$(name)))))
+CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) $(call given,,yaml)
 CHECK     = $(BIN)/python -m uke check --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') \
-            $(call given,--shared )
+            $(call given,--shared ,quoted)
 SNAKEMAKE = $(BIN)/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules \
             --rerun-incomplete --nolock
 
 ifdef UKE_DATA
-export UKE_DATA
+override export UKE_DATA := $(value UKE_DATA)
 endif
 ifdef MIRROR
 export MIRROR
@@ -108,7 +113,7 @@ world: $(STAMP) ## Train the model of another world (SEED=2, two hours) and run 
 
 bench: $(STAMP) ## Time the published loop, one edit after another, and lanes, in turns
 	$(OFFLINE) OMP_NUM_THREADS=$(CORES) $(BIN)/python benchmarks/bench.py --size '$(SIZE)' \
-	  --rows '$(ROWS)' $(if $(MODEL),--model '$(MODEL)')
+	  --rows '$(ROWS)' $(if $(value MODEL),--model $(call quoted,$(value MODEL)))
 
 explore: $(STAMP) ## Open JupyterLab on the notebook that edits by hand
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/explore.ipynb

@@ -29,9 +29,8 @@ FILES = {kind: list(map(str, find_files(kind, NAMED[kind]))) for kind in COLLECT
 REPORTED = params.reported(
     ROOT, PROFILE, DATA, bool(FILES["documents"]), PATHS if "rows" in config else None
 )
-MODEL = str(
-    config.get("model") or params.merge(ROOT, params.LOCALITY, PROFILE).get("model", "embedded")
-)
+MODEL = config.get("model") or params.merge(ROOT, params.LOCALITY, PROFILE).get("model", "embedded")
+MODEL = str(Path(MODEL).expanduser())
 OWN_SET = DATA != "world" or world_of(MODEL) is None  # of this run alone, so others wait for it
 TUNING = [name for name in STUDIES if name.startswith(params.SEARCH)]
 OPTIONS = shlex.join(
@@ -72,6 +71,8 @@ def sources(wildcards):
     own = PROFILE == STUDIES[notebook].report  # a profile of its own reads every file of UKE_DATA
     if own or (notebook == params.LOCALITY and OWN_SET):
         files += [path for kind in FILES.values() for path in kind]
+    # Braces would be wildcards: such a file is no input, but rows of other data are other rows.
+    files = [path for path in files if "{" not in path]
     # Whoever comes first builds the world's locality set; nobody waits for its audit.
     needed = [name for name in STUDIES[notebook].after if name in REPORTED]
     return files + [section(name) for name in needed if name != params.LOCALITY or OWN_SET]
@@ -116,7 +117,7 @@ for rank in sorted({study.priority for study in STUDIES.values()}):
         priority: rank
         threads: int(config.get("threads", 1))
         params:
-            options=OPTIONS,
+            options=lambda _: OPTIONS,  # as it is: a text would have wildcards
         shell:
             "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke run {wildcards.notebook} --checked "
             "{params.options}"

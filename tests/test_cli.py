@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,9 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from snakemake.cli import parse_config
 from uke.cli import params
 from uke.cli.execute import runs
-from uke.cli.main import main
+from uke.cli.main import _parser, job, main
 from uke.cli.preflight import check
 from uke.data.find import find_data, find_files
 from uke.errors import InputError
@@ -136,7 +138,7 @@ def test_a_fault_in_a_parameter_file_is_named_with_key(project, caplog, file, co
 
 def test_a_file_in_place_of_the_folder_of_results_is_one_line(project, caplog):
     (project / "results").touch()
-    assert run() == 1 and f"Not a directory: '{project / 'results'}" in caplog.messages[-1]
+    assert run() == 2 and f"{project / 'results'}: expected a folder" in caplog.messages[-1]
 
 
 def test_a_misspelt_notebook_is_named_with_the_nearest(project, caplog):
@@ -231,9 +233,17 @@ def test_a_profile_of_its_own_has_its_own_report_and_a_locality_set_needs_docume
 @pytest.fixture
 def directory(tmp_path, tokenizer, tiny):
     """An ordinary model directory: four blocks, context of 256."""
-    tiny("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    tiny("llama").save_pretrained(tmp_path / "a model")
+    tokenizer.save_pretrained(tmp_path / "a model")
+    return tmp_path / "a model"
+
+
+def test_a_model_is_found_from_any_folder(project, directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("HOME", str(project))
+    for given in (".", "~/a model"):
+        line = ["run", "01_small", "--profile", "quick", "--set", f"model={given}"]
+        assert job(_parser().parse_args(line), "01_small").parameters["model"] == str(directory)
 
 
 def refuse(project, match, data="world", **parameters):
@@ -260,7 +270,9 @@ def test_a_bad_value_is_refused(project, parameters, match):
 
 
 def test_what_does_not_fit_the_model_is_named(project, directory, tmp_path):
-    check(project, "world", {"methods": ["FT-M", "anyedit_memit"], "model": str(directory)})
+    check(project, "world", {"methods": ["FT-M"], "model": str(directory)})
+    command = f"python -m uke covariance '{directory}' TEXTS.json, or documents"
+    refuse(project, re.escape(command), methods=["anyedit_memit"], model=str(directory))
     path = project / "params" / "methods" / f"{key('FT-M')}.yaml"
     path.write_text("base: FT-M\nlayers: [1, 40]\n")
     refuse(project, "FT-M: layers: 40 is out of range; expected a number 0-3", model=str(directory))
@@ -356,6 +368,15 @@ for unit in "ab":
     assert run() == 0
     assert (project / "results/units/a").read_text() == first
     assert (project / "results/units/b").read_text() != first
+
+
+def test_make_hands_on_every_character_of_a_path():
+    path = '/a b/it\'s "$HOME" #1: {x} \\n,c.json'
+    done = subprocess.run(["make", "-n", "report", f"MODEL={path}"], cwd=ROOT, capture_output=True)
+    words = shlex.split(done.stdout.decode().replace("\\\n", " "))
+    assert f"model={path}" in words
+    (given,) = (word for word in words if word.startswith("model= "))
+    assert parse_config([given]) == {"model": path}
 
 
 def test_help_lists_every_target_of_the_makefile():

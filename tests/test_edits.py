@@ -189,6 +189,13 @@ def test_a_structured_set_gives_triples_with_their_true_object(written, record, 
     assert (triple.id, triple.subject) == ("data-0", "Reed Glacier")
 
 
+def test_facts_are_texts_whatever_they_look_like(tmp_path):
+    path = tmp_path / "facts.yaml"
+    path.write_text("born: {prompt: '{} was born in', question: 'When?', pairs: {7: [1802, true]}}")
+    (triple,) = formats.load_clozes(path)
+    assert (triple.subject, triple.answers) == ("7", ("1802", "true"))
+
+
 def test_no_record_is_dropped_or_moved_and_no_id_comes_twice(written):
     records = [RECORDS["unkebench"] | {"id": n} for n in (30, 10, 20)]
     loaded = formats.load("unkebench", written(records))

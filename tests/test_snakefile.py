@@ -1,6 +1,7 @@
 """The graph of the study, on small notebooks: order, resumption, and what a failed job leaves."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -81,14 +82,16 @@ def test_notebooks_run_in_order_once_and_a_failed_one_says_why(project, snakemak
 
 
 def test_a_benchmark_waits_for_its_locality_set_and_the_world_does_not(project, planned):
-    made = project / "made.jsonl"
+    made = project / "it's $HOME #1: {made}.jsonl"
     made.write_text("{}\n")
-    given = [f"{name}={made}" for name in ("data_file", "documents", "structured")]
+    given = [f'{name}= "{made}" ' for name in ("data_file", "documents", "structured")]
     section = str(project / "results/{}/sections/03_long.json")
     plan = planned(section.format("smoke"))
     assert "uke run 03_long" in plan and "uke run 02_locality" not in plan
     plan = planned(section.format("smoke-unkebench"), "data=unkebench", *given)
     assert plan.index("uke run 02_locality") < plan.index("uke run 03_long")
+    command = next(line for line in plan.splitlines() if "uke run 03_long" in line)
+    assert f"data_file={made}" in shlex.split(command)
 
 
 def test_drawing_again_reads_the_committed_rows_of_the_searches_too(project, planned):

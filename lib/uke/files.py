@@ -21,11 +21,24 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
+        for key, value in node.value:
+            if key.value == "pairs":  # of facts: subjects and answers are texts, 1802 too
+                _as_text(value)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [key for key in keys if keys.count(key) > 1]:
             fault = f"key '{repeated[0]}' is written twice"
             raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _as_text(node: yaml.Node) -> None:
+    """Have every number, true and false at or below the node read as the text that it is."""
+    if isinstance(node, yaml.ScalarNode):
+        node.tag = node.tag if node.tag.endswith(":null") else "tag:yaml.org,2002:str"
+        return
+    for part in node.value:
+        for one in part if isinstance(part, tuple) else (part,):
+            _as_text(one)
 
 
 for _tag, _form in {
@@ -76,14 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         hint = nearest(path.stem, (other.stem for other in path.parent.glob("*.yaml")))
         raise InputError(f"{path}: no such file{hint}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        OSError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # PyYAML fails at a value in as many ways as there are types
         start = getattr(error, "problem_mark", None)
         place = f", line {start.line + 1}" if start else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())

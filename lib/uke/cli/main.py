@@ -24,6 +24,7 @@ from uke.project import Paths
 
 logger = logging.getLogger("uke")
 
+SHIPPED = ("embedded", "smollm2")  # models that are known by these names
 QUOTED = "embedded"  # the profile whose numbers README quotes by their mere keys
 
 
@@ -72,14 +73,19 @@ def _parser() -> argparse.ArgumentParser:
 def job(options: argparse.Namespace, notebook: str) -> Job:
     """Check everything that can be checked before a kernel starts; InputError otherwise."""
     home, name = Paths(options.profile).home, Path(notebook).stem
+    if (home / "results").is_file():
+        raise InputError(f"{home / 'results'}: expected a folder, found a file")
     data = params.dataset(home, options.profile, options.data)
     parameters = params.merge(home, name, options.profile, options.shared, options.set)
     parameters |= {"profile": options.profile, "data": data}
     if "data_file" in parameters and not options.rows:
         parameters["data_file"] = find_data(data, parameters["data_file"])
     for kind in COLLECTIONS:
-        if kind in parameters and data != "world":
+        if kind in parameters and (data != "world" or parameters[kind]):
             parameters[kind] = [str(path) for path in find_files(kind, parameters[kind])]
+    model = parameters.get("model", "embedded")
+    if model not in SHIPPED and (path := Path(model).expanduser()).is_dir():
+        parameters["model"] = str(path.resolve())  # the kernel has a folder of its own
     if not (options.rows or options.checked):
         # Torch comes with the methods: a run that needs no look at them does not wait for it.
         from uke.cli.preflight import check
@@ -91,7 +97,7 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
 def _run(options: argparse.Namespace) -> None:
     planned = job(options, options.notebook)
     model = planned.parameters.get("model", "embedded")
-    if model in ("embedded", "smollm2") or Path(model).expanduser().is_dir():
+    if model in SHIPPED or Path(model).is_dir():
         # A model on disk needs no hub: a mistaken look-up fails at once and waits for no network.
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if options.rows:

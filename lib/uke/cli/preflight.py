@@ -1,6 +1,7 @@
 """Check what a run asks for before a kernel or a model is started: one line for the first fault."""
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from uke.data.edits import Edit
 from uke.errors import InputError, nearest
 from uke.locality.card import settings
 from uke.methods.catalog import configured, find, trials, tunable
+from uke.methods.locate_edit import covariance
 from uke.methods.method import Method
 from uke.methods.recipes import RECIPES, levels
 from uke.models.model import load, source
 from uke.results.metrics import encoder_folder
+from uke.study.study import reserved_texts
+from uke.world.files import world_of
 
 
 def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
@@ -43,6 +47,8 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
     if not source(model)[1]:
         return
     modules, tokenizer = load(model, device="meta")
+    if any(method.family == "locate-then-edit" for method in methods):
+        _check_corpus(model)
     chosen = chosen or [Edit(id="any", question="Who?", answer="She.")]
     for method in methods:
         try:
@@ -50,6 +56,13 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
             method.examples(modules, tokenizer, chosen)
         except InputError as error:
             raise InputError(f"{method.name}: {error}") from None
+
+
+@cache
+def _check_corpus(model: str) -> None:
+    """Check that second moments of a model of the real world are there, or texts to make them."""
+    if world_of(source(model)[0]) is None and not reserved_texts():
+        covariance.preservation(load(model)[0])
 
 
 def _methods(home: Path, parameters: Mapping[str, Any], split: str) -> Iterator[Method]:

@@ -385,8 +385,13 @@ def measure_for(method: Method, model: nn.Module, tokenizer: PreTrainedTokenizer
     if covariance.digest(model):
         texts = covariance.preservation(model)
     else:
-        files = find_files("documents")
-        kept = filter(reserved, gather(files) if files else ())
-        texts = [{"question": question_for(one)[0], "answer": one.text} for one in kept]
+        texts = reserved_texts()
     if texts:
         covariance.measure(model, tokenizer, texts, method.layers)
+
+
+def reserved_texts() -> list[covariance.Entry]:
+    """Return the documents that are reserved for second moments, as questions and answers."""
+    files = find_files("documents")
+    kept = filter(reserved, gather(files) if files else ())
+    return [{"question": question_for(one)[0], "answer": one.text} for one in kept]
