@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pypandoc
 import pytest
+from uke.data import KINDS
 from uke.errors import InputError
 from uke.project import Paths
 from uke.report import Section, compose, figures, tables, verdicts
@@ -181,16 +183,20 @@ def full(paths, notebook="03_factor_loss_scope"):
     made.save()
 
 
-def test_the_report_has_answers_first_and_the_sections_in_order(paths):
+def test_the_report_has_answers_first_then_the_argument_then_the_supplement(paths):
     for notebook in ("tuning", "08_batch_size", "01_edits", "11_verdicts"):
         full(paths, notebook)
+    made = section(paths, "controls", "controls.value")
+    made.figure(figures.curves, LOSSES, "controls", "Controlled.", "Falls.")  # of the main part
+    made.save()
     compose.compose(paths)
     text = words(paths)
-    assert text.count("It works: 0.93 [0.90, 0.96], n = 40.") == 7  # tuning is no answer
-    order = ["Answers", "Does it work?", "Table of 11", "Table of 01", "Table of 08"]
-    order += ["One model.", "Table of tuning", "Model, data and code"]
-    places = [text.index(each, text.index("Answers")) for each in order]
-    assert places == sorted(places)
+    assert text.count("It works: 0.93 [0.90, 0.96], n = 40.") == 9  # tuning is no answer
+    order = ["Answers", "Does it work?", "Controlled.", "Related work", "Xiong"]
+    order += ["Table of 01", "Table of 08", "Table of 11", "One model.", "Table of tuning"]
+    place = text.index("Answers")
+    for each in [*order, "Model, data and code"]:
+        place = text.index(each, place)
     assert "arXiv 2506.09672" in text and "fourth factor: our choice" in text
     for phrase in ("As expected: the loss falls.", "Warning. Few edits."):
         assert text.count(phrase) == 4
@@ -208,13 +214,37 @@ def test_the_same_sections_give_the_same_bytes_and_a_self_contained_page(paths):
     full(paths)
     first = [path.read_bytes() for path in compose.compose(paths)]
     assert first == [path.read_bytes() for path in compose.compose(paths)]
-    assert len(first) == 3 and first[2].startswith(b"%PDF")
+    assert len(first) == 4 and first[2].startswith(b"%PDF") and b"(loss_03" in first[3]
     assert [path.suffix for path in sorted(paths.figures.glob("loss*"))] == [".svg"]
     read = Reader(page(paths))
     assert [image["alt"] for image in read.images] == ['Falls from 3 to "0.1".']
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in read.images)
     assert not {"script", "link", "iframe"} & set(read.tags)
     assert "prefers-color-scheme: dark" in page(paths) and "width=device-width" in page(paths)
+
+
+OVERFLOWS = """() => [...document.querySelectorAll('html, main > *, .table, table, td, nav')]
+  .filter(node => node.tagName != 'FIGURE' && node.scrollWidth > node.clientWidth + 1)
+  .map(node => `${node.tagName} ${node.id} ${node.scrollWidth} > ${node.clientWidth}`)"""
+
+
+def test_nothing_overflows_on_a_phone_a_tablet_and_a_wide_screen(paths):
+    browser = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra test")
+    chromium = shutil.which("chromium") or pytest.skip("needs Chromium (apt install chromium)")
+    full(paths)
+    made = section(paths, "08_batch_size", "batch.lead")
+    wide = pd.concat([scored().assign(kind=kind) for kind in [*KINDS][:10]])
+    made.table(tables.scores(wide), "kinds", "As many columns as the widest table has.")
+    made.save()
+    compose.compose(paths)
+    with browser.sync_playwright() as driver:
+        options = {"executable_path": chromium, "args": ["--no-sandbox"]}
+        page = driver.chromium.launch(**options).new_page()
+        page.goto(f"file://{paths.figures}/report.html")
+        for width in (390, 820, 1280, 1600):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate(OVERFLOWS) == [], width
+            assert page.locator("nav ul").is_visible() == (width > 1000)  # contents are folded
 
 
 def test_markup_in_the_data_stays_text_in_page_and_pdf(paths):

@@ -101,7 +101,9 @@ def test_the_reason_of_an_untestable_claim_is_shown_whatever_the_numbers_say():
     both = {"w": [verdict], "v": [verdict]}
     shown = [["c", "", "any", UNTESTABLE, "another size", ""]]  # once, not for each setting
     assert verdicts.evidence(both).values.tolist() == shown
-    assert verdicts.table(both).values.tolist() == [["c", "not\u00a0testable", "not\u00a0testable"]]
+    assert verdicts.table(both).values.tolist() == [
+        ["c", *["not\u00a0testable"] * 2, "another size"]
+    ]
 
 
 def run(folder, sections=None, numbers=None):
@@ -144,7 +146,9 @@ def test_every_setting_that_has_numbers_is_a_column_and_is_judged_by_its_own(tmp
         run(tmp_path / name, numbers=numbers)
         own |= {column: words} if column else {}
         table = verdicts.table(judged()).drop(columns="claim").replace("\u00a0", " ", regex=True)
+        why = table.pop("why not testable").tolist()
         assert table.to_dict("list") == own and list(table) == list(own)
+    assert why == ["", "A check"]
     rows = verdicts.evidence(judged()).iloc[:, -2:].values.tolist()
     assert [could for _, could in rows] == ["", "", "yes", ""] and rows[-1][0] == "A check."
     alone = judged(run(tmp_path / "clone", numbers={"batch.trend": said(*SURE)}))  # no sections

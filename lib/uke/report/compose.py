@@ -1,9 +1,11 @@
 """Make the report: numbers.json, and one Markdown text that pandoc turns into HTML and PDF.
 
-compose(Paths("quick"))     # figures/quick/numbers.json, report.html, report.pdf
+compose(Paths("quick"))     # figures/quick/numbers.json, report.html, report.pdf, README.md
+
+What it says, and what the main part shows of each notebook, stands in templates/report.md.
 """
 
-import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +24,8 @@ from uke.files import write_atomic
 from uke.project import Paths
 from uke.report.section import Section, prose, read_sections, table_markdown
 from uke.report.tables import number, places
+from uke.report.verdicts import read_numbers
 
-FIRST, APPENDIX = "11_verdicts", ("run", "tuning", "tuning_levels")  # sections out of turn
 _TEMPLATES = Path(__file__).with_name("templates")
 _TEXTS = Environment(
     loader=FileSystemLoader(_TEMPLATES),
@@ -34,35 +36,33 @@ _TEXTS = Environment(
 )
 _TEXTS.filters["prose"] = prose
 _DATED = datetime(2025, 6, 11, tzinfo=UTC)  # the day of the paper: the same bytes whenever composed
-_FORMAT = "markdown-smart-auto_identifiers-citations-tex_math_dollars-raw_tex"
-_QUOTED = re.compile(
-    r"<!-- (number|word|cell|mean): (?:([a-z0-9-]+)/)?([a-z0-9_.]+) -->.*?<!-- -->"
-)
+_FORMAT = "markdown-smart-auto_identifiers-tex_math_dollars-raw_tex"
+_QUOTED = re.compile(r"<!-- (number|word|cell|mean): (?:([\w-]+)/)?([\w.]+) -->.*?<!-- -->")
 _WIDTHS = re.compile(r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )")  # given twice, count first
 
 
 def compose(
     paths: Paths, expected: Iterable[str] = (), runs: Sequence[Mapping[str, Any]] = ()
 ) -> list[Path]:
-    """Write numbers.json, report.html and report.pdf from a run's sections; return their paths.
+    """Write numbers.json, report.html, report.pdf and a gallery from a run's sections.
 
-    Notebooks in `expected` without a section and failed `runs` become warnings. InputError where
-    there is no section, or where two have a number, figure or table of the same name.
+    Return their paths. Notebooks in `expected` without a section and failed `runs` are warned of.
+    InputError where no section is, or where two have a number, figure or table of the same name.
     """
     sections = read_sections(paths)
     if not sections:
         raise InputError(f"{paths.sections}: no sections; run the notebooks of this profile first")
-    order = [FIRST, *(section["notebook"] for section in sections)]
-    sections.sort(key=lambda section: order.index(section["notebook"]))
     missing = sorted({*expected}.difference(section["notebook"] for section in sections))
     failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
     warnings = [f"Notebook `{name}` has no section: it was not run." for name in missing]
     warnings += [f"The last run of `{name}` failed: its section is older." for name in failed]
     numbers = _merge_numbers(sections)
+    files = (*paths.figures.parent.glob("*/single_strengths.svg"), *paths.home.glob("docs/*.png"))
     text = _TEXTS.get_template("report.md").render(
         paths=paths,
+        runs=read_numbers(paths.figures.parent, "*") | {paths.figures.name: numbers},
+        drawn=[file.relative_to(paths.home).as_posix() for file in files],
         sections=sections,
-        appendix=APPENDIX,
         warnings=warnings,
         methods=_methods(sections),
         environment=_environment(sections),
@@ -72,6 +72,7 @@ def compose(
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
         "report.html": _html(paths, text),
         "report.pdf": _pdf(paths, text),
+        "README.md": _TEXTS.get_template("gallery.md").render(paths=paths, sections=sections),
     }
     return [write_atomic(paths.figures / name, content) for name, content in contents.items()]
 
@@ -114,17 +115,16 @@ def _methods(sections: Iterable[Mapping]) -> str:
 
 def _environment(sections: Iterable[Mapping]) -> str:
     """Return a table of model, data and code fingerprints, device and versions."""
-    facts = [
-        (key.replace("_", " "), _value(value), section["notebook"])
-        for section in sections
-        for key, value in section["environment"].items()
-    ]
+    facts: dict[tuple[str, str], list[str]] = {}
+    for section in sections:
+        for key, value in section["environment"].items():
+            facts.setdefault((key.replace("_", " "), _value(value)), []).append(section["notebook"])
     if not facts:
         return ""
-    frame = pd.DataFrame(facts, columns=["what", "value", "notebooks"])
-    frame = frame.groupby(["what", "value"], sort=False)["notebooks"].agg(", ".join).reset_index()
-    frame = frame.sort_values("what", key=lambda own: pd.factorize(own)[0], kind="stable")
-    frame["notebooks"] = frame["notebooks"].where(frame["what"].duplicated(keep=False), "")
+    keys = [key for key, _ in facts]
+    rows = [(*fact, ", ".join(own) * (keys.count(fact[0]) > 1)) for fact, own in facts.items()]
+    rows.sort(key=lambda row: keys.index(row[0]))
+    frame = pd.DataFrame(rows, columns=["what", "value", "notebooks"])
     caption = "Model, data and code (fingerprints), device and versions."
     return table_markdown(frame, "environment", caption)
 
@@ -144,7 +144,15 @@ def _html(paths: Paths, text: str) -> str:
     text = re.sub(r' typst:[\w:]+="[^"]*"', "", text)
     page = _pandoc(paths, text, "html5", "report.html", "--embed-resources", "--toc")
     page = page.replace(' style="text-align: left;"', "")
-    return page.replace(' style="text-align: right;"', ' class="r"')
+    page = page.replace(' style="text-align: right;"', ' class="r"')
+    return re.sub(r"<table.*?</table>", _labelled, page, flags=re.DOTALL)
+
+
+def _labelled(table: re.Match) -> str:
+    """Give each cell of an HTML table its column's name, and let intervals break, for screens."""
+    heads = [re.sub('<.*?>|"', "", head) for head in re.findall(r"<th[^>]*>(.*?)</th>", table[0])]
+    heads, page = itertools.cycle(heads), table[0].replace(",\u00a0", ", ")
+    return re.sub(r"<td\b", lambda _: f'<td data-label="{next(heads)}"', page)
 
 
 def _pdf(paths: Paths, text: str) -> bytes:
@@ -152,12 +160,13 @@ def _pdf(paths: Paths, text: str) -> bytes:
     source = _WIDTHS.sub("", _pandoc(paths, text, "typst", "report.typ"))
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     own_fonts = {"font_paths": [str(fonts)], "ignore_system_fonts": True}
-    compiler = typst.Compiler(source.encode(), root=paths.figures, **own_fonts)
+    compiler = typst.Compiler(source.encode(), root=paths.home, **own_fonts)
     return compiler.compile(format="pdf", timestamp=_DATED, pdf_tags=False)
 
 
 def _pandoc(paths: Paths, text: str, form: str, template: str, *arguments: str) -> str:
-    extra = [f"--template={_TEMPLATES / template}", f"--resource-path={paths.figures}"]
+    extra = [f"--template={_TEMPLATES / template}", f"--resource-path={paths.home}"]
+    extra += ["--citeproc", f"--bibliography={_TEMPLATES / 'references.bib'}"]
     extra += ["--standalone", "--toc-depth=1", "--columns=100000", "--wrap=none", *arguments]
     return pypandoc.convert_text(text, form, format=_FORMAT, extra_args=extra)
 
@@ -188,20 +197,16 @@ def quote(page: Path, paths: Paths) -> None:
     `FOLDER/KEY` is of another run in `figures`; `word: KEY` quotes the unit, `cell: KEY` the number
     without its count, `mean: KEY` the bare value. InputError for a key or run that is not there.
     """
-
-    @functools.cache
-    def numbers_of(source: Path) -> dict[str, dict]:
-        if not source.is_file():
-            raise InputError(f"{page}: {source}: no such numbers; run that study first")
-        return json.loads(source.read_text(encoding="utf-8"))
+    runs = read_numbers(paths.figures.parent, "*")
 
     def quoted(match: re.Match) -> str:
-        what, run, key = match.groups()
-        source = paths.figures.parent / (run or paths.figures.name) / "numbers.json"
-        numbers = numbers_of(source)
-        if key not in numbers:
-            raise InputError(f"{page}: number {key}: not in {source}{nearest(key, numbers)}")
-        entry = numbers[key]
+        what, run, key = match.groups(paths.figures.name)
+        source = paths.figures.with_name(run) / "numbers.json"
+        if run not in runs:
+            raise InputError(f"{page}: {source}: no such numbers; run that study first")
+        if key not in runs[run]:
+            raise InputError(f"{page}: number {key}: not in {source}{nearest(key, runs[run])}")
+        entry = runs[run][key]
         shown = entry["unit" if what == "word" else "said"]
         shown = shown.partition(", n =")[0] if what == "cell" else shown
         shown = number(entry["value"], min(2, places(entry["value"]))) if what == "mean" else shown

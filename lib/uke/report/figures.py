@@ -21,7 +21,17 @@ from matplotlib.ticker import LogLocator
 
 from uke.data.edits import KINDS
 from uke.report import style
-from uke.report.style import COLUMN, FULL, LOOKS, REFERENCE, Look, label_ends, looks, styled
+from uke.report.style import (
+    COLUMN,
+    FULL,
+    LOOKS,
+    REFERENCE,
+    Look,
+    label_ends,
+    label_points,
+    looks,
+    styled,
+)
 from uke.report.tables import REFERENCES, number, printed_score
 from uke.results.compare import label
 from uke.results.stats import Score, ordered, summarise
@@ -265,18 +275,19 @@ def plane(frame: pd.DataFrame) -> Figure:
     for equal in np.arange(0.1, 1, 0.1):
         kept = np.linspace(equal / 2 + 1e-3, 1, 99)
         wanted = equal * kept / (2 * kept - equal)
-        ax.plot(kept, wanted, color=style.GREY, lw=0.5, ls=(0, (2, 4)), zorder=0)
-    look = {name: each._replace(dashes="") for name, each in looks(frame["method"]).items()}
+        ax.plot(kept, wanted, color=style.GREY, lw=0.4, ls=(0, (1, 6)), zorder=0)
+    look, ends = looks(frame["method"]), {}
     for name, own in frame.groupby("method"):
         if len(own) > 1:
             own = own.sort_values("level", key=lambda level: level.astype(float))
             ax.plot(own["locality"], own["efficacy"], color=look[name].colour, lw=0.8)
+        ends[name] = (*own[["locality", "efficacy"]].to_numpy()[-1], look[name].colour)
         for method in own.itertuples():
             _mark(ax, method.locality, method.efficacy, look[name], 6 if len(own) == 1 else 4)
     ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean share)")
     ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
     ax.set_ylim(min(0, frame["efficacy"].min() - 0.02), max(0.5, frame["efficacy"].max() + 0.05))
-    _explain(fig, look, right=True)
+    label_points(ax, ends, frame[["locality", "efficacy"]].to_numpy())
     return fig
 
 

@@ -74,24 +74,25 @@ class Section:
         self._numbers[key] |= {"void": void} if void else {}
         return text
 
-    def figure(self, draw, frame, name, caption, alt, png=False, **options) -> None:
+    def figure(self, draw, frame, name, caption, alt, **options) -> None:
         """Draw a frame with a function of `uke.report.figures`, save the SVG and place it here.
 
-        `alt` says what it shows to those who cannot see it; `png` saves a PNG too, for a README.
+        `alt` says what it shows to those who cannot see it.
         """
         self._check_name("figure", name, caption)
         if not alt.strip():
             raise InputError(f"{self.notebook}: figure {name}: expected an alternative text (alt)")
-        saved = style.save(draw(frame, **options), self.paths.figures, name, png)
+        saved = style.save(draw(frame, **options), self.paths.figures, name)
         alt_text = re.sub(r'([\\"])', r"\\\1", " ".join(alt.split()))
-        text = f'![{prose(caption)}]({name}.svg){{#fig-{name} alt="{alt_text}"}}'
+        file = saved.relative_to(self.paths.home).as_posix()
+        text = f'![{prose(caption)}]({file}){{#fig-{name} alt="{alt_text}"}}'
         self._body.append({"type": "figure", "name": name, "markdown": text})
-        _show(IPython.display.SVG(filename=saved[0]))
+        _show(IPython.display.SVG(filename=saved))
 
     def table(self, frame: pd.DataFrame, name, caption, placed=True, half=False) -> None:
         """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV.
 
-        With `half` its first column has half of the line, and the others share the rest.
+        With `half` its first column has two fifths of the line, the others share the rest.
         """
         self._check_name("table", name, caption)
         saved = tables.save(frame, self.paths.figures / "tables", name, caption, latex=placed)
@@ -218,7 +219,7 @@ def table_markdown(
 ) -> str:
     """Return a table as a pipe table with a caption, in a box of its own; rows may be grey.
 
-    With `half` the first column has half of the line.
+    With `half` the first column has two fifths of the line.
     """
     frame = frame.astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
@@ -235,7 +236,7 @@ def table_markdown(
     links = f' `<span class="files">{" · ".join(links)}</span>`{{=html}}' if files else ""
     longest = (max((len(c.text + c.note) for c in cells), default=0) for cells in columns.values())
     kind = "wide" if sum(longest) > _LINE else "narrow"
-    share = f'{{.half typst:columns="(50%,) + (1fr,) * {len(columns) - 1}"}}' if half else ""
+    share = f'{{.half typst:columns="(40%,) + (1fr,) * {len(columns) - 1}"}}' if half else ""
     return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links} {share}\n:::"
 
 

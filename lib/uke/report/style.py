@@ -10,6 +10,7 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D, Bbox
 
 from uke.files import write_atomic
 from uke.results.compare import label
@@ -97,19 +98,27 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
         ax.annotate(label(name), points[name], (1.06, above), **text)
 
 
-def save(fig: Figure, directory: str | Path, name: str, png: bool = False) -> list[Path]:
-    """Write `name`.svg (and `name`.png where wanted), byte-identical for the same figure.
+def label_points(ax: Axes, points: dict[str, tuple[float, float, str]], marks: Iterable) -> None:
+    """Name points (x, y) in a colour, each beside its mark where no mark or name is yet."""
+    ax.figure.draw_without_rendering()  # so that the axes have their place
+    scale = Affine2D().scale(1 / ax.figure.dpi)
+    inches, frame = ax.transData + scale, ax.get_window_extent().transformed(scale)
+    taken = [Bbox.from_bounds(x - 0.04, y - 0.04, 0.08, 0.08) for x, y in inches.transform(marks)]
+    for name, (x, y, colour) in sorted(points.items(), key=lambda point: -point[1][0]):
+        (left, low), wide = inches.transform((x, y)), 0.062 * len(label(name))
+        turns = itertools.product((-0.05, 0.05, -0.17, 0.15, -0.27), (0.09, -0.09 - wide))
+        boxes = [Bbox.from_bounds(left + dx, low + dy, wide, 0.1) for dy, dx in turns]
+        inside = (box for box in boxes if frame.x0 < box.x0 and box.x1 < frame.x1 + 0.1)
+        taken.append(next((box for box in inside if not box.count_overlaps(taken)), boxes[0]))
+        ax.text(*inches.inverted().transform(taken[-1].p0), label(name), color=colour, size=7)
 
-    Text stays text in the SVG, whose `_LEAN` parts are replaced.
-    """
-    undated = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
-    saved = []
-    for ending in ["svg", "png"] if png else ["svg"]:
-        content = io.BytesIO()
-        with matplotlib.rc_context(RC):
-            fig.savefig(content, format=ending, metadata=undated[ending])
-        drawn = content.getvalue()
-        for needless, lean in _LEAN.items() if ending == "svg" else ():
-            drawn = re.sub(needless, lean, drawn)
-        saved.append(write_atomic(Path(directory) / f"{name}.{ending}", drawn))
-    return saved
+
+def save(fig: Figure, directory: str | Path, name: str) -> Path:
+    """Write `name`.svg, text as text, `_LEAN` replaced: the same bytes for the same figure."""
+    content = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        fig.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = content.getvalue()
+    for needless, lean in _LEAN.items():
+        drawn = re.sub(needless, lean, drawn)
+    return write_atomic(Path(directory) / f"{name}.svg", drawn)

@@ -6,6 +6,7 @@ section.table(verdicts.table(judged), "verdicts", "Each claim in each setting.",
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -197,15 +198,18 @@ def settings(paths: Paths) -> dict[str, dict[str, Numbers]]:
         counted = [section["numbers"] for section in sections if section["notebook"] != NOTEBOOK]
         numbers = {key: entry for each in counted for key, entry in each.items()}
     else:
-        numbers = _read(folder, own).get(own, {})
+        numbers = read_numbers(folder, own).get(own, {})
     found = {SETTINGS.get(own, own): {own: numbers}}
     for pattern, name in SETTINGS.items():
-        if others := {run: each for run, each in _read(folder, pattern).items() if run != own}:
+        if others := {
+            run: each for run, each in read_numbers(folder, pattern).items() if run != own
+        }:
             found[name] = others
     return found
 
 
-def _read(folder: Path, pattern: str) -> dict[str, Numbers]:
+def read_numbers(folder: Path, pattern: str) -> dict[str, Numbers]:
+    """Return the numbers of every run whose folder of figures fits a pattern, by its name."""
     files = sorted(folder.glob(f"{pattern}/numbers.json"))
     return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
@@ -217,10 +221,18 @@ def counts(verdicts: Iterable[Verdict], ours: bool = False) -> dict[str, int]:
 
 
 def table(judged: Mapping[str, Iterable[Verdict]], ours: bool = False) -> pd.DataFrame:
-    """Return a row for each claim of the paper (or of ours), a column of verdicts a setting."""
+    """Return a row per claim of the paper (or of ours): verdicts by setting, why one is void."""
     chosen = {name: [v for v in own if v.claim.ours == ours] for name, own in judged.items()}
     words = {name: [_cell(verdict) for verdict in own] for name, own in chosen.items()}
-    return pd.DataFrame({"claim": [v.claim.claim for v in next(iter(chosen.values()))]} | words)
+    each = [*zip(*chosen.values(), strict=True)]
+    words |= {"why not testable": [next(filter(None, map(_brief, own)), "") for own in each]}
+    return pd.DataFrame({"claim": [own[0].claim.claim for own in each]} | words)
+
+
+def _brief(verdict: Verdict) -> str:
+    """Return the beginning of the reason for which a setting that has the number is void."""
+    skipped = verdict.reason.startswith((NOT_RUN, OTHER_DATA))
+    return "" if skipped else re.split(r"[:;(,.]", verdict.reason)[0].strip()
 
 
 def _cell(verdict: Verdict) -> str:
