@@ -78,6 +78,25 @@ def sources(wildcards):
     return files + [section(name) for name in needed if name != params.LOCALITY or OWN_SET]
 
 
+onstart:
+    few = " (a demonstration: few edits, six to twelve minutes on two cores)" * (
+        PROFILE == "quick"
+    )
+    print(f"Profile {PROFILE}, data {DATA}{few}: {len(REPORTED)} notebooks, then the report.")
+    print(
+        "Lines name notebook and heading; a run that is stopped resumes where it was.",
+        flush=True,
+    )
+
+
+onsuccess:
+    if (page := PATHS.figures / "report.html").is_file():
+        print(f"To read: {page.relative_to(PATHS.home)} and report.pdf; the figures: README.md")
+        print(
+            f"The notebooks as they ran: {PATHS.results.relative_to(PATHS.home)}/notebooks/*.html"
+        )
+
+
 rule report:
     input:
         [section(name) for name in REPORTED],
@@ -86,8 +105,11 @@ rule report:
         PATHS.figures / "report.html",
         PATHS.figures / "report.pdf",
         PATHS.figures / "numbers.json",
+    params:
+        executed=PATHS.results / "notebooks",
     shell:
-        "{sys.executable:q} -m uke report {OPTIONS}"
+        "(find {params.executed:q} -name '*.ipynb' -exec {sys.executable:q} -m nbconvert --to html "
+        "--log-level ERROR --no-prompt {{}} + || true) && {sys.executable:q} -m uke report {OPTIONS}"
 
 
 rule tune:

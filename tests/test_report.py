@@ -241,6 +241,7 @@ def test_nothing_overflows_on_a_phone_a_tablet_and_a_wide_screen(paths):
         options = {"executable_path": chromium, "args": ["--no-sandbox"]}
         page = driver.chromium.launch(**options).new_page()
         page.goto(f"file://{paths.figures}/report.html")
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         for width in (390, 820, 1280, 1600):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate(OVERFLOWS) == [], width

@@ -57,7 +57,8 @@ def compose(
     warnings = [f"Notebook `{name}` has no section: it was not run." for name in missing]
     warnings += [f"The last run of `{name}` failed: its section is older." for name in failed]
     numbers = _merge_numbers(sections)
-    files = (*paths.figures.parent.glob("*/single_strengths.svg"), *paths.home.glob("docs/*.png"))
+    seen = "figures/*/single_strengths.svg", "docs/*.png", "results/*/notebooks/*.html"
+    files = [file for pattern in seen for file in paths.home.glob(pattern)]
     text = _TEXTS.get_template("report.md").render(
         paths=paths,
         runs=read_numbers(paths.figures.parent, "*") | {paths.figures.name: numbers},

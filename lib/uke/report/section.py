@@ -92,7 +92,7 @@ class Section:
     def table(self, frame: pd.DataFrame, name, caption, placed=True, half=False) -> None:
         """Save a table (`tables/<name>.csv`, `.tex`) and place it here, or just name its CSV.
 
-        With `half` its first column has two fifths of the line, the others share the rest.
+        With `half` its first column has nearly half of the line, the others share the rest.
         """
         self._check_name("table", name, caption)
         saved = tables.save(frame, self.paths.figures / "tables", name, caption, latex=placed)
@@ -101,7 +101,8 @@ class Section:
         text = prose(f"{caption} It is in `tables/{name}.csv`.")
         text = table_markdown(frame, name, caption, saved, grey, half) if placed else text
         self._body.append({"type": "table", "name": name, "markdown": text})
-        _show(tables.printed(frame))
+        shown = tables.printed(frame).set_axis([*map(tables.head, frame)], axis=1)
+        _show(IPython.display.HTML(shown.to_html(index=False, border=0)))
 
     def texts(self, frame: pd.DataFrame, name: str, caption: str) -> None:
         """Place a table of questions and answers; where rows have none, a sentence in its stead."""
@@ -195,8 +196,8 @@ def _plain(value: Any, where: str) -> float | int | None:
 def _show(what: Any) -> None:
     """Show a figure, a table or a text in the running notebook, if any."""
     if IPython.get_ipython():
-        text = isinstance(what, str)
-        IPython.display.display({"text/plain": what} if text else what, raw=text)
+        raw = {"text/plain": what, "text/markdown": prose(what)} if isinstance(what, str) else what
+        IPython.display.display(raw, raw=isinstance(what, str))
 
 
 def prose(text: str) -> str:
@@ -219,7 +220,7 @@ def table_markdown(
 ) -> str:
     """Return a table as a pipe table with a caption, in a box of its own; rows may be grey.
 
-    With `half` the first column has two fifths of the line.
+    With `half` the first column has nearly half of the line.
     """
     frame = frame.astype(object)
     columns = {tables.head(each): tables.cells(frame[each]) for each in frame}
@@ -234,9 +235,9 @@ def table_markdown(
     names = {".csv": "CSV", ".tex": "LaTeX"}
     links = (f'<a href="tables/{file.name}">{names[file.suffix]}</a>' for file in files)
     links = f' `<span class="files">{" · ".join(links)}</span>`{{=html}}' if files else ""
-    longest = (max((len(c.text + c.note) for c in cells), default=0) for cells in columns.values())
+    longest = (max(len(h), *(len(c.text + c.note) for c in own), 0) for h, own in columns.items())
     kind = "wide" if sum(longest) > _LINE else "narrow"
-    share = f'{{.half typst:columns="(40%,) + (1fr,) * {len(columns) - 1}"}}' if half else ""
+    share = f'{{.half typst:columns="(45%,) + (1fr,) * {len(columns) - 1}"}}' if half else ""
     return f"::: {{#tbl-{name} .table .{kind}}}\n{body}\n\n: {prose(caption)}{links} {share}\n:::"
 
 
