@@ -104,7 +104,7 @@ CHOICES = [
         "first_half second_half",
         {BOTH: "second_half first_half"},
     ),
-    ("components", "both query_value mlp", "mlp both", {"both": "both mlp"}),
+    ("components", "both query_value mlp", "mlp both query_value", {"both": "both mlp"}),
     ("components", "mlp down_proj", "down_proj mlp", {"mlp_minus_down_proj": "mlp down_proj"}),
 ]
 
@@ -114,8 +114,7 @@ def test_levels_come_in_the_order_of_the_factor_with_the_contrasts_they_allow(
     factor, given, levels, pairs
 ):
     study = FactorStudy(factor, ["FT-M", "lora"], given.split(), Invented())
-    adapter = ["query_value"] if "query_value" in given else []
-    assert study.levels == {"FT-M": levels.split(), "LoRA": levels.split() + adapter}
+    assert study.levels == dict.fromkeys(("FT-M", "LoRA"), levels.split())
     assert study.cells == [(name, one) for name, own in study.levels.items() for one in own]
     own = {name: " ".join(pair[1:]) for name, pair in study.pairs.items() if pair[0] == "FT-M"}
     assert own == {f"ft_m{end and '.'}{end}": pair for end, pair in pairs.items()}
@@ -140,7 +139,7 @@ def test_methods_and_levels_named_for_every_factor_leave_each_its_own():
         ("layers", ["FTM"], [], "unknown method 'FTM'; did you mean 'FT-M'?"),
         ("layers", ["FT-M"], ["eigth_3"], "levels: unknown level 'eigth_3'; did you mean"),
         ("layers", ["FT-M"], ["all"], "layers, FT-M: all: expected two or more levels"),
-        ("components", ["FT-M"], ["mlp", "query_value"], "components, FT-M: mlp: expected two"),
+        ("components", ["FT-M"], ["mlp"], "components, FT-M: mlp: expected two"),
         ("layers", ["MEMIT"], [], "MEMIT: it has no levels"),
     ],
 )
@@ -157,12 +156,26 @@ def test_effects_are_said_with_the_interaction_and_quoted_in_sentences():
     assert said["effect.layers.ft_m.original"] == pytest.approx(60)
     assert said["effect.layers.ft_m.average"] == pytest.approx(10)
     assert said["effect.layers.interaction.average"] == pytest.approx(10)
+    assert "differ in components" in section.void["effect.layers.interaction.average"]
     assert not section.warnings and len(section.recipes) == 4
     template = "{method}: {level} over {against} {average}, from {against_original}."
     assert study.sentences(template).startswith("FT-M: all over eighth 3 10.00 points, from 0.21")
     assert study.gained("FT-M") and not study.gained() and not study.gained("FT-M", sign=-1)
     assert not study.gained("AdaLoRA")
     assert study.best() == {"FT-M": "all", "LoRA": "eighth_3"}
+
+
+def test_an_interaction_needs_methods_that_are_alike_in_all_else():
+    scores = {("FT-A", "mlp"): 0.9, ("FT-A", "query_value"): 0.2, ("FT-M", "mlp"): 0.3}
+    given = ["FT-M", "FT-A", "LoRA"], ["mlp", "query_value"], Invented(scores)
+    study = FactorStudy("components", *given)
+    study.run(Recorder())
+    assert study.crossed == ("FT-A", "LoRA")
+    assert study.effect("interaction", "original").mean == pytest.approx(70)
+    table = study.crossing("original").set_index("level")
+    assert table.loc["query_value", "FT-A"].mean == pytest.approx(0.215)
+    study.asked.append("AdaLoRA")  # as a method that has no rows yet
+    assert study.crossing("original").set_index("level")["AdaLoRA"].isna().all()
 
 
 def test_raw_prompts_have_keys_of_their_own():

@@ -75,9 +75,8 @@ def test_the_eighths_are_one_block_in_each_eighth_of_the_depth(depth, expected):
 
 def test_levels_are_chosen_by_name_in_the_factors_order():
     names = ["all", "query_value", "mlp", "eighth_3"]
-    layers = {"layers": ["eighth_3", "all"]}
-    assert levels(RECIPES["FT-M"], names) == layers | {"components": ["mlp"]}
-    assert levels(RECIPES["LoRA"], names) == layers | {"components": ["mlp", "query_value"]}
+    found = {"layers": ["eighth_3", "all"], "components": ["mlp", "query_value"]}
+    assert levels(RECIPES["FT-M"], names) == levels(RECIPES["LoRA"], names) == found
     assert "query_value" not in levels(RECIPES["FT-M"])["components"]
 
 

@@ -173,7 +173,7 @@ BASELINES: Mapping[str, Method] = {
 class Factor(NamedTuple):
     """One choice under study: a field of the recipe, and its value at each level.
 
-    Levels in `of_adapters` are studied on adapters alone.
+    Levels in `of_adapters` are candidates for adapters alone; direct weights get them by name.
     """
 
     field: str
@@ -223,7 +223,8 @@ def vary(recipe: Recipe, levels: Mapping[str, str]) -> Recipe:
 def levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[str]]:
     """Return by factor the levels that are studied on the recipe: all, or those of these names.
 
-    A factor without any of the names is left out. InputError for a name that no factor has.
+    Levels of adapters are studied on direct weights only if named. A factor without any of the
+    names is left out. InputError for a name that no factor has.
     """
     known = {level for factor in FACTORS.values() for level in factor.levels}
     for name in names:
@@ -231,7 +232,7 @@ def levels(recipe: Recipe, names: Sequence[str] = ()) -> dict[str, list[str]]:
             raise InputError(f"levels: unknown level '{name}'{nearest(name, known)}")
     wanted, found = set(names) or known, {}
     for name, factor in FACTORS.items():
-        left_out = () if recipe.adapter else factor.of_adapters
+        left_out = () if recipe.adapter or names else factor.of_adapters
         own = [level for level in factor.levels if level in wanted and level not in left_out]
         if own:
             found[name] = own

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,7 @@ from uke.methods import recipes
 from uke.methods.catalog import at_level, best_single, configured, find, key
 from uke.methods.recipes import FACTORS, FAMILIES, SINGLE_BLOCKS, Recipe
 from uke.results import compare
-from uke.results.stats import Interval
+from uke.results.stats import Interval, Score, summarise
 from uke.study.comparison import Comparison, say_means
 from uke.study.study import Study
 
@@ -24,10 +25,12 @@ CONTRASTS: Mapping[str, Mapping[str, tuple[str, str | None]]] = {
     "chat_template": {"": ("with", "without")},
     "end_of_turn": {"": ("with", "without")},
 }
-CONFOUNDED = (
-    "method and component are not crossed (feed-forward weights, adapters on query and value), so "
-    "either may make the difference."
-)
+# By factor, what its effect on direct weights less that on adapters is of (the first contrast of
+# each if None), and the field that both must have alike: else the interaction is void.
+INTERACTIONS: Mapping[str, tuple[tuple[str, str] | None, str]] = {
+    "layers": (None, "components"),
+    "components": (("mlp", "query_value"), "layers"),
+}
 RAW = "asked_without"  # in keys: every probe was asked through a raw prompt
 
 
@@ -40,10 +43,10 @@ class FactorStudy(Comparison):
         layers.effects       # all blocks minus the best single one, paired by edit
 
     No `methods` stand for FT-M and LoRA, no `levels` for all of the factor. Methods without factors
-    and levels of other factors are left out, as are levels for adapters with direct weights.
-    CONTRASTS says what is compared with what; where a selection of levels has none of these pairs,
-    its last level is compared with its first. InputError for an unknown factor, method or level
-    (with the nearest name), where no method has factors, and for fewer than two levels.
+    and levels of other factors are left out, as are levels for adapters with direct weights if not
+    named. CONTRASTS says what is compared with what; where a selection of levels has none of these
+    pairs, its last level is compared with its first. InputError for an unknown factor, method or
+    level (with the nearest name), where no method has factors, and for fewer than two levels.
     """
 
     by = ["method", "level"]
@@ -56,7 +59,8 @@ class FactorStudy(Comparison):
         params = study.paths.home / "params", study.subject.name
         tuned = configured(*params)
         found = [find(name, tuned) for name in methods or FAMILIES]
-        self.methods = study.with_rows([method.name for method in found if method.factors])
+        self.asked = [method.name for method in found if method.factors]
+        self.methods = study.with_rows(self.asked)
         if not self.methods:
             fault = "it has no levels of factors; expected a way to fine-tune"
             raise InputError(f"{found[0].name}: {fault}")
@@ -71,6 +75,7 @@ class FactorStudy(Comparison):
             (at_level(*params, name, factor, level), {"factor": factor, "level": level})
             for name, level in self.cells
         ]
+        self._recipes = {recipe.name: recipe for recipe, _ in self.runs}
         self.title = compare.label(factor) + (", asked through raw prompts" if raw else "")
         self._prefix = f"factor.{factor}_{RAW}" if raw else f"factor.{factor}"
         # The kinds whose effects are said, and the end of their key.
@@ -115,17 +120,47 @@ class FactorStudy(Comparison):
 
     @cached_property
     def contrasts(self) -> dict[str, tuple[str, dict[tuple[str, str], float]]]:
-        """By key, words and weights of the contrasts; for layers of two methods the interaction."""
+        """By key, words and weights of the contrasts, among them the interaction, if any."""
         contrasts = {}
         for name, (method, level, against) in self.pairs.items():
             words = f"{compare.label(level)} minus {compare.label(against)}"
             weights = {(method, level): 1.0, (method, against): -1.0}
             contrasts[name] = (f"{method}, {self.title}: {words}", weights)
-        if self.factor == "layers" and len(self.methods) == len(contrasts) == 2:
-            (_, first), (_, second) = contrasts.values()
-            weights = first | {cell: -weight for cell, weight in second.items()}
-            contrasts["interaction"] = (f"{' minus '.join(self.methods)}, {self.title}", weights)
+        if self.crossed:
+            levels, weights = INTERACTIONS[self.factor][0], {}
+            for sign, name in zip((1.0, -1.0), self.crossed, strict=True):
+                level, against = levels or self.pairs[self._first[name]][1:]
+                weights |= {(name, level): sign, (name, against): -sign}
+            words = f"{' minus '.join(self.crossed)}, {self.title}"
+            words += f": {' minus '.join(map(compare.label, levels))}" if levels else ""
+            contrasts["interaction"] = (words, weights)
         return contrasts
+
+    @cached_property
+    def crossed(self) -> tuple[str, str] | None:
+        """Direct weights and adapters whose effects an interaction compares, alike if any are."""
+        if self.factor not in INTERACTIONS:
+            return None
+        own = [name for name in self._recipes if name in self._first]
+        adapters = [name for name in own if self._recipes[name].adapter]
+        pairs = product([name for name in own if name not in adapters], adapters)
+        return min(pairs, key=lambda pair: self._confounded(pair) != "", default=None)
+
+    def _confounded(self, methods: Sequence[str]) -> str:
+        """Return why an interaction of these methods would say nothing; empty where it does."""
+        field = INTERACTIONS[self.factor][1]
+        alike = len({getattr(self._recipes[name], field) for name in methods}) == 1
+        fault = f"{' and '.join(methods)} differ in {field} too, so either may make the difference."
+        return "" if alike else fault
+
+    def crossing(self, kind: str = "balance") -> pd.DataFrame:
+        """Return the mean of a kind, a row a level and a column a method; None without rows."""
+        own = summarise(self.scores[self.scores["kind"] == kind], ["level", "method"])
+        ends = own[["mean", "low", "high"]].itertuples(index=False)
+        own["cell"] = [Score(*each) for each in ends]
+        table = own.pivot(index="level", columns="method", values="cell")
+        every = dict.fromkeys(level for own in self.levels.values() for level in own)
+        return table.reindex(index=[*every], columns=self.asked).reset_index()
 
     @cached_property
     def effects(self) -> pd.DataFrame:
@@ -161,7 +196,7 @@ class FactorStudy(Comparison):
             for kind, end in self._said.items():
                 if found := self.effect(contrast, kind):
                     name = f"effect.{self.factor}.{contrast}.{end}"
-                    void = CONFOUNDED if contrast == "interaction" else ""
+                    void = self._confounded(self.crossed) if contrast == "interaction" else ""
                     ends = {"n": found.n, "unit": "points", "void": void}
                     self.said[name] = section.say(name, *found[:3], **ends)
 

@@ -329,7 +329,8 @@ class LevelTrials(Trials):
         tried: dict[str, list[Recipe]] = {name: [] for name in families}
         cells = []
         for name, recipe in families.items():
-            studied = recipes.levels(recipe, names).items()
+            every = [level for factor in recipes.FACTORS.values() for level in factor.levels]
+            studied = recipes.levels(recipe, names or every).items()  # more than candidates have
             pairs = [(factor, level) for factor, own in studied for level in own]
             for (factor, level), rate in product(pairs, rates[name]):
                 varied = recipes.vary(recipe, {factor: level})
