@@ -419,3 +419,9 @@ def test_a_baseline_is_testable_by_the_rule_and_the_reason_says_how_far_it_works
     assert "ends at 0.50 nats a token on 75; it works up to 5 tokens" in memit
     assert "0.69 F1, below 0.70; it works at no length" in unke
     assert [muke] == [*control.untestable(None, ["muKE"]).values()]  # a length is missing, or all
+    again = wrote("MEMIT", (0, 0), (1, 0.4), ("5 as published", "75 as published"))
+    again["edit"] = ["5", "75"]
+    table = control.summary(control.measured(pd.concat([*after, again]), before))
+    reason = control.untestable(table, ["MEMIT"])["MEMIT"]
+    assert reason.endswith("Tried again it works up to (as published: 5) tokens.")
+    assert {**control.works_up_to(table), **reach} == control.works_up_to(table)
