@@ -192,14 +192,14 @@ def trend(
             ax.set_ylim(0, means.max() * 1.1)
         _sizes(ax, sorted(frame[x].unique()), names or {})
         ax.grid(axis="y")
-    if panel:
-        _explain(fig, look, right=True)
-    elif alone:
+    if alone:
         ax.margins(x=0.13, y=0.15)  # space for the number beside the first mark
         for point in line.items():
             _beside(ax, number(float(point[1]), 1), point, (-5, 5))
-    if not panel:
+    if set(ends) == set(look):  # the last panel has every line
         label_ends(ax, ends)
+    else:
+        _explain(fig, look, right=True)
     _titles(fig, x.replace("_", " "), label_y or ("" if panel else f"mean {y.replace('_', ' ')}"))
     return fig
 
