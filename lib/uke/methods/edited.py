@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uke.data.formats import located, read_json
 from uke.errors import InputError
-from uke.files import write_atomic
+from uke.files import sha256, write_atomic
 from uke.methods.catalog import METHODS, find
 from uke.methods.lanes import attached
 from uke.methods.method import EditRecord, Edits, Method, Progress, Tokenizer, Training, norms_since
@@ -179,6 +179,7 @@ def save(m: nn.Module, directory: str | Path) -> None:
         weights = {name: m.get_parameter(name).detach() for name in record.change_norm}
         save_file({n: w.contiguous() for n, w in weights.items()}, directory / WEIGHTS)
     content = {"form": form, "dtype": str(m.dtype), "unchanged": unchanged, "record": vars(record)}
+    content["config"] = sha256(directory / ADAPTER_CONFIG) if form == "adapter" else None
     # Written last: a directory without it was never finished.
     write_atomic(directory / RECORD, json.dumps(content, indent=1) + "\n")
 
@@ -206,6 +207,8 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
         path = path.with_name(name)
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected one of save(...)")
+        if name == ADAPTER_CONFIG and content.get("config") not in (None, sha256(path)):
+            raise InputError(f"{path}: no configuration that save(...) wrote")
     try:
         saved = load_file(path)
         config = None if changed else peft.PeftConfig.from_pretrained(path.parent)
