@@ -21,6 +21,9 @@ SIZE        ?= full
 ROWS        ?= all
 # A web server for `make data` that stands for the host of every address in params/sources.yaml
 MIRROR      ?=
+# For `make soak`: a part by its name (kills, determinism, bad_input, restoration, security, numbers)
+PART        ?=
+SHARE       ?= 1
 # 1: a failed check stops the run; without it, it voids its section's conclusion and verdicts
 STRICT      ?=
 # One more wheel index for pip, for example one that has the CPU build of torch
@@ -59,12 +62,12 @@ endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
 KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS LEVELS MODEL SEED SIZE ROWS DOCUMENTS \
-         STRUCTURED MIRROR STRICT EXTRA_INDEX UKE_DATA UKE_HOME
+         STRUCTURED MIRROR PART SHARE STRICT EXTRA_INDEX UKE_DATA UKE_HOME
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),\
   $(error $(name): unknown variable; expected one of $(KNOWN)))
 
-.PHONY: help report test lint model data figures locality tune world bench explore clean
+.PHONY: help report test soak lint model data figures locality tune world bench explore clean
 .DEFAULT_GOAL := report
 
 help: ## List the targets
@@ -76,6 +79,9 @@ report: $(STAMP) ## Run every notebook on PROFILE (default quick) and compose th
 
 test: $(STAMP) ## Run the tests
 	$(OFFLINE) $(BIN)/python -m pytest
+
+soak: $(STAMP) ## Look for faults for an hour, or a PART or SHARE of it, into figures/reliability.csv
+	SHARE='$(SHARE)' $(OFFLINE) $(BIN)/python -m pytest tests/test_soak.py -k '$(PART)'
 
 lint: $(STAMP) ## Check format, style, the direction of imports and the size of packages
 	$(BIN)/ruff format --check .

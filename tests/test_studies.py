@@ -110,27 +110,6 @@ def test_the_table_of_kinds_limits_an_answer(toy):
     assert study.token_limit(probe) == 32 and toy().token_limit(long) == 4
 
 
-def test_a_killed_study_resumes_where_it_stopped(toy):
-    study, write, done = toy(lanes=1), Study.write, []
-
-    def stop_at_the_second(method, group):
-        if done:
-            raise KeyboardInterrupt
-        done.append(group[0].edits[0].id)
-        return write(study, method, group)
-
-    study.write = stop_at_the_second
-    with pytest.raises(KeyboardInterrupt):
-        study.run(QUICK)
-    again = toy(lanes=16)
-    written = batches_of(again)
-    again.run(QUICK)
-    assert done == ["Ada"] and written == [["Grace", "Alan", "Mary"]]
-    assert set(again.read()["edit"]) == set(ANSWERS)
-    again.run(QUICK)
-    assert len(written) == 1
-
-
 @pytest.mark.parametrize("change", [None, "recipe", "tokens", "chat", "template", "kinds"])
 def test_rows_of_the_same_work_are_not_made_again_and_others_are(toy, change, monkeypatch):
     first = toy()

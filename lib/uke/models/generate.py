@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -134,7 +133,7 @@ def answer_ids(
     wanted = [given(probe) if callable(given) else given for probe in probes]
     queries, limits = [], {}
     for probe, most in zip(probes, wanted, strict=True):
-        with _of(probe):
+        with about(f"edit {probe.edit}, {probe.kind} {probe.number}"):
             prompt = tuple(encode(tokenizer, *chosen.prompt(model, probe)))
             _check_length(len(prompt) + 1, context)
         queries.append(Query(probe.edit if has_lanes else None, prompt))
@@ -158,10 +157,6 @@ def select_lanes(model: nn.Module, edits: Sequence[str | None]) -> None:
     """Let a model with lanes read its next rows with the weights of these edits, one id per row."""
     if hasattr(model, "lanes"):
         model.lanes.read(edits)
-
-
-def _of(probe: Probe) -> AbstractContextManager[None]:
-    return about(f"edit {probe.edit}, {probe.kind} {probe.number}")
 
 
 def _check_length(needed: int, context: int) -> None:
@@ -276,7 +271,7 @@ def _reference_surprisals(
     chosen, examples = Generation(**options), []
     for probe in probes:
         text, chat = chosen.prompt(model, probe)
-        with _of(probe):
+        with about(f"edit {probe.edit}, {probe.kind} {probe.number}"):
             examples.append(example(tokenizer, text, probe.reference, chat, False))
             _check_length(len(examples[-1].ids), max_context(model))
     edits = [probe.edit for probe in probes]

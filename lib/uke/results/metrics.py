@@ -206,11 +206,10 @@ ALIASED = ("exact", "mention", "choice")  # the score is the best over reference
 
 @lru_cache(maxsize=2**14)
 def _score_pair(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
-    scores = {}
-    for name, metric in PAIRWISE.items():
-        texts = references if name in ALIASED else references[:1]
-        scores[name] = max(metric(prediction, text) for text in texts)
-    return scores
+    return {
+        name: max(metric(prediction, text) for text in references[: None if name in ALIASED else 1])
+        for name, metric in PAIRWISE.items()
+    }
 
 
 def score(

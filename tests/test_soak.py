@@ -1,0 +1,483 @@
+"""The campaign that looks for faults: a little of it in `make test`, all of it in `make soak`.
+
+`make soak PART=kills` runs one part, SHARE=0.1 a tenth of each. A part whose line of this very
+commit stands in figures/reliability.csv is not run again.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import SENTENCES, TEMPLATE
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from small import EDITS, QUICK, TEXTS, Snapshot, baseline, toys
+from test_edits import RECORDS, TRIPLE, probe
+from test_studies import LORA, MEASURED, MEMIT
+from test_studies import QUICK as FT_M
+from uke.cli import params
+from uke.cli.execute import processor
+from uke.data import documents, formats
+from uke.data.edits import Edit
+from uke.errors import InputError
+from uke.explore.html import Page, marked
+from uke.locality import card
+from uke.methods import catalog, edited, edited_each, load, save, sequence
+from uke.methods.locate_edit import covariance
+from uke.models import model as models
+from uke.models.generate import AnswerCache
+from uke.models.prompts import example
+from uke.project import Paths
+from uke.results.metrics import score
+from uke.study.study import Study
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "figures" / "reliability.csv"
+SHARE = float(os.environ.get("SHARE") or 0)
+HERE = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+COMMIT = subprocess.run(HERE, capture_output=True, text=True).stdout.strip()
+pytestmark = pytest.mark.soak
+
+
+class Part:
+    """The cases of a part of the campaign, and what went wrong in them."""
+
+    def __init__(self) -> None:
+        self.done, self.all, self.faults = 0, 0, []
+
+    def cases(self, few: int, every: int):
+        """Yield a generator of its own for each case: few, or a share of them all."""
+        self.all = every
+        for number in range(max(few, round(SHARE * every))):
+            self.done += 1
+            yield random.Random(number)
+
+    def check(self, holds: bool, fault: str) -> None:
+        self.faults += [] if holds else [fault]
+
+
+@pytest.fixture
+def part(request):
+    """A part by the test's name; a share of the campaign leaves a line of it in the table."""
+    name, found, started = request.node.name.removeprefix("test_"), Part(), time.time()
+    read = {"index_col": "part", "dtype": {"commit": str}}
+    table = pd.read_csv(TABLE, **read) if SHARE and TABLE.is_file() else pd.DataFrame()
+    if name in table.index and table.loc[name, "commit"] == COMMIT:
+        if table.loc[name, "cases"] >= SHARE * table.loc[name, "of"]:
+            pytest.skip("done at this commit")
+    yield found
+    if SHARE and found.done:
+        line = {"cases": found.done, "of": found.all, "faults": len(found.faults)}
+        line |= {"seconds": round(time.time() - started), "commit": COMMIT, "machine": processor()}
+        with FileLock(TABLE.with_suffix(".lock")):
+            table = pd.read_csv(TABLE, **read) if TABLE.is_file() else table
+            others = table.drop(index=name, errors="ignore")
+            table = pd.concat([others, pd.DataFrame(line, index=[name])]).rename_axis("part")
+            table.sort_index().to_csv(TABLE)
+    assert not found.faults, found.faults[:5]
+
+
+# --- Studies: disturbed and resumed, or done otherwise, they have the rows of one left in peace.
+
+
+def begun(work) -> int:
+    """Run `work` in a child of this process; return the child's id."""
+    if child := os.fork():
+        return child
+    with contextlib.suppress(BaseException):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+        os._exit(0)
+    os._exit(1)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def studied(tiny, tokenizer, tmp_path_factory):
+    """Factory: the rows of a small study with three methods in a folder, made or resumed there."""
+    dataset, model = toys(struct_trip="was born"), tiny("llama")
+
+    def run(folder, methods=(FT_M, LORA, MEMIT), **options):
+        os.environ["UKE_HOME"] = str(folder)
+        covariance.measure(model, tokenizer, SENTENCES, (1, 2))
+        own = Study("soak", dataset, (model, tokenizer), False, max_new_tokens=4, **options)
+        for method in methods:
+            own.run(method)
+        frame = pd.concat([own.read(), own.before]).drop(columns=MEASURED)
+        return frame.sort_values(["method", "edit", "kind", "number"], ignore_index=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UKE_HOME", "")  # and back to what it was
+        for _ in range(2):  # the first loads what is loaded once
+            started = time.perf_counter()
+            run.expected = run(tmp_path_factory.mktemp("whole"))
+            run.seconds = time.perf_counter() - started
+        yield run
+
+
+def alike(frame: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Whether rows are equal but for rounding: an edit has other edits beside it, or none."""
+    try:
+        frames = (one.drop(columns="curve") for one in (frame, other))
+        pd.testing.assert_frame_equal(*frames, rtol=1e-3, atol=1e-3)
+    except AssertionError:
+        return False
+    return True
+
+
+def remounted(folder: Path, *options: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "none", folder], check=True)
+
+
+def disturb(how: str, run, folder: Path, chance) -> None:
+    if how in ("SIGKILL", "SIGINT"):
+        child = begun(lambda: run(folder))
+        time.sleep(chance.uniform(0, run.seconds))
+        os.kill(child, getattr(signal, how))
+        ended(child)
+    elif how == "truncated":
+        run(folder)
+        path = chance.choice(sorted(folder.rglob("*.parquet")))
+        os.truncate(path, chance.randrange(path.stat().st_size))
+    elif how == "two":
+        both = [begun(lambda: run(folder)) for _ in range(2)]
+        assert [ended(child) for child in both] == [0, 0]
+    else:
+        small = f"size={chance.randrange(16, 160)}k" if how == "full" else "ro"
+        remounted(folder, small)
+        try:
+            with contextlib.suppress(OSError, InputError):
+                run(folder)
+        finally:
+            remounted(folder, "remount", "rw", "size=9m")
+
+
+HOW = {"SIGKILL": 50, "SIGINT": 20, "truncated": 50, "two": 10}
+HOW |= {"full": 20, "read-only": 5} if os.geteuid() == 0 else {}  # which takes a mount
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_kills(part, studied, tmp_path, how):
+    for chance in part.cases(how != "two", HOW[how]):
+        (folder := tmp_path / "disturbed").mkdir()
+        disturb(how, studied, folder, chance)
+        part.check(alike(studied(folder), studied.expected), f"{how}: other rows")
+        if how in ("full", "read-only"):
+            subprocess.run(["umount", "-l", folder], check=True)
+        shutil.rmtree(folder)
+
+
+def test_determinism(part, studied, tmp_path):
+    """Equal bits again, in any order, by two processes; one by one only rounding differs."""
+    for chance in part.cases(1, 20):
+        methods = chance.sample([FT_M, LORA, MEMIT], 3)
+        for name in "abc":
+            (tmp_path / name).mkdir()
+        part.check(studied(tmp_path / "a", methods).equals(studied.expected), "other rows again")
+        ended(begun(lambda: studied(tmp_path / "b", methods[:1])))
+        part.check(studied(tmp_path / "b", methods).equals(studied.expected), "by two: other rows")
+        alone = studied(tmp_path / "c", methods, lanes=1)
+        part.check(alike(alone, studied.expected), "without lanes: other rows")
+        for name in "abc":
+            shutil.rmtree(tmp_path / name)
+
+
+def test_determinism_of_figures(part, tmp_path):
+    for chance in part.cases(0, 4):
+        notebook, drawn = chance.choice(["05_factor_components", "08_batch_size"]), []
+        for home in (tmp_path / "a", tmp_path / "b"):
+            for own in ("params", "notebooks", "figures"):
+                shutil.copytree(ROOT / own, home / own, dirs_exist_ok=True)
+            command = ["uke", "run", notebook, "--profile", "embedded", "--rows", "committed"]
+            environment = os.environ | {"UKE_HOME": str(home)}
+            subprocess.run([sys.executable, "-m", *command], env=environment, check=True)
+            files = sorted((home / "figures" / "embedded").rglob("*.*"))
+            drawn.append([(path.name, path.read_bytes()) for path in files])
+        part.check(drawn[0] == drawn[1], f"{notebook}: other bytes")
+
+
+# --- Bad input: a correct load, or one line of our own.
+
+ODD = [None, True, 0, -1, 1.5, 10**30, "", " ", "x", "\ud800", "../../x", [], [[]], {}, {"x": 1}]
+ODD += ["{}", "<|im_end|>", "é", "\x00", "a" * 10_000, math.nan]
+
+
+def mutated(value, chance):
+    """Change one place of plain data: another value, a key less, an item twice."""
+    if not isinstance(value, dict | list) or not value or chance.random() < 0.1:
+        return chance.choice(ODD)
+    value, action = copy.copy(value), chance.random()
+    place = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if action < 0.1:
+        del value[place]
+    elif action < 0.15 and isinstance(value, list):
+        value.append(value[place])
+    else:
+        value[place] = mutated(value[place], chance)
+    return value
+
+
+def damaged(content: bytes, chance) -> bytes:
+    """Cut bytes off, change some, or put some in."""
+    place, some = chance.randrange(len(content) + 1), chance.randbytes(chance.randrange(1, 9))
+    rest = chance.choice([content[place:], b"", content[place + len(some) :]])
+    return content[:place] + some * chance.randrange(2) + rest
+
+
+def changed(content: bytes, chance, form: str) -> bytes:
+    """Damage the bytes of a file, or change the data in it and write that."""
+    if form not in (".json", ".jsonl", ".ipynb", ".yaml") or chance.random() < 0.4:
+        return damaged(content, chance)
+    if form == ".yaml":
+        return yaml.safe_dump(mutated(yaml.safe_load(content), chance)).encode()
+    return json.dumps(mutated(json.loads(content), chance)).encode()
+
+
+def fault(read, seconds: int = 120) -> str:
+    """Return what is wrong with how `read` ends: nothing with a result or one line of our own."""
+
+    def late(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read()
+    except InputError as error:
+        return f"many lines: {error}" * ("\n" in str(error))
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {str(error)[:90]!r} in {last.filename}:{last.lineno}"
+    finally:
+        signal.alarm(0)
+    return ""
+
+
+ASKED = [{"question": "Who?", "answers": [{"text": "she"}]}]
+SQUAD = {"data": [{"title": "a", "paragraphs": [{"context": "she", "qas": ASKED}]}]}
+FACTS = {"born": {"prompt": "{} was", "question": "Is {}?", "pairs": {"Ada": ["a", 3], "B": "c"}}}
+READERS = {f"{n}.json": ([r], lambda path, n=n: formats.load(n, path)) for n, r in RECORDS.items()}
+READERS |= {
+    "triples.json": ([TRIPLE, TRIPLE | {"ground_truth": [["a"]]}], formats.load_clozes),
+    "facts.yaml": (FACTS, formats.load_clozes),
+    "locality.json": (
+        [probe(), probe(number=1)],
+        lambda path: formats.load_locality(path, [Edit(id="7", question="q", answer="a")]),
+    ),
+    "lines.jsonl": ({"title": "Ada", "text": "She.", "id": 3}, lambda p: documents.gather([p])),
+    "squad.json": (SQUAD, lambda path: documents.gather([path])),
+    "corpus.json": (TEXTS, covariance.read_texts),
+    "answers.json": ([[[1, 2], [3], 4]], lambda path: AnswerCache(path.parent)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_bad_input(part, tmp_path, name):
+    value, read = READERS[name]
+    path = tmp_path / name
+    for chance in part.cases(12, 1000):
+        path.write_bytes(changed(json.dumps(value).encode(), chance, path.suffix))
+        found = fault(lambda: read(path))
+        part.check(not found, f"{name}: {path.read_bytes()[:200]}: {found}")
+
+
+SETTINGS = ["profiles/quick.yaml", "studies.yaml", "methods/ft-m.yaml", "07_recipe.ipynb"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bad_input_params(part, tmp_path, name):
+    for folder in ("params", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    path = tmp_path / ("notebooks" if name.endswith("ipynb") else "params") / name
+    whole = path.read_bytes()
+
+    def read():
+        params.dataset(tmp_path, "quick")
+        params.merge(tmp_path, "07_recipe", "quick")
+        catalog.configured(tmp_path / "params", "embedded", 8)
+        card.settings(tmp_path, "world")
+
+    for chance in part.cases(2, 500):
+        path.write_bytes(changed(whole, chance, path.suffix))
+        found = fault(read)
+        part.check(not found, f"{name}: {found}")
+
+
+PIECES = [
+    "{{ bos_token }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% if m.role %}",
+    "<think>",
+]
+PIECES += ["{% endif %}", "{{ m.content }}", "{{ m['content'] | trim }}", "\n", " ", "</s>", "{{ x"]
+PIECES += ["{{ strftime_now('%Y') }}", "{{ raise_exception('no') }}", "{{ messages[0].content }}"]
+PIECES += ["{% set x = messages[9] %}", "{{ 1 / 0 }}", "{% if add_generation_prompt %}"]
+
+
+def test_bad_input_templates(part, tokenizer):
+    own, answer = copy.deepcopy(tokenizer), "A mathematician."
+
+    def read():
+        one = example(own, "Who is Ada?", answer, True, True)
+        assert own.decode(one.ids[one.prompt_length :]).strip().startswith(answer)
+
+    for chance in part.cases(20, 2000):
+        text = damaged(TEMPLATE.encode(), chance).decode(errors="ignore")
+        pieces = "".join(chance.choices(PIECES, k=chance.randrange(12)))
+        own.chat_template = chance.choice([text, pieces])
+        found = fault(read)
+        part.check(not found, f"{own.chat_template!r}: {found}")
+
+
+@pytest.mark.parametrize("kind", ["model", "FT-M", "LoRA"])
+def test_bad_input_folders(part, tiny, tokenizer, tmp_path, kind):
+    whole, model = tmp_path / "whole", tiny()
+    if kind == "model":
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+    else:
+        with edited(model, tokenizer, EDITS[:1], QUICK[kind]) as m:
+            save(m, whole)
+    files = [path for path in sorted(whole.iterdir()) if path.suffix != ".md"]
+    folder = shutil.copytree(whole, tmp_path / "changed")
+
+    def read():
+        models.load(str(folder), device="cpu") if kind == "model" else load(model, folder)
+
+    for chance in part.cases(3, 500):
+        source = chance.choice(files)
+        content = changed(source.read_bytes(), chance, source.suffix)
+        if source.suffix == ".safetensors" and chance.random() < 0.5:
+            tensors = load_file(source)
+            name = chance.choice(sorted(tensors))
+            other = chance.choice([torch.ones(1), tensors[name].half(), tensors[name][:1].clone()])
+            save_file(tensors | {name: other}, tmp_path / "part", metadata={"format": "pt"})
+            content = (tmp_path / "part").read_bytes()
+        (folder / source.name).write_bytes(content)
+        model = tiny() if kind != "model" else None
+        found = fault(read)
+        part.check(not found, f"{source.name}: {content[:100]}: {found}")
+        shutil.copy(source, folder)
+
+
+# --- Restoration, security, numbers.
+
+
+def digest(model) -> str:
+    parts = (name.encode() + one.numpy().tobytes() for name, one in model.state_dict().items())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_restoration(part, measured, tokenizer):
+    """Any method inside any other, errors at any place: the model at the end is that of before."""
+    model, locating = measured(), ("memit", "alphaedit", "unke", "anyedit_memit", "in_context")
+    every = [*QUICK.values(), *map(baseline, locating)]
+    snapshot, before = Snapshot(model), digest(model)
+    errors = (RuntimeError, KeyboardInterrupt, MemoryError, InputError)
+    for chance in part.cases(8, 1000):
+
+        def step(*_, chance=chance):
+            if chance.random() < 0.1:
+                raise chance.choice(errors)
+
+        with contextlib.suppress(*errors), contextlib.ExitStack() as blocks:
+            for _ in range(chance.choice([1, 1, 1, 2, 3])):
+                method, some = chance.choice(every), chance.sample(EDITS, chance.choice([1, 2]))
+                enter = chance.choice([edited, edited, edited_each, sequence])
+                given = {edited: (some, method, step), edited_each: (some, method)}
+                block = enter(model, tokenizer, *given.get(enter, (method,)))
+                m = blocks.enter_context(block)
+                m.write(some) if enter is sequence else step()
+        part.check(digest(model) == before, f"{method.name} in {enter.__name__}")
+        snapshot.check()
+
+
+def test_security(part, tmp_path, monkeypatch):
+    """No name leads out of the folders of a run."""
+    monkeypatch.setenv("UKE_HOME", str(home := tmp_path / "home"))
+    home.mkdir()
+    parts = ["..", "/", "a", "~", "\\", "\0", "\n", "%2e", "$HOME", "é"]
+    places = [lambda name: Paths(name).results, lambda name: Paths("quick", name).figures]
+    for chance in part.cases(50, 5000):
+        name = "".join(chance.choices(parts, k=chance.randrange(1, 5)))
+        for place in (*places, Paths("quick").rows, Paths("quick").answers):
+            with contextlib.suppress(InputError):
+                part.check(home in place(name).parents, name)
+    part.check(not list(home.iterdir()), "a folder was made")
+
+
+SAID = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_security_in_a_browser(part, tmp_path):
+    """What a model says is shown and never run."""
+    for _ in part.cases(0, 1):
+        playwright = pytest.importorskip("playwright.sync_api")
+        page = Page("".join(marked(f"it {SAID}", f"was {SAID}"))).alone(f"a title {SAID}")
+        (tmp_path / "page.html").write_text(page)
+        with playwright.sync_playwright() as browsers:
+            options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}
+            shown = browsers.chromium.launch(**options).new_page()
+            shown.goto(f"file://{tmp_path}/page.html")
+            shown.wait_for_timeout(500)
+            part.check(shown.title() != "ran" and SAID in shown.inner_text("body"), shown.title())
+
+
+WORDS = ["the", "cat", "sat", "on", "Brelen", "1802", "naïve", "東京", "שלום", "😀", "\n", ".", "…"]
+
+
+def common(one: list, other: list) -> int:
+    """The length of the longest common subsequence, by the textbook's table."""
+    row = [0] * (len(other) + 1)
+    for a in one:
+        corner = 0
+        for place, b in enumerate(other):
+            corner, row[place + 1] = row[place + 1], corner + 1 if a == b else max(row[place:][:2])
+    return row[-1]
+
+
+def test_numbers(part):
+    """Scores of odd answers are finite shares; ROUGE-L is that of the textbook."""
+    for chance in part.cases(25, 5000):
+        length = chance.choice([0, 1, 1, 5, 30, 60 if chance.random() < 0.99 else 10_000])
+        said, wanted = (" ".join(chance.choices(WORDS, k=k)) for k in (length, 8))
+        wanted = chance.choice([wanted, wanted[:1], said[:300]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = score([said], [wanted]).iloc[0]
+        pair = f"{said[:200]!r}, {wanted!r}"
+        part.check(bool(found.map(math.isfinite).all()), f"{pair}: {found.to_dict()}")
+        part.check(bool(found.drop("length_ratio").between(0, 1 + 1e-9).all()), f"{pair}: no share")
+        part.check(
+            said != wanted or found["exact"] == found["rougel_f1"] == 1, f"{pair}: not equal"
+        )
+        one, other = (re.findall("[a-z0-9]+", text.lower()) for text in (said, wanted))
+        if one and other and wanted.isascii():
+            match = common(one, other)
+            textbook = match / len(other), 2 * match / (len(one) + len(other))
+            ours = found["lcs_recall"], found["rougel_f1"]
+            part.check(ours == pytest.approx(textbook), f"{pair}: {ours} for {textbook}")
