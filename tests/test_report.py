@@ -306,7 +306,7 @@ def test_a_smoke_run_says_so_and_no_other_run_does(paths):
 
 
 def test_missing_sections_and_failed_runs_are_warned_of_and_one_section_is_needed(paths):
-    with pytest.raises(InputError, match="no sections; run the notebooks"):
+    with pytest.raises(InputError, match="no sections; make report PROFILE=smoke"):
         compose.compose(paths)
     full(paths)
     runs = [{"notebook": "08_batch_size", "status": "failed"}]

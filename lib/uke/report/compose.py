@@ -51,7 +51,7 @@ def compose(
     """
     sections = read_sections(paths)
     if not sections:
-        raise InputError(f"{paths.sections}: no sections; run the notebooks of this profile first")
+        raise InputError(f"{paths.sections}: no sections; make report PROFILE={paths.profile}")
     missing = sorted({*expected}.difference(section["notebook"] for section in sections))
     failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
     warnings = [f"Notebook `{name}` has no section: it was not run." for name in missing]
