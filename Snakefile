@@ -1,10 +1,11 @@
 """The study as a graph: the notebooks of params/studies.yaml, then the report (`make report`).
 
 Configuration: profile, data, rows, threads (per notebook) and the parameters that notebooks share
-(data_file, documents, structured, limit, levels, methods, model). A notebook's rows are no output
+(data_file, documents, structured, limit, levels, methods, model); `cluster` divides rows into jobs. A notebook's rows are no output
 of its rule: Snakemake deletes the outputs of a job that fails, and rows let a rerun resume.
 """
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ STUDIES = params.studies(ROOT)
 SHARED = {
     key: value
     for key, value in sorted(config.items())
-    if key not in ("profile", "data", "rows", "threads")
+    if key not in ("profile", "data", "rows", "threads", "cluster")
 }
 NAMED = {kind: list(filter(None, str(config.get(kind, "")).split(","))) for kind in COLLECTIONS}
 FILES = {kind: list(map(str, find_files(kind, NAMED[kind]))) for kind in COLLECTIONS}
@@ -38,6 +39,17 @@ OPTIONS = shlex.join(
     + (["--rows", config["rows"]] if "rows" in config else [])
     + [part for key, value in SHARED.items() for part in ("--shared", f"{key}={value}")]
 )
+
+
+# Jobs of a cluster by name, as `make plan` has listed them: parts of the rows of a notebook, which
+# then only draws. What precedes any edit is made once, by the first of all.
+PLAN = PATHS.results / "plan.json"
+JOBS = json.loads(PLAN.read_text(encoding="utf-8")) if "cluster" in config else {}
+FIRST = [name for name in JOBS if ".unedited." in name]
+
+
+def marks(names):
+    return [str(PATHS.results / "shares" / name) for name in names]
 
 
 def section(notebook):
@@ -78,6 +90,21 @@ def sources(wildcards):
     return files + [section(name) for name in needed if name != params.LOCALITY or OWN_SET]
 
 
+def shared(wildcards):
+    """Sources of a notebook, and the jobs that write its rows."""
+    own = [name for name in JOBS if name.partition(".")[0] == wildcards.notebook]
+    return sources(wildcards) + marks(own)
+
+
+def preceding(wildcards):
+    """Sources of a job, and the jobs that it waits for."""
+    (own,) = [name for name in FIRST if name.partition(".")[0] == wildcards.notebook]
+    searches = wildcards.notebook in TUNING
+    first = [name for name in FIRST if (name.partition(".")[0] in TUNING) == searches][0]
+    me = f"{wildcards.notebook}.{wildcards.share}"
+    return sources(wildcards) + marks({own, first} - {me} if me != first else ())
+
+
 onstart:
     few = " (a demonstration: few edits, six to twelve minutes on two cores)" * (
         PROFILE == "quick"
@@ -95,6 +122,10 @@ onsuccess:
         print(
             f"The notebooks as they ran: {PATHS.results.relative_to(PATHS.home)}/notebooks/*.html"
         )
+
+
+localrules:
+    report,
 
 
 rule report:
@@ -122,6 +153,24 @@ rule locality:
         section(params.LOCALITY),
 
 
+rule rows:
+    input:
+        preceding,
+    output:
+        touch(marks(["{notebook}.{share}"])[0]),
+    wildcard_constraints:
+        notebook="|".join(STUDIES),
+    threads: int(config.get("threads", 1))
+    resources:
+        mem_mb=lambda own, attempt: attempt * JOBS[f"{own.notebook}.{own.share}"]["mem_mb"],
+        runtime=lambda own, attempt: attempt * JOBS[f"{own.notebook}.{own.share}"]["minutes"],
+    params:
+        options=OPTIONS,
+    shell:
+        "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke rows "
+        "{wildcards.notebook}.{wildcards.share} {params.options}"
+
+
 # A rule for each priority, since all jobs of one rule have one priority.
 for rank in sorted({study.priority for study in STUDIES.values()}):
 
@@ -129,7 +178,7 @@ for rank in sorted({study.priority for study in STUDIES.values()}):
         name:
             f"notebook_{rank}"
         input:
-            sources,
+            shared,
         output:
             section("{notebook}"),
         log:

@@ -20,7 +20,7 @@ from uke.results import rows
 from uke.results.compare import floor
 from uke.study import dataset as datasets
 from uke.study import study as studies
-from uke.study.comparison import attempt
+from uke.study.comparison import Comparison, attempt
 from uke.study.score import COMPARED, FACTS, leakages
 from uke.study.study import Study
 
@@ -152,6 +152,16 @@ def test_batches_are_written_together_and_a_rest_is_left_out(toy):
     units = study.read().groupby(["batch_size", "batch"])["edit"].agg(set).to_dict()
     pairs = {(2, 0): {"Ada", "Grace"}, (2, 1): {"Alan", "Mary"}}
     assert units == {(1, 0): {"Ada"}, (1, 1): {"Grace"}} | pairs
+
+
+def test_parts_of_a_run_are_its_batches_each_once(toy):
+    comparison, whole = Comparison(toy("parts")), toy("whole")
+    comparison.runs = [(QUICK, {"batch_size": 2, "limit": 2}), (QUICK, {})]
+    assert comparison.jobs() == {("FT-M", 2): [2], ("FT-M", 1): [4]}
+    for number in range(3):
+        comparison.share("FT-M", 1, (number, 3))
+    whole.run(QUICK)
+    assert comparison.study.read()["answer"].tolist() == whole.read()["answer"].tolist()
 
 
 def test_the_record_of_a_batch_stands_in_its_rows(toy, tokenizer):

@@ -3,6 +3,7 @@
     python -m uke run 01_edits --profile quick --set limit=4     execute one notebook
     python -m uke check --profile quick                          check every notebook's parameters
     python -m uke report --profile quick                         compose numbers.json and the report
+    python -m uke rows 07_recipe.ft_m.1.2of4 --profile quick     write the rows of one cluster job
     python -m uke covariance MODEL TEXTS.json --layers 3 4       measure what baselines need
 
 Exit status: 0 done, 1 the notebook failed, 2 bad input (nothing was started).
@@ -25,6 +26,7 @@ from uke.project import Paths
 logger = logging.getLogger("uke")
 
 SHIPPED = ("embedded", "smollm2")  # models that are known by these names
+PAIR = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
 QUOTED = "embedded"  # the profile whose numbers README quotes by their mere keys
 
 
@@ -32,7 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for loud in ("papermill", "filelock", "traitlets", "fontTools"):
+    for loud in (
+        "papermill",
+        "filelock",
+        "traitlets",
+        "fontTools",
+        "absl",
+        "sentence_transformers",
+    ):
         logging.getLogger(loud).setLevel(logging.ERROR)
     try:
         options.command(options)
@@ -45,22 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m uke", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    pair = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    profile = argparse.ArgumentParser(add_help=False)
-    profile.add_argument("--profile", required=True, help="a file of params/profiles")
-    profile.add_argument("--data", help="a benchmark's name instead of the profile's data")
-    profile.add_argument("--shared", **pair, help="a parameter, for the notebooks that have it")
-    profile.add_argument("--rows", choices=["committed"], help="draw again from committed rows")
+    profile = choices()
 
     def command(name, function, text, parents=(profile,)):
         added = commands.add_parser(name, help=text, allow_abbrev=False, parents=parents)
-        added.set_defaults(command=function, set=[], checked=False)
+        added.set_defaults(command=function)
         return added
 
     run = command("run", _run, "execute one notebook")
     run.add_argument("notebook", help="name of a notebook, for example 01_edits")
-    run.add_argument("--set", **pair, help="a parameter of this notebook")
+    run.add_argument("--set", **PAIR, help="a parameter of this notebook")
     run.add_argument("--checked", action="store_true", help="`check` has passed: start at once")
+    part = command("rows", _rows, "write the rows of one job of a cluster (see tools/plan.py)")
+    part.add_argument("share", help="its name, for example 07_recipe.ft_m.1.2of4")
     command("check", _check, "check the parameters of every notebook, run nothing")
     command("report", _report, "compose numbers.json, report.html and report.pdf")
     measure = command("covariance", _covariance, "measure key covariances of a model", ())
@@ -68,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("texts", nargs="?", help="JSON list of texts; the world's for 'embedded'")
     measure.add_argument("--layers", type=int, nargs="+", help="blocks (default: every block)")
     return parser
+
+
+def choices() -> argparse.ArgumentParser:
+    """Return the options that choose a run, for a parser of its own or as a parent."""
+    found = argparse.ArgumentParser(add_help=False)
+    found.add_argument("--profile", required=True, help="a file of params/profiles")
+    found.add_argument("--data", help="a benchmark's name instead of the profile's data")
+    found.add_argument("--shared", **PAIR, help="a parameter, for the notebooks that have it")
+    found.add_argument("--rows", choices=["committed"], help="draw again from committed rows")
+    found.set_defaults(set=[], checked=False)
+    return found
 
 
 def job(options: argparse.Namespace, notebook: str) -> Job:
@@ -95,17 +112,28 @@ def job(options: argparse.Namespace, notebook: str) -> Job:
 
 
 def _run(options: argparse.Namespace) -> None:
-    planned = job(options, options.notebook)
-    model = planned.parameters.get("model", "embedded")
-    if model in SHIPPED or Path(model).is_dir():
-        # A model on disk needs no hub: a mistaken look-up fails at once and waits for no network.
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    planned = offline(job(options, options.notebook))
     if options.rows:
         os.environ["UKE_ROWS"] = options.rows
     execute(planned)
 
 
-def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
+def offline(planned: Job) -> Job:
+    """Return the job; a model on disk needs no hub: a mistaken look-up fails and waits for none."""
+    model = planned.parameters.get("model", "embedded")
+    if model in SHIPPED or Path(model).is_dir():
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return planned
+
+
+def _rows(options: argparse.Namespace) -> None:
+    from uke.cli.rows import write
+
+    options.checked = True  # by whoever planned it
+    write(offline(job(options, options.share.partition(".")[0])), options.share)
+
+
+def reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
     home = Paths(options.profile).home
     data = params.dataset(home, options.profile, options.data)
     given = dict(pair.partition("=")[::2] for pair in options.shared)
@@ -116,7 +144,7 @@ def _reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    paths, notebooks = _reported(options)
+    paths, notebooks = reported(options)
     if _quoting(paths) and options.shared:
         quoted = "README quotes the numbers of this study; change another profile (PROFILE=quick)"
         raise InputError(f"profile {paths.profile}: {', '.join(options.shared)}: {quoted}")
@@ -127,7 +155,7 @@ def _check(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from uke.report.compose import account, compose, quote
 
-    paths, notebooks = _reported(options)
+    paths, notebooks = reported(options)
     kept = paths.figures / "rows" / "runs.json"  # what made the rows, for who draws them again
     if options.rows:
         made = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []

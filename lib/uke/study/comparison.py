@@ -12,7 +12,7 @@ from uke.methods.method import Method
 from uke.results import compare
 from uke.results.stats import summarise
 from uke.study.committed import MissingRows
-from uke.study.study import Study
+from uke.study.study import UNEDITED, Study
 
 
 class Comparison:
@@ -24,6 +24,7 @@ class Comparison:
 
     by: str | list[str] = "method"
     averaged = True  # over the kinds of probe
+    divisible = True  # into shares of the edits
     cells: Sequence[Any]
     runs: list[tuple[Method, dict[str, Any]]]
 
@@ -42,6 +43,33 @@ class Comparison:
                 section.warn(f"{method.name}{level}: failed ({fault})")
         if self.averaged and (kinds := compare.lacking(self.rows)):
             section.warn(f"The average is without {', '.join(kinds)}: the data has no such probes.")
+
+    @property
+    def parts(self) -> list[Study]:
+        """The studies whose rows are compared."""
+        return [self.study]
+
+    def jobs(self) -> dict[tuple[str, int], list[int]]:
+        """Return how many edits each run of a method at a batch size writes."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for method, options in self.runs:
+            size, edits = options.get("batch_size", 1), len(self.study.dataset.edits)
+            edits = min(options.get("limit") or edits, *options.get("counts", [edits])[-1:], edits)
+            found.setdefault((method.name, size), []).append(edits)
+        return found
+
+    def share(self, name: str, size: int, part: tuple[int, int], section: Any = None) -> None:
+        """Write a part of a method's rows at a batch size, or all that precede any edit.
+
+        So jobs of a cluster divide what `run` does, which then finds its rows.
+        """
+        if name == UNEDITED:
+            for study in self.parts:
+                study.prepare([method for method, _ in self.runs])
+        given = {"part": part} if self.divisible else {}
+        for method, options in self.runs:
+            if (method.name, options.get("batch_size", 1)) == (name, size):
+                self.write(method, options | given)
 
     def write(self, method: Method, options: dict[str, Any]) -> str | None:
         """Write the rows of one run; return why it failed where the others go on without it."""

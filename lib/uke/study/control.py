@@ -56,7 +56,7 @@ class ControlStudy(Comparison):
     ):
         self.again = again
         subject = model if isinstance(model, Subject) else Subject(model)
-        tokenizer = None if rows.use_committed() else subject.loaded[1]
+        tokenizer = None if rows.use_committed() else subject.tokenizer
         self.studies = {
             str(tokens): _Cut(control.STUDY, dataset.cut(tokens, tokenizer), subject, False)
             for tokens in sorted(set(lengths))
@@ -102,6 +102,10 @@ class ControlStudy(Comparison):
 
     def read(self) -> pd.DataFrame:
         return pd.concat([one.read() for one in self.studies.values()])
+
+    @property
+    def parts(self) -> list[Study]:
+        return list(self.studies.values())
 
     @property
     def before(self) -> pd.DataFrame:

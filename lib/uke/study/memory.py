@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import resource
 from functools import cache
 from pathlib import Path
@@ -61,4 +62,7 @@ def free_mib(device: torch.device) -> float:
         # What torch's allocator holds in reserve is used for the driver, but free for us.
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + reserve) / MIB
-    return psutil.virtual_memory().available / MIB
+    free = psutil.virtual_memory().available / MIB
+    if allowed := os.environ.get("SLURM_MEM_PER_NODE"):  # of the node's memory, to this job
+        free = min(free, float(allowed) - psutil.Process().memory_info().rss / MIB)
+    return free

@@ -138,6 +138,8 @@ class SequenceStudy(Comparison):
                 self.runs.append((method, {"counts": [count], "together": True}))
         self.cells = self.names = list(dict.fromkeys(method.name for method, _ in self.runs))
 
+    divisible = False
+
     def write(self, method: Method, options: dict[str, Any]) -> str | None:
         return attempt(run, self.study, method, queried=self.queried, **options)
 

@@ -60,6 +60,12 @@ class Subject:
         measure_world(model, tokenizer)
         return model, tokenizer
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, for which no weights are read."""
+        loaded = "loaded" in vars(self)
+        return (self.loaded if loaded else load(self.name, device="meta"))[1]
+
     def fingerprint(self) -> str:
         """Return 16 hex digits of all that decides an answer, as it is now."""
         model, tokenizer = self.loaded
@@ -167,10 +173,12 @@ class Study:
         limit: int | None = None,
         factor: str | None = None,
         level: str | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         """Store rows for every full batch of the first `limit` edits, each written on its own.
 
-        Units with rows are skipped. Single edits that diverge have no rows; Diverged names them
+        `part` (2, 8) is the third eighth of the batches, for one of eight jobs side by side. Units
+        with rows are skipped. Single edits that diverge have no rows; Diverged names them
         when all others are done, and `read` then leaves this run out.
         """
         edits = self.dataset.edits[:limit]
@@ -191,6 +199,8 @@ class Study:
             Unit(unit_key(batch=index, **work), edits, labels | {"batch": index})
             for index, edits in enumerate(batches)
         ]
+        first, last = (len(units) * (part[0] + step) // part[1] for step in (0, 1))
+        units = units[first:last]
         place = self.paths, self.name
         shares = self.strengths if method.moves_weights and batch_size == 1 else ()
         needed = fingerprints, [f"{share:g}" for share in shares]
@@ -300,6 +310,12 @@ class Study:
         options = Generation(self.token_limit, self.chat, cache=self.cache)
         found = expected(self.model, self.tokenizer, probes, **vars(options))
         return dict(zip(probes, found, strict=True))
+
+    def prepare(self, methods: Sequence[Method]) -> None:
+        """Store what every job of a cluster needs: answers before any edit, statistics of keys."""
+        for method in methods:
+            measure_for(method, self.model, self.tokenizer)
+        _ = self.before, self.expected
 
     @cached_property
     def before(self) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from uke.results.compare import label
 from uke.results.stats import Score, overall, summarise
 from uke.study.committed import MissingRows
 from uke.study.comparison import attempt
-from uke.study.study import Study
+from uke.study.study import UNEDITED, Study
 
 Cell = tuple[str, str]  # a method's name, and a setting of it as `differences` names it
 
@@ -43,6 +43,7 @@ class Trials:
     1. Of equal settings the first listed is best.
     """
 
+    divisible = False  # later rounds depend on the earlier
     among = ["batch_size", "method"]  # the columns within which one setting is chosen
 
     def __init__(
@@ -102,14 +103,40 @@ class Trials:
             if lost:
                 section.warn(f"Batch size {size}: {len(lost)} trials have no committed rows.")
 
-    def _halve(self, size: int, names: Collection[str]) -> dict[Cell, str | None]:
-        """Make the trials of every round; return why trials failed, None where rows are missing."""
-        entered = [
+    def _entered(self, size: int, names: Collection[str]) -> list[Cell]:
+        """Return the settings that enter the first round, without minibatches of a single edit."""
+        return [
             cell
             for cell in [*self.listed, *self.further.get(size, ())]
             if cell[0] in names
             and not (size == 1 and getattr(self.settings[cell], "batch_size", None))
         ]
+
+    def jobs(self) -> dict[tuple[str, int], list[int]]:
+        """Return how many edits each trial of a method at a batch size takes, but for later ones
+        beyond the ends of ranges."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for name, size in product(dict.fromkeys(name for name, _ in self.listed), self.sizes):
+            count = len(self._entered(size, [name]))
+            for number in range(len(self.rounds) if count else 0):
+                last = number == len(self.rounds) - 1
+                count = count if not number else min(count, 2 if last else max(2, count // 3))
+                before = _edits(size, self.rounds, number - 1) if number else 0
+                took = _edits(size, self.rounds, number) - before
+                found.setdefault((name, size), []).extend([took] * count)
+        return found
+
+    def share(self, name: str, size: int, part: tuple[int, int], section: Any) -> None:
+        """Make all trials of a method at a batch size, or store what precedes any (see
+        `Comparison.share`)."""
+        if name == UNEDITED:
+            self.study.prepare(list(self.settings.values()))
+        else:
+            self.run(section, [size], [name])
+
+    def _halve(self, size: int, names: Collection[str]) -> dict[Cell, str | None]:
+        """Make the trials of every round; return why trials failed, None where rows are missing."""
+        entered = self._entered(size, names)
         faults: dict[Cell, str | None] = {}
         for number in range(len(self.rounds)):
             if number:
