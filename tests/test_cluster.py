@@ -1,0 +1,129 @@
+"""The study on a real SLURM of two nodes on this machine, with a job, a node and the controller
+killed on the way (`make test-cluster`; needs the Debian packages slurm-wlm and munge)."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from uke.project import Paths
+from uke.results import rows
+
+ROOT = Path(__file__).parents[1]
+STUDY = "07_recipe"
+STUDIES = f"""
+{STUDY}:
+  fixed: {{split: test}}
+  profiles:
+    smoke: {{methods: [FT-UKE, MEMIT], akew_limit: 2, limit: 4}}
+"""
+spec = importlib.util.spec_from_file_location("loopback", ROOT / "tools/loopback.py")
+loopback = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(loopback)
+
+able = all(map(shutil.which, loopback.NEEDED)) and os.getuid() == 0
+needed = pytest.mark.skipif(not able, reason="needs slurm-wlm, munge and root")
+pytestmark = [pytest.mark.slurm, needed]
+
+
+@pytest.fixture
+def home(tmp_path, results, monkeypatch):
+    """A project with one small study; the world, and the rows that a plan reads, are there."""
+    home = tmp_path / "project"
+    for folder in ("params", "notebooks", "figures/embedded/rows"):
+        shutil.copytree(ROOT / folder, home / folder)
+    shutil.copytree(results, home / "results")
+    shutil.copy(ROOT / "Snakefile", home)
+    (home / "params/studies.yaml").write_text(STUDIES)
+    for name, value in {"UKE_HOME": home, "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT / "lib"}.items():
+        monkeypatch.setenv(name, str(value))
+    return home
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    with closing(loopback.Slurm(tmp_path / "slurm")) as started:
+        yield started
+
+
+def running(node: str, other: str = "") -> str:
+    """The id of a job that has run on a node for some seconds, another than that named."""
+    command, before = ["squeue", "-h", "-t", "R", "-o", "%i", "-w", node], set()
+    for _ in range(200):
+        found = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+        if lasting := sorted(found & before - {other}):
+            return lasting[0]
+        before = found
+        time.sleep(3)
+    raise AssertionError("no job runs")
+
+
+def python(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments, "--profile", "smoke"], check=True)
+
+
+def study(home: Path, log: Path) -> subprocess.Popen:
+    """Start the divided study, which ends with its notebook."""
+    options = "--nolock --rerun-incomplete --workflow-profile params/cluster/loopback"
+    options = f"{options} --config profile=smoke cluster=loopback".split()
+    section = str(home / f"results/smoke/sections/{STUDY}.json")
+    command = [sys.executable, "-m", "snakemake", section, *options]
+    return subprocess.Popen(command, cwd=home, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def kept() -> pd.DataFrame:
+    """The rows of the study but for clocks, memory and steps, which rounding decides."""
+    every = [rows.committed(Paths("smoke"), name, None) for name in (STUDY, f"{STUDY}_akew")]
+    lost = ["train_seconds", "answer_seconds", "peak_mib", "curve", "steps"]
+    return pd.concat(every).drop(columns=lost)
+
+
+def test_who_is_killed_on_a_cluster_costs_no_row(home, slurm, tmp_path, monkeypatch):
+    log = tmp_path / "snakemake.log"
+    python(str(ROOT / "tools/plan.py"), "--shares", "2", "--cluster", "loopback")
+    watching = study(home, log)
+    first = running("one")
+    subprocess.run(["scancel", first], check=True)
+    job = running("two", first)
+    slurm.kill("two")
+    for process in psutil.process_iter():  # with all that ran on it
+        with suppress(psutil.Error):
+            if process.environ().get("SLURM_JOB_ID") == job:
+                process.kill()
+    time.sleep(15)
+    slurm.start("two")
+
+    running()
+    slurm.kill("controller")
+    time.sleep(5)
+    slurm.start("controller")
+
+    running()
+    watching.send_signal(signal.SIGINT)
+    watching.wait(timeout=120)
+    assert study(home, log).wait() == 0, log.read_text()[-4000:]
+    assert "'CANCELLED'" in log.read_text()
+    divided, local = kept(), tmp_path / "local"
+
+    shutil.copytree(home, local, ignore=shutil.ignore_patterns("smoke", ".snakemake"))
+    monkeypatch.setenv("UKE_HOME", str(local))
+    python("-m", "uke", "run", STUDY)
+    pd.testing.assert_frame_equal(divided, kept(), rtol=1e-2, atol=1e-3)  # lanes differ in rounding
+
+    made = "results/smoke/rows"
+    shutil.rmtree(local / made)
+    shutil.copytree(home / made, local / made)
+    python("-m", "uke", "run", STUDY)
+    one, other = (
+        {path.name: path.read_bytes() for path in (root / "figures/smoke").rglob("*.[cst]*")}
+        for root in (home, local)
+    )
+    assert one == other and len(one) > 10
