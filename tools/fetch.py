@@ -1,6 +1,6 @@
 """Fetch what params/sources.yaml lists: a real chat model, and the files of real benchmarks.
 
-    python tools/fetch.py model    # results/models/smollm2 (`make model`)
+    python tools/fetch.py model    # results/models/smollm2 (`make model`), or one named after it
     python tools/fetch.py data     # into UKE_DATA, by default results/data (`make data`)
 
 Every file is checked by its SHA-256 and written whole or not at all; what is there is not fetched
@@ -20,18 +20,23 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pooch
 import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 from pydantic import BaseModel, TypeAdapter
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from uke.data.find import data_folder
 from uke.data.formats import located, parse, read_json
-from uke.errors import InputError
+from uke.errors import InputError, nearest
 from uke.files import read_yaml, replacing, sha256, write_atomic
 from uke.models.model import load
 from uke.models.prompts import render
@@ -58,6 +63,10 @@ class Source(BaseModel, extra="forbid"):
     needed_by: str
     url: str = ""
     wheel: Wheel | None = None
+    hub: str = ""  # a model on the Hugging Face hub, at the commit `revision`
+    revision: str = ""
+    gated: bool = False
+    shape: dict[str, Any] = {}  # of its config.json
     sha256: str = ""  # "" where it is not known
     bytes: int = 0
     versions: dict[str, str] = {}  # other sums: what such a file is
@@ -122,6 +131,40 @@ def make_model(name: str, source: Source) -> None:
         write_atomic(part / "README.md", source.readme)
         verify(part, source, quantised.state_dict())
     print(f"{folder}: made, and as expected; licence: {source.licence}; MODEL={name} names it")
+
+
+def fetch_model(name: str, source: Source) -> None:
+    """Download a model of the hub at its pinned commit, whole or not at all."""
+    folder = Paths("embedded").home / "results" / "models" / name
+    if folder.is_dir():
+        print(f"{folder}: there already")
+        return
+    kept = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+    try:
+        size = sum(
+            one.size or 0
+            for one in HfApi()
+            .model_info(source.hub, revision=source.revision, files_metadata=True)
+            .siblings
+            if any(fnmatch(one.rfilename, form) for form in kept)
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder.parent).free) < size * 1.1:
+            needed = f"expected {size / 1e9:.0f} GB of free disk space, found {free / 1e9:.0f}"
+            raise InputError(f"{folder}: {needed}")
+        print(f"{source.hub}: {size / 1e9:.1f} GB; licence: {source.licence}", flush=True)
+        with replacing(folder) as part:
+            snapshot_download(
+                source.hub, revision=source.revision, local_dir=part, allow_patterns=kept
+            )
+            shutil.rmtree(part / ".cache", ignore_errors=True)
+    except GatedRepoError:
+        advice = f"accept its licence at https://huggingface.co/{source.hub} and give HF_TOKEN"
+        raise InputError(f"{source.hub}: gated; {advice}") from None
+    except (RevisionNotFoundError, HfHubHTTPError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"{source.hub} at {source.revision}: {reason}") from None
+    print(f"{folder}: made; PROFILE={name} uses it")
 
 
 def verify(folder: Path, source: Source, weights: Mapping[str, torch.Tensor]) -> None:
@@ -207,15 +250,21 @@ def fetch_data(listed: Mapping[str, Source]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=["model", "data"])
-    kind = parser.parse_args().kind
+    parser.add_argument("name", nargs="?", default="smollm2", help="of a model")
+    options = parser.parse_args()
+    kind, name = options.kind, options.name
     path = Paths("embedded").home / "params" / "sources.yaml"
     try:
         with located(str(path)):
             listed = TypeAdapter(dict[str, dict[str, Source]]).validate_python(read_yaml(path))
         if kind == "data":
             fetch_data(listed[kind])
+        elif name not in listed[kind]:
+            raise InputError(f"{path}: unknown model '{name}'{nearest(name, listed[kind])}")
+        elif listed[kind][name].hub:
+            fetch_model(name, listed[kind][name])
         else:
-            make_model("smollm2", listed[kind]["smollm2"])
+            make_model(name, listed[kind][name])
     except (InputError, OSError, SafetensorError) as error:
         sys.exit(f"fetch: {error}")
 
