@@ -100,13 +100,9 @@ def test_who_is_killed_on_a_cluster_costs_no_row(home, slurm, tmp_path, monkeypa
                 process.kill()
     time.sleep(15)
     slurm.start("two")
-
-    running()
     slurm.kill("controller")
     time.sleep(5)
     slurm.start("controller")
-
-    running()
     watching.send_signal(signal.SIGINT)
     watching.wait(timeout=120)
     assert study(home, log).wait() == 0, log.read_text()[-4000:]
