@@ -276,12 +276,12 @@ class Trials:
 
     def budget(self) -> pd.DataFrame:
         """Return what the search for each method took: distinct settings, development edits, and
-        trainings (of a setting on an edit). `tuning_levels` is the search for FT-UKE.
-
-        Read from the rows of this study, and the committed ones of that.
+        trainings (of a setting on an edit). `tuning_levels` is the search for FT-UKE, unless it
+        has trials of its own. Read from the rows of this study, and the committed ones of that.
         """
         levels, name, found = self.study.paths, "tuning_levels", [self.study.read()]
-        if self.study.name != name and levels.exported(name).is_file():
+        searched = self.study.name == name or "FT-UKE" in set(found[0]["method"])
+        if not searched and levels.exported(name).is_file():
             found.append(rows.committed(levels, name).assign(method="FT-UKE"))
         made = pd.concat(found)[["method", "recipe", "batch_size", "edit"]].drop_duplicates()
         groups = made.groupby("method", sort=False)
