@@ -276,18 +276,21 @@ def plane(frame: pd.DataFrame) -> Figure:
         kept = np.linspace(equal / 2 + 1e-3, 1, 99)
         wanted = equal * kept / (2 * kept - equal)
         ax.plot(kept, wanted, color=style.GREY, lw=0.4, ls=(0, (1, 6)), zorder=0)
-    look, ends = looks(frame["method"]), {}
+    look, ends, marks = looks(frame["method"]), {}, []
     for name, own in frame.groupby("method"):
         if len(own) > 1:
             own = own.sort_values("level", key=lambda level: level.astype(float))
             ax.plot(own["locality"], own["efficacy"], color=look[name].colour, lw=0.8)
         ends[name] = (*own[["locality", "efficacy"]].to_numpy()[-1], look[name].colour)
+        at, places = np.linspace(0, 1, 40), np.linspace(0, 1, len(own))
+        along = (np.interp(at, places, own[side]) for side in ("locality", "efficacy"))
+        marks += zip(*along, strict=True)  # no name lies on a line
         for method in own.itertuples():
             _mark(ax, method.locality, method.efficacy, look[name], 6 if len(own) == 1 else 4)
     ax.set(xlabel="Locality (mean score)", ylabel="Efficacy (mean share)")
     ax.set_xlim(max(0, frame["locality"].min() - 0.05), 1.01)
     ax.set_ylim(min(0, frame["efficacy"].min() - 0.02), max(0.5, frame["efficacy"].max() + 0.05))
-    label_points(ax, ends, frame[["locality", "efficacy"]].to_numpy())
+    label_points(ax, ends, marks)
     return fig
 
 
