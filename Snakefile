@@ -118,7 +118,8 @@ onstart:
 
 onsuccess:
     if (page := PATHS.figures / "report.html").is_file():
-        print(f"To read: {page.relative_to(PATHS.home)} and report.pdf; the figures: README.md")
+        place = page.parent.relative_to(PATHS.home)
+        print(f"To read, in {place}: report.html or report.pdf; README.md shows all figures")
         print(
             f"The notebooks as they ran: {PATHS.results.relative_to(PATHS.home)}/notebooks/*.html"
         )
