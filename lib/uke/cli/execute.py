@@ -108,10 +108,16 @@ def _run(job: Job) -> None:
     with tempfile.TemporaryDirectory(prefix="uke-") as folder:
         kernel = _Kernel(transport="ipc", ip=str(Path(folder) / "kernel"))
         try:
-            files = job.notebook, job.executed, job.parameters
-            shown = {"progress_bar": False, "on_cell_start": cell_started}
-            kernels = {"start_timeout": 120, "cwd": job.paths.home, "km": kernel}
-            papermill.execute_notebook(*files, **shown, **kernels)
+            papermill.execute_notebook(
+                job.notebook,
+                job.executed,
+                job.parameters,
+                progress_bar=False,
+                start_timeout=120,
+                cwd=job.paths.home,
+                km=kernel,
+                on_cell_start=cell_started,
+            )
         except papermill.PapermillExecutionError as error:
             fault = _first_line(error.evalue)
             if error.ename != "InputError":  # which says itself where the fault is

@@ -91,6 +91,11 @@ class Comparison:
         section.check(self.study.unchanged(), text)
 
 
+def by_minibatches(method: Method) -> bool:
+    """Whether edits are written in minibatches, of which a single one says nothing."""
+    return getattr(method, "batch_size", None) is not None
+
+
 def attempt(run: Callable[..., None], *given: Any, **options: Any) -> str | None:
     """Run; return the error message of a trial that fails. Missing committed rows still raise."""
     try:

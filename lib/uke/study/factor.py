@@ -87,8 +87,8 @@ class FactorStudy(Comparison):
         """Return the levels compared on a method, in the order of the factor."""
         recipes.levels(method, names)  # refuses unknown ones
         own = [name for name in names if name in FACTORS[self.factor].levels]
-        place, chosen = {"method": method.name, "factor": self.factor}, recipes.levels(method, own)
-        chosen = self.study.with_rows(chosen.get(self.factor, []), "level", **place)
+        chosen = recipes.levels(method, own).get(self.factor, [])
+        chosen = self.study.with_rows(chosen, "level", method=method.name, factor=self.factor)
         if len(chosen) < 2:
             where = f"factor {self.factor}, {method.name}: {', '.join(chosen) or 'none'}"
             raise InputError(f"{where}: expected two or more levels to compare")

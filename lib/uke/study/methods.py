@@ -12,7 +12,7 @@ from uke.methods.catalog import METHODS, configured, find
 from uke.methods.method import Method
 from uke.project import Paths
 from uke.results import compare, control
-from uke.study.comparison import Comparison, say_means
+from uke.study.comparison import Comparison, by_minibatches, say_means
 from uke.study.study import Study
 
 LEADER = "FT-UKE"  # whose lead over the best baseline is measured, if it is among the methods
@@ -61,9 +61,7 @@ class MethodStudy(Comparison):
         known = dict.fromkeys(sizes, self.baselines)
         every = compare.best_baselines(places, known, study_of)
         ran = {}  # edits with committed rows, which come as they are made, by batch size and method
-        if (
-            study.committed
-        ):  # where the best one has too few, the best of those that have all stands
+        if study.committed:  # where the best one has too few, the best with all stands for it
             ran = study.committed.after.groupby(["batch_size", "method"])["edit"].nunique()
             least = {size: max(limit // size, batches) * size for size in sizes}
             known = {n: [b for b in known[n] if ran.get((n, b), 0) >= least[n]] for n in sizes}
@@ -79,7 +77,7 @@ class MethodStudy(Comparison):
             compared = [self.best[size]] if size in self.best else self.baselines
             for name in self.names:
                 left_out = size not in full and name in self.baselines and name not in compared
-                if left_out or (size == 1 and _by_minibatches(self.published[name])):
+                if left_out or (size == 1 and by_minibatches(self.published[name])):
                     continue
                 counted = name in (self.leader, *compared) or (size in full and size <= limit)
                 self.plan[size, name] = max(limit // size, batches if counted else 1) * size
@@ -148,9 +146,5 @@ class MethodStudy(Comparison):
 def writers(folder: Path, model: str, names: Sequence[str] = ()) -> list[str]:
     """Return the names of these methods, or of all that write a single edit into the weights."""
     published = configured(folder, model, tuned=False)
-    every = [n for n in METHODS if published[n].moves_weights and not _by_minibatches(published[n])]
+    every = [n for n in METHODS if published[n].moves_weights and not by_minibatches(published[n])]
     return [find(name, published).name for name in names or every]
-
-
-def _by_minibatches(method: Method) -> bool:
-    return getattr(method, "batch_size", None) is not None  # so a single edit says nothing

@@ -115,6 +115,8 @@ class SequenceStudy(Comparison):
     last `queried` edits are queried after each count; counts are cut to the size of the dataset.
     """
 
+    divisible = False  # what is written hangs on all that was written before
+
     def __init__(
         self,
         study: Study,
@@ -137,8 +139,6 @@ class SequenceStudy(Comparison):
             if count > 1:
                 self.runs.append((method, {"counts": [count], "together": True}))
         self.cells = self.names = list(dict.fromkeys(method.name for method, _ in self.runs))
-
-    divisible = False
 
     def write(self, method: Method, options: dict[str, Any]) -> str | None:
         return attempt(run, self.study, method, queried=self.queried, **options)

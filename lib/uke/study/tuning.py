@@ -24,7 +24,7 @@ from uke.results import compare, rows
 from uke.results.compare import label
 from uke.results.stats import Score, overall, summarise
 from uke.study.committed import MissingRows
-from uke.study.comparison import attempt
+from uke.study.comparison import attempt, by_minibatches
 from uke.study.study import UNEDITED, Study
 
 Cell = tuple[str, str]  # a method's name, and a setting of it as `differences` names it
@@ -108,8 +108,7 @@ class Trials:
         return [
             cell
             for cell in [*self.listed, *self.further.get(size, ())]
-            if cell[0] in names
-            and not (size == 1 and getattr(self.settings[cell], "batch_size", None))
+            if cell[0] in names and not (size == 1 and by_minibatches(self.settings[cell]))
         ]
 
     def jobs(self) -> dict[tuple[str, int], list[int]]:
@@ -355,8 +354,8 @@ class LevelTrials(Trials):
     ):
         tried: dict[str, list[Recipe]] = {name: [] for name in families}
         cells = []
+        every = [level for factor in recipes.FACTORS.values() for level in factor.levels]
         for name, recipe in families.items():
-            every = [level for factor in recipes.FACTORS.values() for level in factor.levels]
             studied = recipes.levels(recipe, names or every).items()  # more than candidates have
             pairs = [(factor, level) for factor, own in studied for level in own]
             for (factor, level), rate in product(pairs, rates[name]):
