@@ -113,6 +113,7 @@ def _run(job: Job) -> None:
                 job.executed,
                 job.parameters,
                 progress_bar=False,
+                stderr_file=sys.stderr,  # bars with the time left, and warnings
                 start_timeout=120,
                 cwd=job.paths.home,
                 km=kernel,

@@ -78,7 +78,7 @@ def _checkpoints(
     edits, name = study.dataset.edits, f"{study.name}: {method.name}"
     unedited = study.before, study.expected
     with (
-        tqdm(desc=name, total=counts[-1], mininterval=5) as bar,
+        tqdm(desc=name, total=counts[-1], mininterval=5, delay=5) as bar,
         sequence(study.model, study.tokenizer, method) as writer,
     ):
         for start, count in zip([0, *counts], counts, strict=False):
