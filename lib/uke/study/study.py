@@ -214,9 +214,8 @@ class Study:
     def _write_all(self, method: Method, todo: list[Unit]) -> None:
         """Write these units, as many at once as fit into memory."""
         failed: dict[str, str] = {}
-        with tqdm(
-            total=len(todo), desc=f"{self.name}: {method.name}", mininterval=5, delay=5
-        ) as bar:
+        desc = f"{self.name}: {method.name}"
+        with tqdm(total=len(todo), desc=desc, mininterval=5, delay=5) as bar:
             while todo:
                 at_once = self.lanes_at_once(method) if len(todo[0].edits) == 1 else 1
                 group = todo[:at_once]
