@@ -150,7 +150,7 @@ def test_a_misspelt_notebook_is_named_with_the_nearest(project, caplog):
 def test_a_parameters_cell_holds_literals_alone(project, source):
     path = project / "notebooks" / "01_small.ipynb"
     path.write_text(path.read_text().replace("limit = 4  # edits", source))
-    with pytest.raises(InputError, match="01_small.ipynb: .* each line of it `name = literal`"):
+    with pytest.raises(InputError, match="01_small.ipynb: .* of lines `name = literal`"):
         params.declared(path)
 
 

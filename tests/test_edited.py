@@ -1,15 +1,19 @@
 """Editing: edits that do nothing, move the wrong weights, pile up, are saved, or leave a trace."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
 from small import EDITS, LONG, QUICK, Snapshot, baseline, logits, moved, state
-from uke.data.edits import Edit
+from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods.catalog import METHODS, find
 from uke.methods.edited import ADAPTER, RECORD, WEIGHTS, edited, edited_each, load, save, sequence
 from uke.methods.locate_edit import covariance
 from uke.methods.recipes import Recipe
+from uke.models import model as models
+from uke.models.generate import answer
 from uke.models.model import select
 from uke.models.prompts import example
 
@@ -87,14 +91,46 @@ def test_a_method_is_found_by_its_name_or_the_nearest_is_named(tiny, tokenizer, 
     with pytest.raises(InputError, match="unknown method 'AdaLore'; did you mean 'AdaLoRA'"):
         with enter(model, tokenizer, EDITS[:1], "AdaLore"):
             pass
-    with pytest.raises(InputError, match="a model and its tokenizer, found LlamaForC.* and tuple"):
-        with enter(model, EDITS[:1], tokenizer, "FT-M"):
-            pass
+
+
+# Every argument of the few lines of a first use, and values that somebody may give it.
+FIRST_USE = {
+    "Edit, field 'id'": lambda wrong, *_: Edit(id=wrong),
+    "Edit, field 'details": lambda wrong, *_: Edit(id="a", question="b", answer="c", details=wrong),
+    "Probe, field 'number'": lambda wrong, *_: Probe(number=wrong, **PROBE),
+    "load, field 'name": lambda wrong, *_: models.load(wrong),
+    "load, field 'device": lambda wrong, *_: models.load("embedded", device=wrong),
+    "edited, field 'model'": lambda wrong, _, t: edited(wrong, t, PAIR, "FT-M"),
+    "edited, field 'tokenizer'": lambda wrong, m, _: edited(m, wrong, PAIR, "FT-M"),
+    "edited, field 'edits": lambda wrong, m, t: edited(m, t, wrong, "FT-M"),
+    "edited_each, field 'edits": lambda wrong, m, t: edited_each(m, t, wrong, "FT-M"),
+    "edited, field 'method": lambda wrong, m, t: edited(m, t, PAIR, wrong),
+    "answer, field 'probes": lambda wrong, m, t: answer(m, t, wrong),
+    "Generation, field 'max": lambda wrong, m, t: answer(
+        m, t, EDITS[0].probes, max_new_tokens=wrong
+    ),
+    "save, field 'directory": lambda wrong, m, _: save(m, wrong),
+    "load, field 'model'": lambda wrong, *_: load(wrong, "folder"),
+    "load, field 'directory": lambda wrong, m, _: load(m, wrong),
+}
+PROBE = {"edit": "a", "kind": "detail", "question": "b", "reference": "c"}
+WRONG = ([], None, 1.5, {"id": "a"}, [1], [None], EDITS[0], [EDITS[0], {"id": "b"}], {*EDITS})
+
+
+@pytest.mark.parametrize("place", FIRST_USE)
+def test_wrong_types_in_a_first_use_get_one_line(tiny, tokenizer, place):
+    model = tiny()
+    for wrong in WRONG[place.endswith(("details", "edits", "probes")) :]:
+        with pytest.raises(InputError) as caught:
+            FIRST_USE[place](wrong, model, tokenizer)
+        assert str(caught.value).startswith(place) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="Edit: .* 1 positional argument"):
+        Edit("a", "b", "c")
 
 
 BAD_EDITS = (
     ((), "no edits"),
-    (EDITS[0], "expected a list of Edit, found Edit"),
+    (EDITS[0], "field 'edits': .* found Edit"),
     ((*EDITS, EDITS[0]), "edit 'ada': given twice"),
     ([Edit(id="b", question="A?", answer="B <|im_end|> C")], "edit 'b': .*token '<.im_end.>'"),
     ((*EDITS, LONG), "edit 'endless'.*context holds 256"),
@@ -267,6 +303,10 @@ def test_a_model_without_an_edit_in_its_weights_is_not_saved(tiny, tokenizer, tm
         with edited(m, tokenizer, EDITS[2:], "in-context"):
             assert set(m.passages) == {"ada", "alan", "grace"}
     assert load(tiny(), tmp_path / "edit").edit_record.change_norm
+    content = json.loads((path := tmp_path / "edit" / RECORD).read_text())
+    path.write_text(json.dumps(content | {"record": {"change_norm": True}}))
+    with pytest.raises(InputError, match="edit.json: .* field 'change_norm': .* found True"):
+        load(tiny(), tmp_path / "edit")
 
 
 @pytest.mark.parametrize("enter", [edited, edited_each, lambda m, t, _, name: sequence(m, t, name)])

@@ -103,7 +103,7 @@ def test_the_explorer_offers_and_writes_it(tmp_path, monkeypatch):
 
 
 def test_a_method_without_its_two_members_is_none():
-    with pytest.raises(TypeError, match="abstract"):
+    with pytest.raises(ValueError, match="abstract"):
         Method(name="nothing")
     with pytest.raises(ValueError, match="Extra inputs .*; did you mean .rate"):
         Shifted(name="Shifted", rat=1.0)

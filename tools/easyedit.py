@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 from uke.data.edits import KINDS, Edit, Probe
-from uke.data.formats import located, read_json
-from uke.errors import InputError, nearest
+from uke.data.formats import read_json
+from uke.errors import InputError, about, located, nearest
 
 NAMES = {"original": "rewrite_acc", "paraphrase": "rephrase_acc"}
 FOLLOWS = ("detail", "multi_hop")  # from the text, so portability
@@ -23,7 +23,7 @@ def read(path: str | Path) -> list[Edit]:
     `portability` (as details) and `locality` (as questions that must keep their answers)."""
     found = []
     for number, record in enumerate(read_json(path)):
-        with located(f"{path}: record {number}"):
+        with located(place := f"{path}: record {number}"), about(place):
             own = str(record.get("case_id", number))
             details = [
                 {"question": one["prompt"], "answer": _first(one["ground_truth"])}

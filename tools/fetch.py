@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from uke.data.find import data_folder
-from uke.data.formats import located, parse, read_json
-from uke.errors import InputError, nearest
+from uke.data.formats import parse, read_json
+from uke.errors import InputError, located, nearest
 from uke.files import read_yaml, replacing, sha256, write_atomic
 from uke.models.model import load
 from uke.models.prompts import render

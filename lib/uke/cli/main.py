@@ -34,14 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for loud in (
-        "papermill",
-        "filelock",
-        "traitlets",
-        "fontTools",
-        "absl",
-        "sentence_transformers",
-    ):
+    for loud in "papermill filelock traitlets fontTools absl sentence_transformers".split():
         logging.getLogger(loud).setLevel(logging.ERROR)
     try:
         options.command(options)

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter
 
-from uke.data.formats import FORMATS, located
-from uke.errors import InputError, nearest
+from uke.data.formats import FORMATS
+from uke.errors import InputError, located, nearest
 from uke.files import read_yaml
 from uke.project import Paths
 
@@ -84,17 +84,14 @@ def dataset(root: Path, profile: str, data: str | None = None) -> str:
 
 def declared(notebook: Path) -> Parameters:
     """Read names and defaults in the cell tagged `parameters`, without running anything."""
-    try:
+    if not notebook.is_file():
+        hint = nearest(notebook.stem, (other.stem for other in notebook.parent.glob("*.ipynb")))
+        raise InputError(f"{notebook}: no such notebook{hint}")
+    with located(f"{notebook}: expected one cell tagged 'parameters', of lines `name = literal`"):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         (cell,) = (one for one in cells if "parameters" in one["metadata"].get("tags", ()))
         lines = ast.parse("".join(cell["source"])).body
         return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except FileNotFoundError:
-        hint = nearest(notebook.stem, (other.stem for other in notebook.parent.glob("*.ipynb")))
-        raise InputError(f"{notebook}: no such notebook{hint}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        expected = "expected one cell tagged 'parameters', each line of it `name = literal`"
-        raise InputError(f"{notebook}: {expected} ({error})") from None
 
 
 def merge(root: Path, notebook: str, profile: str, shared=(), own=()) -> Parameters:

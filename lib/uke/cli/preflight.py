@@ -7,7 +7,7 @@ from typing import Any
 
 from uke.data import edits, formats
 from uke.data.edits import Edit
-from uke.errors import InputError, nearest
+from uke.errors import InputError, about, nearest
 from uke.locality.card import settings
 from uke.methods.catalog import configured, find, trials, tunable
 from uke.methods.locate_edit import covariance
@@ -51,11 +51,9 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
         _check_corpus(model)
     chosen = chosen or [Edit(id="any", question="Who?", answer="She.")]
     for method in methods:
-        try:
+        with about(method.name):
             method.weights(modules)
             method.examples(modules, tokenizer, chosen)
-        except InputError as error:
-            raise InputError(f"{method.name}: {error}") from None
 
 
 @cache

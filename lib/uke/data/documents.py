@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from uke.data.edits import Text
-from uke.data.formats import located, parse, read_json
-from uke.errors import InputError
+from uke.data.formats import parse, read_json
+from uke.errors import InputError, located
 
 ACCEPTED = (
     "JSON lines (.jsonl, of a MediaWiki dump by `wikiextractor --json`) or Parquet with title and "
@@ -106,11 +106,8 @@ def _lines(path: Path) -> Records:
 def _rows(path: Path) -> Records:
     import pyarrow.parquet as pq
 
-    try:
+    with located(f"{path}: cannot be read as Parquet"):
         rows = pq.read_table(path).to_pylist()
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read as Parquet ({reason})") from None
     return ((f"row {number}", values) for number, values in enumerate(rows))
 
 

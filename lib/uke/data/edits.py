@@ -13,10 +13,12 @@ mention, which accepts their aliases. Exact match, the strict one, is a column o
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StrictBool, model_validator
+
+from uke.errors import Told
 
 
 class Kind(NamedTuple):
@@ -63,7 +65,7 @@ SPLITS = ("development", "test")
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Frozen(BaseModel):
+class Frozen(BaseModel, metaclass=Told):
     """A value that cannot change and has no fields but its own; texts are trimmed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
@@ -86,7 +88,7 @@ class Probe(Frozen):
 
     edit: Text
     kind: Literal[tuple(KINDS)]
-    number: StrictInt = Field(default=0, ge=0)
+    number: int = Field(default=0, ge=0, strict=True)
     question: Text
     reference: Text
     aliases: tuple[Text, ...] = ()
@@ -102,7 +104,7 @@ class Item(Probe):
 
     kind: Literal[tuple(kind for kind in KINDS if kind not in EFFICACY)]
     source: Text | None = None
-    rank: StrictInt | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, strict=True)
 
 
 class Cloze(Frozen):
@@ -166,6 +168,9 @@ class Edit(Frozen):
             for kind, number, question, reference in own
         ]
         return (*texts, *self.extra)
+
+
+Edits, Probes = Sequence[InstanceOf[Edit]], Sequence[InstanceOf[Probe]]
 
 
 def in_split(edit: str, split: str) -> bool:

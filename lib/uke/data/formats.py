@@ -9,16 +9,13 @@ import json
 import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from pydantic import ValidationError
-
 from uke.data.edits import Cloze, Edit, Item, Probe
-from uke.errors import InputError, nearest
+from uke.errors import InputError, about, located, nearest, typed
 from uke.files import read_yaml
 
 
@@ -38,29 +35,6 @@ def parse(content: bytes, place: str) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON: {error}") from None
-
-
-@contextmanager
-def located(place: str, fields: Iterable[str] = ()) -> Iterator[None]:
-    """Turn the first thing wrong with a record into an InputError of one line.
-
-    A name that is none of `fields` comes with the nearest one.
-    """
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        where = f"{place}, field '{name}'" if name else place
-        unknown = first["type"] == "extra_forbidden"
-        more = nearest(name, fields) if unknown else f"; found {short(first['input'])}"
-        raise InputError(" ".join(f"{where}: {first['msg']}{more}".split())) from None
-    except InputError:
-        raise
-    except KeyError as error:
-        raise InputError(f"{place}: field {error} is missing") from None
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{place}: not of the expected form: {error}") from None
 
 
 def edit_everything(record: Mapping) -> Edit:
@@ -262,6 +236,7 @@ def _facts(path: str | Path) -> Iterator[tuple[str, dict]]:
                 )
 
 
+@typed
 def load(dataset: str, path: str | Path) -> tuple[Edit, ...]:
     """Load all edits of a benchmark's file, in its order.
 
@@ -274,7 +249,7 @@ def load(dataset: str, path: str | Path) -> tuple[Edit, ...]:
         raise InputError(f"unknown dataset {dataset!r}{nearest(str(dataset), FORMATS)}")
     edits = []
     for place, record in _records(path):
-        with located(place):
+        with located(place), about(place):
             edits.append(FORMATS[dataset](record))
     return tuple(edits)
 
@@ -288,7 +263,7 @@ def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
     """
     clozes = []
     for place, record in (_facts if Path(path).suffix == ".yaml" else _records)(path):
-        with located(place):
+        with located(place), about(place):
             clozes.append(_cloze(record, Path(path).stem))
     found = tuple(cloze for cloze in clozes if cloze)
     if without := len(clozes) - len(found):
@@ -296,6 +271,7 @@ def load_clozes(path: str | Path) -> tuple[Cloze, ...]:
     return found
 
 
+@typed
 def load_locality(path: str | Path, edits: Iterable[Edit]) -> tuple[Item, ...]:
     """Load the probes of these edits from a locality file, a JSON list with the fields of `Item`.
 

@@ -20,8 +20,8 @@ from pydantic import TypeAdapter
 from uke.data.documents import gather
 from uke.data.edits import SPLITS, Item, in_split
 from uke.data.find import COLLECTIONS, find_data, find_files
-from uke.data.formats import load, load_clozes, located
-from uke.errors import InputError
+from uke.data.formats import load, load_clozes
+from uke.errors import InputError, located
 from uke.files import read_yaml, sha256, write_atomic
 from uke.locality.build import Judge, Settings, Sources, build_judged
 from uke.project import Paths, code_fingerprint
@@ -34,7 +34,7 @@ NAMES = {  # as published; any other file's set is called <dataset>-Loc
     "akew-counterfact": "AKEW-Loc-CF",
     "akew-mquake": "AKEW-Loc-MQuAKE",
 }
-BUILDING = ("data", "locality.build", "locality.facts", "locality.retrieval")
+BUILDING = ("locality.build", "locality.facts", "locality.retrieval")
 COUNTED = ("judged", "cosine")  # in the card of a model's own set, beside what decides it
 GENERAL_FACTS = Path(__file__).with_name("general_facts.yaml")
 
@@ -160,12 +160,12 @@ def ensure(
     target = Path(folder) / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
-        head, card = header(files, chosen), read_card(target.with_suffix(".md"))
+        sources, card = files.sources(), read_card(target.with_suffix(".md"))
+        head = header(files, chosen, sources)
         if judge:
             head |= {"judge": judge.about, "limit": max(limit, card.get("limit", 0))}
         decided = {name: value for name, value in card.items() if name not in COUNTED}
         if not (target.is_file() and decided == head | {"sha256": sha256(target)}):
-            sources = files.sources()
             items, verdicts = build_judged(sources, chosen, judge, head.get("limit"))
             write(head | (described(items, verdicts, sources) if judge else {}), items, target)
     return target
@@ -190,9 +190,9 @@ def described(items: Sequence[Item], verdicts: Mapping[str, bool], sources: Sour
     return {"judged": judged, "cosine": cosine}
 
 
-def header(files: SetFiles, chosen: Settings) -> dict:
-    """Collect what decides a set and begins its card: files, settings, building code."""
-    below = Path(__file__).parent
+def header(files: SetFiles, chosen: Settings, read: Sources) -> dict:
+    """Collect what decides a set and begins its card: files, what they hold, settings, code."""
+    below, digest = Path(__file__).parent, hashlib.sha256(repr(read).encode()).hexdigest()
     licences = read_yaml(below / "licences.yaml")  # by how the names of files begin
     sources = []
     for path in (files.edit_file, *files.documents, *files.structured):
@@ -205,6 +205,7 @@ def header(files: SetFiles, chosen: Settings) -> dict:
         "set": set_name(files.dataset),
         "dataset": files.dataset,
         "sources": sources,
+        "read": digest[:16],
         "settings": chosen.model_dump(),
         "code": f"{code_fingerprint(BUILDING)} {sha256(below / 'facts.yaml')[:16]}",
     }

@@ -33,8 +33,7 @@ import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, Tag, model_validator
 
-from uke.data.formats import located
-from uke.errors import InputError, nearest
+from uke.errors import InputError, located, nearest, typed
 from uke.files import read_yaml, write_atomic
 from uke.methods.method import Count, Method, Positive
 from uke.methods.recipes import BASELINES, FACTORS, RECIPES, SINGLE_BLOCKS, Recipe, candidate, vary
@@ -215,8 +214,9 @@ def own_name(model: str) -> str:
     return made.name if path.is_dir() and path.resolve() == made.resolve() else model
 
 
+@typed
 def configured(
-    folder: str | Path, model: str, batch_size: int = 1, tuned: bool = True
+    folder: str | Path, model: str | Path, batch_size: Count = 1, tuned: bool = True
 ) -> dict[str, Method]:
     """Return every method by name, as tuned for the model and a batch size.
 
@@ -225,8 +225,6 @@ def configured(
     Of the batch sizes that a method was tuned at the nearest counts (by ratio). Published settings
     stand where nothing is tuned, or `tuned` is false, and methods of your own as they are.
     """
-    if not isinstance(folder, str | Path) or type(batch_size) is not int or batch_size < 1:
-        raise InputError(f"expected a folder and a batch size, found {folder!r}, {batch_size!r}")
     found = {name: own for name, own in METHODS.items() if name not in PUBLISHED}
     for name, (path, file, method) in catalog(folder).items():
         found[name] = method

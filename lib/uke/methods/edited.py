@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from uke.data.formats import located, read_json
-from uke.errors import InputError
+from uke.data.formats import read_json
+from uke.errors import InputError, located, typed
 from uke.files import sha256, write_atomic
 from uke.methods.catalog import METHODS, find
 from uke.methods.lanes import attached
@@ -29,17 +30,15 @@ PASSING += "tokenizer_class problem_type id2label label2id initializer_range".sp
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def _method(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> Method:
-    """Return the method itself or of that name; InputError for arguments of another type."""
-    if not isinstance(model, nn.Module) or not isinstance(tokenizer, Tokenizer):
-        found = f"{type(model).__name__} and {type(tokenizer).__name__}"
-        raise InputError(f"expected a model and its tokenizer, found {found}")
+def _method(model: nn.Module, method: str | Method) -> Method:
+    """Return the method itself or of that name; InputError for a model that it cannot edit."""
     method = method if isinstance(method, Method) else find(method, METHODS)
     if method.moves_weights and hasattr(model, "lanes"):
         raise InputError("the model has lanes of edited_each(...); expected it without")
     return method
 
 
+@typed
 @contextmanager
 def edited(
     model: nn.Module,
@@ -62,7 +61,7 @@ def edited(
     what it raises ends the edit. InputError for an unknown method, one that selects no weight and
     an edit longer than the context; Diverged (a FloatingPointError) for a loss that is not finite.
     """
-    method = _method(model, tokenizer, method)
+    method = _method(model, method)
     method.examples(model, tokenizer, edits)
     with (
         kept(model, {}),
@@ -72,6 +71,7 @@ def edited(
         yield m
 
 
+@typed
 @contextmanager
 def edited_each(
     model: nn.Module, tokenizer: Tokenizer, edits: Edits, method: str | Method
@@ -86,7 +86,7 @@ def edited_each(
     answered by the lane of its `edit`, but for rounding as `edited` answers it. `edit_records` has
     an EditRecord by the edit's id; `failed` says why others have no lane. Raises as `edited` does.
     """
-    method = _method(model, tokenizer, method)
+    method = _method(model, method)
     method.examples(model, tokenizer, edits)
     if not method.moves_weights:
         with edited(model, tokenizer, edits, method) as m:
@@ -121,6 +121,7 @@ class Writer:
         return norms_since(self.weights, self.before)
 
 
+@typed
 @contextmanager
 def sequence(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> Iterator[Writer]:
     """Yield a writer whose edits pile up in the model's own weights.
@@ -133,7 +134,7 @@ def sequence(model: nn.Module, tokenizer: Tokenizer, method: str | Method) -> It
     On exit, also after an exception, all is bit for bit as before. InputError for a method that
     moves no weight.
     """
-    method = _method(model, tokenizer, method)
+    method = _method(model, method)
     if not method.moves_weights:
         raise InputError(f"{method.name}: moves no weight; expected a method that writes")
     method.depends_on(model)  # the statistics of the model as it is on entry
@@ -151,6 +152,7 @@ def lane_mib(model: nn.Module, method: Method) -> float:
     return LANE_MIB + 4 * (5 * method.lane_size(model) + logits) / 2**20
 
 
+@typed
 def save(m: nn.Module, directory: str | Path) -> None:
     """Save an edit: its changed weights, or its peft adapter, and a small JSON record.
 
@@ -184,6 +186,7 @@ def save(m: nn.Module, directory: str | Path) -> None:
     write_atomic(directory / RECORD, json.dumps(content, indent=1) + "\n")
 
 
+@typed
 def load(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load a saved edit into the model: return it, or peft's wrapper around it, with `edit_record`.
 
@@ -196,11 +199,11 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     path = Path(directory).expanduser() / RECORD
     with located(f"{path}: not a record written by save(...)"):
         content = read_json(path)
-        record, unchanged = EditRecord(**content["record"]), content["unchanged"]
+        record = TypeAdapter(EditRecord).validate_python(content["record"])
         changed = {"weights": record.change_norm, "adapter": ()}[content["form"]]
     if content.get("dtype", own := str(model.dtype)) != own:
         raise InputError(f"{path}: expected a model with dtype={content['dtype']}, found {own}")
-    if _unchanged(model, changed) != unchanged:
+    if _unchanged(model, changed) != content.get("unchanged"):
         raise InputError(f"{path}: field unchanged: this edit was made on another model")
     # Without these files peft would look for a pickle, and then on the hub.
     for name in [WEIGHTS] if changed else [ADAPTER_CONFIG, ADAPTER]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,15 +14,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from uke.data.edits import Edit
-from uke.data.formats import located
-from uke.errors import Diverged, InputError, about
+from uke.data.edits import Edits
+from uke.errors import Diverged, InputError, Told, about, typed
 from uke.methods.lanes import Lanes, relative_norm
 from uke.models.model import kept, max_context
 from uke.models.prompts import Example, example
 
 Tokenizer = PreTrainedTokenizerBase
-Edits = Sequence[Edit]
 # Called after every step with the steps so far and the loss (nats per token).
 Progress = Callable[[int, float], None] | None
 
@@ -64,7 +62,7 @@ class Written(NamedTuple):
     failed: dict[str, str]
 
 
-class Method(BaseModel, ABC):
+class Method(BaseModel, ABC, metaclass=Told):
     """Every choice of one way to edit, under a name. A method of your own is one class:
 
         class Doubled(Method):
@@ -94,10 +92,6 @@ class Method(BaseModel, ABC):
     learning_rate: Positive | None = None
     seed: Annotated[StrictInt, Field(ge=0)] = 2024
 
-    def __init__(self, **choices: Any) -> None:
-        with located(type(self).__name__, type(self).model_fields):
-            super().__init__(**choices)
-
     @property
     def fingerprint(self) -> str:
         """16 hex digits of every choice but the name: equal choices edit equally under any name."""
@@ -125,6 +119,7 @@ class Method(BaseModel, ABC):
         """Count the numbers that each lane of `write_each` holds."""
         return sum(weight.numel() for weight in self.weights(model).values())
 
+    @typed
     def examples(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> dict[str, Example]:
         """Return token ids and labels by the edit's id, as the method learns them.
 
@@ -133,8 +128,6 @@ class Method(BaseModel, ABC):
         """
         if not edits:
             raise InputError(f"{self.name}: no edits; expected at least one")
-        if not isinstance(edits, Sequence) or not all(isinstance(one, Edit) for one in edits):
-            raise InputError(f"edits: expected a list of Edit, found {type(edits).__name__}")
         longest, found, form = max_context(model), {}, (self.chat_template, self.end_of_turn)
         for edit in edits:
             if edit.id in found:

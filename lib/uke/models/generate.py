@@ -7,18 +7,18 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from uke.data.edits import Probe
-from uke.errors import InputError, about
+from uke.data.edits import Probe, Probes
+from uke.errors import InputError, Told, about, located, typed
 from uke.files import write_atomic
 from uke.models.model import max_context, wide
 from uke.models.prompts import Example, encode, end_of_turn_id, example, group_by_length, padded
@@ -40,13 +40,9 @@ class AnswerCache:
     def __init__(self, folder: Path) -> None:
         self.folder, self._known = folder, {}
         for path in sorted(folder.glob("*.json")):
-            try:
+            with located(f"{path}: expected cached answers; delete it to generate them again"):
                 for prompt, ids, limit in json.loads(path.read_text("utf-8")):
                     self._keep_longer(tuple(prompt), (ids, limit))
-            except (ValueError, TypeError) as error:
-                fault = f"not a file of cached answers ({error})"
-                expected = "expected [prompt, ids, limit] each; delete it to generate them again"
-                raise InputError(f"{path}: {fault}; {expected}") from None
 
     def _keep_longer(self, prompt: Prompt, new: CachedAnswer) -> None:
         if self._known.get(prompt, ([], -1))[1] < new[1]:
@@ -73,14 +69,17 @@ def reading(passage: str, question: str) -> str:
     return f"Read this text: {passage}\n{question}"
 
 
-@dataclass(frozen=True)
-class Generation:
+class Generation(BaseModel, metaclass=Told):
     """Options of `answer` and `target_log_probability`.
 
     `max_new_tokens`: a number, or a function of the probe. `chat`: None follows each probe, False
     asks all without the template. `batch_tokens`: tokens of prompts and answers decoded together.
     `cache`: answers of this very model, read before decoding and added to afterwards.
     """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
+    )
 
     max_new_tokens: int | Callable[[Probe], int] = 160
     chat: bool | None = None
@@ -101,8 +100,9 @@ class Query(NamedTuple):
     prompt: Prompt
 
 
+@typed
 def answer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], **options
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Probes, **options
 ) -> list[str]:
     """Answer every probe greedily, in order; special tokens and outer white space are stripped.
 
@@ -126,8 +126,6 @@ def answer_ids(
     chosen: Generation,
 ) -> list[list[int]]:
     """Return the token ids of what `answer` returns, without the token that ends an answer."""
-    if strange := [type(one).__name__ for one in probes if not isinstance(one, Probe)]:
-        raise InputError(f"probes: expected a list of Probe, found {strange[0]} in it")
     has_lanes, context = hasattr(model, "lanes"), max_context(model)
     given = chosen.max_new_tokens
     wanted = [given(probe) if callable(given) else given for probe in probes]

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from uke.errors import InputError, nearest
+from uke.errors import InputError, nearest, typed
 from uke.project import EMBEDDED, Paths
 
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # of Llama's kind
 
 
+@typed
 def load(
-    name: str, device: str = "auto", dtype: str | torch.dtype = "auto"
+    name: str | Path, device: str | int | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -71,10 +72,8 @@ def precision(device: str) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def source(name: str) -> tuple[str, bool]:
+def source(name: str | Path) -> tuple[str, bool]:
     """Return what `from_pretrained` reads, and whether it is a local directory."""
-    if not isinstance(name, str | Path):
-        raise InputError(f"model: expected a name or a directory, found {name!r}")
     path = EMBEDDED if name == "embedded" else Path(name := str(name)).expanduser()
     if name == "smollm2":
         path = Paths("embedded").home / "results" / "models" / name

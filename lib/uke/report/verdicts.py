@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, model_validator
 
-from uke.data.formats import located
+from uke.errors import located
 from uke.files import read_yaml
 from uke.project import Paths
 from uke.report.section import read_sections

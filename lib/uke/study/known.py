@@ -64,7 +64,7 @@ class Knowledge:
                 for index, source in enumerate(sources)
                 if turn == 0 or admitted(source, said[index, 0], said[index, 0])
             ]
-            options = vars(Generation(_tokens, cache=self.cache))
+            options = vars(Generation(max_new_tokens=_tokens, cache=self.cache))
             probes = [asked[index][turn] for index in left]
             answers = answer(*self.subject.loaded, probes, **options)
             said |= {(index, turn): text for index, text in zip(left, answers, strict=True)}

@@ -308,7 +308,7 @@ class Study:
     def expected(self) -> dict[Probe, Expected]:
         """What the unedited model expects along its answers, where others are compared with it."""
         probes = [probe for probe in self.dataset.every_probe if probe.kind in COMPARED]
-        options = Generation(self.token_limit, self.chat, cache=self.cache)
+        options = Generation(max_new_tokens=self.token_limit, chat=self.chat, cache=self.cache)
         found = expected(self.model, self.tokenizer, probes, **vars(options))
         return dict(zip(probes, found, strict=True))
 
@@ -339,7 +339,7 @@ class Study:
         self, model: nn.Module, probes: Sequence[Probe], known: AnswerCache | None = None
     ) -> pd.DataFrame:
         """Answer the probes and score them against the reference: one row per probe, in order."""
-        options = Generation(self.token_limit, self.chat, cache=known)
+        options = Generation(max_new_tokens=self.token_limit, chat=self.chat, cache=known)
         return answer_and_score(model, self.tokenizer, probes, options, self.encoder)
 
     def token_limit(self, probe: Probe) -> int:

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from uke.data.edits import Text
-from uke.data.formats import located, read_json
-from uke.errors import InputError, about
+from uke.data.formats import read_json
+from uke.errors import InputError, about, located
 from uke.files import replacing, write_atomic
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
 from uke.models.model import fingerprint, max_context
