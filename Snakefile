@@ -5,6 +5,8 @@ Configuration: profile, data, rows, threads (per notebook) and the parameters th
 of its rule: Snakemake deletes the outputs of a job that fails, and rows let a rerun resume.
 """
 
+import functools
+import hashlib
 import json
 import shlex
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from uke.cli import params
 from uke.data.find import COLLECTIONS, find_data, find_files
+from uke.files import sha256
 from uke.project import Paths
 from uke.world.files import world_of
 
@@ -56,8 +59,8 @@ def section(notebook):
     return str(PATHS.sections / f"{notebook}.json")
 
 
-def sources(wildcards):
-    notebook = wildcards.notebook
+def written(notebook):
+    """Name the code and settings of a notebook, but for the methods."""
     patterns = [
         "lib/uke/**/*.py",
         "lib/uke/*/*.yaml",
@@ -74,7 +77,22 @@ def sources(wildcards):
         patterns += ["benchmarks/results/*.json"]
     found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
     found.discard(PATHS.figures / "numbers.json")  # which the report of this run writes
-    files = sorted(map(str, found))
+    return sorted(map(str, found))
+
+
+@functools.cache
+def content(notebook):
+    """Return a digest of these files: their age says nothing where a clock was set back."""
+    digests = [digest_of(path) for path in written(notebook)]
+    return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
+
+
+digest_of = functools.cache(lambda path: sha256(Path(path)))
+
+
+def sources(wildcards):
+    notebook = wildcards.notebook
+    files = written(notebook)
     # Tuning writes what it chose into the files of methods: newer ones are no reason to tune again.
     methods = sorted(map(str, ROOT.glob("params/methods/*.yaml")))
     files += [ancient(path) for path in methods] if notebook in TUNING else methods
@@ -190,6 +208,7 @@ for rank in sorted({study.priority for study in STUDIES.values()}):
         threads: int(config.get("threads", 1))
         params:
             options=lambda _: OPTIONS,  # as it is: a text would have wildcards
+            content=lambda own: content(own.notebook),
         shell:
             "OMP_NUM_THREADS={threads} {sys.executable:q} -m uke run {wildcards.notebook} --checked "
             "{params.options}"

@@ -342,7 +342,8 @@ def test_a_run_uses_this_interpreter_and_leaves_section_answer_and_manifest(proj
     ],
 )
 def test_a_failing_cell_is_one_line_and_an_old_section_fails(project, caplog, cell, expected):
-    write_atomic(Paths("quick").sections / "01_small.json", "{}")
+    write_atomic(old := Paths("quick").sections / "01_small.json", "{}")
+    os.utime(old, (2**32, 2**32))  # as before a clock was set back
     write(project, cell)
     assert run("--checked") == 1
     assert expected in caplog.messages[-1] and "\n" not in caplog.messages[-1]
@@ -361,7 +362,7 @@ for unit in "ab":
     if not (folder / unit).exists():
         (folder / unit).write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL) if unit == "a" else None"""
-    write(project, units, WRITE)
+    write(project, units, f"{WRITE}\nos.utime(section, (0, 0))")  # a clock set back on the way
     assert run() == 1
     assert "kernel failed in 'Is this small?'" in caplog.messages[-1]
     first = (project / "results/units/a").read_text()

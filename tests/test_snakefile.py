@@ -77,6 +77,9 @@ def test_notebooks_run_in_order_once_and_a_failed_one_says_why(project, snakemak
     assert [path.name for path in sections.iterdir()] == ["01_small.json"]
     done = str(sections / "01_small.json")
     assert "Nothing to be done" in planned(done)
+    (profile := project / "params/profiles/smoke.yaml").write_text("limit: 3\n")
+    shutil.copystat(project / "params/studies.yaml", profile)  # as after a clock was set back
+    assert "Params have changed" in planned(done)
     plan = planned(done, "limit=3")
     assert "Params have changed" in plan and "--shared limit=3" in plan
 

@@ -53,11 +53,12 @@ class Job:
 def execute(job: Job) -> None:
     """Run the notebook; Failure if a cell fails, the kernel dies or there is no new section."""
     job.executed.parent.mkdir(parents=True, exist_ok=True)
-    started, status = time.time(), "failed"
+    started, status = time.monotonic(), "failed"
     section = job.paths.sections / f"{job.notebook.stem}.json"
+    section.unlink(missing_ok=True)  # its age would say nothing where a clock was set back
     try:
         _run(job)
-        if not section.exists() or section.stat().st_mtime < started:
+        if not section.exists():
             raise Failure(f"{job.notebook}: finished without writing its section {section}")
         said = json.loads(section.read_text(encoding="utf-8"))
         if void := said.get("void"):
@@ -77,7 +78,7 @@ def execute(job: Job) -> None:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "libraries": {name: metadata.version(name) for name in LIBRARIES},
-            "seconds": round(time.time() - started, 2),
+            "seconds": round(time.monotonic() - started, 2),
         }
         path = job.paths.results / "manifests" / f"{job.notebook.stem}.json"
         write_atomic(path, json.dumps(manifest, indent=1) + "\n")
