@@ -93,44 +93,29 @@ def test_a_method_is_found_by_its_name_or_the_nearest_is_named(tiny, tokenizer, 
             pass
 
 
-# Every argument of the few lines of a first use, and values that somebody may give it.
-FIRST_USE = {
-    "Edit, field 'id'": lambda wrong, *_: Edit(id=wrong),
-    "Edit, field 'details": lambda wrong, *_: Edit(id="a", question="b", answer="c", details=wrong),
-    "Probe, field 'number'": lambda wrong, *_: Probe(number=wrong, **PROBE),
-    "load, field 'name": lambda wrong, *_: models.load(wrong),
-    "load, field 'device": lambda wrong, *_: models.load("embedded", device=wrong),
-    "edited, field 'model'": lambda wrong, _, t: edited(wrong, t, PAIR, "FT-M"),
-    "edited, field 'tokenizer'": lambda wrong, m, _: edited(m, wrong, PAIR, "FT-M"),
-    "edited, field 'edits": lambda wrong, m, t: edited(m, t, wrong, "FT-M"),
-    "edited_each, field 'edits": lambda wrong, m, t: edited_each(m, t, wrong, "FT-M"),
-    "edited, field 'method": lambda wrong, m, t: edited(m, t, PAIR, wrong),
-    "answer, field 'probes": lambda wrong, m, t: answer(m, t, wrong),
-    "Generation, field 'max": lambda wrong, m, t: answer(
-        m, t, EDITS[0].probes, max_new_tokens=wrong
-    ),
-    "save, field 'directory": lambda wrong, m, _: save(m, wrong),
-    "load, field 'model'": lambda wrong, *_: load(wrong, "folder"),
-    "load, field 'directory": lambda wrong, m, _: load(m, wrong),
-}
-PROBE = {"edit": "a", "kind": "detail", "question": "b", "reference": "c"}
-WRONG = ([], None, 1.5, {"id": "a"}, [1], [None], EDITS[0], [EDITS[0], {"id": "b"}], {*EDITS})
+WRONG = (None, 1.5, {"id": "a"}, [1], [None], EDITS[0], [EDITS[0], {"id": "b"}], {*EDITS})
 
 
-@pytest.mark.parametrize("place", FIRST_USE)
-def test_wrong_types_in_a_first_use_get_one_line(tiny, tokenizer, place):
-    model = tiny()
-    for wrong in WRONG[place.endswith(("details", "edits", "probes")) :]:
-        with pytest.raises(InputError) as caught:
-            FIRST_USE[place](wrong, model, tokenizer)
-        assert str(caught.value).startswith(place) and "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="Edit: .* 1 positional argument"):
-        Edit("a", "b", "c")
+@pytest.mark.parametrize("wrong", WRONG, ids=map(repr, range(len(WRONG))))
+def test_an_argument_of_a_wrong_type_in_a_first_use_gets_one_line(tiny, tokenizer, wrong):
+    given = {"model": tiny(), "tokenizer": tokenizer}
+    writing = given | {"edits": PAIR, "method": "FT-M"}
+    for call, right in (
+        (Edit, {"id": "a", "question": "b", "answer": "c", "details": (), "extra": ()}),
+        (Probe, {"edit": "a", "kind": "detail", "question": "b", "reference": "c", "number": 0}),
+        (models.load, {"name": "embedded", "device": "cpu", "dtype": "auto"}),
+        *((enter, writing) for enter in (edited, edited_each)),
+        (answer, given | {"probes": EDITS[0].probes, "max_new_tokens": 4}),
+        (save, {"m": given["model"], "directory": "folder"}),
+        (load, {"model": given["model"], "directory": "folder"}),
+    ):
+        for field in right:
+            with pytest.raises(InputError, match=f"^[^\\n]*field '{field}[^\\n]*$"):
+                call(**right | {field: wrong})
 
 
 BAD_EDITS = (
     ((), "no edits"),
-    (EDITS[0], "field 'edits': .* found Edit"),
     ((*EDITS, EDITS[0]), "edit 'ada': given twice"),
     ([Edit(id="b", question="A?", answer="B <|im_end|> C")], "edit 'b': .*token '<.im_end.>'"),
     ((*EDITS, LONG), "edit 'endless'.*context holds 256"),
@@ -300,6 +285,9 @@ def test_a_model_without_an_edit_in_its_weights_is_not_saved(tiny, tokenizer, tm
             save(m, tmp_path / "edit")
             with pytest.raises(InputError, match="edit.json: expected a folder to make"):
                 save(m, tmp_path / "edit" / RECORD)
+            (tmp_path / "other" / WEIGHTS).mkdir(parents=True)
+            with pytest.raises(OSError, match="other: .* directory"):
+                save(m, tmp_path / "other")
         with edited(m, tokenizer, EDITS[2:], "in-context"):
             assert set(m.passages) == {"ada", "alan", "grace"}
     assert load(tiny(), tmp_path / "edit").edit_record.change_norm

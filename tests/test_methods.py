@@ -142,7 +142,6 @@ def test_a_bad_file_is_named_with_its_place(tmp_path, text, expected):
             lambda folder: at_level(folder, "embedded", "FT-M", "layers", "all"),
             "ft_m.yaml: layers, all, field 'setps'",
         ),
-        ("", lambda _: configured(None, "embedded"), "field 'folder"),
     ],
 )
 def test_settings_that_do_not_fit_their_method_are_named_on_use(folder, text, read, expected):

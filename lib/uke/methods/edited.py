@@ -167,19 +167,23 @@ def save(m: nn.Module, directory: str | Path) -> None:
         raise InputError(f"{directory}: nothing to save; expected what edited(...) yields")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECORD).unlink(missing_ok=True)  # of an edit that stood there before
     except OSError as error:
         raise InputError(f"{directory}: expected a folder to make ({error.strerror})") from None
-    if hasattr(m, "peft_config"):
-        form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
-        if m.active_peft_config.peft_type == "ADALORA":
-            # Pruned ranks are zeros: kept in the file they change nothing, cut out the rounding.
-            m.active_peft_config.rank_pattern = None
-        # Without this, peft would look for the base model on the hub to compare vocabularies.
-        m.save_pretrained(directory, save_embedding_layers=False)
-    else:
-        form, unchanged = "weights", _unchanged(m, record.change_norm)
-        weights = {name: m.get_parameter(name).detach() for name in record.change_norm}
-        save_file({n: w.contiguous() for n, w in weights.items()}, directory / WEIGHTS)
+    try:
+        if hasattr(m, "peft_config"):
+            form, unchanged = "adapter", _unchanged(m.get_base_model(), ())
+            if m.active_peft_config.peft_type == "ADALORA":
+                # Pruned ranks are zeros: in the file they change nothing, cut out the rounding.
+                m.active_peft_config.rank_pattern = None
+            # Without this, peft would look for the base model on the hub to compare vocabularies.
+            m.save_pretrained(directory, save_embedding_layers=False)
+        else:
+            form, unchanged = "weights", _unchanged(m, record.change_norm)
+            weights = {name: m.get_parameter(name).detach() for name in record.change_norm}
+            save_file({n: w.contiguous() for n, w in weights.items()}, directory / WEIGHTS)
+    except SafetensorError as error:  # as on a full disk
+        raise OSError(f"{directory}: {error}") from None
     content = {"form": form, "dtype": str(m.dtype), "unchanged": unchanged, "record": vars(record)}
     content["config"] = sha256(directory / ADAPTER_CONFIG) if form == "adapter" else None
     # Written last: a directory without it was never finished.

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from uke.data.edits import Probe
 from uke.errors import InputError
-from uke.files import replacing
+from uke.files import write_atomic
 from uke.models.generate import Generation, answer_ids, teacher_forced
 from uke.models.model import max_context
 from uke.models.prompts import IGNORED, Example, encode, end_of_turn_id
@@ -62,8 +62,7 @@ def expected(
         target = torch.tensor(key[1][: len(logs)])
         found[key] = Expected(target, tokens.int().cpu(), logs.to(logits.dtype).cpu())
         if path := paths[key]:
-            with replacing(path) as part:
-                save_file(found[key]._asdict(), part)
+            write_atomic(path, save(found[key]._asdict()))
     return [found[key] for key in keys]
 
 

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field, TypeAdapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 from uke.data.edits import Text
 from uke.data.formats import read_json
 from uke.errors import InputError, about, located
-from uke.files import replacing, write_atomic
+from uke.files import write_atomic
 from uke.methods.locate_edit.anchors import Site, chunks, look, sites
 from uke.models.model import fingerprint, max_context
 from uke.models.prompts import encode, example
@@ -116,8 +116,8 @@ def measure(
             keys = call.args[0][real].double()  # (tokens, W)
             total += keys.T @ keys
     for site, total in zip(lacking, sums, strict=True):
-        with replacing(_path(model, site)) as part:
-            save_file({"covariance": total / sum(map(len, sequences))}, part)
+        found = {"covariance": total / sum(map(len, sequences))}
+        write_atomic(_path(model, site), save(found))
 
 
 def covariances(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
