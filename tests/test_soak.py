@@ -12,13 +12,17 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,13 +31,15 @@ import torch
 import yaml
 from conftest import SENTENCES, TEMPLATE
 from filelock import FileLock
+from jupyter_server.serverapp import ServerApp
 from safetensors.torch import load_file, save_file
 from small import EDITS, QUICK, TEXTS, Snapshot, baseline, toys
+from test_cli import write
 from test_edits import RECORDS, TRIPLE, probe
 from test_studies import LORA, MEASURED, MEMIT
 from test_studies import QUICK as FT_M
 from uke.cli import params
-from uke.cli.execute import processor
+from uke.cli.execute import Failure, Job, execute, processor
 from uke.data import documents, formats
 from uke.data.edits import Edit
 from uke.errors import InputError
@@ -41,18 +47,19 @@ from uke.explore.html import Page, marked
 from uke.locality import card
 from uke.methods import catalog, edited, edited_each, load, save, sequence
 from uke.methods.locate_edit import covariance
+from uke.methods.recipes import BASELINES
 from uke.models import model as models
 from uke.models.generate import AnswerCache
 from uke.models.prompts import example
 from uke.project import Paths
+from uke.report import verdicts
 from uke.results.metrics import score
 from uke.study.study import Study
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "figures" / "reliability.csv"
 SHARE = float(os.environ.get("SHARE") or 0)
-HERE = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-COMMIT = subprocess.run(HERE, capture_output=True, text=True).stdout.strip()
+COMMIT = subprocess.getoutput(f"git -C '{ROOT}' rev-parse --short HEAD")
 pytestmark = pytest.mark.soak
 
 
@@ -83,6 +90,7 @@ def part(request):
         if table.loc[name, "cases"] >= SHARE * table.loc[name, "of"]:
             pytest.skip("done at this commit")
     yield found
+    found.check(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**22, "4 GiB of memory")
     if SHARE and found.done:
         line = {"cases": found.done, "of": found.all, "faults": len(found.faults)}
         line |= {"seconds": round(time.time() - started), "commit": COMMIT, "machine": processor()}
@@ -112,37 +120,51 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+ALL = (FT_M, MEMIT, LORA)
+FEW, EDITED = (ALL, 4) if SHARE else (ALL[:2], 2)  # where the small form has fewer
+
+
+def study(model, tokenizer, folder, methods=FEW, **options) -> pd.DataFrame:
+    """The rows of a small study in a folder, made or resumed there."""
+    os.environ["UKE_HOME"] = str(folder)
+    covariance.measure(model, tokenizer, SENTENCES, (1, 2))
+    dataset = toys(struct_trip="was born").first(EDITED)
+    own = Study("soak", dataset, (model, tokenizer), False, max_new_tokens=4, **options)
+    for method in methods:
+        own.run(method)
+    frame = pd.concat([own.read(), own.before]).drop(columns=MEASURED)
+    return frame.sort_values(["method", "edit", "kind", "number"], ignore_index=True)
+
+
 @pytest.fixture(scope="module")
 def studied(tiny, tokenizer, tmp_path_factory):
-    """Factory: the rows of a small study with three methods in a folder, made or resumed there."""
-    dataset, model = toys(struct_trip="was born"), tiny("llama")
-
-    def run(folder, methods=(FT_M, LORA, MEMIT), **options):
-        os.environ["UKE_HOME"] = str(folder)
-        covariance.measure(model, tokenizer, SENTENCES, (1, 2))
-        own = Study("soak", dataset, (model, tokenizer), False, max_new_tokens=4, **options)
-        for method in methods:
-            own.run(method)
-        frame = pd.concat([own.read(), own.before]).drop(columns=MEASURED)
-        return frame.sort_values(["method", "edit", "kind", "number"], ignore_index=True)
-
+    """The study with its model given, the rows of one left in peace, and its seconds."""
+    folder, run = tmp_path_factory.mktemp("whole"), partial(study, tiny("llama"), tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UKE_HOME", "")  # and back to what it was
-        for _ in range(2):  # the first loads what is loaded once
-            started = time.perf_counter()
-            run.expected = run(tmp_path_factory.mktemp("whole"))
-            run.seconds = time.perf_counter() - started
+        run.all = run(folder, ALL)  # which loads what is loaded once
+        (folder / "again").mkdir()
+        started = time.perf_counter()
+        run.few = run(folder / "again")
+        run.seconds, run.folder = time.perf_counter() - started, folder / "again"
         yield run
 
 
 def alike(frame: pd.DataFrame, other: pd.DataFrame) -> bool:
     """Whether rows are equal but for rounding: an edit has other edits beside it, or none."""
-    try:
+    with contextlib.suppress(AssertionError):
         frames = (one.drop(columns="curve") for one in (frame, other))
         pd.testing.assert_frame_equal(*frames, rtol=1e-3, atol=1e-3)
-    except AssertionError:
-        return False
-    return True
+        return True
+    return False
+
+
+DYING = """import os, sys, threading
+sys.path.insert(0, {!r})
+from test_soak import models, study
+given = models.load(".", device="cpu")
+threading.Timer({}, os._exit, [9]).start()
+study(*given, os.getcwd())"""
 
 
 def remounted(folder: Path, *options: str) -> None:
@@ -150,13 +172,24 @@ def remounted(folder: Path, *options: str) -> None:
 
 
 def disturb(how: str, run, folder: Path, chance) -> None:
-    if how in ("SIGKILL", "SIGINT"):
+    if how in ("SIGKILL", "SIGINT", "clock"):
         child = begun(lambda: run(folder))
         time.sleep(chance.uniform(0, run.seconds))
-        os.kill(child, getattr(signal, how))
+        os.kill(child, getattr(signal, how, signal.SIGKILL))
         ended(child)
+        for path in folder.rglob("*") if how == "clock" else ():  # which was set back since
+            os.utime(path, (time.time() + 86_400,) * 2)
+    elif how == "kernel":
+        os.environ["UKE_HOME"] = str(folder)
+        os.environ["UKE_HOME"] = str(folder)
+        for one in run.args:
+            one.save_pretrained(folder)
+        (folder / "notebooks").mkdir()
+        write(folder, DYING.format(str(Path(__file__).parent), chance.uniform(0, 3 * run.seconds)))
+        with pytest.raises(Failure, match="kernel failed|without writing its section"):
+            execute(Job(folder / "notebooks" / "01_small.ipynb", {}, Paths("smoke")))
     elif how == "truncated":
-        run(folder)
+        shutil.copytree(run.folder, folder, dirs_exist_ok=True)
         path = chance.choice(sorted(folder.rglob("*.parquet")))
         os.truncate(path, chance.randrange(path.stat().st_size))
     elif how == "two":
@@ -172,34 +205,30 @@ def disturb(how: str, run, folder: Path, chance) -> None:
             remounted(folder, "remount", "rw", "size=9m")
 
 
-HOW = {"SIGKILL": 50, "SIGINT": 20, "truncated": 50, "two": 10}
+HOW = {"SIGKILL": 50, "SIGINT": 20, "clock": 20, "truncated": 50, "kernel": 10, "two": 10}
 HOW |= {"full": 20, "read-only": 5} if os.geteuid() == 0 else {}  # which takes a mount
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_kills(part, studied, tmp_path, how):
-    for chance in part.cases(how != "two", HOW[how]):
+    for chance in part.cases(how not in ("SIGKILL", "kernel", "two"), HOW[how]):
         (folder := tmp_path / "disturbed").mkdir()
         disturb(how, studied, folder, chance)
-        part.check(alike(studied(folder), studied.expected), f"{how}: other rows")
+        part.check(alike(studied(folder), studied.few), f"{how}: other rows")
         if how in ("full", "read-only"):
             subprocess.run(["umount", "-l", folder], check=True)
         shutil.rmtree(folder)
 
 
 def test_determinism(part, studied, tmp_path):
-    """Equal bits again, in any order, by two processes; one by one only rounding differs."""
+    """Equal bits in any order, by two processes; one by one only rounding differs."""
     for chance in part.cases(1, 20):
-        methods = chance.sample([FT_M, LORA, MEMIT], 3)
-        for name in "abc":
-            (tmp_path / name).mkdir()
-        part.check(studied(tmp_path / "a", methods).equals(studied.expected), "other rows again")
-        ended(begun(lambda: studied(tmp_path / "b", methods[:1])))
-        part.check(studied(tmp_path / "b", methods).equals(studied.expected), "by two: other rows")
-        alone = studied(tmp_path / "c", methods, lanes=1)
-        part.check(alike(alone, studied.expected), "without lanes: other rows")
-        for name in "abc":
-            shutil.rmtree(tmp_path / name)
+        methods = chance.sample(ALL, 3)
+        one, other = (tempfile.mkdtemp(dir=tmp_path) for _ in range(2))
+        ended(begun(lambda: studied(one, methods[:1])))
+        part.check(studied(one, methods).equals(studied.all), "by two: other rows")
+        alone = studied(other, methods, lanes=1)
+        part.check(alike(alone, studied.all), "without lanes: other rows")
 
 
 def test_determinism_of_figures(part, tmp_path):
@@ -301,9 +330,11 @@ def test_bad_input(part, tmp_path, name):
         path.write_bytes(changed(json.dumps(value).encode(), chance, path.suffix))
         found = fault(lambda: read(path))
         part.check(not found, f"{name}: {path.read_bytes()[:200]}: {found}")
+        part.check(os.listdir(tmp_path) == [name], f"{name}: it has left more files")
 
 
 SETTINGS = ["profiles/quick.yaml", "studies.yaml", "methods/ft-m.yaml", "07_recipe.ipynb"]
+SETTINGS += ["locality.yaml", "claims.yaml"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -318,6 +349,7 @@ def test_bad_input_params(part, tmp_path, name):
         params.merge(tmp_path, "07_recipe", "quick")
         catalog.configured(tmp_path / "params", "embedded", 8)
         card.settings(tmp_path, "world")
+        verdicts.claims(tmp_path / "params" / "claims.yaml")
 
     for chance in part.cases(2, 500):
         path.write_bytes(changed(whole, chance, path.suffix))
@@ -325,16 +357,10 @@ def test_bad_input_params(part, tmp_path, name):
         part.check(not found, f"{name}: {found}")
 
 
-PIECES = [
-    "{{ bos_token }}",
-    "{% for m in messages %}",
-    "{% endfor %}",
-    "{% if m.role %}",
-    "<think>",
-]
-PIECES += ["{% endif %}", "{{ m.content }}", "{{ m['content'] | trim }}", "\n", " ", "</s>", "{{ x"]
-PIECES += ["{{ strftime_now('%Y') }}", "{{ raise_exception('no') }}", "{{ messages[0].content }}"]
-PIECES += ["{% set x = messages[9] %}", "{{ 1 / 0 }}", "{% if add_generation_prompt %}"]
+PIECES = """{{ bos_token }}&{% for m in messages %}&{% endfor %}&{% if m.role %}&{% endif %}&
+&{{ m.content }}&{{ m['content'] | trim }}& &</s>&{{ x&{{ strftime_now('%Y') }}&{{ 1 / 0 }}&<think>&
+{{ raise_exception('no') }}&{{ messages[0].content }}&{% set x = messages[9] %}&
+{% if add_generation_prompt %}""".split("&")
 
 
 def test_bad_input_templates(part, tokenizer):
@@ -393,11 +419,10 @@ def digest(model) -> str:
 
 def test_restoration(part, measured, tokenizer):
     """Any method inside any other, errors at any place: the model at the end is that of before."""
-    model, locating = measured(), ("memit", "alphaedit", "unke", "anyedit_memit", "in_context")
-    every = [*QUICK.values(), *map(baseline, locating)]
+    model, every = measured(), [*QUICK.values(), *map(baseline, BASELINES)]
     snapshot, before = Snapshot(model), digest(model)
     errors = (RuntimeError, KeyboardInterrupt, MemoryError, InputError)
-    for chance in part.cases(8, 1000):
+    for chance in part.cases(6, 1000):
 
         def step(*_, chance=chance):
             if chance.random() < 0.1:
@@ -427,6 +452,11 @@ def test_security(part, tmp_path, monkeypatch):
             with contextlib.suppress(InputError):
                 part.check(home in place(name).parents, name)
     part.check(not list(home.iterdir()), "a folder was made")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: part.check(False, "not offline"))
+    part.check(not fault(lambda: models.load("some/name")), "a name of the hub")
+    shown = subprocess.getoutput(f"make -nC '{ROOT}' explore")
+    part.check("jupyter lab" in shown and not re.search("ip=|token|password|origin", shown), shown)
+    part.check(ServerApp().ip == "localhost", "open to others")
 
 
 SAID = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
@@ -472,9 +502,7 @@ def test_numbers(part):
         pair = f"{said[:200]!r}, {wanted!r}"
         part.check(bool(found.map(math.isfinite).all()), f"{pair}: {found.to_dict()}")
         part.check(bool(found.drop("length_ratio").between(0, 1 + 1e-9).all()), f"{pair}: no share")
-        part.check(
-            said != wanted or found["exact"] == found["rougel_f1"] == 1, f"{pair}: not equal"
-        )
+        part.check(said != wanted or found["exact"] == found["rougel_f1"] == 1, f"{pair}: unequal")
         one, other = (re.findall("[a-z0-9]+", text.lower()) for text in (said, wanted))
         if one and other and wanted.isascii():
             match = common(one, other)
