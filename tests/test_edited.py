@@ -6,15 +6,13 @@ import pytest
 import torch
 from peft import PeftModel
 from small import EDITS, LONG, QUICK, Snapshot, baseline, logits, moved, state
+from uke import models
 from uke.data.edits import Edit, Probe
 from uke.errors import InputError
 from uke.methods.catalog import METHODS, find
 from uke.methods.edited import ADAPTER, RECORD, WEIGHTS, edited, edited_each, load, save, sequence
 from uke.methods.locate_edit import covariance
 from uke.methods.recipes import Recipe
-from uke.models import model as models
-from uke.models.generate import answer
-from uke.models.model import select
 from uke.models.prompts import example
 
 PAIR = EDITS[:2]
@@ -44,7 +42,7 @@ def test_an_edit_moves_the_named_weights_alone_and_leaves_no_trace(tiny, tokeniz
     if recipe.adapter:
         named = {n for n in named if n.endswith(".weight")}
     if recipe.layers != "all":
-        named &= set(select(model, recipe.layers, recipe.components))
+        named &= set(models.select(model, recipe.layers, recipe.components))
     assert set(recipe.weights(model)) == named
     with edited(model, tokenizer, PAIR, recipe) as m:
         for edit, old in zip(PAIR, expected, strict=True):
@@ -105,7 +103,7 @@ def test_an_argument_of_a_wrong_type_in_a_first_use_gets_one_line(tiny, tokenize
         (Probe, {"edit": "a", "kind": "detail", "question": "b", "reference": "c", "number": 0}),
         (models.load, {"name": "embedded", "device": "cpu", "dtype": "auto"}),
         *((enter, writing) for enter in (edited, edited_each)),
-        (answer, given | {"probes": EDITS[0].probes, "max_new_tokens": 4}),
+        (models.answer, given | {"probes": EDITS[0].probes, "max_new_tokens": 4}),
         (save, {"m": given["model"], "directory": "folder"}),
         (load, {"model": given["model"], "directory": "folder"}),
     ):
@@ -273,7 +271,7 @@ def test_weights_of_another_record_are_refused(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_model_without_an_edit_in_its_weights_is_not_saved(tiny, tokenizer, tmp_path):
+def test_an_edit_on_top_leaves_those_below_and_only_weights_are_saved(tiny, tokenizer, tmp_path):
     model = tiny()
     with pytest.raises(InputError, match="nothing to save"):
         save(model, tmp_path / "edit")
@@ -282,6 +280,11 @@ def test_a_model_without_an_edit_in_its_weights_is_not_saved(tiny, tokenizer, tm
             save(m, tmp_path / "edit")
         assert not (tmp_path / "edit").exists()
         with edited(m, tokenizer, EDITS[2:], QUICK["FT-M"]):
+            before, record = logits(m, tokenizer), m.edit_record
+            for name in ("FT-M", "LoRA"):
+                with edited(m, tokenizer, PAIR, QUICK[name]) as top:
+                    save(top, tmp_path / name)
+                assert m.edit_record is record and torch.equal(logits(m, tokenizer), before)
             save(m, tmp_path / "edit")
             with pytest.raises(InputError, match="edit.json: expected a folder to make"):
                 save(m, tmp_path / "edit" / RECORD)

@@ -242,8 +242,7 @@ def test_a_set_is_built_again_when_what_decides_it_changes(
             card.ensure(development, Settings(retriever="bm25", floor=50), target)
     assert (folder / built.name).read_bytes() == built.read_bytes()
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".lock"]
-    # The code that reads does not decide a set; what it reads does.
-    monkeypatch.setattr(card, "load_clozes", lambda path: load_clozes(path)[1:])
+    monkeypatch.setattr(card, "load_clozes", lambda path: load_clozes(path)[1:])  # what is read
     with pytest.raises(ZeroDivisionError):
         card.ensure(development, QUICK, folder)
 

@@ -139,14 +139,13 @@ def study(model, tokenizer, folder, methods=FEW, **options) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def studied(tiny, tokenizer, tmp_path_factory):
     """The study with its model given, the rows of one left in peace, and its seconds."""
-    folder, run = tmp_path_factory.mktemp("whole"), partial(study, tiny("llama"), tokenizer)
+    run = partial(study, tiny("llama"), tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UKE_HOME", "")  # and back to what it was
-        run.all = run(folder, ALL)  # which loads what is loaded once
-        (folder / "again").mkdir()
-        started = time.perf_counter()
-        run.few = run(folder / "again")
-        run.seconds, run.folder = time.perf_counter() - started, folder / "again"
+        run.all = run(tmp_path_factory.mktemp("all"), ALL)  # which loads what is loaded once
+        started, run.folder = time.perf_counter(), tmp_path_factory.mktemp("few")
+        run.few = run(run.folder)
+        run.seconds = time.perf_counter() - started
         yield run
 
 
@@ -162,9 +161,8 @@ def alike(frame: pd.DataFrame, other: pd.DataFrame) -> bool:
 DYING = """import os, sys, threading
 sys.path.insert(0, {!r})
 from test_soak import models, study
-given = models.load(".", device="cpu")
 threading.Timer({}, os._exit, [9]).start()
-study(*given, os.getcwd())"""
+study(*models.load(".", device="cpu"), os.getcwd())"""
 
 
 def remounted(folder: Path, *options: str) -> None:
