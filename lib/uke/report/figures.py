@@ -6,7 +6,7 @@ Frames have a row per observation. `by` names what has a colour: a method has th
 figure. Rows called `no edit` are a dashed line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -73,20 +73,24 @@ def scores(
     for (line, column), ax in np.ndenumerate(axes):
         name, title = rows[line], titles[column]
         own = summary[(summary[panel] == title) & ((summary[row] == name) if row else True)]
+        ends = {}
         for mean in own.loc[own[by] == NO_EDIT, "mean"]:
             ax.axhline(mean, **REFERENCE)
+            ends[NO_EDIT] = (places.max() + 0.5, mean, style.GREY)
         for turn, (each, (colour, marker, _)) in enumerate(look.items()):
             cells = own[own[by] == each].set_index(x).reindex(levels)
             where = places + 0.14 * (turn - (len(look) - 1) / 2)  # names side by side
             ax.vlines(where, cells["low"], cells["high"], color=colour, lw=1.2, alpha=0.6)
             ax.plot(where[joined], cells.loc[joined, "mean"], color=colour, lw=1)
             _mark(ax, where, cells["mean"], Look(colour, marker), 4)
+            for last in cells["mean"].dropna().index[-1:]:
+                ends[each] = (where[last], cells.loc[last, "mean"], colour)
         ax.set_title(f"{label(name)}: {label(title)}" if row else label(title), fontsize=7)
-        turned = {"rotation": 45, "ha": "right"} if len(levels) > 3 else {}
-        ax.set_xticks(places, [label(level) for level in levels], **turned)
+        ax.set_xticks(places, [*map(label, levels)], rotation=90 if len(levels) > 3 else 0)
         ax.set_xlim(-0.5, places.max() + 0.5)
         ax.grid(axis="y")
-    _explain(fig, look, summary[by])
+        if column == len(titles) - 1:
+            label_ends(ax, ends)
     _titles(fig, y="score, mean and 95 % interval")
     return fig
 
@@ -115,7 +119,8 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
         ax.grid(axis="x")
     ax.set_xlim(-0.03, 1.03)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    _explain(fig, look if within != by else {}, summary[by])
+    reference = {NO_EDIT: LOOKS[NO_EDIT]._replace(marker="")} if NO_EDIT in {*summary[by]} else {}
+    _explain(fig, (look if within != by else {}) | reference)
     _titles(fig, x="score, mean and 95 % interval")
     return fig
 
@@ -159,6 +164,7 @@ def trend(
     label_y: str = "",
     names: Mapping[float, str] | None = None,
     columns: int = 4,
+    faint: Collection[str] = (),
 ) -> Figure:
     """Draw the mean of `y` over the rows at each number `x`.
 
@@ -166,9 +172,10 @@ def trend(
         trend(costs, x="tokens", panel="panel")    a panel for each quantity
         trend(leads, y="mean", baseline=0, label_y="lead (points)")   with intervals
 
-    `baseline` is a dashed line; `names` stand below `x`. A single line has its numbers beside it.
+    `baseline` is dashed; `names` stand below `x`; `faint` lines are grey; a lone one has numbers.
     """
     look = looks(ordered(frame[by]))
+    look |= {name: look[name]._replace(colour=style.FAINT) for name in faint if name in look}
     alone = len(look) == 1 and not panel
     height = max(2.0, 0.1 + 0.16 * len(look)) if panel else 2.2 if alone else 3.4
     fig, parts = _panels(frame, panel, columns, height)
@@ -199,7 +206,7 @@ def trend(
     if set(ends) == set(look):  # the last panel has every line
         label_ends(ax, ends)
     else:
-        _explain(fig, look, right=True)
+        _explain(fig, look)
     _titles(fig, x.replace("_", " "), label_y or ("" if panel else f"mean {y.replace('_', ' ')}"))
     return fig
 
@@ -250,15 +257,17 @@ def distribution(
     for ax, own in parts:
         sns.ecdfplot(own, x=value, hue=by, palette=colours, legend=False, ax=ax)
         ax.set(xlabel="", ylabel="")
-        for name, median in own.groupby(by, sort=False)[value].median().items():
+        for turn, (name, median) in enumerate(
+            own.groupby(by)[value].median().sort_values().items()
+        ):
             _mark(ax, median, 0.5, look[name])
-            _beside(ax, number(float(median)), (median, 0.5), (-4, 3))
+            _beside(ax, number(float(median)), (median, 0.5), (4, -6) if turn else (-4, 3))
         if floor is not None:
             ax.axvline(floor, **REFERENCE)
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
         _log_if_wide(ax.xaxis, own[value])
         ax.grid(axis="y")
-    _explain(fig, look if len(look) > 1 else {})
+    _explain(fig, look if len(look) > 1 else {}, parts[0][0])
     _titles(fig, label_x or value.replace("_", " "), "share of items")
     return fig
 
@@ -330,8 +339,8 @@ def _say(ax: Axes, at: float, value: float) -> None:
 
 
 def _beside(ax: Axes, text: str, point: tuple, offset: tuple) -> None:
-    """Write a text left of a point."""
-    where = {"textcoords": "offset points", "ha": "right"}
+    """Write a text left of a point, or right of it where the offset is."""
+    where = {"textcoords": "offset points", "ha": "right" if offset[0] < 0 else "left"}
     ax.annotate(text, point, xytext=offset, **where, fontsize=6.5, color=style.GREY)
 
 
@@ -341,18 +350,17 @@ def _titles(fig: Figure, x: str = "", y: str = "") -> None:
     fig.supylabel(y, fontsize=7.5, color=style.GREY)
 
 
-def _explain(fig: Figure, look: dict[str, Look], names: Any = (), right: bool = False) -> None:
-    """Explain colours, marks and, if it is among `names`, the line of no edit."""
-    if NO_EDIT in set(names):
-        look = look | {NO_EDIT: LOOKS[NO_EDIT]._replace(marker="")}
+def _explain(fig: Figure, look: dict[str, Look], ax: Axes | None = None) -> None:
+    """Explain colours and marks in a panel, or where it has one, in an empty place of the grid."""
     handles = [
         Line2D([], [], color=each.colour, marker=each.marker, ls=each.dashes, label=label(name))
         for name, each in look.items()
     ]
-    columns = 1 if right else 2 if fig.get_figwidth() < 5 else 5
-    place = "outside right center" if right else "outside upper right"
-    if handles:
-        fig.legend(handles=handles, loc=place, ncols=columns)
+    spare = next((each for each in fig.axes if not each.axison), ax)
+    if handles and spare:
+        spare.legend(handles=handles, loc="best" if spare is ax else "center left")
+    elif handles:
+        fig.legend(handles=handles, loc="outside right center")
 
 
 def _sizes(ax: Axes, values: list[float], names: Mapping[float, str]) -> None:

@@ -101,7 +101,7 @@ class Section:
         text = prose(f"{caption} It is in `tables/{name}.csv`.")
         text = table_markdown(frame, name, caption, saved, grey, half) if placed else text
         self._body.append({"type": "table", "name": name, "markdown": text})
-        shown = tables.printed(frame).set_axis([*map(tables.head, frame)], axis=1)
+        shown = tables.printed(frame).set_axis([*map(tables.head, frame)], axis=1).map(_together)
         _show(IPython.display.HTML(shown.to_html(index=False, border=0)))
 
     def texts(self, frame: pd.DataFrame, name: str, caption: str) -> None:
@@ -200,11 +200,15 @@ def _show(what: Any) -> None:
         IPython.display.display(raw, raw=isinstance(what, str))
 
 
+def _together(text: str) -> str:
+    """Let no line break fall into an interval or a count."""
+    return _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), text)
+
+
 def prose(text: str) -> str:
     """Return plain text as Markdown in which only words between backticks are markup."""
     text = re.sub("[ \t\r\n]+", " ", text).strip(" ")  # a no-break space stays
-    text = _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), text)
-    parts = re.split("`([^`]*)`", text)
+    parts = re.split("`([^`]*)`", _together(text))
     parts[::2] = [re.sub(r"([\\*_{}\[\]<>#$^~|@&`])", r"\\\1", plain) for plain in parts[::2]]
     parts[1::2] = [f"`` {code} ``" for code in parts[1::2]]
     return re.sub(r"^(\d+(?=[.)])|)([-+:%.)])", r"\1\\\2", "".join(parts))

@@ -16,7 +16,7 @@ from uke.files import write_atomic
 from uke.results.compare import label
 
 COLUMN, FULL = 3.4, 6.8  # widths in inches of a figure in one column and across a page
-INK, GREY, BLUE, RED = "#1b1b1b", "#6f6f6f", "#0072b2", "#d55e00"
+INK, GREY, FAINT, BLUE, RED = "#1b1b1b", "#6f6f6f", "#969696", "#0072b2", "#d55e00"
 REFERENCE = {"color": GREY, "lw": 1, "ls": (0, (3, 2)), "zorder": 1}  # a line to compare with
 VARIANT = " (at once)"  # after the name of a method that the same figure also shows without it
 RC = matplotlib.rc_params_from_file(
@@ -71,12 +71,13 @@ styled = matplotlib.rc_context(RC)
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """Return the look of each name: fixed for methods, by order of appearance for anything else.
 
-    A variant of a method has its colour and is dashed.
+    A variant of a method (`FT-M, all target tokens`) has its colour and is dashed.
     """
     found, others = {}, itertools.cycle(OTHERS)
     for name in dict.fromkeys(names):
-        look = LOOKS.get(name.removesuffix(VARIANT)) or next(others)
-        found[name] = look._replace(dashes="--") if name.endswith(VARIANT) else look
+        own = name.removesuffix(VARIANT).partition(", ")[0]
+        look = LOOKS.get(own) or next(others)
+        found[name] = look._replace(dashes="--") if own in LOOKS.keys() - {name} else look
     return found
 
 
@@ -92,7 +93,7 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
         heights[name] = max(points[name][1], *(height + gap for height in heights.values()), -1)
     for name in reversed(order):
         above, colour = min(heights[name], above - gap), ends[name][2]
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 1, "shrinkB": 1}
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "relpos": (0, 0.5)}
         text = {"color": colour, "fontsize": 7, "va": "center", "annotation_clip": False}
         text |= {"xycoords": "axes fraction", "textcoords": "axes fraction", "arrowprops": line}
         ax.annotate(label(name), points[name], (1.06, above), **text)

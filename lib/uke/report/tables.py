@@ -109,8 +109,8 @@ def scores(frame: pd.DataFrame, by: str = "method") -> pd.DataFrame:
 def head(column: Any) -> str:
     """Print the name of a column."""
     text = label(column)
-    text = text if text != column else str(column).replace("_", " ")
-    return text[:1].upper() + text[1:]
+    text = text if text != column else str(column).replace("_", " ").replace(" mib", " (MiB)")
+    return text[:1].upper() + text[1:] if len(text) > 1 else text  # n stays n
 
 
 def numeric(column: pd.Series) -> bool:
