@@ -197,7 +197,7 @@ def test_the_report_has_answers_first_then_the_argument_then_the_supplement(path
     place = text.index("Answers")
     for each in [*order, "Model, data and code"]:
         place = text.index(each, place)
-    assert "arXiv 2506.09672" in text and "fourth factor: our choice" in text
+    assert "arXiv 2506.09672" in text and "fourth factor was not available" in text
     for phrase in ("As expected: the loss falls.", "Warning. Few edits."):
         assert text.count(phrase) == 4
     source = page(paths)
@@ -315,6 +315,19 @@ def test_missing_sections_and_failed_runs_are_warned_of_and_one_section_is_neede
     assert "Notebook 02_locality has no section" in text
     assert "Notebook 03_factor_loss_scope has" not in text
     assert "last run of 08_batch_size failed" in text
+    assert "python -m uke run 02_locality --profile smoke --data world" in text
+
+
+def test_figures_and_tables_that_no_section_names_are_deleted_from_a_whole_run(paths):
+    full(paths)
+    kept = {file for file in paths.figures.rglob("*") if file.is_file()}
+    stale = [paths.figures / name for name in ("old.svg", "tables/old.csv", "tables/old.tex")]
+    for file in stale:
+        file.write_text("of an earlier run")
+    compose.compose(paths, ["02_locality"], prune=True)  # which is missing
+    assert all(file.is_file() for file in stale)
+    compose.compose(paths, ["03_factor_loss_scope"], prune=True)
+    assert not any(file.exists() for file in stale) and all(file.is_file() for file in kept)
 
 
 def test_recipes_are_listed_once_as_they_differ_and_with_the_sizes_of_their_batches(paths):

@@ -315,7 +315,7 @@ def test_committed_rows_of_a_benchmark_are_drawn_without_its_file(monkeypatch):
     study = Study("07_recipe", datasets.load("smollm2", "unkebench", limit=2), "", False)
     study.run(catalog.find("FT-M"))
     assert set(study.read()["edit"]) == set(study.before["edit"]) == {"0", "1"}
-    with pytest.raises(InputError, match="akew-mquake/rows: no committed rows of test edits"):
+    with pytest.raises(InputError, match="akew-mquake/rows: no rows of test edits"):
         datasets.load("smollm2", "akew-mquake")
 
 
@@ -330,7 +330,7 @@ def test_a_missing_committed_unit_is_named(toy, monkeypatch):
         (QUICK, {"batch_size": 2}, "method FT-M, batch_size 2, split test, batch 0"),
         (QUICK, {}, "method FT-M, batch_size 1, split test, batch 1"),
     ):
-        message = f"toy.parquet: no rows of {missing} on these edits; run the notebook without"
+        message = f"toy.parquet: no rows of {missing} on these edits; make them: python -m uke run"
         for run in (again.run, partial(attempt, again.run)):  # a missing unit is no failed trial
             with pytest.raises(InputError, match=message):
                 run(method, **options)

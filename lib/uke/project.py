@@ -70,6 +70,10 @@ class Paths:
         """The file of a study's committed rows."""
         return self.figures / "rows" / f"{check_name('study', study)}.parquet"
 
+    def command(self, notebook: str) -> str:
+        """Say which command runs a notebook, for whoever misses what it makes."""
+        return f"python -m uke run {notebook} --profile {self.profile} --data {self.data}"
+
 
 def check_name(field: str, name: str) -> str:
     """Return the name if a file can have it; InputError otherwise."""

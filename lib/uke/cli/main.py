@@ -156,7 +156,7 @@ def _report(options: argparse.Namespace) -> None:
         made = runs(paths)
         write_atomic(kept, json.dumps(made, indent=1) + "\n")
     account(paths, [run for run in made if run["notebook"] in notebooks])
-    compose(paths, notebooks, made)
+    compose(paths, notebooks, made, prune=bool(options.rows))  # then all sections are drawn
     for page in _quoting(paths):
         quote(page, Paths(QUOTED))
 

@@ -8,7 +8,7 @@ from uke.errors import InputError
 from uke.project import Paths
 
 COLLECTIONS = ("documents", "structured")  # what a benchmark's locality set is built from
-# Where files lie below `data_folder()`; "world" is generated and needs none.
+# Where files lie below `data_folder()`, else in a folder of the dataset's name; "world" needs none.
 PATTERNS = {
     "unkebench": "unkebench/final_data_v*",
     "akew-counterfact": "akew/CounterFact*",
@@ -34,7 +34,7 @@ def find_files(name: str, given: Iterable[str] = ()) -> tuple[Path, ...]:
     if missing := [path for path in files if not path.is_file()]:
         raise InputError(f"{name}: {missing[0]}: no such file")
     if not files:
-        found = sorted(data_folder().glob(PATTERNS[name]))
+        found = sorted(data_folder().glob(PATTERNS.get(name, f"{name}/*")))
         files = [path for path in found if path.suffix in (".json", ".jsonl", ".parquet")]
     return tuple(path.resolve() for path in files)
 
@@ -52,7 +52,7 @@ def find_data(data: str, data_file: str = "") -> str:
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none (`make data` downloads it)"
         raise InputError(
-            f"data: {data}: expected one file {PATTERNS[data]} in {data_folder()}, "
+            f"data: {data}: expected one file {PATTERNS.get(data, data)} in {data_folder()}, "
             f"found {found}; name it with DATA_FILE"
         )
     return str(files[0])

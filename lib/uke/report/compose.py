@@ -42,11 +42,12 @@ _WIDTHS = re.compile(r"columns: \d+,(?=\s*align: [^\n]*\s*columns: )")  # given 
 
 
 def compose(
-    paths: Paths, expected: Iterable[str] = (), runs: Sequence[Mapping[str, Any]] = ()
+    paths: Paths, expected: Iterable[str] = (), runs: Sequence[Mapping] = (), prune: bool = False
 ) -> list[Path]:
     """Write numbers.json, report.html, report.pdf and a gallery from a run's sections.
 
-    Return their paths. Notebooks in `expected` without a section and failed `runs` are warned of.
+    Return their paths. Notebooks in `expected` without a section and failed `runs` are warned of;
+    `prune` deletes figures and tables that no section names, if none of those expected is missing.
     InputError where no section is, or where two have a number, figure or table of the same name.
     """
     sections = read_sections(paths)
@@ -54,7 +55,8 @@ def compose(
         raise InputError(f"{paths.sections}: no sections; make report PROFILE={paths.profile}")
     missing = sorted({*expected}.difference(section["notebook"] for section in sections))
     failed = [run["notebook"] for run in runs if run.get("status") == "failed"]
-    warnings = [f"Notebook `{name}` has no section: it was not run." for name in missing]
+    make = "Notebook `{}` has no section, so it is missing here. To run it: `{}`."
+    warnings = [make.format(name, paths.command(name)) for name in missing]
     warnings += [f"The last run of `{name}` failed: its section is older." for name in failed]
     numbers = _merge_numbers(sections)
     seen = "figures/*/single_strengths.svg", "docs/*.png", "results/*/notebooks/*.html"
@@ -75,6 +77,11 @@ def compose(
         "report.pdf": _pdf(paths, text),
         "README.md": _TEXTS.get_template("gallery.md").render(paths=paths, sections=sections),
     }
+    if prune and not missing:
+        named = {block.get("name") for section in sections for block in section["body"]}
+        for file in [*paths.figures.glob("*.svg"), *paths.figures.glob("tables/*")]:
+            if file.stem not in named:
+                file.unlink()
     return [write_atomic(paths.figures / name, content) for name, content in contents.items()]
 
 

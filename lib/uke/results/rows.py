@@ -109,7 +109,7 @@ def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
     folder = paths.rows(study)
     files = sorted(folder / f"{check_name('unit', unit)}.parquet" for unit in set(units))
     if not files:
-        raise InputError(f"{folder}: no rows of study '{study}': run its notebook first")
+        raise InputError(f"{folder}: no rows; make them: {paths.command(study)}")
     frame = pa.concat_tables(map(_read_file, files)).to_pandas()
     return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
 
@@ -119,7 +119,7 @@ def committed(paths: Paths, study: str, phase: str | None = "after") -> pd.DataF
     no file of the study."""
     path = paths.exported(study)
     if not path.is_file():
-        raise InputError(f"{path}: no committed rows of study '{study}': run its notebook first")
+        raise InputError(f"{path}: no committed rows; make them: {paths.command(study)}")
     wanted = pc.field("phase").is_valid() if phase is None else pc.field("phase") == phase
     return _read_file(path).filter(wanted).to_pandas()
 

@@ -23,7 +23,7 @@ class Committed:
     """
 
     def __init__(self, paths: Paths, study: str) -> None:
-        self.path = paths.exported(study)
+        self.path, self.make = paths.exported(study), paths.command(study)
         self.after, self.before = (
             rows.committed(paths, study, phase) for phase in ("after", "before")
         )
@@ -72,5 +72,4 @@ class Committed:
         return self.before[found]
 
     def _missing(self, what: str) -> MissingRows:
-        run = "run the notebook without UKE_ROWS=committed"
-        return MissingRows(f"{self.path}: no rows of {what} on these edits; {run}")
+        return MissingRows(f"{self.path}: no rows of {what} on these edits; make them: {self.make}")

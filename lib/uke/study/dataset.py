@@ -156,7 +156,7 @@ def _of_rows(paths: Paths, split: str) -> Dataset:
     frames = [rows.committed(paths, name, None) for name in names]
     found = [frame[frame["split"] == split] for frame in frames]
     if not any(map(len, found)):
-        raise InputError(f"{folder}: no committed rows of {split} edits: run a study first")
+        raise InputError(f"{folder}: no rows of {split} edits; run {paths.command('07_recipe')}")
     every = pd.concat(found).sort_values(["batch_size", "batch"], kind="stable")
     probes: dict[str, tuple[Probe, ...]] = dict.fromkeys(every["edit"], ())
     asked = every[["edit", "kind", "number"]].drop_duplicates().sort_values(["kind", "number"])

@@ -97,7 +97,7 @@ class FactorStudy(Comparison):
     def _pairs(self, method: str, single: str | None) -> dict[str, tuple[str, str, str]]:
         """Return a method's contrasts by key: method, level, and the level it is compared with."""
         levels, pairs = self.levels[method], {}
-        for end, (level, against) in CONTRASTS[self.factor].items():
+        for end, (level, against) in CONTRASTS.get(self.factor, {}).items():
             if {level, against or single} <= set(levels):
                 pairs[key(method) + end] = (method, level, against or single)
         first, last = levels[0], levels[-1]
@@ -113,10 +113,10 @@ class FactorStudy(Comparison):
         return compare.scored(self.rows, self.study.before)
 
     def best(self) -> dict[str, str]:
-        """Return by method the level with the highest average metric on these very edits."""
-        own = self.scores[self.scores["kind"] == "average"]
-        means = own.groupby(["method", "level"], sort=False)["score"].mean()
-        return {name: means[name].idxmax() for name in self.methods if name in means.index}
+        """Return by method the level with the highest balance on these very edits."""
+        best_first = compare.means(self.scores, ["method", "level"]).drop_duplicates("method")
+        levels = dict(zip(best_first["method"], best_first["level"], strict=True))
+        return {name: levels[name] for name in self.methods if name in levels}
 
     @cached_property
     def contrasts(self) -> dict[str, tuple[str, dict[tuple[str, str], float]]]:
@@ -167,7 +167,7 @@ class FactorStudy(Comparison):
         """Every contrast by kind in points, paired by edit; p is Holm-corrected over all."""
         return compare.contrasts(self.scores, dict(self.contrasts.values()))
 
-    def effect(self, name: str, kind: str = "average") -> Interval | None:
+    def effect(self, name: str, kind: str = "balance") -> Interval | None:
         """Return a contrast, or a method's first one; None where it was not run."""
         words, _ = self.contrasts.get(self._first.get(name, name), ("", {}))
         return compare.effect(self.effects, words, kind)
@@ -203,8 +203,8 @@ class FactorStudy(Comparison):
     def sentences(self, template: str) -> str:
         """Fill a sentence for each method whose first contrast was said, less the number of edits.
 
-        Fields: `method`; `level`, `against` and `best` (the best average on these edits); the
-        effects `average` and `original`; of each level its scores, as in `against_original`.
+        Fields: `method`; `level`, `against` and `best` (the best balance on these edits); effects
+        `balance`, `average` and `original`; of each level its scores, as in `against_original`.
         """
         sentences, best = [], self.best()
         for method in self.methods:

@@ -109,7 +109,9 @@ class MethodStudy(Comparison):
             self.best = compare.best_here(self.scores, self.baselines)
             fallback = "the best is the best on these very edits, which flatters it"
             self.caveats += [f"No development rows of the baselines: {fallback}."]
-        for caveat in filter(None, (*self.caveats, " ".join(self.untestable.values()))):
+        if grey := ", ".join(self.untestable):
+            self.caveats.append(f"Not testable on this model, as `controls` shows: {grey}.")
+        for caveat in self.caveats:
             section.warn(caveat)
         section.untestable |= self.untestable
 
