@@ -94,7 +94,7 @@ test: $(STAMP) ## Run the tests
 test-cluster: $(STAMP) ## Run a small study on a SLURM of this machine (apt install slurm-wlm munge)
 	$(OFFLINE) $(BIN)/python -m pytest -n 0 -m slurm tests/test_cluster.py
 
-soak: $(STAMP) ## Look for faults for an hour, or a PART or SHARE of it, into figures/reliability.csv
+soak: $(STAMP) ## Look for faults for an hour (PART= or SHARE=: less) and list them in figures/reliability.csv
 	SHARE='$(SHARE)' $(OFFLINE) $(BIN)/python -m pytest tests/test_soak.py -k '$(PART)'
 
 lint: $(STAMP) ## Check format, style, the direction of imports and the size of packages
