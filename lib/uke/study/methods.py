@@ -110,7 +110,7 @@ class MethodStudy(Comparison):
             fallback = "the best is the best on these very edits, which flatters it"
             self.caveats += [f"No development rows of the baselines: {fallback}."]
         if grey := ", ".join(self.untestable):
-            self.caveats.append(f"Not testable on this model, as `controls` shows: {grey}.")
+            self.caveats.append(f"Not testable on this model (see `controls`): {grey}.")
         for caveat in self.caveats:
             section.warn(caveat)
         section.untestable |= self.untestable
