@@ -89,7 +89,7 @@ def scores(
         ax.set_xticks(places, [*map(label, levels)], rotation=90 if len(levels) > 3 else 0)
         ax.set_xlim(-0.5, places.max() + 0.5)
         ax.grid(axis="y")
-        if column == len(titles) - 1:
+        if ax is axes[-1, -1]:  # when all limits are set
             label_ends(ax, ends)
     _titles(fig, y="score, mean and 95 % interval")
     return fig
