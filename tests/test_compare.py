@@ -286,7 +286,7 @@ def test_an_area_counts_the_best_efficacy_with_such_a_locality_or_more():
     assert found.loc["A", "minus B"].low == pytest.approx(100 * (a - 0.8 * 0.3))
 
 
-def test_intervals_are_t_of_few_batches_and_else_a_bootstrap_of_batches_and_their_edits():
+def test_intervals_are_t_of_few_batches_and_else_a_bootstrap_of_their_edits(monkeypatch):
     own = [[(0.5 + step, 1.0)] * 50 for step in (0.0, 0.1, 0.2)]
     found = leads(own=own, other=[[(0.0, 1.0)] * 50] * 3).loc["lead_average"]
     half = 5 * 4.3027 / math.sqrt(3)  # points; t of 2 degrees of freedom
@@ -299,6 +299,9 @@ def test_intervals_are_t_of_few_batches_and_else_a_bootstrap_of_batches_and_thei
     within = [[(0.2, 1.0), (0.8, 1.0)]] * 8  # batches are alike, their edits are not
     wide = leads(own=within, other=[[(0.0, 1.0)] * 2] * 8).loc["lead_average"]
     assert wide["n"] == 8 and wide["high"] - wide["low"] > 10
+    whole = interval(range(9))
+    monkeypatch.setattr(compare.stats, "HELD", 50)  # few resamples at once: in less memory
+    assert interval(range(9)) == whole
 
 
 def test_a_lead_is_over_the_edits_that_both_methods_have():

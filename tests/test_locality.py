@@ -79,12 +79,14 @@ def chosen(items, kind):
     return {item.edit: item for item in items if item.kind == kind}
 
 
-def test_every_edit_gets_four_items_and_none_names_what_any_edit_names(sources):
+def test_every_edit_gets_four_items_and_none_names_what_any_edit_names(sources, monkeypatch):
     items = build(sources, BM25)
     expected = [(edit, kind) for edit in ("ada", "tom") for kind in PROBE_KINDS]
     assert [(item.edit, item.kind) for item in items] == expected
     assert not {item.source for item in items} & (LEAKING | {"bad-subject", "bad-object"})
     assert {item.source for item in unfiltered(sources, BM25)} & LEAKING
+    monkeypatch.setattr("uke.locality.build.SCORED", 1)
+    assert build(sources, BM25) == items
 
 
 def test_only_edits_that_may_share_a_batch_are_kept_apart(sources):
@@ -104,7 +106,7 @@ def test_random_documents_stand_below_the_floor_and_related_ones_first(sources):
     assert all(item.rank > 10 for item in chosen(items, "rand_doc").values())
     relevance = Builder(sources, BM25).relevance
     for edit, item in chosen(items, "rel_doc").items():
-        order = [sources.documents[index].id for index in ranking(relevance[edit])]
+        order = [sources.documents[index].id for index in ranking(relevance(edit))]
         assert item.source == next(name for name in order if name not in LEAKING)
         assert item.rank == 1 + order.index(item.source)
 

@@ -9,9 +9,9 @@ edit of its split shares a fact with, and which are in no other pool.
 
 import random
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import median
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from uke.locality.facts import SENTENCE, Facts, edit_facts, facts, names, shared
 PROBE_KINDS = in_group("locality", "nearby")
 AT_ONCE = 32  # sources that a judge is asked about at once, or more
 NEUTRAL, OPENING = 3, 8  # neutral texts of an edit, and the words of each that are given
+SCORED = 1024  # edits that every document is scored for at once: memory is that of so many
 PATIENCE = 50  # sources that a judge is asked about, for each item of a set, before it is given up
 
 
@@ -116,25 +117,31 @@ class Builder:
         return round(median(len(edit.answer.split()) for edit in self.sources.edits))
 
     @cached_property
-    def relevance(self) -> dict[str, np.ndarray]:
-        """Score every document for each edit, (N,)."""
+    def relevance(self) -> Callable[[str], np.ndarray]:
+        """Score every document for an edit, by its id: (N,)."""
         passages = list(map(retrieval.passage, self.sources.documents))
         questions = [edit.question for edit in self.sources.edits]
         return self.scores(self.settings.retriever, passages, questions)
 
     @cached_property
-    def nearness(self) -> dict[str, np.ndarray]:
-        """Score for each edit how like its relation that of every triple is, (M,)."""
+    def nearness(self) -> Callable[[str], np.ndarray]:
+        """Score for an edit, by its id, how like its relation that of every triple is: (M,)."""
         relations = [
             without(cloze.question or cloze.prompt, cloze.subject) for cloze in self.sources.clozes
         ]
         retriever = "bm25" if self.settings.retriever == "bm25" else "dense"
         return self.scores(retriever, relations, list(map(self.relation, self.sources.edits)))
 
-    def scores(self, retriever: str, texts: list[str], queries: list[str]) -> dict[str, np.ndarray]:
-        """Score texts by the query of each edit."""
-        scores = retrieval.build(retriever, texts)(queries)
-        return dict(zip((edit.id for edit in self.sources.edits), scores, strict=True))
+    def scores(self, retriever: str, texts: list[str], queries: list[str]) -> Callable:
+        """Score texts by the query of an edit, those of its part of the edits at once."""
+        score = retrieval.build(retriever, texts)
+        place = {edit.id: number for number, edit in enumerate(self.sources.edits)}
+
+        @lru_cache(maxsize=2)
+        def of_part(start: int) -> np.ndarray:
+            return score(queries[start : start + SCORED])
+
+        return lambda edit: of_part(place[edit] // SCORED * SCORED)[place[edit] % SCORED]
 
     def relation(self, edit: Edit) -> str:
         """Find a relation that the edit states, without its subject."""
@@ -170,7 +177,7 @@ class Builder:
 
     def documents_of(self, edit: Edit, free: np.ndarray) -> Iterator[Item]:
         """Choose RelDoc and RandDoc of an edit from the documents marked `free` (N,)."""
-        ranked = retrieval.ranking(self.relevance[edit.id])
+        ranked = retrieval.ranking(self.relevance(edit.id))
         left = self.counting(self.sources.documents)
         related = next((index for index in ranked if free[index] and left[index]), None)
         if related is None:
@@ -201,7 +208,7 @@ class Builder:
         drawn = self.draw("struct_trip", edit, apart, counting)
         if not drawn:
             return
-        apart, scores = apart.copy(), self.nearness[edit.id]
+        apart, scores = apart.copy(), self.nearness(edit.id)
         apart[drawn["struct_trip"]] = False
         # Triples of one relation differ in the subject, which was taken out: equally near.
         nearest = apart & (scores == scores[apart & counting].max(initial=-np.inf))
@@ -324,7 +331,7 @@ def build_judged(
     if len({cloze.id for cloze in sources.clozes}) < len(sources.clozes):
         raise InputError("locality: triples share ids; expected structured files of unlike names")
     builder = Builder(sources, settings, asked=judge is not None)
-    wanted = [edit.id for group in sources.groups for edit in group[:limit]]
+    wanted = {edit.id: edit for group in sources.groups for edit in group[:limit]}
     blocks = [
         (block, chosen)
         for block in sources.blocks(settings.batch)

@@ -270,7 +270,7 @@ def _as_written(phrase: str, text: str) -> str:
     """Write a phrase whose capital only opens an answer ("Political issues.") as the text does."""
     phrase = phrase.strip(". ")
     low = phrase[:1].lower() + phrase[1:]
-    opens_only = not re.search(rf"[\w,;] {re.escape(phrase)}\b", text)
+    opens_only = low != phrase and not re.search(rf"[\w,;] {re.escape(phrase)}\b", text)
     return low if opens_only and re.search(rf"\b{re.escape(low)}\b", text) else phrase
 
 

@@ -114,7 +114,7 @@ def floors(questions: pd.DataFrame) -> list[float]:
         column = "answer" if KINDS[kind].against == "before" else "reference"
         texts = list(own.groupby("edit")[["question", column]].agg(list).itertuples())
         for at, (edit, asked, wanted) in enumerate(texts):
-            later = texts[at + 1 :] + texts[:at]
+            later = (texts[(at + step) % len(texts)] for step in range(1, len(texts)))
             if other := next((each for _, question, each in later if question != asked), None):
                 for n, pair in enumerate(zip(asked, wanted, strict=True)):
                     score = PAIRWISE[KINDS[kind].metric](other[n % len(other)], pair[1])

@@ -44,6 +44,7 @@ REQUIRED += ("answer", "model", "data")  # until rows are committed: those of a 
 # What tells one run from another: scores are never averaged over any of these.
 RUN = ("study", "method", "factor", "level", "split", "batch_size", "learning_rate", "seed")
 RUN += FINGERPRINTS
+AT_ONCE = 1000  # files that are read before they are joined: apart each takes ten times its bytes
 _EDIT = (*RUN, "batch", "edit")
 _PROBE = (*_EDIT, "phase", "kind", "number")
 _COMPARED = ("study", "factor", "split", "batch_size", "data")  # runs alike in these are compared
@@ -110,7 +111,9 @@ def read(paths: Paths, study: str, units: Iterable[str]) -> pd.DataFrame:
     files = sorted(folder / f"{check_name('unit', unit)}.parquet" for unit in set(units))
     if not files:
         raise InputError(f"{folder}: no rows; make them: {paths.command(study)}")
-    frame = pa.concat_tables(map(_read_file, files)).to_pandas()
+    parts = (files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE))
+    joined = (pa.concat_tables(map(_read_file, part)).combine_chunks() for part in parts)
+    frame = pa.concat_tables(joined).to_pandas()
     return frame.sort_values(list(_PROBE), kind="stable", ignore_index=True)
 
 

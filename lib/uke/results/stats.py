@@ -5,7 +5,7 @@ percentile bootstrap over units and the edits of each (Efron 1979); from fewer a
 units (n - 1 degrees of freedom; jackknife, Tukey 1958), never a percentile of three.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import pandas as pd
 from uke.errors import InputError
 
 RESAMPLES, AT_ONCE, SEED, FEWEST = 9999, 1000, 2024, 6
+HELD = 20_000_000  # counts of draws in memory at once (160 MB), whatever the number of edits
 
 
 class Interval(NamedTuple):
@@ -106,22 +107,28 @@ def estimated(statistic: Callable[..., np.ndarray], *samples: Sequence[Any]) -> 
     value = float(statistic(*(np.ones(len(own)) for own in codes)))
     if min(counts) < FEWEST:
         return Interval(value, *_jackknife(statistic, value, codes), sum(counts))
-    draws = statistic(*(_draws(own, stream) for stream, own in enumerate(codes)))
+    at_once = max(1, HELD // sum(map(len, codes)))
+    parts = (_draws(own, stream, at_once) for stream, own in enumerate(codes))
+    draws = np.concatenate([statistic(*drawn) for drawn in zip(*parts, strict=True)])
     low, high = np.quantile(draws, (0.025, 0.975))
     return Interval(value, float(low), float(high), sum(counts))
 
 
-def _draws(codes: np.ndarray, stream: int) -> np.ndarray:
-    """Return how often each edit is drawn: units anew, then as many edits of each as it has."""
+def _draws(codes: np.ndarray, stream: int, at_once: int) -> Iterator[np.ndarray]:
+    """Yield how often edits are drawn, so many resamples at once: units, then as many of each."""
     generator, sizes = np.random.default_rng([SEED, stream]), np.bincount(codes)
-    units = generator.integers(0, len(sizes), (RESAMPLES, len(sizes)))
-    places = units + len(sizes) * np.arange(RESAMPLES)[:, None]
-    times = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
-    drawn = times[:, codes].astype(float)
-    for unit in np.flatnonzero(sizes > 1):
-        own, size = codes == unit, sizes[unit]
-        drawn[:, own] = generator.multinomial(size * times[:, unit], np.full(size, 1 / size))
-    return drawn
+    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
+    for start in range(0, RESAMPLES, at_once):
+        count = min(at_once, RESAMPLES - start)
+        units = generator.integers(0, len(sizes), (count, len(sizes)))
+        places = units + len(sizes) * np.arange(count)[:, None]
+        times = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
+        drawn = times[:, codes].astype(float)
+        for own in members:
+            if (size := len(own)) > 1:
+                many = size * times[:, codes[own[0]]]
+                drawn[:, own] = generator.multinomial(many, np.full(size, 1 / size))
+        yield drawn
 
 
 def _jackknife(statistic: Callable[..., np.ndarray], value: float, codes: list) -> tuple:
