@@ -63,7 +63,8 @@ def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Ten
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], read: Tensor) -> Tensor:
     """Logits at the positions `read` alone: the vocabulary is a small model's widest matrix."""
     # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
-    return model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=read).logits.float()
+    ids, keep = batch["input_ids"], read.tolist()  # a list, as the last block may lie elsewhere
+    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
 
 
 LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
@@ -275,7 +276,7 @@ class _Optimiser:
 
     def keep(self, rows: Sequence[int]) -> list[nn.Parameter]:
         """Keep these lanes of float32 stacks, with Adam's moments; return the new stacks."""
-        rows = torch.tensor(rows, device=self.parameters[0].device)
+        rows = torch.tensor(rows)  # an index that every device takes
         states = [self.adam.state.pop(master) for master in self.masters]
         self.parameters = [nn.Parameter(old.detach()[rows].clone()) for old in self.parameters]
         self.masters = [parameter.detach() for parameter in self.parameters]
@@ -324,6 +325,8 @@ def adapt(model: nn.Module, recipe: Recipe, count: int) -> nn.Module:
         if steps < 3:
             reason = "AdaLoRA prunes its ranks over 3 or more"
             raise InputError(f"recipe {recipe.name}: steps: {reason}")
+        if len({weight.device for weight in model.parameters()}) > 1:  # peft joins their scores
+            raise InputError(f"recipe {recipe.name}: AdaLoRA takes a model on one device alone")
         schedule = {"tinit": int(WARM_UP * steps), "tfinal": int(FINISH * steps)}
         ranks = {"init_r": math.ceil(SPARE_RANK * recipe.rank), "target_r": recipe.rank}
         config = peft.AdaLoraConfig(total_step=steps, **schedule, **ranks, **common)

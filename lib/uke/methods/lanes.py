@@ -35,13 +35,13 @@ class Grouping(NamedTuple):
 
     def split(self, x: Tensor) -> Tensor:
         """Arrange rows (B, ...) by lane, (A, K, ...)."""
-        x = x if self.take is None else x[self.take]
+        x = x if self.take is None else x[self.take.to(x.device)]
         return x.reshape(self.lanes, -1, *x.shape[1:])
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
         x = x.reshape(-1, *x.shape[2:])
-        return x if self.slot is None else x[self.slot]
+        return x if self.slot is None else x[self.slot.to(x.device)]
 
 
 def grouping(rows: Sequence[int], count: int, device: torch.device) -> Grouping:
@@ -160,7 +160,7 @@ class Lanes:
         if self.grouping.active is None:
             return stack
         if name not in self._chosen:
-            self._chosen[name] = stack[self.grouping.active]
+            self._chosen[name] = stack[self.grouping.active.to(stack.device)]
         return self._chosen[name]
 
     def _linear(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:

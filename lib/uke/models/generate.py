@@ -214,7 +214,7 @@ def _decode(
             return answers
         if len(rows) - len(running) >= len(rows) * DROP_SHARE:
             left = torch.tensor([row in running for row in rows]).nonzero().squeeze(1)
-            left, rows = left.to(mask.device), [row for row in rows if row in running]
+            rows = [row for row in rows if row in running]
             select_lanes(model, [queries[row].lane for row in rows])
             cache.batch_select_indices(left)
             mask, tokens, positions = mask[left], tokens[left], positions[left]

@@ -20,7 +20,9 @@ PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split() 
 
 @typed
 def load(
-    name: str | Path, device: str | int | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    name: str | Path,
+    device: str | int | torch.device | Mapping[str, str] = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -28,12 +30,15 @@ def load(
 
     `name` is "embedded" (the model shipped here), "smollm2" (the one that `make model` makes), a
     directory (read without the network), or a name on the hub. By default `device` is CUDA where
-    there is any, and `dtype` its `precision`; on "meta" no weights are read. Raises InputError
-    where `name` is no complete causal model.
+    there is any (several GPUs where one is too small) and `dtype` its `precision`; a mapping lays
+    modules on devices, and on "meta" no weights are read. Raises InputError where `name` is no
+    complete causal model, or the devices do not hold it.
     """
     path, local = source(name)
-    if device == "auto":
+    split = device if isinstance(device, Mapping) else None
+    if split or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        split = split or ("auto" if torch.cuda.device_count() > 1 and not _fits_one(path) else None)
     # Code in a model's folder is never run, and nobody is asked to let it.
     given, report = {"local_files_only": local, "trust_remote_code": False}, {}
     try:
@@ -46,6 +51,7 @@ def load(
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         else:
             given |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+            given["device_map"] = split
             model, report = AutoModelForCausalLM.from_pretrained(path, **given)
     except Exception as error:  # the readers of files raise classes with no common base
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -54,6 +60,8 @@ def load(
     for fault, keys in (("lack", "missing_keys"), ("also hold", "unexpected_keys")):
         if names := sorted(report.get(keys, ())):
             raise InputError(f"{name}: the weights {fault} {names[0]}; expected config.json's own")
+    if split and any(weight.device.type == "meta" for weight in model.parameters()):
+        raise InputError(f"{name}: the devices do not hold its weights; expected larger ones")
     # Special tokens that no prompt has, as Gemma's of images, may lie beyond the embedding.
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template)
@@ -62,7 +70,13 @@ def load(
         if number > last and (token not in special or token in str(own)):
             fault = f"the tokenizer's {token!r} has the id {number}"
             raise InputError(f"{name}: {fault}; expected at most {last}, the embedding's last")
-    return model.to(device).eval(), tokenizer
+    return (model if split else model.to(device)).eval(), tokenizer
+
+
+def _fits_one(path: str) -> bool:
+    """Whether the first GPU has twice the bytes of a local model free, since edits take some."""
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    return 2 * size < torch.cuda.mem_get_info(0)[0]
 
 
 def precision(device: str) -> torch.dtype:

@@ -161,17 +161,18 @@ class States(NamedTuple):
 
 
 def states(model: nn.Module, located: Sequence[Located], site: Site, last: Site) -> States:
-    """Read the states with the weights as they are, edit by edit and window by window."""
+    """Read the states by edit and window, with the weights as they are, on the site's device."""
     at_anchors: dict[int, tuple[Tensor, ...]] = {}
     others = []
     for rows, ids, real in chunks([one.example.ids for one in located], model.device):
         inner, outer = look(model, ids, (site.projection, last.block))
         keys = inner.args[0]
+        real = real.to(keys.device)
         for index, row in enumerate(rows):
             anchors = [window.anchor for window in located[row].windows]
             real[index, anchors] = False
             read = (keys, inner.output, outer.output)
-            at_anchors[row] = tuple(tensor[index, anchors] for tensor in read)
+            at_anchors[row] = tuple(one[index, anchors].to(keys.device) for one in read)
         others.append(keys[real])
     columns = zip(*(at_anchors[row] for row in range(len(located))), strict=True)
     return States(*map(torch.cat, columns), torch.cat(others))

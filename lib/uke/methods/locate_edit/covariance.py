@@ -109,11 +109,11 @@ def measure(
     if not lacking:
         return
     projections = [site.projection for site in lacking]
-    widths = [projection.weight.shape[1] for projection in projections]
-    sums = [torch.zeros(w, w, dtype=torch.float64, device=model.device) for w in widths]
+    widths = [(projection.weight, projection.weight.shape[1]) for projection in projections]
+    sums = [weight.new_zeros(w, w, dtype=torch.float64) for weight, w in widths]
     for _, ids, real in tqdm(chunks(sequences, model.device), desc="covariance"):
         for call, total in zip(look(model, ids, projections), sums, strict=True):
-            keys = call.args[0][real].double()  # (tokens, W)
+            keys = call.args[0][real.to(total.device)].double()  # (tokens, W)
             total += keys.T @ keys
     for site, total in zip(lacking, sums, strict=True):
         found = {"covariance": total / sum(map(len, sequences))}
@@ -122,7 +122,8 @@ def measure(
 
 def covariances(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
     """Return E[k k^T] (W, W) of each site in float64; InputError where one was not measured."""
-    return [_covariance(path).to(model.device) for path in _paths(model, chosen)]
+    every = zip(_paths(model, chosen), chosen, strict=True)
+    return [_covariance(path).to(site.projection.weight.device) for path, site in every]
 
 
 def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> list[Tensor]:
@@ -130,8 +131,8 @@ def projectors(model: nn.Module, chosen: Sequence[Site], threshold: float) -> li
 
     In float64. InputError where there is none: AlphaEdit could write nothing.
     """
-    paths = _paths(model, chosen)
-    found = [_projector(path, threshold, model.device) for path in paths]
+    every = zip(_paths(model, chosen), chosen, strict=True)
+    found = [_projector(path, threshold, site.projection.weight.device) for path, site in every]
     for site, projector in zip(chosen, found, strict=True):
         if not projector.any():
             none = f"no direction has a variance below null_threshold {threshold:g}"

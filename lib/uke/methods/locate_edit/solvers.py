@@ -189,7 +189,8 @@ class ClosedForm:
         """Write the wanted states `hidden` (n, D) of all anchors; return the steps taken: none."""
         for number, (site, system) in enumerate(zip(self.sites, self.systems, strict=True)):
             now = states(self.model, located, site, self.sites[-1])
-            residual = (hidden - now.hidden.double()) / (len(self.sites) - number)  # (n, D)
+            lacking = hidden.to(now.hidden.device) - now.hidden.double()  # (n, D)
+            residual = lacking / (len(self.sites) - number)
             others = now.others if self.recipe.keep_keys else now.others[:0]
             try:
                 change = least_squares(site.back(now.outputs, residual), now.keys, others, *system)

@@ -188,7 +188,8 @@ class _Chunk:
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but those at `rows` (R,)."""
-        self.ids = [self.ids[row] for row in rows.tolist()]
+        rows = rows.cpu()  # an index that every device takes
+        self.ids = [self.ids[row] for row in rows]
         for name in ("tokens", "labels", "before", "lengths", "shares"):
             setattr(self, name, getattr(self, name)[rows])
         self.lower.keep(rows)
@@ -197,7 +198,7 @@ class _Chunk:
 
     def losses(self, delta: Tensor) -> Tensor:
         """Return each edit's weighted mean of -log p (nats), (B,), with `delta` (B, D) in place."""
-        steps = torch.arange(self.tokens.shape[1], device=delta.device)
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         positions = self.lengths[:, None] + steps  # (B, S)
         last = int(self.lengths.max()) + self.tokens.shape[1] - 1
         # Reading puts new tensors into the layers of the copy, in place of the old ones.
@@ -208,7 +209,7 @@ class _Chunk:
         # Flattened, since along another axis than the last the softmax is three times slower.
         nll = F.cross_entropy(wide(logits).flatten(0, 1), self.labels.flatten(), reduction="none")
         nll = nll.view_as(self.labels)  # (B, S)
-        return torch.einsum("bs,bs->b", self.shares.to(nll.dtype), nll)
+        return torch.einsum("bs,bs->b", self.shares.to(nll.dtype), nll).to(delta.device)
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, keep: int) -> Tensor:
         padding = self.before.shape[1] - self.lengths[:, None]  # (B, 1)
@@ -224,6 +225,6 @@ def injected(site: Site, at: Sequence[tuple[int, int]], deltas: Tensor) -> Abstr
 
     def add(module, args, output):
         rows, columns = (torch.tensor(one, device=output.device) for one in zip(*at, strict=True))
-        return output.index_put((rows, columns), deltas.to(output.dtype), accumulate=True)
+        return output.index_put((rows, columns), deltas.to(output), accumulate=True)
 
     return site.projection.register_forward_hook(add) if at else nullcontext()
