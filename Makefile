@@ -18,6 +18,8 @@ STRUCTURED  ?=
 # each method among at most SHARES of them
 CLUSTER     ?=
 SHARES      ?= 4
+# GiB of a GPU that a job gets, for `make plan`
+GPU         ?= 80
 # The seed of another world, for `make world`
 SEED        ?= 2
 # For `make bench`: full (15 to 45 minutes) or smoke; rows of the processor (cpu), of a GPU, or all
@@ -51,7 +53,7 @@ given     = $(foreach name,$(SHARED),$(if $(call own,$(name)),$(1)$(name)=$(call
 CONFIG    = profile='$(PROFILE)' $(if $(DATA),data='$(DATA)') threads=$(THREADS) \
             $(if $(CLUSTER),cluster='$(CLUSTER)') $(call given,,yaml)
 PLAN      = $(BIN)/python tools/plan.py --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') \
-            --shares '$(SHARES)' $(if $(CLUSTER),--cluster '$(CLUSTER)') $(call given,--shared ,quoted)
+            --shares '$(SHARES)' --gpu '$(GPU)' $(if $(CLUSTER),--cluster '$(CLUSTER)') $(call given,--shared ,quoted)
 CHECK     = $(if $(CLUSTER),$(PLAN) && )$(BIN)/python -m uke check --profile '$(PROFILE)' $(if $(DATA),--data '$(DATA)') \
             $(call given,--shared ,quoted)
 SNAKEMAKE = $(BIN)/snakemake --quiet host reason rules --rerun-incomplete --nolock \
@@ -70,7 +72,7 @@ endif
 
 # A misspelt variable would be ignored in silence, so it is refused.
 KNOWN := PYTHON PROFILE JOBS DATA DATA_FILE LIMIT METHODS LEVELS MODEL SEED SIZE ROWS DOCUMENTS \
-         STRUCTURED CLUSTER SHARES MIRROR PART SHARE STRICT EXTRA_INDEX UKE_DATA UKE_HOME
+         STRUCTURED CLUSTER SHARES GPU MIRROR PART SHARE STRICT EXTRA_INDEX UKE_DATA UKE_HOME
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),\
   $(error $(name): unknown variable; expected one of $(KNOWN)))

@@ -86,6 +86,17 @@ def kept() -> pd.DataFrame:
     return pd.concat(every).drop(columns=lost)
 
 
+def test_a_job_that_ran_out_of_memory_is_tried_again_with_more(slurm, tmp_path):
+    (tmp_path / "Snakefile").write_text(f"""rule:
+    output: touch("done")
+    resources: mem_mb=lambda wildcards, attempt: 400 * attempt
+    shell: "{sys.executable} -c 'import time; held = bytes(range(250)) * 2_000_000; time.sleep(15)'"
+""")
+    command = f"{sys.executable} -m snakemake --workflow-profile {ROOT}/params/cluster/loopback"
+    done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Error in rule" in done.stderr, done.stderr
+
+
 def test_who_is_killed_on_a_cluster_costs_no_row(home, slurm, tmp_path, monkeypatch):
     log = tmp_path / "snakemake.log"
     python(str(ROOT / "tools/plan.py"), "--shares", "2", "--cluster", "loopback")

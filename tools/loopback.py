@@ -2,8 +2,8 @@
 
     python tools/loopback.py /tmp/slurm     # Ctrl-C ends it
 
-It needs to be root, for a link at /etc/slurm/slurm.conf. No accounts, no data base, no limit of
-memory: jobs on both nodes share the machine. `gpu` is a licence here, since a card registers with
+It needs to be root, for a link at /etc/slurm/slurm.conf. No accounts, no data base; a job that
+takes more memory than it asked for is killed. `gpu` is a licence here, since a card registers with
 no node that is not there.
 """
 
@@ -31,10 +31,12 @@ AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=2
+JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmdPidFile={folder}/%n.pid

@@ -10,6 +10,7 @@ number of weights. A GPU's are these divided by an assumed factor, until its own
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -37,17 +38,20 @@ from uke.results import compare, rows
 from uke.study.study import UNEDITED
 
 GIB, MIB = 2**30, 2**20
+SUBMITTED = ("slurm_partition", "slurm_account")
 FASTER = 1000  # a current GPU against the two cores of the committed rows, assumed until measured
 MEASURED_ON = {Paths("smollm2", "unkebench"): "smollm2", Paths("embedded"): "embedded"}
 WEIGHTS = {"smollm2": 134_515_008, "embedded": 5_509_376}
 MEASURED = ("07_recipe", "08_batch_size", "tuning")  # studies whose rows have the seconds
-GPU_GIB = 80  # of the card that a job is expected to get
+ROWS_MIB = 0.1  # of an edit's rows and of the answers before it
+USED = 0.9  # of a GPU's memory: the rest is its driver's and lost between blocks
 PROCESS_MIB = 3000  # Python with its libraries
 AT_ONCE, LANES_MIB = 16, 4096  # single edits written side by side, and the memory asked for them
 
 
 class Plan:
-    """What a run on `paths` takes. `most`: jobs among which the edits of a method are divided.
+    """What a run on `paths` takes. `most`: jobs among which the edits of a method are divided;
+    `gpu_gib`: memory of a GPU that a job gets.
 
     plan = Plan(Paths("embedded"), most=4)
     with plan.missing():  # notes bad input in place of raising it
@@ -55,10 +59,14 @@ class Plan:
     print(plan.text())
     """
 
-    def __init__(self, paths: Paths, most: int = 1, cluster: str | None = None) -> None:
+    def __init__(
+        self, paths: Paths, most: int = 1, cluster: str | None = None, gpu_gib: int = 80
+    ) -> None:
         self.paths, self.shares, self.faults = paths, [], []
-        self.most, self.model = most, "embedded"
+        self.most, self.model, self.gpu_gib = most, "embedded", gpu_gib
         _check_cluster(paths, cluster)
+        with self.missing():
+            _check_renaming(paths.results)
 
     @contextmanager
     def missing(self) -> Iterator[None]:
@@ -130,6 +138,10 @@ class Plan:
         lanes = min(AT_ONCE * lane, LANES_MIB) if share.batch_size == 1 else lane
         return PROCESS_MIB + 5 * weights + 2 * max(lane, lanes), 2 * weights + lane
 
+    def gpus(self, share: Share) -> int:
+        """Return the GPUs over which a job's model and one edit have to be laid."""
+        return math.ceil(self.memory(share)[1] / 1024 / USED / self.gpu_gib)
+
     def text(self) -> str:
         """Return the plan in words, a line for each notebook and for each fault."""
         lines = []
@@ -143,17 +155,20 @@ class Plan:
                 own = [share for share in self.shares if share.notebook == name]
                 hours = sum(s.edits * self.seconds(s.method, s.batch_size) for s in own) / 3600
                 most, on_gpu = map(max, zip(*map(self.memory, own), strict=True))
+                several = {s.method: n for s in own if (n := self.gpus(s)) > 1}
                 lines += [
                     f"{name:24} {len(own):4} jobs, {sum(s.edits for s in own):6} edits, "
                     f"{hours:9.2f} h on two cores or about {hours / FASTER:8.2f} on a GPU; "
                     f"memory {most / 1024:.1f} GiB, or of a GPU {on_gpu / 1024:.1f}"
                 ]
-                large = {s.method for s in own if self.memory(s)[1] > 1024 * GPU_GIB}
-                if large:
-                    needs = f"more than {GPU_GIB} GiB of a GPU for {', '.join(sorted(large))}"
-                    self.faults.append(f"{name}: {needs}")
-        free = shutil.disk_usage(self.paths.home).free / GIB
-        lines += [f"disk      {free:.0f} GiB free"]
+                if several:
+                    each = ", ".join(f"{gpus} for {method}" for method, gpus in several.items())
+                    self.faults.append(f"{name}: GPUs of {self.gpu_gib} GiB in a job: {each}")
+            free = shutil.disk_usage(self.paths.home).free / GIB
+            needed = 2 * weights / GIB + ROWS_MIB * sum(s.edits for s in self.shares) / 1024
+            lines += [f"disk      {needed:.1f} GiB of weights and rows, {free:.0f} GiB free"]
+            if needed > free:
+                self.faults.append(f"disk: expected {needed:.0f} GiB free, found {free:.0f}")
         lines += [f"GPU       hours assume that it is {FASTER} times as fast as two cores"]
         with self.missing():
             lines += [compared()]
@@ -208,16 +223,36 @@ def _check_cluster(paths: Paths, cluster: str | None) -> None:
     if partition and partition not in names:
         fault = f"unknown partition '{partition}'{nearest(partition, names)}"
         raise InputError(f"{file}: slurm_partition: {fault}")
+    options = [f"--{name[6:]}={asked[name]}" for name in asked if name in SUBMITTED]
+    tried = ["sbatch", "--test-only", *options, "--wrap=true"]
+    if (done := subprocess.run(tried, capture_output=True, text=True)).returncode:
+        reason = done.stderr.strip().splitlines()[-1]
+        raise InputError(f"{file}: default-resources: SLURM takes no such job ({reason})")
+
+
+def _check_renaming(folder: Path) -> None:
+    """Refuse a file system that does not replace files by renaming: a kill would cost rows."""
+    probe = folder / ".renaming"
+    try:
+        for content in ("old", "new"):
+            write_atomic(probe, content)
+        replaced = probe.read_text() == "new"
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    if not replaced:
+        raise InputError(f"{folder}: expected a file system that replaces files by renaming")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[choices()])
     parser.add_argument("--shares", type=int, default=1, help="jobs among which edits are divided")
     parser.add_argument("--cluster", help="a folder of params/cluster")
+    parser.add_argument("--gpu", type=int, default=80, help="GiB of a GPU (default: 80)")
     options = parser.parse_args()
     try:
         paths, notebooks = reported(options)
-        plan = Plan(paths, options.shares, options.cluster)
+        plan = Plan(paths, options.shares, options.cluster, options.gpu)
         searches = [name for name in params.studies(paths.home) if name.startswith(params.SEARCH)]
         for notebook in [*notebooks, *searches]:
             options.checked = False

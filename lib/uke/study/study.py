@@ -223,7 +223,8 @@ class Study:
                     failed |= self.write(method, group)
                 except torch.OutOfMemoryError:
                     if len(group) == 1:
-                        raise
+                        fault = f"{method.name}: no memory for an edit beside the model"
+                        raise InputError(f"{fault}; expected a larger GPU, or several") from None
                     self.lanes = len(group) // 2
                     change = f"{len(group)} edits side by side; going on with {self.lanes}"
                     logger.warning("%s: %s: out of memory with %s", self.name, method.name, change)
@@ -289,7 +290,8 @@ class Study:
         answer the probes of each edit, by its id.
         """
         started, (before, expectations) = time.perf_counter(), unedited
-        frame = with_before(self.answer_and_score(m, probes), before)
+        own = before[before["edit"].isin({probe.edit for probe in probes})]  # a few of very many
+        frame = with_before(self.answer_and_score(m, probes), own)
         compared = [probe in expectations for probe in probes]
         some = [probe for probe in probes if probe in expectations]
         along = [expectations[probe] for probe in some]
