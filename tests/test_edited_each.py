@@ -38,6 +38,10 @@ EVERY = {
         "qwen2",
         QUICK["LoRA"].model_copy(update={"rank": 3, "components": ("mlp", "attention")}),
     ),
+    "lessons": (
+        "qwen2",
+        QUICK["LoRA"].model_copy(update={"near": 2, "paraphrases": 3, "turns": 2}),
+    ),
     **{BASELINES[name].name: ("llama", baseline(name)) for name in BASELINES},
     "behind Gemma's norms": ("gemma3_text", baseline("anyedit_memit")),
 }

@@ -22,6 +22,9 @@ OTHER = {
     "weight_decay": 0.1,
     "seed": 1,
 }
+OTHER |= {"general": 2, "near": 2, "hold": 2.0, "paraphrases": 2, "orders": 2, "turns": 2}
+OTHER |= {"questions": "reading", "learn": 2.0, "strength": 0.5, "kept_rank": 2}
+OTHER |= {"null_threshold": 0.1}
 
 
 def differing(one: Recipe, other: Recipe) -> set[str]:
@@ -36,6 +39,9 @@ def test_the_fingerprint_sees_every_choice_and_no_name():
     ]
     assert len({base.fingerprint, *changed}) == len(OTHER) + 1
     assert Recipe(**{**base.model_dump(), "name": "renamed"}).fingerprint == base.fingerprint
+    # Those of stored rows, which are older than some choices.
+    known = {"FT-L": "30d66b278c3f3dc3", "FT-M": "017f1172e320ae9f", "LoRA": "8ef47e7e210fae1e"}
+    assert {name: RECIPES[name].fingerprint for name in known} == known
     assert Recipe(name="a", layers=3).fingerprint == Recipe(name="b", layers=[3]).fingerprint
 
 

@@ -47,7 +47,7 @@ def check(home: Path, data: str, parameters: Mapping[str, Any]) -> None:
     if not source(model)[1]:
         return
     modules, tokenizer = load(model, device="meta")
-    if any(method.family == "locate-then-edit" for method in methods):
+    if any(method.measured is not None for method in methods):
         _check_corpus(model)
     chosen = chosen or [Edit(id="any", question="Who?", answer="She.")]
     for method in methods:

@@ -301,7 +301,7 @@ class Bench:
         report(0, 0.0, ASKING_BEFORE)
         if questions not in self._before:
             self._before[questions] = self._ask(self.model, *questions)
-        if task.method.family == "locate-then-edit":
+        if task.method.measured is not None:
             measure_world(self.model, self.tokenizer)
             measure_for(task.method, self.model, self.tokenizer)
         weights = task.method.weights(self.model).values()

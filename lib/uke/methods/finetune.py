@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
+from uke.methods.lessons import Lesson, lessons
+from uke.methods.locate_edit.anchors import sites
+from uke.methods.locate_edit.covariance import projectors
 from uke.methods.method import EditRecord, Edits, Progress, Tokenizer, Training, Written
 from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, TRAINING_TOKENS, Example, collate, group_by_length
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 # AdaLoRA starts with half as many ranks again and prunes them in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
+LEAST = torch.finfo(torch.float32).eps  # of a probability
 DROP_SHARE = 1 / 8  # ended lanes leave the batch when they are at least this share of it
 # peft asks transformers for this under its old name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -67,6 +72,19 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], read: Tensor) -> Tens
     return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
 
 
+def lesson_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Divergence from what is expected along each lesson's answer, times its weight: (B,), nats."""
+    weights = batch["weights"][:, 1:]  # (B, T-1)
+    read = (weights != 0).any(0).nonzero().squeeze(1)  # (U,)
+    logits, tokens = _logits(model, batch, read), batch["tokens"][:, 1:][:, read]  # (B, U, V or K)
+    q = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    # All other tokens are one, as where divergences are measured.
+    both = (batch["logs"][:, 1:][:, read], q)
+    rest = [(1 - one.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log() for one in both]
+    p, q = (torch.cat(pair, dim=-1) for pair in zip(both, rest, strict=True))
+    return ((p.exp() * (p - q)).sum(-1) * weights[:, read]).sum(1)
+
+
 LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
     "target_tokens": target_tokens_loss,
     "last_prompt_token": last_prompt_token_loss,
@@ -83,8 +101,10 @@ def train(
     before any weight moves; Diverged names the edits whose loss is not finite.
     """
     examples = recipe.examples(model, tokenizer, edits)
-    passes = _passes(examples, recipe, tokenizer, model.device)
+    beside = lessons(model, tokenizer, edits, recipe)
+    passes = _passes(examples, recipe, tokenizer, model.device, beside)
     weights, lane = trained(model, recipe), _Lane(recipe)
+    before = {n: one.detach().clone() for n, one in weights.items()} if recipe.shrinks else {}
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
     same = recipe.adapter is None and (recipe.batch_size or len(edits)) >= len(edits)
     once = lower_blocks_once(model, list(weights)) if same else nullcontext(LowerBlocks())
@@ -97,7 +117,21 @@ def train(
         _descend(model, [lane], passes, optimiser, lower, progress=progress)
     if lane.error:
         raise lane.error
+    for name, own in before.items():
+        change = shrunk(model, recipe, name, weights[name].detach().float() - own.float())
+        weights[name].data.copy_(own + change)
     return lane.training
+
+
+def shrunk(model: nn.Module, recipe: Recipe, name: str, change: Tensor) -> Tensor:
+    """Return what the recipe leaves of the change (d, W) of a weight."""
+    if recipe.kept_rank and change.dim() > 1:
+        left = torch.linalg.eigh(change @ change.T).eigenvectors[:, -recipe.kept_rank :]
+        change = left @ (left.T @ change)
+    if recipe.null_threshold:
+        site = [one for one in sites(model, recipe.layers) if name == f"{one.name}.weight"]
+        change = change @ projectors(model, site, recipe.null_threshold)[0].to(change)
+    return recipe.strength * change
 
 
 def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe) -> Written:
@@ -168,13 +202,16 @@ def _descend(
     Every lane has as many edits in a batch, in order; with `stacks` one, and a pass is that batch.
     Adam is element-wise: on stacked weights it is one Adam a lane.
     """
-    for batches in passes:
+    for turn, batches in enumerate(passes):
         for batch in batches:
             losses, size = [], len(batch.ids) // len(lanes)
             for lower.part, part in enumerate(batch.parts):
                 each = LOSSES[lanes[0].recipe.loss](model, part)  # (B,)
                 (each.sum() / size).backward()
                 losses += each.tolist()
+            for lower.part, (own, part) in enumerate(batch.lessons, len(batch.parts)):
+                if own == turn % lanes[0].recipe.turns:
+                    (lesson_loss(model, part).sum() / size).backward()
             steps = []
             for row, lane in enumerate(lanes):
                 own = slice(row * size, (row + 1) * size)
@@ -200,10 +237,14 @@ def _descend(
 
 @dataclass
 class _Batch:
-    """The edits of one optimiser step, in parts that each fit into a forward pass."""
+    """The edits of one optimiser step, in parts that each fit into a forward pass.
+
+    Beside them `lessons`, each part with the turn in which a step has it.
+    """
 
     ids: list[str]
     parts: list[dict[str, Tensor]]
+    lessons: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows of the only part, without the columns that are padding in all of them."""
@@ -227,13 +268,25 @@ def _batches(
 
 
 def _passes(
-    examples: Mapping[str, Example], recipe: Recipe, tokenizer: Tokenizer, device: torch.device
+    examples: Mapping[str, Example],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    beside: Mapping[str, Sequence[tuple[int, Lesson]]],
 ) -> Iterator[list[_Batch]]:
     """Yield the batches of each pass: all edits at once, or shuffled minibatches."""
 
     def batch(ids: Sequence[str]) -> _Batch:
-        each = _batches(ids, examples, tokenizer, device)
-        return _Batch([edit for one in each for edit in one.ids], [one.parts[0] for one in each])
+        each, found = _batches(ids, examples, tokenizer, device), []
+        tokens = TRAINING_TOKENS if device.type == "cpu" else math.inf
+        for turn in range(recipe.turns):
+            rows = [one for edit in ids for own, one in beside[edit] if own == turn]
+            for group in group_by_length([len(one["input_ids"]) for one in rows], tokens):
+                columns = {name: [rows[row][name] for row in group] for name in rows[0]}
+                part = {name: pad_sequence(own, True).to(device) for name, own in columns.items()}
+                found.append((turn, part))
+        listed = [edit for one in each for edit in one.ids]
+        return _Batch(listed, [one.parts[0] for one in each], found)
 
     ids, order = list(examples), torch.Generator().manual_seed(recipe.seed)
     size = recipe.batch_size or len(ids)
@@ -340,6 +393,7 @@ def adapted(
     model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, progress: Progress = None
 ) -> Iterator[tuple[nn.Module, EditRecord]]:
     """Yield the model wrapped in an adapter trained on the edits, which is taken off on exit."""
+    recipe.depends_on(model)  # the texts are those of the model without an adapter
     wrapped = adapt(model, recipe, len(edits))
     try:
         training = train(wrapped, tokenizer, edits, recipe, progress)

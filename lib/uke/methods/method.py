@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from uke.data.edits import Edits
 from uke.errors import Diverged, InputError, Told, about, typed
 from uke.methods.lanes import Lanes, relative_norm
+from uke.methods.locate_edit import covariance
 from uke.models.model import kept, max_context
 from uke.models.prompts import Example, example
 
@@ -29,6 +30,7 @@ Progress = Callable[[int, float], None] | None
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1)]
+Counted = Annotated[StrictInt, Field(ge=0)]
 Layer = Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(strict=True, ge=0, le=1)]
 # One layer number becomes a list of one, so that equal choices have equal fingerprints.
 Several = BeforeValidator(lambda value: (value,) if type(value) in (int, float) else value)
@@ -83,8 +85,10 @@ class Method(BaseModel, ABC, metaclass=Told):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: ClassVar[str] = "own"
+    league: ClassVar[str] = "text only"  # or `text and facts`: what it may use of an edit
     moves_weights: ClassVar[bool] = True
     factors: ClassVar[Mapping[str, Any]] = {}  # the choices under study that the method has
+    later: ClassVar[Collection[str]] = ()  # fields newer than stored rows, told where they are set
 
     name: Annotated[str, Field(min_length=1)]
     chat_template: StrictBool = True
@@ -95,8 +99,14 @@ class Method(BaseModel, ABC, metaclass=Told):
     @property
     def fingerprint(self) -> str:
         """16 hex digits of every choice but the name: equal choices edit equally under any name."""
-        choices = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
+        unset = {*self.later}.difference(self.model_dump(exclude_defaults=True))
+        choices = json.dumps(self.model_dump(exclude={"name", *unset}), sort_keys=True)
         return hashlib.sha256(choices.encode()).hexdigest()[:16]
+
+    @property
+    def measured(self) -> Layers | None:
+        """Layers whose covariance it needs, none for its texts alone; None if it needs neither."""
+        return None
 
     @abstractmethod
     def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -109,11 +119,11 @@ class Method(BaseModel, ABC, metaclass=Told):
         """Write the edits together into the weights as they are now, in place."""
 
     def depends_on(self, model: nn.Module | str) -> str | None:
-        """Return a digest of what else decides the result, such as statistics of the model's keys.
+        """Return a digest of what else decides the result: the texts of the model's covariance.
 
         `model`: the unedited model, or its fingerprint where only stored rows are looked up.
         """
-        return None
+        return None if self.measured is None else covariance.digest(model)
 
     def lane_size(self, model: nn.Module) -> int:
         """Count the numbers that each lane of `write_each` holds."""

@@ -6,21 +6,23 @@ LoRA) it takes, of every factor, the level with the best balance, each at its ow
 method; FT-UKE is the one with the best trial. The paper's own setting was not available to us.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
-from pydantic import Field, StrictBool
+from pydantic import Field, StrictBool, StrictInt, model_validator
 from torch import nn
 
 from uke.errors import InputError, nearest
 from uke.methods import finetune
 from uke.methods.lanes import attached
+from uke.methods.lessons import TEXTS
 from uke.methods.locate_edit.covariance import LAYERS
 from uke.methods.locate_edit.solvers import LocateRecipe
 from uke.methods.method import (
     Count,
+    Counted,
     EditRecord,
     Edits,
     Layers,
@@ -36,6 +38,11 @@ from uke.models.model import module_names, select
 from uke.project import number_key
 from uke.results.stats import overall
 
+INGREDIENTS = (
+    *("general", "near", "paraphrases", "orders", "questions"),
+    *("strength", "kept_rank", "null_threshold"),
+)
+
 
 class Recipe(Method):
     """Every choice of one way to fine-tune (protocol of arXiv 2506.09672 and its relatives).
@@ -43,6 +50,15 @@ class Recipe(Method):
     `layers` and `components`: see `module_names`. `steps` counts passes over all edits: one step
     of Adam each, or one per shuffled minibatch of `batch_size` edits. A loss (nats per token) below
     `stop_loss` ends the training.
+
+    Beside the text each step has a share, one of `turns`, of what is switched on (see
+    `uke.methods.lessons`). With weight `hold`, divergence from the unedited model: along its own
+    answers to `general` questions and to the edit's question asked of others (`near`). With weight
+    `learn`: the text in `paraphrases` of the question; with its sentences in random `orders`; and
+    the model's own `questions` about each sentence, with that sentence or with what the model
+    expects while reading the text (HPSE). At the end the change of each weight keeps `kept_rank`
+    singular values, is projected on directions of keys with a variance below `null_threshold`, and
+    is scaled by `strength`.
     """
 
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
@@ -60,12 +76,45 @@ class Recipe(Method):
     stop_loss: NotNegative = 1e-2
     batch_size: Count | None = None
     weight_decay: NotNegative = 0.0
+    # Newer than stored rows, whose fingerprints know them where they are set alone.
+    general: Counted = 0
+    near: Counted = 0
+    hold: NotNegative = 1.0
+    paraphrases: Annotated[StrictInt, Field(ge=0, le=len(TEXTS["phrasings"]))] = 0
+    orders: Counted = 0
+    questions: Literal["sentence", "reading"] | None = None
+    learn: NotNegative = 1.0
+    turns: Count = 1
+    strength: Positive = 1.0
+    kept_rank: Count | None = None
+    null_threshold: Positive | None = None
 
+    later: ClassVar[Collection[str]] = (*INGREDIENTS, "hold", "learn", "turns")
     family: ClassVar[str] = "fine-tuning"
 
     @property
     def factors(self) -> Mapping[str, "Factor"]:
         return FACTORS
+
+    @model_validator(mode="after")
+    def _check_shrinking(self) -> "Recipe":
+        if self.shrinks and self.adapter:
+            raise ValueError("strength, kept_rank, null_threshold: expected no adapter")
+        if self.null_threshold and self.components != ("down_proj",):
+            raise ValueError("null_threshold: expected components down_proj alone")
+        return self
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether less than the trained change stays."""
+        return self.strength != 1 or bool(self.kept_rank or self.null_threshold)
+
+    @property
+    def measured(self) -> str | Sequence[int | float] | None:
+        """Every layer for a null space; none where only texts of the covariance are needed."""
+        if self.null_threshold:
+            return self.layers
+        return () if self.general or self.near else None
 
     def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The selected parameters; of an adapter the projections that it is merged into."""
@@ -93,8 +142,8 @@ class Recipe(Method):
         return finetune.adapted(model, tokenizer, edits, self, progress)
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
-        """Train all edits side by side; AdaLoRA's, which prunes by step, one by one."""
-        if self.adapter == "adalora":
+        """Train all edits side by side; AdaLoRA, which prunes by step, and lessons one by one."""
+        if self.adapter == "adalora" or {*self.later} & {*self.model_dump(exclude_defaults=True)}:
             return super().write_each(model, tokenizer, edits)
         return finetune.train_each(model, tokenizer, edits, self)
 

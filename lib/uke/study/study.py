@@ -394,19 +394,19 @@ def measure_world(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def measure_for(method: Method, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Measure what a locate-then-edit method must keep, where the model was not measured for it.
+    """Measure what a method must keep, where the model was not measured for it.
 
     The corpus of a model of the real world is that of before, if any, else the documents that are
     reserved for it, as questions and answers; where there are none, the method says what it lacks.
     """
-    if method.family != "locate-then-edit" or world_of(model.config.name_or_path) is not None:
+    if method.measured is None or world_of(model.config.name_or_path) is not None:
         return
     if covariance.digest(model):
         texts = covariance.preservation(model)
     else:
         texts = reserved_texts()
     if texts:
-        covariance.measure(model, tokenizer, texts, method.layers)
+        covariance.measure(model, tokenizer, texts, method.measured)
 
 
 def reserved_texts() -> list[covariance.Entry]:

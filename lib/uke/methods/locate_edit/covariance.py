@@ -105,7 +105,8 @@ def measure(
             cached.cache_clear()
         content["texts"] = list(texts)
         write_atomic(target / TEXTS, json.dumps(content, ensure_ascii=False))
-    lacking = [site for site in sites(model, layers) if not _path(model, site).is_file()]
+    wanted = layers and sites(model, layers)  # none where the texts alone are needed
+    lacking = [site for site in wanted if not _path(model, site).is_file()]
     if not lacking:
         return
     projections = [site.projection for site in lacking]

@@ -88,9 +88,10 @@ class LocateRecipe(Method):
         inside = {id(parameter) for parameter in chosen[-1].block.parameters()}
         return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
 
-    def depends_on(self, model: nn.Module | str) -> str | None:
-        """Return the digest of the texts that the model's covariance was measured on."""
-        return covariance.digest(model)
+    @property
+    def measured(self) -> Layers:
+        """Every layer that it changes."""
+        return self.layers
 
     def write(
         self, model: nn.Module, tokenizer: Tokenizer, edits: Edits, progress: Progress = None
