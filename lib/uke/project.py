@@ -83,8 +83,9 @@ def check_name(field: str, name: str) -> str:
 
 
 def number_key(name: str) -> str:
-    """Return a method's name as part of a key: `AnyEdit (MEMIT)` becomes `anyedit_memit`."""
-    return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("++", " pp")).strip("_")
+    """Return a method's name as part of a key: `FT-UKE+` becomes `ft_uke_plus`."""
+    words = str(name).lower().replace("++", " pp").replace("+", " plus")
+    return re.sub(r"[^a-z0-9]+", "_", words).strip("_")
 
 
 def unit_key(method: str, **choices: Any) -> str:

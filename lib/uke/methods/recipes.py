@@ -195,6 +195,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe(name="LocFT-BF", layers=22 / 32, batch_size=100),
         # Until the rule has chosen for a model: FT-M's loss on every `down_proj`.
         Recipe(name="FT-UKE"),
+        Recipe(name="FT-UKE+", near=8, turns=4),
     )
 }
 
