@@ -20,7 +20,7 @@ from uke.project import Paths
 
 Parameters = dict[str, Any]
 LOCALITY = "02_locality"  # the notebook that builds locality sets
-SEARCH = "tuning"  # how the names of notebooks that `make tune` runs begin
+SEARCH = ("tuning", "12_beyond")  # how the names of notebooks that `make tune` runs begin
 ROWLESS = ("10_cost", "11_verdicts")  # notebooks that read the rows and numbers of others alone
 
 
