@@ -257,6 +257,13 @@ def test_without_development_rows_the_best_baseline_is_said_to_be_flattered(monk
     assert all(section.checks.values())
 
 
+def test_a_second_dataset_takes_the_best_baseline_of_the_first_and_says_so():
+    asked = Invented()
+    asked.subject.name, asked.paths = "smollm2", Paths("smollm2", "akew-mquake")
+    study = MethodStudy(asked, ["FT-UKE", "MEMIT", "AnyEdit (UnKE)"])
+    assert study.best == {1: "AnyEdit (UnKE)"} and "the other dataset" in study.caveats[0]
+
+
 # --- sequences ------------------------------------------------------------------------------------
 
 

@@ -53,9 +53,10 @@ class MethodStudy(Comparison):
         writing = [name for name in self.baselines if self.published[name].moves_weights]
         self.untestable = control.untestable(control.of_run(study.paths), writing)
         self.leader = LEADER if LEADER in others else next(iter(others), None)
-        # Development rows may be those of this run, or of the embedded model's own study.
+        # Development rows may be those of this run, or of its model's study of UnKEBench edits.
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
-        places = [study.paths, Paths("embedded")] if of_world else [study.paths]
+        other = Paths("embedded") if of_world else Paths(study.paths.profile, "unkebench")
+        places = [study.paths, other]
         full, limit = sizes if full is None else full, limit or len(study.dataset.edits)
         study_of = tuning if any(one.exported(tuning).is_file() for one in places) else "tuning"
         known = dict.fromkeys(sizes, self.baselines)
@@ -70,7 +71,8 @@ class MethodStudy(Comparison):
         text = f"The best baseline on development edits has no rows here ({', '.join(lost)}): the "
         self.caveats = [f"{text}best of those that have stands for it."] if lost else []
         self.caveats += [f"No rows are there yet of {', '.join(absent)}."] if absent else []
-        if study_of != tuning:
+        elsewhere = not of_world and self.best and not study.paths.exported(study_of).is_file()
+        if study_of != tuning or elsewhere:
             self.caveats.append("Baselines were chosen on development edits of the other dataset.")
         self.plan: dict[tuple[int, str], int] = {}  # how many edits, by batch size and name
         for size in sizes:
