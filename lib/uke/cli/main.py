@@ -155,7 +155,8 @@ def _report(options: argparse.Namespace) -> None:
     else:
         made = runs(paths)
         write_atomic(kept, json.dumps(made, indent=1) + "\n")
-    account(paths, [run for run in made if run["notebook"] in notebooks])
+    timed = [name for name in notebooks if not name.startswith(params.SEARCH)]  # not `make tune`
+    account(paths, [run for run in made if run["notebook"] in timed])
     compose(paths, notebooks, made, prune=bool(options.rows))  # then all sections are drawn
     for page in _quoting(paths):
         quote(page, Paths(QUOTED))
