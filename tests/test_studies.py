@@ -315,8 +315,8 @@ def test_committed_rows_of_a_benchmark_are_drawn_without_its_file(monkeypatch):
     study = Study("07_recipe", datasets.load("smollm2", "unkebench", limit=2), "", False)
     study.run(catalog.find("FT-M"))
     assert set(study.read()["edit"]) == set(study.before["edit"]) == {"0", "1"}
-    with pytest.raises(InputError, match="akew-mquake/rows: no rows of test edits"):
-        datasets.load("smollm2", "akew-mquake")
+    with pytest.raises(InputError, match="akew-counterfact/rows: no rows of test edits"):
+        datasets.load("smollm2", "akew-counterfact")
 
 
 def test_a_missing_committed_unit_is_named(toy, monkeypatch):

@@ -18,6 +18,9 @@ from uke.project import EMBEDDED, Paths
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # of Llama's kind
 
 
+UNHELD = "the devices do not hold its weights; expected larger ones"
+
+
 @typed
 def load(
     name: str | Path,
@@ -36,6 +39,11 @@ def load(
     """
     path, local = source(name)
     split = device if isinstance(device, Mapping) else None
+    try:
+        for place in (split or {}).values():
+            place == "disk" or torch.device(place)
+    except RuntimeError as error:
+        raise InputError(f"load, field 'device': {str(error).partition('. ')[0]}") from None
     if split or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         split = split or ("auto" if torch.cuda.device_count() > 1 and not _fits_one(path) else None)
@@ -55,13 +63,15 @@ def load(
             model, report = AutoModelForCausalLM.from_pretrained(path, **given)
     except Exception as error:  # the readers of files raise classes with no common base
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if split and "meta device" in reason:
+            raise InputError(f"{name}: {UNHELD}") from None
         expected = "expected a causal language model with its tokenizer, and a device that is there"
         raise InputError(f"{name}: {expected}; {reason}") from error
     for fault, keys in (("lack", "missing_keys"), ("also hold", "unexpected_keys")):
         if names := sorted(report.get(keys, ())):
             raise InputError(f"{name}: the weights {fault} {names[0]}; expected config.json's own")
     if split and any(weight.device.type == "meta" for weight in model.parameters()):
-        raise InputError(f"{name}: the devices do not hold its weights; expected larger ones")
+        raise InputError(f"{name}: {UNHELD}")
     # Special tokens that no prompt has, as Gemma's of images, may lie beyond the embedding.
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template)

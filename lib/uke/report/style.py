@@ -45,6 +45,7 @@ class Look(NamedTuple):
 # safe for colour-blind readers within a family, and the mark tells families apart in print.
 LOOKS = {
     "FT-UKE": Look(INK, "*"),
+    "FT-UKE+": Look(INK, "h", "--"),
     "FT-L": Look(RED),
     "FT-M": Look(BLUE),
     "FT-A": Look("#56b4e9"),

@@ -51,12 +51,14 @@ class MethodStudy(Comparison):
         self.baselines = [n for n in self.names if self.published[n].family in BASELINES]
         others = [name for name in self.names if name not in self.baselines]
         writing = [name for name in self.baselines if self.published[name].moves_weights]
-        self.untestable = control.untestable(control.of_run(study.paths), writing)
         self.leader = LEADER if LEADER in others else next(iter(others), None)
-        # Development rows may be those of this run, or of its model's study of UnKEBench edits.
+        # Development rows may be those of this run, or of its model's study of UnKEBench edits, as
+        # may the control of a model of the real world: another world is another model.
         of_world = study.subject.name == "embedded" or study.dataset.world_seed not in (None, 1)
         other = Paths("embedded") if of_world else Paths(study.paths.profile, "unkebench")
         places = [study.paths, other]
+        own = of_world or study.paths.exported(control.STUDY).is_file()
+        self.untestable = control.untestable(control.of_run(places[not own]), writing)
         full, limit = sizes if full is None else full, limit or len(study.dataset.edits)
         study_of = tuning if any(one.exported(tuning).is_file() for one in places) else "tuning"
         known = dict.fromkeys(sizes, self.baselines)
