@@ -328,9 +328,7 @@ class Bench:
             folder = self.folder / check_name("Keep as", name.strip())
             if folder.exists():
                 raise InputError(f"{name} is there already; choose another name.")
-            if self.edited is None:
-                raise InputError("nothing to save; expected an edit in the weights")
-            save(self.edited, folder)
+            save(self.model if self.edited is None else self.edited, folder)
         base = f'models.load("{self.name}")[0]'
         return f'from uke import methods, models\nmodel = methods.load({base}, "{folder}")'
 

@@ -26,6 +26,7 @@ from uke.methods.lessons import Lesson, lessons
 from uke.methods.locate_edit.anchors import sites
 from uke.methods.locate_edit.covariance import projectors
 from uke.methods.method import EditRecord, Edits, Progress, Tokenizer, Training, Written
+from uke.models.divergence import divergence
 from uke.models.model import kept, module_names
 from uke.models.prompts import IGNORED, TRAINING_TOKENS, Example, collate, group_by_length
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 # AdaLoRA starts with half as many ranks again and prunes them in the middle of the training.
 SPARE_RANK, WARM_UP, FINISH = 1.5, 0.2, 0.3
-LEAST = torch.finfo(torch.float32).eps  # of a probability
 DROP_SHARE = 1 / 8  # ended lanes leave the batch when they are at least this share of it
 # peft asks transformers for this under its old name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -76,13 +76,9 @@ def lesson_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Divergence from what is expected along each lesson's answer, times its weight: (B,), nats."""
     weights = batch["weights"][:, 1:]  # (B, T-1)
     read = (weights != 0).any(0).nonzero().squeeze(1)  # (U,)
-    logits, tokens = _logits(model, batch, read), batch["tokens"][:, 1:][:, read]  # (B, U, V or K)
-    q = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-    # All other tokens are one, as where divergences are measured.
-    both = (batch["logs"][:, 1:][:, read], q)
-    rest = [(1 - one.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log() for one in both]
-    p, q = (torch.cat(pair, dim=-1) for pair in zip(both, rest, strict=True))
-    return ((p.exp() * (p - q)).sum(-1) * weights[:, read]).sum(1)
+    tokens, logs = (batch[name][:, 1:][:, read] for name in ("tokens", "logs"))  # (B, U, K)
+    found = divergence(tokens, logs, _logits(model, batch, read))  # (B, U)
+    return (found * weights[:, read]).sum(1)
 
 
 LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
@@ -254,13 +250,17 @@ class _Batch:
         self.parts = [{name: tensor[rows, :longest] for name, tensor in part.items()}]
 
 
+def _groups(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Group texts of similar length by row, each as many as fit into one forward pass."""
+    return group_by_length(lengths, TRAINING_TOKENS if device.type == "cpu" else math.inf)
+
+
 def _batches(
     ids: Sequence[str], examples: Mapping[str, Example], tokenizer: Tokenizer, device: torch.device
 ) -> list[_Batch]:
     """Return batches of edits of similar length, each as many as fit into one forward pass."""
     found = []
-    tokens = TRAINING_TOKENS if device.type == "cpu" else math.inf
-    for rows in group_by_length([len(examples[edit].ids) for edit in ids], tokens):
+    for rows in _groups([len(examples[edit].ids) for edit in ids], device):
         group = [ids[row] for row in rows]
         part = collate([examples[edit] for edit in group], tokenizer.pad_token_id or 0)
         found.append(_Batch(group, [{name: one.to(device) for name, one in part.items()}]))
@@ -278,10 +278,9 @@ def _passes(
 
     def batch(ids: Sequence[str]) -> _Batch:
         each, found = _batches(ids, examples, tokenizer, device), []
-        tokens = TRAINING_TOKENS if device.type == "cpu" else math.inf
         for turn in range(recipe.turns):
             rows = [one for edit in ids for own, one in beside[edit] if own == turn]
-            for group in group_by_length([len(one["input_ids"]) for one in rows], tokens):
+            for group in _groups([len(one["input_ids"]) for one in rows], device):
                 columns = {name: [rows[row][name] for row in group] for name in rows[0]}
                 part = {name: pad_sequence(own, True).to(device) for name, own in columns.items()}
                 found.append((turn, part))

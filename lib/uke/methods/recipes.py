@@ -143,7 +143,7 @@ class Recipe(Method):
 
     def write_each(self, model: nn.Module, tokenizer: Tokenizer, edits: Edits) -> Written:
         """Train all edits side by side; AdaLoRA, which prunes by step, and lessons one by one."""
-        if self.adapter == "adalora" or {*self.later} & {*self.model_dump(exclude_defaults=True)}:
+        if self.adapter == "adalora" or {*INGREDIENTS} & {*self.model_dump(exclude_defaults=True)}:
             return super().write_each(model, tokenizer, edits)
         return finetune.train_each(model, tokenizer, edits, self)
 

@@ -86,12 +86,16 @@ def divergences(
         examples.append(_example(model, prompt, one.answer.tolist()))
     edits, result = [probe.edit for probe in probes], [0.0] * len(probes)
     for row, logits in teacher_forced(model, examples, edits, PASS_TOKENS):
-        logits, own = logits.double(), before[row]
-        tokens = own.tokens[: len(logits)].to(logits.device).long()
-        q = _with_rest(logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True))
-        p = _with_rest(own.logs[: len(logits)].to(q))
-        result[row] = float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean())
+        tokens, logs = (one[: len(logits)].to(logits.device) for one in before[row][1:])
+        result[row] = float(divergence(tokens, logs, logits.double()).clamp(min=0).mean())
     return result
+
+
+def divergence(tokens: Tensor, logs: Tensor, logits: Tensor) -> Tensor:
+    """Return the divergence at every place (..., V) from the `logs` of its `tokens` (..., K)."""
+    q = _with_rest(logits.gather(-1, tokens.long()) - logits.logsumexp(-1, keepdim=True))
+    p = _with_rest(logs.to(q))
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _example(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Example:
@@ -101,7 +105,7 @@ def _example(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> 
 
 
 def _with_rest(logs: Tensor) -> Tensor:
-    """Append the log-probability of all other tokens: (T, K) to (T, K + 1)."""
+    """Append the log-probability of all other tokens: (..., K) to (..., K + 1)."""
     rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(logs.dtype).eps)
     return torch.cat([logs, rest.log()], dim=-1)
 
