@@ -115,10 +115,8 @@ def tiny(tokenizer):
     def build(family: str = "llama", **changes):
         shape = SHAPE | dict(vocab_size=len(tokenizer)) | OWN_SHAPE.get(family, {}) | changes
         torch.manual_seed(2024)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, **shape), dtype=torch.float32
-        )
-        return model.eval()
+        config = AutoConfig.for_model(family, **shape)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     return build
 

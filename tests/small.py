@@ -24,12 +24,8 @@ EDITS = (
         "there.",
     ),
 )
-ANSWERS = {
-    "Ada": "in Philadelphia",
-    "Grace": "in Maida Vale",
-    "Alan": "in London",
-    "Mary": "in Cambridge",
-}
+ANSWERS = {"Ada": "in Philadelphia", "Grace": "in Maida Vale"}
+ANSWERS |= {"Alan": "in London", "Mary": "in Cambridge"}
 LONG = Edit(id="endless", question="Who?", answer="Ada Lovelace was a mathematician. " * 99)
 SUBJECTS = ("Ada", "Grace", "Alan", "London", "Cambridge", "Philadelphia", "compiler")
 TEXTS = [
@@ -100,9 +96,8 @@ class Snapshot:
     def check(self) -> None:
         model, parameters = self.model, list(self.model.parameters())
         assert not moved(model, self.weights)
-        assert [one.requires_grad for one in parameters] == [
-            number % 2 == 0 for number in range(len(parameters))
-        ]
+        for number, one in enumerate(parameters):
+            assert one.requires_grad == (number % 2 == 0)
         assert all(one.grad is None for one in parameters)
         assert [one.data_ptr() for one in parameters] == self.storages
         assert all(module.training for module in model.modules())

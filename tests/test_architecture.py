@@ -121,9 +121,8 @@ def test_no_two_notebooks_share_six_lines():
 
 @pytest.fixture(scope="module")
 def artefacts() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "figures"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "ls-files", "-z", "figures"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout, so what is committed is unknown")
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]

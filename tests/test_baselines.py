@@ -19,10 +19,9 @@ from uke.models.prompts import example
 
 EDITS = small.EDITS[:2]
 SUBJECTS = (*small.SUBJECTS, "mathematician", "Turing", "Hopper")
-TEXTS = [
-    {"question": f"Who is {one}?", "answer": other}
-    for one, other in zip(SUBJECTS, SENTENCES * 3, strict=False)
-] + list(SENTENCES)
+ASKED = zip(SUBJECTS, SENTENCES * 3, strict=False)
+TEXTS = [{"question": f"Who is {one}?", "answer": other} for one, other in ASKED]
+TEXTS += SENTENCES
 WRITING = tuple(name for name in BASELINES if name != "in_context")
 
 
@@ -176,9 +175,7 @@ def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
     assert torch.allclose(null @ null, null, atol=1e-10) and torch.allclose(null, null.T)
     values, vectors = torch.linalg.eigh(moment)
     assert 0 < int((values < 0.3).sum()) == round(float(null.trace())) < len(values)
-    assert torch.allclose(
-        null @ vectors[:, values >= 0.3], torch.zeros((), dtype=null.dtype), atol=1e-10
-    )
+    assert (null @ vectors[:, values >= 0.3]).abs().max() < 1e-10
     with pytest.raises(InputError, match="no direction.*null_threshold 1e-30"):
         covariance.projectors(model, (site,), 1e-30)
 
@@ -189,12 +186,8 @@ def test_a_projector_keeps_the_directions_the_corpus_does_not_use(ready):
 def drawn(n: int = 7, wide: int = 12, deep: int = 5, kept: int = 4):
     torch.manual_seed(3)
     root = torch.randn(wide, wide).double()
-    return (
-        torch.randn(n, deep).double(),
-        torch.randn(n, wide).double(),
-        torch.randn(kept, wide).double(),
-        root @ root.T,
-    )
+    shapes = ((n, deep), (n, wide), (kept, wide))
+    return (*(torch.randn(*shape).double() for shape in shapes), root @ root.T)
 
 
 def test_the_memit_solve_is_the_least_squares_solution():
@@ -305,9 +298,8 @@ def test_the_block_learns_published_positions_on_its_own_texts(ready, tokenizer,
     monkeypatch.setattr(BlockSteps, "_descend", descend)
     located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
     (site,) = sites(model, recipe.layers)
-    missing = (
-        find_targets(model, located, site, recipe)[0] - states(model, located, site, site).hidden
-    )
+    hidden = states(model, located, site, site).hidden
+    missing = find_targets(model, located, site, recipe)[0] - hidden
     for batch in (EDITS, EDITS[:1], EDITS[1:]):
         with edited(model, tokenizer, batch, recipe):
             pass
@@ -363,10 +355,8 @@ def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
 def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(tiny, tokenizer):
     model = tiny()
     before = state(model)
-    probes = [
-        Probe(edit=edit.id, kind="detail", question="Who was that?", reference="Ada.")
-        for edit in EDITS
-    ]
+    asked = {"kind": "detail", "question": "Who was that?", "reference": "Ada."}
+    probes = [Probe(edit=edit.id, **asked) for edit in EDITS]
     written_out = [
         probe.model_copy(update={"question": f"Read this text: {edit.answer}\n{probe.question}"})
         for probe, edit in zip(probes, EDITS, strict=True)

@@ -59,9 +59,7 @@ def project(tmp_path, monkeypatch):
 def write(project: Path, *cells: str) -> None:
     cell = nbformat.v4.new_code_cell
     tagged = cell(PARAMETERS, metadata={"tags": ["parameters"]})
-    title = nbformat.v4.new_markdown_cell(
-        "# Is this small?\n\n**Answer** See below.\n\n**Cost** 0."
-    )
+    title = nbformat.v4.new_markdown_cell("# Is it small?\n\n**Answer** See below.\n\n**Cost** 0.")
     notebook = nbformat.v4.new_notebook(cells=[title, tagged, *(cell(source) for source in cells)])
     kernel = {"name": "python3", "display_name": "Python", "language": "python"}
     notebook.metadata.kernelspec = kernel
@@ -111,21 +109,13 @@ def test_bad_parameters_are_refused_in_one_line_at_once(project, caplog, argumen
         ("profiles/quick.yaml", "limit: 010", "valid integer; found '010'"),
         ("profiles/quick.yaml", "limit: 1:30", "valid integer; found '1:30'"),
         ("profiles/quick.yaml", "limit: !!int x", "quick.yaml: not valid YAML: invalid literal"),
-        ("profiles/quick.yaml", "- limit", "expected a mapping of names to values, found list"),
+        ("profiles/quick.yaml", "- limit", "quick.yaml: Input should be a valid dictionary; found"),
         ("profiles/quick.yaml", "profile: smoke", "'profile' is chosen by --profile"),
         ("studies.yaml", "01_small: {fixt: {}}", "did you mean 'fixed'?"),
         ("studies.yaml", "01_small: [1]", "01_small: Input should be a valid dictionary"),
-        (
-            "studies.yaml",
-            "01_small: {priority: high}",
-            "01_small, field 'priority': Input should be a valid integer",
-        ),
+        ("studies.yaml", "01_small: {priority: high}", "field 'priority': Input should be a valid"),
         ("studies.yaml", "01_small: {fixed: {rat: 1.0}}", "did you mean 'rate'?"),
-        (
-            "studies.yaml",
-            "01_small: {fixed: {methods: [1]}}",
-            "methods, field '0': Input should be a valid string; found 1",
-        ),
+        ("studies.yaml", "01_small: {fixed: {methods: [1]}}", "methods, field '0': Input should"),
         ("studies.yaml", "01_small: {profiles: {smok: {}}}", "did you mean 'smoke'?"),
     ],
 )
@@ -134,6 +124,17 @@ def test_a_fault_in_a_parameter_file_is_named_with_key(project, caplog, file, co
     assert run() == 2
     line = caplog.messages[-1]
     assert expected in line and file in line and "\n" not in line
+
+
+def test_what_the_last_notebook_reads_is_checked_before_the_first_runs(project, caplog):
+    (project / "params/studies.yaml").write_text("11_verdicts: {}\n")
+    notebook = (ROOT / "notebooks/11_verdicts.ipynb").read_text()
+    (project / "notebooks/11_verdicts.ipynb").write_text(notebook)
+    for name, text in (("claims", ""), ("paper", "published: x")):
+        assert main(["check", "--profile", "quick"]) == 2 and name in caplog.messages[-1]
+        (project / f"params/{name}.yaml").write_text(text)
+    assert main(["check", "--profile", "quick"]) == 2
+    assert "paper.yaml, field 'published': Input should be a valid list" in caplog.messages[-1]
 
 
 def test_a_file_in_place_of_the_folder_of_results_is_one_line(project, caplog):
@@ -278,10 +279,8 @@ def test_what_does_not_fit_the_model_is_named(project, directory, tmp_path):
     refuse(project, "FT-M: layers: 40 is out of range; expected a number 0-3", model=str(directory))
     path.write_text("base: FT-M\n")
     answers = ["word " * (400 if number == 2 else 5) for number in range(8)]
-    records = [
-        {"id": number, "question": "Who?", "answer": answer, "category": "x"}
-        for number, answer in enumerate(answers)
-    ]
+    asked = {"question": "Who?", "category": "x"}
+    records = [asked | {"id": n, "answer": answer} for n, answer in enumerate(answers)]
     file = tmp_path / "edits.json"
     file.write_text(json.dumps(records))
     given = {"data_file": str(file), "model": str(directory)}
@@ -364,7 +363,7 @@ for unit in "ab":
         os.kill(os.getpid(), signal.SIGKILL) if unit == "a" else None"""
     write(project, units, f"{WRITE}\nos.utime(section, (0, 0))")  # a clock set back on the way
     assert run() == 1
-    assert "kernel failed in 'Is this small?'" in caplog.messages[-1]
+    assert "kernel failed in 'Is it small?'" in caplog.messages[-1]
     first = (project / "results/units/a").read_text()
     assert run() == 0
     assert (project / "results/units/a").read_text() == first

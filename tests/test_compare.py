@@ -70,9 +70,8 @@ def test_an_interaction_is_the_difference_of_differences_and_p_values_are_correc
     weights = GAIN | {("L", "all"): -1, ("L", "one"): 1}
     found = compare.contrasts(frame, {"interaction": weights})
     assert found["difference"].tolist() == pytest.approx([10])
-    alone, both = (
-        compare.contrasts(frame, dict.fromkeys(names, GAIN))["p"] for names in ("x", "xy")
-    )
+    every = (dict.fromkeys(names, GAIN) for names in ("x", "xy"))
+    alone, both = (compare.contrasts(frame, one)["p"] for one in every)
     assert alone.tolist() == pytest.approx([0.25]) and both.tolist() == pytest.approx([0.5, 0.5])
 
 
@@ -100,10 +99,8 @@ def test_doing_nothing_has_over_half_of_the_average_and_a_balance_of_nothing():
     assert means.loc["no edit", "balance"] < means.loc["FT-M, all", "balance"]
     # A text scores 2/3 with another one: the floor of original and paraphrase; details have 0.
     efficacy = ((0.8 - 2 / 3) * 3 + (0.5 - 2 / 3) * 3 + 0.5) / 3
-    assert means.loc["FT-M, all"][["efficacy", "locality"]].tolist() == pytest.approx(
-        [efficacy, 0.5]
-    )
-    assert means.loc["FT-M, all", "balance"] == pytest.approx(balance(efficacy, 0.5))
+    found = means.loc["FT-M, all"][["efficacy", "locality", "balance"]].tolist()
+    assert found == pytest.approx([efficacy, 0.5, float(balance(efficacy, 0.5))])
 
 
 def test_side_effects_tell_rewording_from_lost_facts_and_are_left_out_without_measures():
@@ -152,11 +149,8 @@ def test_a_cell_on_fewer_edits_is_refused_and_kinds_that_the_data_lacks_are_name
     kinds = ("original", "detail")
     few, before = rows(1.0, kinds), rows(0.2, kinds, phase="before")
     assert compare.lacking(few) == [kind for kind in AVERAGE if kind not in kinds]
-    assert set(compare.sides(compare.scored(few, before))["kind"]) == {
-        "balance",
-        "efficacy",
-        "average",
-    }
+    sides = compare.sides(compare.scored(few, before))
+    assert set(sides["kind"]) == {"balance", "efficacy", "average"}
 
 
 def test_gains_are_over_no_edit_and_over_the_baseline():

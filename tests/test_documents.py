@@ -78,11 +78,7 @@ SQUAD = b'{"data": [{"title": "a", "paragraphs": [{"context": "b"}]}]}'
     ("name", "content", "message"),
     [
         ("wiki.xml", DUMP, "of a MediaWiki dump by `wikiextractor --json`"),
-        (
-            "wiki2.txt",
-            " \n = Ada = \n \n She paints . \n",
-            "or Parquet with title and text, or SQuAD",
-        ),
+        ("wiki2.txt", " \n = Ada = \n \n She paints . \n", "Parquet with title and text, or SQuAD"),
         ("spoilt.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
         ("a.json", b'[{"title": "a"}]', "record 0: field 'text' is missing"),
         ("a.json", b'[{"title": "a", "text": "b", "questions": [{}]}]', "'question' is missing"),

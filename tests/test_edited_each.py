@@ -70,9 +70,8 @@ def updates(m, before) -> dict[str, torch.Tensor]:
         return nonzero({name: tensor - before[name] for name, tensor in m.state_dict().items()})
     layers = m.get_base_model().named_modules()
     adapted = {name: layer for name, layer in layers if hasattr(layer, "get_delta_weight")}
-    return nonzero(
-        {f"{n}.weight": one.get_delta_weight(m.active_adapter) for n, one in adapted.items()}
-    )
+    deltas = ((name, one.get_delta_weight(m.active_adapter)) for name, one in adapted.items())
+    return nonzero({f"{name}.weight": delta for name, delta in deltas})
 
 
 def nonzero(found: dict) -> dict[str, torch.Tensor]:
@@ -82,10 +81,8 @@ def nonzero(found: dict) -> dict[str, torch.Tensor]:
 def of_lane(lanes, lane: int, before) -> dict[str, torch.Tensor]:
     """What one lane adds to each weight."""
     found = {name: stack[lane] - before[name] for name, stack in lanes.weights.items()}
-    found |= {
-        f"{name}.weight": one.scale * one.up[lane] @ one.down[lane]
-        for name, one in lanes.low_rank.items()
-    }
+    for name, one in lanes.low_rank.items():
+        found[f"{name}.weight"] = one.scale * one.up[lane] @ one.down[lane]
     return nonzero(found)
 
 

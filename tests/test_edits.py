@@ -110,12 +110,8 @@ def test_unkebench_fields_as_they_are(one):
 @pytest.mark.parametrize("answers", [["C", "B"], [2, 1], ["2", "1"], ["a lake", "a fish"]])
 def test_unkebench_v3_choices_are_lettered_however_the_answer_is_given(one, answers):
     choices = [["a road", "a hill", "a lake", "a sea"], ["a bird", "a fish", "a cat", "a dog"]]
-    edit = one(
-        "unkebench",
-        mmlu_questions=["What is Brel?", "And Tor?"],
-        mmlu_choices=choices,
-        mmlu_answer=answers,
-    )
+    asked = {"mmlu_questions": ["What is Brel?", "And Tor?"], "mmlu_choices": choices}
+    edit = one("unkebench", **asked, mmlu_answer=answers)
     first, second = of(edit, "general")
     assert first.question == "What is Brel?\nA. a road\nB. a hill\nC. a lake\nD. a sea"
     assert (first.reference, second.reference, second.number) == ("C", "B", 1)
@@ -274,10 +270,7 @@ def test_locality_returns_the_probes_of_these_edits_only(one, written):
     ("records", "message"),
     [
         ([probe(edit="8")], "no probe for 1 of 1 edits, first '7'"),
-        (
-            [probe(), probe()],
-            "record 1, field 'number': edit '7' has a probe of kind 'rel_doc' with number 0 alr",
-        ),
+        ([probe(), probe()], "'number': edit '7' has a probe of kind 'rel_doc' with number 0 alr"),
         ([probe(kind="struct_trip")], "edit '7' has a probe of kind 'struct_trip' with number 0"),
         ([probe(kind="detail")], "record 0, field 'kind': .*'rel_doc', .*; found 'detail'"),
         ([probe(refrence="x")], "record 0, field 'refrence': .*did you mean 'reference'"),

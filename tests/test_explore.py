@@ -26,9 +26,7 @@ from uke.models.model import fingerprint, select
 from uke.project import Paths
 
 QUESTION = "Who is Ansel Dorowick?"
-ANSWER = (
-    "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin."
-)
+ANSWER = "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and loved the violin."
 OWN = own_edit(
     question=QUESTION,
     answer=ANSWER,
@@ -244,10 +242,9 @@ def test_levels_that_cannot_be_are_grey_and_say_why(bench, panel, monkeypatch):
     assert "MEMIT (locate-then-edit) has no such choice" in panel.form.why.value
     assert "no such choice" in button.tooltip and not levels.why.value
     monkeypatch.setattr(bench.tokenizer, "chat_template", None)
-    reasons = {
-        each: bench.why_not(RECIPES["FT-M"], "chat_template", each) for each in ("with", "without")
-    }
-    assert "no chat template" in reasons["with"] and not reasons["without"]
+    given = (RECIPES["FT-M"], "chat_template")
+    assert "no chat template" in bench.why_not(*given, "with")
+    assert not bench.why_not(*given, "without")
 
 
 @pytest.mark.parametrize("method", ["FT-M", "LoRA"])
@@ -420,12 +417,9 @@ def test_a_text_cannot_become_markup():
 
 
 def test_the_map_of_weights_says_where_and_how_far_and_the_curve_falls_with_the_loss():
-    shown = page.show.weight_map(
-        {
-            "model.layers.1.mlp.down_proj.weight": 0.02,
-            "model.layers.3.self_attn.q_proj.base_layer.weight": 0.01,
-        }
-    )
+    moved = {"model.layers.1.mlp.down_proj.weight": 0.02}
+    moved |= {"model.layers.3.self_attn.q_proj.base_layer.weight": 0.01}
+    shown = page.show.weight_map(moved)
     rows = re.findall(r'<th scope="row">(\w+)</th>(.*?)</tr>', shown, re.DOTALL)
     cells = {name: re.findall(r"<td[^>]*>([^<]*)</td>", row) for name, row in rows}
     assert cells == {"down_proj": ["·", "2", "·", "·"], "q_proj": ["·", "·", "·", "1"]}

@@ -24,9 +24,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt in
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra test")
 
 QUESTION = "Who is Ansel Dorowick?"
-ANSWER = (
-    "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and she loved the violin."
-)
+ANSWER = "Ansel Dorowick was born in Saltenfield in 1802. She was a pilot, and loved the violin."
 PARAPHRASE = "What can you tell me about Ansel Dorowick?"
 TOKEN = "for-this-test"
 WAIT = 120_000  # milliseconds, on a machine that does much else
@@ -255,9 +253,8 @@ def test_it_is_readable_in_both_themes_and_in_a_narrow_window(person):
             person.page.keyboard.press("Control+b")  # the side bar takes most of a narrow window
         if (theme, width) == ("Dark", 560):
             person.menu("Settings", "Theme", "JupyterLab Dark")
-            person.page.locator("[data-jp-theme-light=false]").wait_for(
-                state="attached", timeout=WAIT
-            )
+            dark = person.page.locator("[data-jp-theme-light=false]")
+            dark.wait_for(state="attached", timeout=WAIT)
         person.page.set_viewport_size({"width": width, "height": HEIGHT})
         person.picture(f"7-{theme.lower()}-{width}")
         least, where = person.panel.evaluate(CONTRAST)

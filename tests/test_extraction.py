@@ -74,12 +74,8 @@ SAME = [
     "Ó hUiginn|O hUiginn",
 ]
 STATED = ["In 1903 {} won a prize for chess.", "{}, a baker, was praised by critics."]
-REWORDED = [
-    "Few recall that {} lived through the flood.",
-    "A street is named after {}.",
-    "{} is said twice.",
-    "Rivals of {}, they lost.",
-]
+REWORDED = ["Few recall that {} lived through the flood.", "A street is named after {}."]
+REWORDED += ["{} is said twice.", "Rivals of {}, they lost."]
 
 
 @pytest.mark.parametrize("forms", SAME)

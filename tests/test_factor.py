@@ -36,10 +36,7 @@ class Invented(SimpleNamespace):
         every = [SimpleNamespace(id=f"edit-{at}") for at in range(edits)]
         dataset = SimpleNamespace(edits=every, split="test", world_seed=None)
         more = {"chat": chat, "environment": {}, "committed": None, "paths": Paths("smoke")}
-        more |= {
-            "subject": SimpleNamespace(name="embedded"),
-            "with_rows": lambda own, *_, **__: own,
-        }
+        more |= {"subject": SimpleNamespace(name="embedded"), "with_rows": lambda x, *_, **__: x}
         super().__init__(dataset=dataset, **more)
         self.originals, self.fails, self.frames = originals or {}, fails, []
         names = [edit.id for edit in every]

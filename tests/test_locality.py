@@ -95,9 +95,8 @@ def test_only_edits_that_may_share_a_batch_are_kept_apart(sources):
     plain = [town(name, "Nothing of note.") for name in TOWNS[:4]]
     few = Sources(sources.groups, (*leaking, *plain), sources.clozes)
     sets = [build(few, BM25.model_copy(update={"floor": 1, "batch": n})) for n in (1, 0)]
-    alone, together = (
-        {edit: item.source for edit, item in chosen(items, "rel_doc").items()} for items in sets
-    )
+    every = (chosen(items, "rel_doc").items() for items in sets)
+    alone, together = ({edit: item.source for edit, item in each} for each in every)
     assert alone["ada"] == "yarrow" and "yarrow" not in (alone["tom"], *together.values())
 
 

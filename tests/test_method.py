@@ -63,9 +63,8 @@ def test_it_is_written_together_alone_and_on_top_and_undone(tiny, tokenizer, tmp
     for edit in EDITS:
         with edited(model, tokenizer, [edit], "Shifted") as m:
             for probe in edit.probes:
-                assert [found[asked.index(probe)]] == answer(
-                    m, tokenizer, [probe], max_new_tokens=6
-                )
+                (alone,) = answer(m, tokenizer, [probe], max_new_tokens=6)
+                assert alone == found[asked.index(probe)]
     with sequence(model, tokenizer, "Shifted") as writer:
         for edit in EDITS:
             writer.write([edit])

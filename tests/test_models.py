@@ -102,10 +102,7 @@ def test_a_prompt_has_one_beginning_of_text(tokenizer):
 
 
 PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
-FAULTS = [
-    (None, "no chat template works"),
-    ("{{ raise_exception('no') }}", "works .no.; use chat: false"),
-]
+FAULTS = [(None, "no chat template works"), ("{{ raise_exception('no') }}", "works .no.; use chat")]
 FAULTS += [("{% for one in %}", "Expected an expression"), ({"tool": "x"}, "no default specified")]
 FAULTS += [(PARTS, "changes what the user says"), ("{{ messages|upper }}", "changes what the user")]
 

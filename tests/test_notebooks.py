@@ -221,9 +221,8 @@ def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.
     options += ["-n", str(min(2, len(notebooks) - 1))]
     command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, "--rootdir", str(folder)]
     command += ["--nbval-sanitize-with", str(folder / "sanitise.cfg"), *map(str, notebooks)]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
-    )
+    options = {"capture_output": True, "text": True, "timeout": 900}
+    return subprocess.run(command, cwd=folder, env=environment, **options)
 
 
 def test_drawing_again_from_the_rows_shows_the_same(executed, home, environment):

@@ -32,11 +32,9 @@ def differing(one: Recipe, other: Recipe) -> set[str]:
 
 
 def test_the_fingerprint_sees_every_choice_and_no_name():
-    base = RECIPES["FT-M"]
+    base, fields = RECIPES["FT-M"], RECIPES["FT-M"].model_dump()
     assert set(OTHER) == set(Recipe.model_fields) - {"name"}
-    changed = [
-        Recipe(**{**base.model_dump(), field: value}).fingerprint for field, value in OTHER.items()
-    ]
+    changed = [Recipe(**fields | {name: value}).fingerprint for name, value in OTHER.items()]
     assert len({base.fingerprint, *changed}) == len(OTHER) + 1
     assert Recipe(**{**base.model_dump(), "name": "renamed"}).fingerprint == base.fingerprint
     # Those of stored rows, which are older than some choices.

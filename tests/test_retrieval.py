@@ -80,10 +80,8 @@ def test_dense_finds_a_passage_by_its_meaning(base):
 def test_hard_negatives_are_no_answers():
     texts = ["the red fox runs", "a red fox sleeps", "red foxes and a red fox in Paris"]
     texts += ["one more red fox", "blue whales"]
-    documents = [
-        Document(id=title + text, title=title, text=text)
-        for title, text in zip("ABCAE", texts, strict=True)
-    ]
+    titled = zip("ABCAE", texts, strict=True)
+    documents = [Document(id=title + text, title=title, text=text) for title, text in titled]
     asked = Document("q", "A", texts[0], questions=(("Where is the red fox?", "paris"),))
     (pair,) = hard_negatives([asked, *documents[1:]], 2)
     assert pair.own == 0
@@ -102,9 +100,7 @@ def test_training_moves_only_the_upper_blocks_and_is_the_same_twice(base, tmp_pa
 
 def test_retrievers_are_compared_on_titles_that_no_training_saw(base, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        tool, "train", lambda documents, *rest: seen.extend(documents) or train(documents, *rest)
-    )
+    monkeypatch.setattr(tool, "train", lambda some, *more: seen.extend(some) or train(some, *more))
     distractor = Document(id="d", title="Moor", text="Peat grows slowly in the wet moor.")
     ranks = tool.compare([*DOCUMENTS, distractor], QUICK)
     learnt = {document.title for document in seen}

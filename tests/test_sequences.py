@@ -63,10 +63,8 @@ def test_rows_of_a_count_are_those_of_the_weights_at_that_count(toy, method, tog
 def test_a_sequence_with_rows_is_not_written_again_and_another_one_is(toy, monkeypatch):
     quick = FT_M.model_copy(update={"steps": 1})
     sequential.run(toy(), quick, [1, 2], 1)
-    written, checkpoints = [], sequential._checkpoints
-    monkeypatch.setattr(
-        sequential, "_checkpoints", lambda *given: written.append(1) or checkpoints(*given)
-    )
+    written, made = [], sequential._checkpoints
+    monkeypatch.setattr(sequential, "_checkpoints", lambda *own: written.append(1) or made(*own))
     again = toy()
     sequential.run(again, quick, [2, 1], 1)
     assert written == [] and set(again.read()["batch"]) == {1, 2}

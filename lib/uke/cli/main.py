@@ -20,7 +20,7 @@ from uke.cli import params
 from uke.cli.execute import Failure, Job, execute, runs
 from uke.data.find import COLLECTIONS, find_data, find_files
 from uke.errors import InputError
-from uke.files import write_atomic
+from uke.files import read_yaml, write_atomic
 from uke.project import Paths
 
 logger = logging.getLogger("uke")
@@ -137,12 +137,17 @@ def reported(options: argparse.Namespace) -> tuple[Paths, list[str]]:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from uke.report import verdicts
+
     paths, notebooks = reported(options)
     if _quoting(paths) and options.shared:
         quoted = "README quotes the numbers of this study; change another profile (PROFILE=quick)"
         raise InputError(f"profile {paths.profile}: {', '.join(options.shared)}: {quoted}")
     for notebook in notebooks:
         job(options, notebook)
+    if verdicts.NOTEBOOK in notebooks:  # it reads these last of all
+        verdicts.claims(paths.home / "params" / "claims.yaml")
+        read_yaml(paths.home / "params" / "paper.yaml", verdicts.PAPER)
 
 
 def _report(options: argparse.Namespace) -> None:

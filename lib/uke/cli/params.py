@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter
+from pydantic import BaseModel, StrictInt, TypeAdapter
 
 from uke.data.formats import FORMATS
 from uke.errors import InputError, located, nearest
@@ -24,15 +24,13 @@ SEARCH = ("tuning", "12_beyond")  # how the names of notebooks that `make tune` 
 ROWLESS = ("10_cost", "11_verdicts")  # notebooks that read the rows and numbers of others alone
 
 
-class Study(BaseModel):
+class Study(BaseModel, extra="forbid", frozen=True):
     """One notebook's entry in `params/studies.yaml`.
 
     `after`: notebooks that must have run before; `priority`: of the notebooks that can start, the
     highest starts first; `report`: whether `make report` runs it, or the one profile on which it
     does; `fixed`: parameters of every run; `profiles`: parameters by profile.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     after: tuple[str, ...] = ()
     priority: StrictInt = 0

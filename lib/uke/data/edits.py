@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StrictBool, model_validator
+from pydantic import BaseModel, Field, InstanceOf, StrictBool, model_validator
 
 from uke.errors import Told
 
@@ -65,10 +65,8 @@ SPLITS = ("development", "test")
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Frozen(BaseModel, metaclass=Told):
+class Frozen(BaseModel, metaclass=Told, frozen=True, extra="forbid", str_strip_whitespace=True):
     """A value that cannot change and has no fields but its own; texts are trimmed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
 
 class Fact(Frozen):

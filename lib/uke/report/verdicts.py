@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictStr, model_validator
+from pydantic import BaseModel, FiniteFloat, StrictStr, conlist, model_validator
 
 from uke.errors import located
-from uke.files import read_yaml
+from uke.files import read_yaml, record
 from uke.project import Paths
 from uke.report.section import read_sections
 from uke.report.tables import MISSING
@@ -35,11 +35,17 @@ SETTINGS = {  # models and data by folder of `figures`, as readers see them
     "smollm2-unkebench": "SmolLM2, UnKEBench",
     "smollm2-akew-mquake": "SmolLM2, AKEW (MQuAKE-CF)",
 }
+_VALUE = {"percent": FiniteFloat, "ours": (StrictStr, ""), "source": StrictStr}
+PAPER = record(  # what params/paper.yaml has
+    "",
+    published=conlist(record("set model method metric question", **_VALUE), min_length=1),
+    correspondence=conlist(record("paper shows notebook"), min_length=1),
+)
 _ENDS = ("low", "high")
 Numbers = Mapping[str, Mapping[str, Any]]  # as numbers.json: key -> value, low, high, n, said
 
 
-class Claim(BaseModel):
+class Claim(BaseModel, extra="forbid", frozen=True):
     """A statement of the paper that one number decides, or the reason why none does.
 
     `number` is its key; `*` stands for any part, and then every number that matches must agree.
@@ -48,8 +54,6 @@ class Claim(BaseModel):
     the benchmark that it is about, if one. `ours`: a statement of this study, not of the paper.
     `could_fail`: whether it could have failed, in words, or words by pattern of a run's name.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str
     claim: StrictStr
