@@ -24,14 +24,19 @@ import traceback
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from conftest import SENTENCES, TEMPLATE
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from hypothesis import HealthCheck, given
+from hypothesis import settings as bounds
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 from small import EDITS, QUICK, TEXTS, Snapshot, baseline, toys
 from test_cli import write
 from test_edits import RECORDS, TRIPLE, probe
@@ -43,6 +48,7 @@ from uke.data import documents, formats
 from uke.data.edits import Edit
 from uke.errors import InputError
 from uke.explore.html import Page, marked
+from uke.files import read_yaml
 from uke.locality import card
 from uke.methods import catalog, edited, edited_each, load, save, sequence
 from uke.methods.locate_edit import covariance
@@ -51,15 +57,19 @@ from uke.models import model as models
 from uke.models.generate import AnswerCache
 from uke.models.prompts import example
 from uke.project import Paths
-from uke.report import verdicts
 from uke.results.metrics import score
 from uke.study.study import Study
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import fetch
+import plan
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "figures" / "reliability.csv"
 SHARE = float(os.environ.get("SHARE") or 0)
 COMMIT = subprocess.getoutput(f"git -C '{ROOT}' rev-parse --short HEAD")
 pytestmark = pytest.mark.soak
+set_hypothesis_home_dir(ROOT / ".pytest_cache" / "hypothesis")
 
 
 class Part:
@@ -74,6 +84,23 @@ class Part:
         for number in range(max(few, round(SHARE * every))):
             self.done += 1
             yield random.Random(number)
+
+    def examples(self, few: int, every: int, strategy):
+        """Run a test at once on examples of a strategy; a fault is the least that it fails on."""
+        self.all, most = every, max(few, round(SHARE * every))
+        bound = bounds(max_examples=most, derandomize=True, database=None, deadline=None)
+
+        def run(test) -> None:
+            def case(value):
+                self.done = min(self.done + 1, most)  # it fails more often until that is found
+                test(value)
+
+            try:
+                bounds(bound, suppress_health_check=HealthCheck)(given(strategy)(case))()
+            except AssertionError as error:
+                self.check(False, str(error))
+
+        return run
 
     def check(self, holds: bool, fault: str) -> None:
         self.faults += [] if holds else [fault]
@@ -170,14 +197,20 @@ def remounted(folder: Path, *options: str) -> None:
 
 def disturb(how: str, run, folder: Path, chance) -> None:
     if how in ("SIGKILL", "SIGINT", "clock"):
-        child = begun(lambda: run(folder))
+        late, now = time.monotonic() + chance.uniform(0, run.seconds), time.time
+
+        def work() -> None:
+            if how == "clock":  # a day back, from some moment on
+                time.time = lambda: now() - 86_400 * (time.monotonic() > late)
+            run(folder)
+
+        child = begun(work)
         time.sleep(chance.uniform(0, run.seconds))
         os.kill(child, getattr(signal, how, signal.SIGKILL))
         ended(child)
         for path in folder.rglob("*") if how == "clock" else ():  # which was set back since
             os.utime(path, (time.time() + 86_400,) * 2)
     elif how == "kernel":
-        os.environ["UKE_HOME"] = str(folder)
         os.environ["UKE_HOME"] = str(folder)
         for one in run.args:
             one.save_pretrained(folder)
@@ -244,39 +277,47 @@ def test_determinism_of_figures(part, tmp_path):
 
 # --- Bad input: a correct load, or one line of our own.
 
-ODD = [None, True, 0, -1, 1.5, 10**30, "", " ", "x", "\ud800", "../../x", [], [[]], {}, {"x": 1}]
-ODD += ["{}", "<|im_end|>", "é", "\x00", "a" * 10_000, math.nan]
+ODD = ["\ud800", "../../x", "{}", "<|im_end|>", "a" * 10_000, "1802", {"x": 1}]
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD)
+VALUES = st.recursive(PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
+SPELLED = b"!!int x&2024-13-45&010&1:30&<<: *a&*a&? &- &---\n&!!binary x&!!set {a}&\xef\xbb\xbf"
 
 
-def mutated(value, chance):
-    """Change one place of plain data: another value, a key less, an item twice."""
-    if not isinstance(value, dict | list) or not value or chance.random() < 0.1:
-        return chance.choice(ODD)
-    value, action = copy.copy(value), chance.random()
-    place = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    if action < 0.1:
+@st.composite
+def mutants(draw, value):
+    """Plain data with one place of it changed: another value, a key less, an item twice."""
+    if not isinstance(value, dict | list) or not value or not draw(st.integers(0, 9)):
+        return draw(VALUES)
+    value, how = copy.copy(value), draw(st.integers(0, 19))
+    place = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+    if how < 2:
         del value[place]
-    elif action < 0.15 and isinstance(value, list):
+    elif how == 2 and isinstance(value, list):
         value.append(value[place])
     else:
-        value[place] = mutated(value[place], chance)
+        value[place] = draw(mutants(value[place]))
     return value
 
 
-def damaged(content: bytes, chance) -> bytes:
-    """Cut bytes off, change some, or put some in."""
-    place, some = chance.randrange(len(content) + 1), chance.randbytes(chance.randrange(1, 9))
-    rest = chance.choice([content[place:], b"", content[place + len(some) :]])
-    return content[:place] + some * chance.randrange(2) + rest
+def damaged(content: bytes):
+    """Bytes cut off, changed or put in."""
+    start, cut = st.integers(0, len(content)), st.sampled_from([0, 1, 8, len(content)])
+    some = st.binary(max_size=8) | st.sampled_from(SPELLED.split(b"&"))
+    return st.builds(lambda at, n, new: content[:at] + new + content[at + n :], start, cut, some)
 
 
-def changed(content: bytes, chance, form: str) -> bytes:
-    """Damage the bytes of a file, or change the data in it and write that."""
-    if form not in (".json", ".jsonl", ".ipynb", ".yaml") or chance.random() < 0.4:
-        return damaged(content, chance)
-    if form == ".yaml":
-        return yaml.safe_dump(mutated(yaml.safe_load(content), chance)).encode()
-    return json.dumps(mutated(json.loads(content), chance)).encode()
+def changed(content: bytes, form: str):
+    """Damaged bytes of a file, or the file with other data in it."""
+    if form == ".safetensors":
+        tensors = safetensors.torch.load(content)
+        others = ((n, (torch.ones(1), one.half(), one[:1].clone())) for n, one in tensors.items())
+        every = [tensors | {name: other} for name, three in others for other in three]
+        save_all = partial(safetensors.torch.save, metadata={"format": "pt"})
+        return damaged(content) | st.sampled_from(every).map(save_all)
+    if form not in (".json", ".jsonl", ".ipynb", ".yaml"):
+        return damaged(content)
+    read, dump = (yaml.safe_load, yaml.safe_dump) if form == ".yaml" else (json.loads, json.dumps)
+    return damaged(content) | mutants(read(content)).map(lambda value: dump(value).encode())
 
 
 def fault(read, seconds: int = 120) -> str:
@@ -323,35 +364,65 @@ READERS |= {
 def test_bad_input(part, tmp_path, name):
     value, read = READERS[name]
     path = tmp_path / name
-    for chance in part.cases(12, 1000):
-        path.write_bytes(changed(json.dumps(value).encode(), chance, path.suffix))
-        found = fault(lambda: read(path))
-        part.check(not found, f"{name}: {path.read_bytes()[:200]}: {found}")
-        part.check(os.listdir(tmp_path) == [name], f"{name}: it has left more files")
+
+    @part.examples(12, 1000, changed(json.dumps(value).encode(), path.suffix))
+    def case(content):
+        path.write_bytes(content)
+        assert not (found := fault(lambda: read(path))), f"{name}: {content[:200]}: {found}"
+        assert os.listdir(tmp_path) == [name], f"{name}: it has left more files"
 
 
-SETTINGS = ["profiles/quick.yaml", "studies.yaml", "methods/ft-m.yaml", "07_recipe.ipynb"]
-SETTINGS += ["locality.yaml", "claims.yaml"]
+def read_by(notebook: str, file: str) -> None:
+    """Run the cells of a notebook as far as the first that names a file."""
+    cells, space = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"], {}
+    for code in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        exec(code, space)
+        if f'{file}"' in code:
+            return
+
+
+def read_sources(file: Path) -> None:
+    for name, source in read_yaml(file, fetch.Sources).model.items():
+        if source.shape and source != SOURCES.model.get(name):
+            run = SimpleNamespace(paths=Paths("quick"), model=name, faults=[])
+            plan.Plan.shape.func(run)
+
+
+SOURCES = read_yaml(ROOT / "params" / "sources.yaml", fetch.Sources)
+SETTINGS = dict.fromkeys(
+    ["params/profiles/quick.yaml", "params/studies.yaml", "notebooks/07_recipe.ipynb"],
+    lambda home: (params.dataset(home, "quick"), params.merge(home, "07_recipe", "quick")),
+)
+SETTINGS |= {
+    "params/methods/ft-m.yaml": lambda home: catalog.configured(home / "params", "embedded", 8),
+    "params/locality.yaml": lambda home: card.settings(home, "unkebench"),
+    "params/claims.yaml": lambda _: read_by("11_verdicts", "claims.yaml"),
+    "params/paper.yaml": lambda _: read_by("11_verdicts", "paper.yaml"),
+    "params/beyond.yaml": lambda _: read_by("12_beyond", "beyond.yaml"),
+    "params/audit/reading.yaml": lambda _: read_by("locality_benchmarks", "reading.yaml"),
+    "params/sources.yaml": lambda home: read_sources(home / "params/sources.yaml"),
+    "params/cluster/slurm/config.yaml": lambda _: plan._check_cluster(Paths("quick"), "slurm"),
+}
+ASKS = "unkebench: {floor: 5, stated: true}\n"  # of a locality set, whose file is empty
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_bad_input_params(part, tmp_path, name):
+def test_bad_input_params(part, tmp_path, monkeypatch, name):
     for folder in ("params", "notebooks"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    path = tmp_path / ("notebooks" if name.endswith("ipynb") else "params") / name
-    whole = path.read_bytes()
+    monkeypatch.setenv("UKE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    done = SimpleNamespace(returncode=0, stdout="main\n")  # a SLURM that takes every job
+    monkeypatch.setattr(plan.subprocess, "run", lambda *_, **__: done)
+    path = tmp_path / name
+    whole = ASKS.encode() if path.stem == "locality" else path.read_bytes()
+    read, files = SETTINGS[name], {*tmp_path.rglob("*")}
 
-    def read():
-        params.dataset(tmp_path, "quick")
-        params.merge(tmp_path, "07_recipe", "quick")
-        catalog.configured(tmp_path / "params", "embedded", 8)
-        card.settings(tmp_path, "world")
-        verdicts.claims(tmp_path / "params" / "claims.yaml")
-
-    for chance in part.cases(1, 500):
-        path.write_bytes(changed(whole, chance, path.suffix))
-        found = fault(read)
-        part.check(not found, f"{name}: {found}")
+    @part.examples(1, 500, changed(whole, path.suffix))
+    def case(content):
+        path.write_bytes(content)
+        assert not (found := fault(lambda: read(tmp_path))), f"{name}: {found}"
+        assert {*tmp_path.rglob("*")} == files, f"{name}: it has left more files"
 
 
 PIECES = """{{ bos_token }}&{% for m in messages %}&{% endfor %}&{% if m.role %}&{% endif %}&
@@ -367,12 +438,12 @@ def test_bad_input_templates(part, tokenizer):
         one = example(own, "Who is Ada?", answer, True, True)
         assert own.decode(one.ids[one.prompt_length :]).strip().startswith(answer)
 
-    for chance in part.cases(20, 2000):
-        text = damaged(TEMPLATE.encode(), chance).decode(errors="ignore")
-        pieces = "".join(chance.choices(PIECES, k=chance.randrange(12)))
-        own.chat_template = chance.choice([text, pieces])
-        found = fault(read)
-        part.check(not found, f"{own.chat_template!r}: {found}")
+    texts = damaged(TEMPLATE.encode()).map(lambda content: content.decode(errors="ignore"))
+
+    @part.examples(20, 2000, texts | st.lists(st.sampled_from(PIECES)).map("".join))
+    def case(text):
+        own.chat_template = text
+        assert not (found := fault(read)), f"{text!r}: {found}"
 
 
 @pytest.mark.parametrize("kind", ["model", "FT-M", "LoRA"])
@@ -388,22 +459,17 @@ def test_bad_input_folders(part, tiny, tokenizer, tmp_path, kind):
     folder = shutil.copytree(whole, tmp_path / "changed")
 
     def read():
-        models.load(str(folder), device="cpu") if kind == "model" else load(model, folder)
+        models.load(str(folder), device="cpu") if kind == "model" else load(tiny(), folder)
 
-    for chance in part.cases(2, 500):
-        source = chance.choice(files)
-        content = changed(source.read_bytes(), chance, source.suffix)
-        if source.suffix == ".safetensors" and chance.random() < 0.5:
-            tensors = load_file(source)
-            name = chance.choice(sorted(tensors))
-            other = chance.choice([torch.ones(1), tensors[name].half(), tensors[name][:1].clone()])
-            save_file(tensors | {name: other}, tmp_path / "part", metadata={"format": "pt"})
-            content = (tmp_path / "part").read_bytes()
+    each = (st.tuples(st.just(one), changed(one.read_bytes(), one.suffix)) for one in files)
+
+    @part.examples(2, 500, st.one_of(*each))
+    def case(changes):
+        source, content = changes
         (folder / source.name).write_bytes(content)
-        model = tiny() if kind != "model" else None
         found = fault(read)
-        part.check(not found, f"{source.name}: {content[:100]}: {found}")
         shutil.copy(source, folder)
+        assert not found, f"{source.name}: {content[:100]}: {found}"
 
 
 # --- Restoration, security, numbers.
@@ -443,11 +509,13 @@ def test_security(part, tmp_path, monkeypatch):
     home.mkdir()
     parts = ["..", "/", "a", "~", "\\", "\0", "\n", "%2e", "$HOME", "é"]
     places = [lambda name: Paths(name).results, lambda name: Paths("quick", name).figures]
-    for chance in part.cases(50, 5000):
-        name = "".join(chance.choices(parts, k=chance.randrange(1, 5)))
+
+    @part.examples(50, 5000, st.lists(st.sampled_from(parts) | st.text()).map("".join))
+    def case(name):
         for place in (*places, Paths("quick").rows, Paths("quick").answers):
             with contextlib.suppress(InputError):
-                part.check(home in place(name).parents, name)
+                assert home in place(name).parents, name
+
     part.check(not list(home.iterdir()), "a folder was made")
     monkeypatch.setattr(socket.socket, "connect", lambda *_: part.check(False, "not offline"))
     part.check(not fault(lambda: models.load("some/name")), "a name of the hub")
@@ -490,20 +558,22 @@ def common(one: list, other: list) -> int:
 
 def test_numbers(part):
     """Scores of odd answers are finite shares; ROUGE-L is that of the textbook."""
-    for chance in part.cases(25, 5000):
-        length = chance.choice([0, 1, 1, 5, 30, 60 if chance.random() < 0.99 else 10_000])
-        said, wanted = (" ".join(chance.choices(WORDS, k=k)) for k in (length, 8))
-        wanted = chance.choice([wanted, wanted[:1], said[:300]])
+    texts = st.lists(st.sampled_from(WORDS)).map(" ".join) | st.text()
+    pairs = st.tuples(texts, texts) | texts.map(lambda text: (text, text))
+
+    @part.examples(25, 5000, pairs | st.just(("the cat " * 5000, "a cat sat")))
+    def case(pair):
+        said, wanted = pair
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = score([said], [wanted]).iloc[0]
         pair = f"{said[:200]!r}, {wanted!r}"
-        part.check(bool(found.map(math.isfinite).all()), f"{pair}: {found.to_dict()}")
-        part.check(bool(found.drop("length_ratio").between(0, 1 + 1e-9).all()), f"{pair}: no share")
-        part.check(said != wanted or found["exact"] == found["rougel_f1"] == 1, f"{pair}: unequal")
+        assert found.map(math.isfinite).all(), f"{pair}: {found.to_dict()}"
+        assert found.drop("length_ratio").between(0, 1 + 1e-9).all(), f"{pair}: no share"
+        assert said != wanted or found["exact"] == found["rougel_f1"] == 1, f"{pair}: unequal"
         one, other = (re.findall("[a-z0-9]+", text.lower()) for text in (said, wanted))
         if one and other and wanted.isascii():
             match = common(one, other)
             textbook = match / len(other), 2 * match / (len(one) + len(other))
             ours = found["lcs_recall"], found["rougel_f1"]
-            part.check(ours == pytest.approx(textbook), f"{pair}: {ours} for {textbook}")
+            assert ours == pytest.approx(textbook), f"{pair}: {ours} for {textbook}"
