@@ -39,6 +39,25 @@ def test_every_turn_has_its_share_of_each_ingredient_and_all_of_its_weight(measu
             assert len(weights) == count and sum(weights) == pytest.approx(2 * 2.0 + 2 * 0.5)
 
 
+def test_a_sentence_is_learnt_after_few_words_and_a_text_with_a_gap_of_positions(
+    measured, tokenizer
+):
+    two = Edit(id="two", question="Who is Ada?", answer="Ada was born in London. She wrote a lot.")
+    model, learnt = measured(), {"context": "She wrote a lot.", "shifts": two.answer}
+    for name, text in learnt.items():
+        ((_, one),) = lessons.lessons(model, tokenizer, [two], varied(**{name: 2}, turns=1))["two"][
+            :1
+        ]
+        ids, weights = one.pop("input_ids"), one["weights"]
+        assert tokenizer.decode(ids[weights > 0], skip_special_tokens=True).strip() == text
+        given = {name: row[None] for name, row in one.items() if name == "position_ids"}
+        seen = model(ids[None], attention_mask=ids[None] * 0 + 1, **given).logits[0, :-1].float()
+        surprisal = torch.nn.functional.cross_entropy(seen, ids[1:], reduction="none")
+        batch = {name: row[None] for name, row in (one | {"input_ids": ids}).items()}
+        assert torch.allclose(finetune.lesson_loss(model, batch)[0], surprisal @ weights[1:])
+    assert given["position_ids"].diff().unique().numel() == 2
+
+
 def test_the_question_is_asked_of_others_and_of_nobody_who_is_edited(measured):
     mary = {"question": "What did Mary write in May?", "answer": "Mary wrote to Ada, not Alan."}
     recipe = varied(near=9, general=1)

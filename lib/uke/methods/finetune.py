@@ -68,8 +68,12 @@ def last_prompt_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Ten
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], read: Tensor) -> Tensor:
     """Logits at the positions `read` alone: the vocabulary is a small model's widest matrix."""
     # Padding stands to the right, so causality alone keeps it from what is read: no mask to build.
+    # But a gap of positions without a mask would be read as the beginning of another text.
     ids, keep = batch["input_ids"], read.tolist()  # a list, as the last block may lie elsewhere
-    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+    own = {"input_ids": ids, "logits_to_keep": keep, "use_cache": False}
+    if "position_ids" in batch:
+        own |= {"position_ids": batch["position_ids"], "attention_mask": torch.ones_like(ids)}
+    return model(**own).logits.float()
 
 
 def lesson_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

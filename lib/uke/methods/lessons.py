@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Of a question and an answer, T tokens together: `input_ids` (T,), the likeliest `tokens` at each
 # place and their log-probabilities `logs` (T, K), and `weights` (T,).
 Lesson = dict[str, Tensor]
+FURTHEST = 64  # positions by which what follows some token of a text is pushed on
 NEVER = -1e4  # log-probability of what is not expected at all
 TEXTS = read_yaml(Path(__file__).with_name("lessons.yaml"))
 
@@ -59,8 +60,10 @@ def lessons(
             for turn in range(recipe.turns if own else 0):
                 chosen = own[turn % len(own) :: recipe.turns]
                 for one, expectation in chosen:
-                    prompt = encode(tokenizer, one.question, recipe.chat_template)
+                    prompt = encode(tokenizer, one.question, recipe.chat_template and one.chat)
                     lesson = _lesson(prompt, expectation, weight / len(chosen))
+                    if recipe.shifts:
+                        lesson["position_ids"] = _shifted(one, len(prompt), len(lesson["weights"]))
                     lessons_of.append((turn, lesson))
 
     if recipe.general or recipe.near:
@@ -80,7 +83,7 @@ def _probe(edit: Edit, question: str, text: str, chat: bool = True) -> Probe:
 
 
 def _certain(tokenizer: Tokenizer, one: Probe, recipe: Recipe) -> Expected:
-    form = recipe.chat_template, recipe.end_of_turn
+    form = recipe.chat_template and one.chat, recipe.end_of_turn and one.chat
     ids, _, start = example(tokenizer, one.question, one.reference, *form)
     target = torch.tensor(ids[start:])
     return Expected(target, target[:, None], torch.zeros(len(target), 1))
@@ -95,6 +98,14 @@ def _lesson(prompt: list[int], one: Expected, weight: float) -> Lesson:
         "logs": F.pad(one.logs.float(), room, value=NEVER),
         "weights": F.pad(torch.full((places,), weight / places), (before, 0)),
     }
+
+
+def _shifted(one: Probe, start: int, length: int) -> Tensor:
+    """Return positions (T,); of a numbered text those from some token on are pushed further on."""
+    positions, drawn = torch.arange(length), random.Random(f"{one.number} {one.edit}")
+    if one.number:
+        positions[drawn.randrange(start, length) :] += drawn.randint(1, FURTHEST)
+    return positions
 
 
 def _held(model: nn.Module, edits: Edits, recipe: Recipe) -> tuple[list[Probe], list[Probe]]:
@@ -114,16 +125,22 @@ def _held(model: nn.Module, edits: Edits, recipe: Recipe) -> tuple[list[Probe], 
     return general, near
 
 
-def _retold(edits: Edits, recipe: Recipe) -> tuple[list[Probe], list[Probe]]:
-    """Ask for the text in other words (`paraphrases`), and with its sentences in other orders."""
-    phrased, mixed = [], []
+def _retold(edits: Edits, recipe: Recipe) -> list[list[Probe]]:
+    """Ask for the text in other words (`paraphrases`), with its sentences in other orders, after a
+    few words of its own alone (`context`), and at other positions (`shifts`)."""
+    phrased, mixed, torn, shifted = found = [[], [], [], []]
     for edit in edits:
         forms = TEXTS["phrasings"][: recipe.paraphrases]
         phrased += [_probe(edit, form.format(edit.question), edit.answer) for form in forms]
         parts, order = sentences(edit.answer), random.Random(f"{recipe.seed} {edit.id}")
         orders = [order.sample(parts, len(parts)) for _ in range(recipe.orders)]
         mixed += [_probe(edit, edit.question, " ".join(one)) for one in orders]
-    return phrased, mixed
+        for number, one in enumerate(parts[1:] if recipe.context else (), 1):
+            before = " ".join(parts[:number]).split()[-recipe.context :]
+            torn.append(_probe(edit, " ".join(before), one, False))
+        whole = _probe(edit, edit.question, edit.answer)
+        shifted += [whole.model_copy(update={"number": n + 1}) for n in range(recipe.shifts)]
+    return found
 
 
 def subject_of(edit: Edit) -> str | None:

@@ -39,7 +39,7 @@ from uke.project import number_key
 from uke.results.stats import overall
 
 INGREDIENTS = (
-    *("general", "near", "paraphrases", "orders", "questions"),
+    *("general", "near", "paraphrases", "orders", "context", "shifts", "questions"),
     *("strength", "kept_rank", "null_threshold"),
 )
 
@@ -54,11 +54,12 @@ class Recipe(Method):
     Beside the text each step has a share, one of `turns`, of what is switched on (see
     `uke.methods.lessons`). With weight `hold`, divergence from the unedited model: along its own
     answers to `general` questions and to the edit's question asked of others (`near`). With weight
-    `learn`: the text in `paraphrases` of the question; with its sentences in random `orders`; and
-    the model's own `questions` about each sentence, with that sentence or with what the model
-    expects while reading the text (HPSE). At the end the change of each weight keeps `kept_rank`
-    singular values, is projected on directions of keys with a variance below `null_threshold`, and
-    is scaled by `strength`.
+    `learn`: the text in `paraphrases` of the question; with its sentences in random `orders`; each
+    sentence after so many words of `context` alone (COIN's idea); the text in `shifts` with a gap
+    of positions at some token (FOVEATED's); and the model's own `questions` about each sentence,
+    with that sentence or with what the model expects while reading the text (HPSE). At the end the
+    change of each weight keeps `kept_rank` singular values, is projected on directions of keys
+    with a variance below `null_threshold`, and is scaled by `strength`.
     """
 
     loss: Literal["target_tokens", "last_prompt_token"] = "target_tokens"
@@ -88,6 +89,8 @@ class Recipe(Method):
     strength: Positive = 1.0
     kept_rank: Count | None = None
     null_threshold: Positive | None = None
+    context: Counted = 0
+    shifts: Counted = 0
 
     later: ClassVar[Collection[str]] = (*INGREDIENTS, "hold", "learn", "turns")
     family: ClassVar[str] = "fine-tuning"
