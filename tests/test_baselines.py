@@ -202,18 +202,6 @@ def test_the_memit_solve_is_the_least_squares_solution():
     assert change.dtype == torch.float64 and torch.allclose(change, solution.T, atol=1e-10)
 
 
-def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions_alone():
-    residual, keys, others, moment = drawn()
-    values, vectors = torch.linalg.eigh(moment)
-    null = vectors[:, values < values[6]] @ vectors[:, values < values[6]].T
-    eye = torch.eye(12).double()
-    change = least_squares(residual, keys, others, 0.7 * eye, null)
-    inner = others.T @ others @ null + keys.T @ keys @ null + 0.7 * eye
-    assert torch.allclose(change, residual.T @ keys @ null @ torch.linalg.inv(inner), atol=1e-10)
-    kept = change @ vectors[:, values >= values[6]]
-    assert float(kept.abs().max()) < 1e-12 < float(change.norm())
-
-
 @pytest.mark.parametrize(
     "moment", [torch.zeros(12, 12), torch.full((12, 12), float("nan")), -torch.eye(12)]
 )
@@ -274,17 +262,6 @@ def test_kept_keys_hold_the_other_positions_by_the_published_formula(ready, toke
     assert drift[True] < 0.5 * drift[False]
 
 
-@pytest.mark.parametrize(("name", "family"), [("unke", "llama"), ("anyedit_unke", "gemma3_text")])
-def test_unke_makes_the_text_likelier_and_moves_no_other_block(ready, tokenizer, name, family):
-    model, recipe = ready(family), quick(name)
-    before, old = state(model), log_probabilities(model, tokenizer)
-    with edited(model, tokenizer, EDITS, recipe) as m:
-        block = {name for name in before if ".layers.2." in name}
-        assert moved(m, before) <= block == set(m.edit_record.change_norm)
-        assert all(new > was for new, was in zip(log_probabilities(m, tokenizer), old, strict=True))
-    assert not moved(model, before)
-
-
 @pytest.mark.parametrize("name", ["unke", "anyedit_unke"])
 def test_the_block_learns_published_positions_on_its_own_texts(ready, tokenizer, name, monkeypatch):
     model, recipe, errors, texts = ready(), quick(name), [], []
@@ -298,8 +275,8 @@ def test_the_block_learns_published_positions_on_its_own_texts(ready, tokenizer,
     monkeypatch.setattr(BlockSteps, "_descend", descend)
     located = locate(model, recipe.examples(model, tokenizer, EDITS), recipe)
     (site,) = sites(model, recipe.layers)
-    hidden = states(model, located, site, site).hidden
-    missing = find_targets(model, located, site, recipe)[0] - hidden
+    wanted, _ = find_targets(model, located, site, recipe)
+    missing = wanted - states(model, located, site, site).hidden
     for batch in (EDITS, EDITS[:1], EDITS[1:]):
         with edited(model, tokenizer, batch, recipe):
             pass
@@ -334,6 +311,7 @@ def test_every_method_makes_its_windows_likelier_without_a_trace(ready, tokenize
     with pytest.raises(KeyError), edited(model, tokenizer, EDITS, recipe) as m:
         record = m.edit_record
         assert m is model and moved(m, snapshot.weights) == set(record.change_norm)
+        assert "unke" not in name or all(".layers.2." in one for one in record.change_norm)
         assert min(record.change_norm.values()) > 0
         assert all(sum(one) > sum(was) for one, was in zip(by_window(m, located), old, strict=True))
         assert record.steps and record.losses
@@ -355,18 +333,15 @@ def test_a_block_that_diverges_is_an_error_and_no_silent_nan(ready, tokenizer):
 def test_in_context_editing_puts_the_passage_into_the_prompt_and_moves_no_weight(tiny, tokenizer):
     model = tiny()
     before = state(model)
-    asked = {"kind": "detail", "question": "Who was that?", "reference": "Ada."}
-    probes = [Probe(edit=edit.id, **asked) for edit in EDITS]
-    written_out = [
-        probe.model_copy(update={"question": f"Read this text: {edit.answer}\n{probe.question}"})
-        for probe, edit in zip(probes, EDITS, strict=True)
-    ]
+    rest, what = {"kind": "detail", "reference": "Ada."}, "Who was that?"
+    probes = [Probe(edit=edit.id, question=what, **rest) for edit in EDITS]
+    told = [Probe(edit=e.id, question=f"Read this text: {e.answer}\n{what}", **rest) for e in EDITS]
 
     def read(m, probes):
         answers = answer(m, tokenizer, probes, max_new_tokens=9)
         return answers, target_log_probability(m, tokenizer, probes)
 
-    expected, plain = read(model, written_out), read(model, probes)
+    expected, plain = read(model, told), read(model, probes)
     with edited(model, tokenizer, EDITS, "in_context") as m:
         assert read(m, probes) == expected != plain and not moved(m, before)
     assert read(model, probes) == plain

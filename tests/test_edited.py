@@ -154,12 +154,10 @@ def test_the_norm_of_the_change_is_that_of_the_matrices(tiny, tokenizer):
         assert m.edit_record.change_norm[name] == pytest.approx(float(ratio), rel=1e-4)
     with edited(model, tokenizer, PAIR, recipe) as m:
         layer = model.model.layers[1].self_attn.q_proj
-        pair = (layer.lora_A, layer.lora_B)
-        low, high = (part["default"].weight.detach().double() for part in pair)
+        low, high = (getattr(layer, f"lora_{one}")["default"].weight.double() for one in "AB")
         ratio = (high @ low * recipe.alpha / recipe.rank).norm() / layer.weight.double().norm()
-        norms = m.edit_record.change_norm
-        name = "model.layers.1.self_attn.q_proj.weight"
-        assert norms[name] == pytest.approx(float(ratio), rel=1e-4)
+        norm = m.edit_record.change_norm["model.layers.1.self_attn.q_proj.weight"]
+        assert norm == pytest.approx(float(ratio), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["FT-M", "LoRA", "AdaLoRA", "MEMIT", "UnKE"])

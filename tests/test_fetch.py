@@ -6,6 +6,7 @@ import zipfile
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -131,6 +132,20 @@ def test_a_hub_that_is_out_of_reach_is_one_line(run, monkeypatch):
     monkeypatch.setattr(fetch, "HfApi", lambda: HfApi("http://127.0.0.1:9"))
     with pytest.raises(SystemExit, match="fetch: a/b at 0{40}: .*refused"):
         run("model", {"smollm2": {"hub": "a/b", "revision": "0" * 40}})
+
+
+def test_a_model_behind_a_licence_or_of_another_commit_is_refused(run, monkeypatch):
+    def fetching(kind, match):
+        monkeypatch.setattr(fetch.HfApi, "model_info", Mock(side_effect=kind("", response=Mock())))
+        with pytest.raises(SystemExit, match=match):
+            run("model", {"smollm2": {"hub": "a/b", "revision": "1" * 40}})
+
+    fetching(fetch.GatedRepoError, "gated; accept its licence at .*/a/b and give HF_TOKEN")
+    fetching(fetch.RevisionNotFoundError, "the hub has no such model or commit")
+    fetch.write_atomic(
+        Paths("embedded").home / f"results/models/smollm2/{fetch.REVISION}", "2" * 40
+    )
+    fetching(fetch.GatedRepoError, "commit 2+ of a/b; expected 1+; delete the folder")
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason=f"no {MODEL}: `make model` makes it")

@@ -28,7 +28,13 @@ from urllib.parse import urlsplit
 import pooch
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from pydantic import BaseModel, Field, StrictBool, TypeAdapter, model_validator
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -42,6 +48,7 @@ from uke.models.prompts import render
 from uke.project import Paths
 
 SUMS = "sources.lock.json"  # beside the data: sums first seen, where params/sources.yaml has none
+REVISION = "revision.txt"  # in a model's folder: the commit that it was fetched at
 SPACE = 750  # MB of disk for the package, its file and the model
 
 
@@ -179,6 +186,7 @@ def fetch_model(name: str, source: Model) -> None:
     """Download a model of the hub at its pinned commit, whole or not at all."""
     folder = Paths("embedded").home / "results" / "models" / name
     if folder.is_dir():
+        check_revision(folder, source)
         print(f"{folder}: there already")
         return
     kept = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
@@ -200,13 +208,25 @@ def fetch_model(name: str, source: Model) -> None:
                 source.hub, revision=source.revision, local_dir=part, allow_patterns=kept
             )
             shutil.rmtree(part / ".cache", ignore_errors=True)
+            write_atomic(part / REVISION, f"{source.revision}\n")
     except GatedRepoError:
         advice = f"accept its licence at https://huggingface.co/{source.hub} and give HF_TOKEN"
         raise InputError(f"{source.hub}: gated; {advice}") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        fault = "the hub has no such model or commit; correct params/sources.yaml"
+        raise InputError(f"{source.hub} at {source.revision}: {fault}") from None
     except (HfHubHTTPError.__bases__[0], HFValidationError) as error:  # any error of HTTP
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"{source.hub} at {source.revision}: {reason}") from None
     print(f"{folder}: made; PROFILE={name} uses it")
+
+
+def check_revision(folder: Path, source: Model) -> None:
+    """Refuse a fetched model of another commit than the one that is pinned."""
+    found = (folder / REVISION).read_text().strip() if (folder / REVISION).is_file() else ""
+    if found and found != source.revision:
+        expected = f"expected {source.revision}; delete the folder, and `make model` fetches it"
+        raise InputError(f"{folder}: commit {found} of {source.hub}; {expected}")
 
 
 def verify(folder: Path, source: Model, weights: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,6 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 # No kernel runs on `meta`, so torch lets another one answer for it: here that of the CPU.
 CPU, FIRST, SECOND = map(torch.device, ("cpu", "meta:0", "meta:1"))
@@ -84,16 +83,34 @@ class _Functions(TorchFunctionMode):
 
 def _run(func, args, kwargs):
     """Run an operation on what is held; as on CUDA, of a CPU only scalars and indices may join."""
-    name = func._schema.name.removeprefix("aten::")
-    found = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-    there = {one.device for one in found if one.device != CPU}
-    beside = {one.device for one in found if one.dim() and "index" not in name}
-    if len(there | beside) > 1 and name not in ("_to_copy", "copy_"):
-        raise RuntimeError(f"{name}: expected tensors of one device, found {there | beside}")
-    place = torch.device(kwargs.get("device") or next(iter(there), CPU))
-    kwargs = kwargs | ({"device": CPU} if "device" in kwargs else {})
-    args, kwargs = tree_map_only(Placed, lambda one: one.held, (args, kwargs))
-    made = func(*args, **kwargs)
-    if name.endswith("_"):  # in place
-        return found[0] if func._schema.returns else None
-    return made if place == CPU else tree_map_only(Tensor, lambda one: Placed(one, place), made)
+    with torch._C.DisableTorchFunction():  # else each look at a tensor would be a call of its own
+        name, found = func._schema.name.removeprefix("aten::"), []
+        args = _held(args, found)
+        kwargs = {key: _held(value, found) for key, value in kwargs.items()}
+        there = {one.device for one in found if type(one) is Placed}
+        beside = {one.device for one in found if one.dim() and "index" not in name}
+        if len(there | beside) > 1 and name not in ("_to_copy", "copy_"):
+            raise RuntimeError(f"{name}: expected tensors of one device, found {there | beside}")
+        place = torch.device(kwargs.get("device") or next(iter(there), CPU))
+        made = func(*args, **kwargs | ({"device": CPU} if "device" in kwargs else {}))
+        if name.endswith("_"):  # in place
+            return found[0] if func._schema.returns else None
+        return made if place == CPU else _placed(made, place)
+
+
+def _held(value, found: list[Tensor]):
+    """Return the value with what placed tensors hold; add all its tensors to those found."""
+    if isinstance(value, Tensor):
+        found.append(value)
+        return value.held if type(value) is Placed else value
+    if isinstance(value, list | tuple):
+        return type(value)([_held(one, found) for one in value])
+    return value
+
+
+def _placed(value, place: torch.device):
+    if isinstance(value, Tensor):
+        return Placed(value, place)
+    if isinstance(value, list | tuple):
+        return type(value)([_placed(one, place) for one in value])
+    return value
