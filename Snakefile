@@ -51,6 +51,13 @@ JOBS = json.loads(PLAN.read_text(encoding="utf-8")) if "cluster" in config else 
 FIRST = [name for name in JOBS if ".unedited." in name]
 
 
+def asked(kind, notebook, attempt=1):
+    """Return what a notebook asks for, which only draws: its model is loaded to be compared."""
+    own = [name for name in FIRST if name.startswith(f"{notebook}.")] or FIRST
+    least = 8000 if kind == "mem_mb" else 0
+    return attempt * max([JOBS[name].get(kind, 0) for name in own] + [least])
+
+
 def marks(names):
     return [str(PATHS.results / "shares" / name) for name in names]
 
@@ -183,6 +190,7 @@ rule rows:
     resources:
         mem_mb=lambda own, attempt: attempt * JOBS[f"{own.notebook}.{own.share}"]["mem_mb"],
         runtime=lambda own, attempt: attempt * JOBS[f"{own.notebook}.{own.share}"]["minutes"],
+        gpu=lambda own: JOBS[f"{own.notebook}.{own.share}"].get("gpu", 0),
     params:
         options=OPTIONS,
     shell:
@@ -206,6 +214,9 @@ for rank in sorted({study.priority for study in STUDIES.values()}):
             notebook="|".join(name for name, study in STUDIES.items() if study.priority == rank),
         priority: rank
         threads: int(config.get("threads", 1))
+        resources:
+            mem_mb=lambda own, attempt: asked("mem_mb", own.notebook, attempt),
+            gpu=lambda own: asked("gpu", own.notebook),
         params:
             options=lambda _: OPTIONS,  # as it is: a text would have wildcards
             content=lambda own: content(own.notebook),

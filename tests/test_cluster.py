@@ -1,7 +1,6 @@
 """The study on a real SLURM of two nodes on this machine, with a job, a node and the controller
 killed on the way (`make test-cluster`; needs the Debian packages slurm-wlm and munge)."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -14,8 +13,13 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from uke.errors import InputError
 from uke.project import Paths
 from uke.results import rows
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import loopback
+import plan
 
 ROOT = Path(__file__).parents[1]
 STUDY = "07_recipe"
@@ -25,13 +29,9 @@ STUDIES = f"""
   profiles:
     smoke: {{methods: [FT-UKE, MEMIT], akew_limit: 2, limit: 4}}
 """
-spec = importlib.util.spec_from_file_location("loopback", ROOT / "tools/loopback.py")
-loopback = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loopback)
 
 able = all(map(shutil.which, loopback.NEEDED)) and os.getuid() == 0
-needed = pytest.mark.skipif(not able, reason="needs slurm-wlm, munge and root")
-pytestmark = [pytest.mark.slurm, needed]
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(not able, reason="no SLURM, or not root")]
 
 
 @pytest.fixture
@@ -95,6 +95,23 @@ def test_a_job_that_ran_out_of_memory_is_tried_again_with_more(slurm, tmp_path):
     command = f"{sys.executable} -m snakemake --workflow-profile {ROOT}/params/cluster/loopback"
     done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "Error in rule" in done.stderr, done.stderr
+
+
+def test_the_plan_says_what_slurm_would_refuse_or_never_start(slurm, tmp_path):
+    text = (ROOT / "params/cluster/loopback/config.yaml").read_text()
+    (file := tmp_path / "params/cluster/mine/config.yaml").parent.mkdir(parents=True)
+
+    def refused(expected: str, old: str = "", new: str = "", **more: int) -> None:
+        file.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=expected):
+            plan.Cluster(tmp_path, "mine").check([{"mem_mb": 3000, "minutes": 90} | more])
+
+    refused("unknown partition 'mian'; did you mean 'main'?", "=main", "=mian")
+    refused("Invalid generic resource", "slurm_extra=", "gpu=1\n  - slurm_extra=", gpu=1)
+    subprocess.run(["scontrol", "update", "partition=main", "MaxTime=60"], check=True)
+    refused("asks for 90 minutes, and may have 60")
+    file.write_text(text.replace("=none", "=nobody"))
+    assert "=nobody: SLURM keeps no accounts" in next(plan.Cluster(tmp_path, "mine").notes())
 
 
 def test_who_is_killed_on_a_cluster_costs_no_row(home, slurm, tmp_path, monkeypatch):

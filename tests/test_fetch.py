@@ -142,9 +142,8 @@ def test_a_model_behind_a_licence_or_of_another_commit_is_refused(run, monkeypat
 
     fetching(fetch.GatedRepoError, "gated; accept its licence at .*/a/b and give HF_TOKEN")
     fetching(fetch.RevisionNotFoundError, "the hub has no such model or commit")
-    fetch.write_atomic(
-        Paths("embedded").home / f"results/models/smollm2/{fetch.REVISION}", "2" * 40
-    )
+    folder = Paths("embedded").home / "results/models/smollm2"
+    fetch.write_atomic(folder / fetch.REVISION, "2" * 40)
     fetching(fetch.GatedRepoError, "commit 2+ of a/b; expected 1+; delete the folder")
 
 

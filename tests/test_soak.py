@@ -401,7 +401,7 @@ SETTINGS |= {
     "params/beyond.yaml": lambda _: read_by("12_beyond", "beyond.yaml"),
     "params/audit/reading.yaml": lambda _: read_by("locality_benchmarks", "reading.yaml"),
     "params/sources.yaml": lambda home: read_sources(home / "params/sources.yaml"),
-    "params/cluster/slurm/config.yaml": lambda _: plan._check_cluster(Paths("quick"), "slurm"),
+    "params/cluster/slurm/config.yaml": lambda home: plan.Cluster(home, "slurm").check([{}]),
 }
 ASKS = "unkebench: {floor: 5, stated: true}\n"  # of a locality set, whose file is empty
 
@@ -412,7 +412,7 @@ def test_bad_input_params(part, tmp_path, monkeypatch, name):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.setenv("UKE_HOME", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    done = SimpleNamespace(returncode=0, stdout="main\n")  # a SLURM that takes every job
+    done = SimpleNamespace(returncode=0, stdout="PartitionName=main Default=YES")  # takes any job
     monkeypatch.setattr(plan.subprocess, "run", lambda *_, **__: done)
     path = tmp_path / name
     whole = ASKS.encode() if path.stem == "locality" else path.read_bytes()
