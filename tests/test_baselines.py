@@ -202,6 +202,18 @@ def test_the_memit_solve_is_the_least_squares_solution():
     assert change.dtype == torch.float64 and torch.allclose(change, solution.T, atol=1e-10)
 
 
+def test_the_alphaedit_solve_is_the_published_formula_and_leaves_kept_directions_alone():
+    residual, keys, others, moment = drawn()
+    values, vectors = torch.linalg.eigh(moment)
+    null = vectors[:, values < values[6]] @ vectors[:, values < values[6]].T
+    eye = torch.eye(12).double()
+    change = least_squares(residual, keys, others, 0.7 * eye, null)
+    inner = others.T @ others @ null + keys.T @ keys @ null + 0.7 * eye
+    assert torch.allclose(change, residual.T @ keys @ null @ torch.linalg.inv(inner), atol=1e-10)
+    kept = change @ vectors[:, values >= values[6]]
+    assert float(kept.abs().max()) < 1e-12 < float(change.norm())
+
+
 @pytest.mark.parametrize(
     "moment", [torch.zeros(12, 12), torch.full((12, 12), float("nan")), -torch.eye(12)]
 )

@@ -154,7 +154,7 @@ def test_the_norm_of_the_change_is_that_of_the_matrices(tiny, tokenizer):
         assert m.edit_record.change_norm[name] == pytest.approx(float(ratio), rel=1e-4)
     with edited(model, tokenizer, PAIR, recipe) as m:
         layer = model.model.layers[1].self_attn.q_proj
-        low, high = (getattr(layer, f"lora_{one}")["default"].weight.double() for one in "AB")
+        low, high = (getattr(layer, f"lora_{one}")["default"].weight.data.double() for one in "AB")
         ratio = (high @ low * recipe.alpha / recipe.rank).norm() / layer.weight.double().norm()
         norm = m.edit_record.change_norm["model.layers.1.self_attn.q_proj.weight"]
         assert norm == pytest.approx(float(ratio), rel=1e-4)

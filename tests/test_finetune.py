@@ -109,6 +109,11 @@ def test_small_steps_are_not_lost_to_bfloat16(tiny, tokenizer):
         assert (weight[large] != before[name][large]).float().mean() > 0.2
 
 
+def test_a_loss_that_is_not_finite_names_its_edits(tiny, tokenizer):
+    with pytest.raises(FloatingPointError, match="'grace'.*'alan'.* not finite after 1 steps"):
+        train(tiny(), tokenizer, EDITS[1:], recipe(learning_rate=1e38))
+
+
 def test_adalora_prunes_its_ranks_and_adds_the_penalty_of_peft(tiny, tokenizer):
     choices = RECIPES["AdaLoRA"].model_copy(update={"steps": 10, "rank": 2, "stop_loss": 0.0})
     wrapped = adapt(tiny(), choices, len(EDITS))

@@ -299,7 +299,6 @@ class Plan:
     def table(self) -> Iterator[str]:
         """Yield a line for each notebook, the most that any of its jobs takes in the columns of
         memory, and a sum."""
-        yield f"{'':26}jobs   edits   hours: a GPU  two cores   GiB: a GPU  processor"
         every = []
         for name in dict.fromkeys(share.notebook for share in self.shares):
             own = [share for share in self.shares if share.notebook == name]
@@ -310,6 +309,7 @@ class Plan:
         if every:
             _, *sums, on_gpu, most = map(list, zip(*every, strict=True))
             every.append(("all", *map(sum, sums), max(on_gpu), max(most)))
+            yield f"{'':26}jobs   edits   hours: a GPU  two cores   GiB: a GPU  processor"
         for name, jobs, edits, hours, on_gpu, most in every:
             times = f"{hours / FASTER:14.2f} {hours:10,.1f}"
             yield f"{name:24} {jobs:5} {edits:7} {times} {on_gpu:12.1f} {most:10.1f}"
@@ -320,6 +320,8 @@ class Plan:
         for share in self.shares:
             name = share.method.removesuffix(AT_ONCE_SUFFIX)
             found[name] = max(found.get(name, 0), self.gpus(share))
+        if not found:  # without data there are no jobs to count
+            return
         counts = sorted(set(found.values()), reverse=True)
         by_count = ((n, [name for name in found if found[name] == n]) for n in counts)
         said = "; ".join(f"{n} for {', '.join(names)}" for n, names in by_count)
@@ -393,9 +395,7 @@ def main() -> None:
             options.checked, purpose = False, "" if notebook in notebooks else "for `make tune`: "
             with plan.missing(purpose):
                 offline(job(options, notebook))
-            options.checked = (
-                True  # a fault, such as no weights, was noted; how many jobs are there?
-            )
+            options.checked = True  # faults, such as no weights, are noted; the jobs are counted
             with plan.missing(purpose):
                 plan.add(offline(job(options, notebook)))
         asked = plan.jobs()

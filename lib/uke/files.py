@@ -1,5 +1,6 @@
 """Read and write whole files: atomic writing, strict YAML, digests."""
 
+import errno
 import hashlib
 import os
 import re
@@ -67,6 +68,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            advice = f"{error.strerror}; make room and start it again: what is whole is kept"
+            raise OSError(errno.ENOSPC, advice, str(path)) from None
+        raise
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
