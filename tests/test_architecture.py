@@ -49,7 +49,7 @@ def test_reading_rows_and_reports_loads_no_torch():
 
 def test_every_package_stays_within_its_lines():
     allowed, most = PROJECT["tool"]["uke"]["lines"], PROJECT["tool"]["uke"]["test_lines"]
-    assert sum(allowed.values()) <= 13_000 and most <= 9_895  # the library is thin, its tests few
+    assert sum(allowed.values()) <= 13_000 and most <= 9_898  # the library is thin, its tests few
     counted = dict.fromkeys(allowed, 0)
     for path in MODULES:
         parts = path.relative_to(LIBRARY).parts

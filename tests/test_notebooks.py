@@ -17,7 +17,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from uke.cli import params
-from uke.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 FORKED = ROOT / "tests" / "forked" / "ipykernel_launcher.py"
@@ -167,22 +166,19 @@ def home(tmp_path_factory, results):
 
 @pytest.fixture(scope="module")
 def environment(home):
-    """The environment in which notebooks run there, in kernels forked from one process.
+    """The environment of processes that run notebooks there, in kernels forked from one process.
 
     Progress bars are off.
     """
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(FORKED.parent), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        quiet |= {"UKE_HOME": str(home), "PYTHONPATH": path}
-        quiet["FORKED_KERNELS"] = f"{folder}/socket"  # whose path must be short
-        for name, value in quiet.items():
-            patch.setenv(name, value)
-        with subprocess.Popen(
-            [sys.executable, FORKED], stdout=subprocess.PIPE, text=True
-        ) as server:
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        quiet |= {"UKE_HOME": str(home), "PYTHONPATH": path, "FORKED_KERNELS": f"{folder}/socket"}
+        environment = os.environ | quiet
+        options = {"env": environment, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, FORKED], **options) as server:
             assert server.stdout.readline() == "ready\n"
-            yield
+            yield environment
             server.kill()
 
 
@@ -190,10 +186,16 @@ def environment(home):
 def executed(home, environment) -> list[Path]:
     """Every notebook run on profile smoke, two at once, those that read another's rows after it."""
 
-    def run(name: str) -> tuple[str, int]:
-        return name, main(["run", name, "--checked", "--profile", "smoke"])
+    def run(name: str) -> tuple[str, subprocess.CompletedProcess]:
+        return name, command("run", name, "--checked")
 
-    assert main(["check", "--profile", "smoke"]) == 0
+    def command(*given: str) -> subprocess.CompletedProcess:
+        given = [sys.executable, "-m", "uke", *given, "--profile", "smoke"]
+        options = {"env": environment, "capture_output": True, "text": True, "timeout": 900}
+        return subprocess.run(given, **options)
+
+    assert (checked := command("check")).returncode == 0, checked.stderr
+
     needs = {name: set(STUDIES[name].after) if name in STUDIES else set() for name in RUN}
     needs["tuning"].add("tuning_levels")  # whose rows are in its budget
     for name in ("07_recipe", "08_batch_size"):  # whose best baseline tuning decides
@@ -206,29 +208,30 @@ def executed(home, environment) -> list[Path]:
             ready = sorted(order.get_ready(), key=SLOWEST.get, reverse=True)
             running |= {pool.submit(run, name) for name in ready}
             ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for name, status in (each.result() for each in ended):
-                assert status == 0, name  # pytest shows what was logged
+            for name, done in (each.result() for each in ended):
+                assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
                 order.done(name)
     return [home / "results" / "smoke" / "notebooks" / f"{name}.ipynb" for name in RUN]
 
 
-def rerun(notebooks: list[Path], folder: Path) -> subprocess.CompletedProcess:
+def rerun(notebooks: list[Path], folder: Path, environment: dict) -> subprocess.CompletedProcess:
     """Pytest with nbval on executed notebooks, at most two at once, in a process of its own."""
     (folder / "sanitise.cfg").write_text(SANITISE)
     options = "--nbval --nbval-current-env -q --dist loadfile -p no:cacheprovider".split()
     options += ["-n", str(min(2, len(notebooks) - 1))]
     command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, "--rootdir", str(folder)]
     command += ["--nbval-sanitize-with", str(folder / "sanitise.cfg"), *map(str, notebooks)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    options = {"capture_output": True, "text": True, "timeout": 900}
+    return subprocess.run(command, cwd=folder, env=environment, **options)
 
 
-def test_drawing_again_from_the_rows_shows_the_same(executed, home, monkeypatch):
+def test_drawing_again_from_the_rows_shows_the_same(executed, home, environment):
     """Every output but a duration is that of the run that made the rows."""
     before = numbers_of(home)
-    monkeypatch.setenv("UKE_ROWS", "committed")
+    environment = environment | {"UKE_ROWS": "committed"}
     verdicts = [path for path in executed if path.stem == "11_verdicts"]  # reads all the others
     for notebooks in ([path for path in executed if path not in verdicts], verdicts):
-        done = rerun(notebooks, home)
+        done = rerun(notebooks, home, environment)
         assert done.returncode == 0, done.stdout[-5000:]
     assert numbers_of(home) == before
 
@@ -269,4 +272,4 @@ def test_a_changed_number_in_an_output_fails_the_rerun(tmp_path, environment):
         text = f"{value} [0.90, 0.96], n = 40, 7.5 s\n"
         notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
         nbformat.write(notebook, tmp_path / "one.ipynb")
-        assert rerun([tmp_path / "one.ipynb"], tmp_path).returncode == status
+        assert rerun([tmp_path / "one.ipynb"], tmp_path, environment).returncode == status
