@@ -105,7 +105,7 @@ def test_the_shipped_files_are_valid_and_give_every_method_the_same_budget():
         ("layers: most", "field 'layers.*first_half"),
         ("base: MEMIT\nlayers: all", "field 'layers"),
         ("loss: all", "field 'loss': .*last_prompt_token"),
-        ("- steps", "expected a mapping"),
+        ("- steps", "valid dictionary; found"),
         ("steps: [", "not valid YAML"),
         ("tuned: {embedded: {FT-M: {steps: 3}}}", "field 'tuned.embedded.FT-M.*integer"),
         ("tuned: {embedded: {true: {steps: 3}}}", "field 'tuned.embedded.*found True"),
