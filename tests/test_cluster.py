@@ -132,7 +132,7 @@ def test_who_is_killed_on_a_cluster_costs_no_row(home, slurm, tmp_path, monkeypa
     time.sleep(5)
     slurm.start("controller")
     watching.send_signal(signal.SIGINT)
-    watching.wait(timeout=120)
+    watching.wait(timeout=400)
     assert study(home, log).wait() == 0, log.read_text()[-4000:]
     assert "'CANCELLED'" in log.read_text()
     divided, local = kept(), tmp_path / "local"
