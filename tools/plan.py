@@ -241,7 +241,7 @@ class Plan:
         lane = lanes = 0.0
         if share.method != UNEDITED:
             known = configured(self.paths.home / "params", self.model, share.batch_size)
-            method = known[share.method.removesuffix(AT_ONCE_SUFFIX)]
+            method = known[_method_of(share)]
             lane = lane_mib(self.shape, method) if method.moves_weights else 0
             lane += SOLVED * max(self.covariances(method).values(), default=0)
             # A study takes half of what is free for edits side by side, and at least one of them.
@@ -257,7 +257,7 @@ class Plan:
     def disk(self) -> float:
         """Return the gibibytes that the run still writes: weights, covariances and rows."""
         known, found = configured(self.paths.home / "params", self.model, 1), {}
-        for name in {share.method.removesuffix(AT_ONCE_SUFFIX) for share in self.shares}:
+        for name in {_method_of(share) for share in self.shares}:
             found |= self.covariances(known[name]) if name != UNEDITED else {}
         written = sum(found.values()) + ROWS_MIB * sum(share.edits for share in self.shares)
         fetched = 0 if self.there() else 2 * _count(self.shape) / MIB
@@ -318,7 +318,7 @@ class Plan:
         """Say how many GPUs a job takes, by method; note what cannot be laid over several."""
         found: dict[str, int] = {}
         for share in self.shares:
-            name = share.method.removesuffix(AT_ONCE_SUFFIX)
+            name = _method_of(share)
             found[name] = max(found.get(name, 0), self.gpus(share))
         if not found:  # without data there are no jobs to count
             return
@@ -356,6 +356,11 @@ def compared() -> str:
         f"predicted from {small} to take {predicted / len(both):.0f} (mean of {len(both)} methods "
         "and sizes)"
     )
+
+
+def _method_of(share: Share) -> str:
+    """Name the method that writes a job's edits, one after another or at once."""
+    return share.method.removesuffix(AT_ONCE_SUFFIX)
 
 
 def _count(model: torch.nn.Module) -> int:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from uke.methods.recipes import Recipe
 
 # Of a question and an answer, T tokens together: `input_ids` (T,), the likeliest `tokens` at each
-# place and their log-probabilities `logs` (T, K), and `weights` (T,).
+# place and their log-probabilities `logs` (T, K), `weights` (T,) and, of shifts, `position_ids`.
 Lesson = dict[str, Tensor]
 FURTHEST = 64  # positions by which what follows some token of a text is pushed on
 NEVER = -1e4  # log-probability of what is not expected at all
