@@ -106,6 +106,7 @@ def test_bad_parameters_are_refused_in_one_line_at_once(project, caplog, argumen
         ("profiles/quick.yaml", "limit: many", "limit: Input should be a valid integer"),
         ("profiles/quick.yaml", "limit: 1\nlimit: 2", "key 'limit' is written twice"),
         ("profiles/quick.yaml", "limit: [1", "line 2: not valid YAML"),
+        ("profiles/quick.yaml", 'data: "\\ud800"', "line 1: not valid YAML: a lone surrogate"),
         ("profiles/quick.yaml", "limit: 010", "valid integer; found '010'"),
         ("profiles/quick.yaml", "limit: 1:30", "valid integer; found '1:30'"),
         ("profiles/quick.yaml", "limit: !!int x", "quick.yaml: not valid YAML: invalid literal"),

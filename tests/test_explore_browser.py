@@ -198,9 +198,10 @@ def test_an_edit_of_ones_own_changes_the_answer_and_undo_brings_the_old_one_back
     assert person.answers("free")[0].startswith(before)
 
 
-def test_every_control_has_a_name_for_screen_readers(person):
+def test_every_control_has_a_name_for_screen_readers_and_shows_a_choice(person):
     assert person.panel.evaluate(NAMELESS) == []
     assert person.panel.get_by_role("button").count() > 20
+    assert person.panel.get_by_label("Asked through").evaluate("box => box.selectedIndex") == 0
 
 
 def test_bad_input_is_said_beside_its_control(person):

@@ -32,6 +32,12 @@ class StrictLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node):
+        if re.search("[\ud800-\udfff]", text := super().construct_scalar(node)):
+            fault = "a lone surrogate, which is half of a character"
+            raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
+        return text
+
 
 def _as_text(node: yaml.Node) -> None:
     """Have every number, true and false at or below the node read as the text that it is."""

@@ -48,11 +48,6 @@ class Paths:
         return self.home / "results" / self.figures.name
 
     @property
-    def own_texts(self) -> bool:
-        """Whether all texts are the project's: of the world, without a set of other documents."""
-        return self.data == "world" and not (self.results / "locality").is_dir()
-
-    @property
     def sections(self) -> Path:
         """The folder of what the notebooks contribute to the report."""
         return self.results / "sections"

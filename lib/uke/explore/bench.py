@@ -133,9 +133,8 @@ class Library:
     ) -> None:
         if split not in SPLITS:
             raise InputError(f"split: unknown split '{split}'{nearest(split, SPLITS)}")
-        self.paths, self.parameters = paths, {"data": paths.data, "data_file": data_file}
-        self.parameters |= {"split": split, "world_seed": world_seed}
-        self.real, self._exercises = real, ()
+        self.paths, self.real, self._exercises = paths, real, ()
+        self.parameters = {"data_file": data_file, "split": split, "world_seed": world_seed}
         if real:
             self.edits, self._documents, self._clozes = _real()
         else:
@@ -155,8 +154,7 @@ class Library:
     def suiting(self, model: str) -> "Library":
         """Return this library, or the like one of a model's other world."""
         real = world_of(model) is None
-        given = {name: value for name, value in self.parameters.items() if name != "data"}
-        return self if real == self.real else Library(self.paths, **given, real=real)
+        return self if real == self.real else Library(self.paths, **self.parameters, real=real)
 
     def find(self, name: str) -> Edit:
         """Return the edit of this id; InputError naming the nearest one."""
@@ -421,8 +419,9 @@ def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Meth
 
 def export(bench: Bench, path: Path) -> Path:
     """Write the session as a parameter file with which papermill repeats it; return its path."""
-    runs = [to_run(trial.task, bench.library) for trial in bench.trials]
-    session = {"model": bench.name, **bench.library.parameters, "widgets": "never", "runs": runs}
+    session = {"model": bench.name, "data": bench.library.paths.data, "widgets": "never"}
+    session |= bench.library.parameters
+    session["runs"] = [to_run(trial.task, bench.library) for trial in bench.trials]
     return write_atomic(path, yaml.safe_dump(session, sort_keys=False, allow_unicode=True))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from uke.data.edits import KINDS, in_group
@@ -83,7 +83,8 @@ def mean_probability(tokens: Sequence[Token]) -> float:
 
 
 _templates = FileSystemLoader(Path(__file__).with_name("templates"))
-_environment = Environment(loader=_templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+_environment = Environment(loader=_templates, undefined=StrictUndefined, **_options)
 _environment.globals |= {"kinds": KINDS, "written": in_group("efficacy", "portability")}
 _environment.globals |= {each.__name__: each for each in (marked, points, moved, mean_probability)}
 # Each macro of the template is a function: show.message("...", "alert").

@@ -135,7 +135,7 @@ class Form(w.HBox):
             "learning_rate": w.Text(description="Learning rate"),
             "steps": w.Text(description="Steps, at most"),
         }
-        through = {"chat template": None, "raw prompt": False}  # as `Generation.chat` has it
+        through = {"chat template": (None,), "raw prompt": (False,)}  # None alone: no choice
         self.chat = w.Dropdown(description="Asked through", options=through)
         self.own.on_click(lambda _: self.fill(Edit.model_construct(question="", answer="")))
         self.search.observe(lambda _: self._list(), "value")
@@ -183,7 +183,7 @@ class Form(w.HBox):
         hidden = {"id": edit.id, "facts": (), "extra": ()}  # what the form does not show
         edits = self.bench.library.edits
         same = (known for known in edits if edit == known.model_copy(update=hidden))
-        return Task(next(same, edit), method, tuple(more[:-1]), self.chat.value)
+        return Task(next(same, edit), method, tuple(more[:-1]), *self.chat.value)
 
     def _method(self) -> Method:
         chosen = {factor: levels.value for factor, levels in self.levels.items() if levels.value}
@@ -368,7 +368,7 @@ class Panel(w.VBox):
 
     def _ask(self) -> None:
         question = self.free.value.strip()
-        answers = self.bench.ask(question, self.form.chat.value)
+        answers = self.bench.ask(question, *self.form.chat.value)
         self.reply.value = html.show.reply(question, *answers)
 
     def _export(self) -> None:

@@ -126,9 +126,7 @@ class Builder:
     @cached_property
     def nearness(self) -> Callable[[str], np.ndarray]:
         """Score for an edit, by its id, how like its relation that of every triple is: (M,)."""
-        relations = [
-            without(cloze.question or cloze.prompt, cloze.subject) for cloze in self.sources.clozes
-        ]
+        relations = [without(c.question or c.prompt, c.subject) for c in self.sources.clozes]
         retriever = "bm25" if self.settings.retriever == "bm25" else "dense"
         return self.scores(retriever, relations, list(map(self.relation, self.sources.edits)))
 

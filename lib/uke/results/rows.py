@@ -141,7 +141,8 @@ def export(paths: Paths, study: str, frame: pd.DataFrame) -> Path:
     used. No text of a benchmark or a foreign document is written, nor any answer to one."""
     path = paths.exported(study)
     if not use_committed():
-        own, rank = paths.own_texts, frame.groupby("method")["edit"].rank("dense")
+        own = paths.data == "world" and not (paths.results / "locality").is_dir()  # all texts ours
+        rank = frame.groupby("method")["edit"].rank("dense")
         hidden = ["answer", "before"] if own else ["question", "reference", "answer", "before"]
         texts = frame[hidden].where(own & (rank <= 5), None)  # rank: in the order of the ids
         _write(f"rows of study '{study}'", frame.assign(**texts), path)
