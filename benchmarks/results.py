@@ -196,6 +196,17 @@ def growth_table(run: Run) -> pd.DataFrame:
     return means.reset_index().rename_axis(columns=None)
 
 
+def scale_table(home: Path) -> pd.DataFrame:
+    """Return what a step of `scale.py` costs an edit by their number; empty where it has not run."""
+    if not (path := home / RESULTS / "scale.json").is_file():
+        return pd.DataFrame()
+    grown = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["growth"])
+    table = grown.drop(columns="batch").set_index("edits").T
+    growth = table.iloc[:, -1] / table.iloc[:, 0]
+    named = table.rename(columns="{:,} edits".format).assign(growth=growth)
+    return named.rename_axis("step", axis=0).rename_axis(None, axis=1).reset_index()
+
+
 def numbers(run: Run) -> dict[str, Score]:
     """Return the numbers of a run by their key below `speed`.
 
