@@ -395,6 +395,8 @@ def main() -> None:
         paths, notebooks = reported(options)
         cluster = Cluster(paths.home, options.cluster) if options.cluster else None
         plan = Plan(paths, options.shares, cluster, options.gpu)
+        own = read_yaml(paths.home / "params" / "profiles" / f"{options.profile}.yaml")
+        plan.model = own.get("model", plan.model)  # though its data may be missing
         searches = [name for name in params.studies(paths.home) if name.startswith(params.SEARCH)]
         for notebook in [*notebooks, *searches]:
             options.checked, purpose = False, "" if notebook in notebooks else "for `make tune`: "
