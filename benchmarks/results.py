@@ -197,7 +197,7 @@ def growth_table(run: Run) -> pd.DataFrame:
 
 
 def scale_table(home: Path) -> pd.DataFrame:
-    """Return what a step of `scale.py` costs an edit by their number; empty where it has not run."""
+    """Return what a step of `scale.py` costs an edit by their number; empty if it has not run."""
     if not (path := home / RESULTS / "scale.json").is_file():
         return pd.DataFrame()
     grown = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["growth"])
