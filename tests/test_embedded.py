@@ -18,21 +18,9 @@ import train_world_model as tool
 from train_world_model import EXAM, Settings, pretrain
 
 ENTITIES = 8
-SMALL = Settings(
-    vocabulary=400,
-    width=16,
-    blocks=2,
-    heads=2,
-    key_value_heads=1,
-    feed_forward=16,
-    window=1024,
-    windows_per_step=2,
-    epochs=1,
-    steps_per_epoch=4,
-    warm_up=2,
-    checkpoint_every=2,
-    compiled=False,
-)
+SIZES = {"vocabulary": 400, "width": 16, "blocks": 2, "heads": 2, "key_value_heads": 1}
+SIZES |= {"feed_forward": 16, "window": 1024, "windows_per_step": 2, "epochs": 1}
+SMALL = Settings(**SIZES, steps_per_epoch=4, warm_up=2, checkpoint_every=2, compiled=False)
 
 
 @pytest.fixture(scope="module")

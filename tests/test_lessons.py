@@ -3,7 +3,8 @@
 import pytest
 import torch
 from small import EDITS, QUICK
-from uke.data.edits import Edit
+from uke.data.edits import Edit, Fact
+from uke.errors import InputError
 from uke.methods import finetune, lessons
 from uke.methods.edited import edited
 from uke.models import divergence
@@ -39,15 +40,19 @@ def test_every_turn_has_its_share_of_each_ingredient_and_all_of_its_weight(measu
             assert len(weights) == count and sum(weights) == pytest.approx(2 * 2.0 + 2 * 0.5)
 
 
-def test_a_sentence_is_learnt_after_few_words_and_a_text_with_a_gap_of_positions(
-    measured, tokenizer
-):
+def test_facts_a_sentence_after_few_words_and_a_text_with_a_gap_are_learnt(measured, tokenizer):
     two = Edit(id="two", question="Who is Ada?", answer="Ada was born in London. She wrote a lot.")
-    model, learnt = measured(), {"context": "She wrote a lot.", "shifts": two.answer}
+    stated = two.model_copy(
+        update={"facts": (Fact(subject="Ada", relation="{} is", object="old"),)}
+    )
+    model, learnt = (
+        measured(),
+        {"facts": "old", "context": "She wrote a lot.", "shifts": two.answer},
+    )
+    with pytest.raises(InputError, match="edit 'two': no facts; expected triples for FT-A"):
+        lessons.lessons(model, tokenizer, [two], varied(facts=True))
     for name, text in learnt.items():
-        ((_, one),) = lessons.lessons(model, tokenizer, [two], varied(**{name: 2}, turns=1))["two"][
-            :1
-        ]
+        (_, one), *_ = lessons.lessons(model, tokenizer, [stated], varied(**{name: 2}))["two"]
         ids, weights = one.pop("input_ids"), one["weights"]
         assert tokenizer.decode(ids[weights > 0], skip_special_tokens=True).strip() == text
         given = {name: row[None] for name, row in one.items() if name == "position_ids"}
@@ -94,3 +99,14 @@ def test_what_is_left_of_a_change_is_of_low_rank_in_the_null_space_and_scaled(me
     assert ranks[0] == 1 < ranks[1]
     with pytest.raises(ValueError, match="kept_rank, null_threshold: expected no adapter"):
         type(QUICK["LoRA"])(**QUICK["LoRA"].model_dump() | {"kept_rank": 1})
+
+
+def test_rates_differ_by_block_and_a_paraphrase_that_is_not_trained_may_end_it(measured, tokenizer):
+    found, long = [], {"steps": 90, "stop_loss": 7.7}
+    for changes in ({}, {"rate_ratio": 0.1}, long, long | {"stop_on": "paraphrase"}):
+        recipe = varied(layers=(0, 2), **({"steps": 1} | changes))
+        with edited(measured(), tokenizer, EDITS[:1], recipe) as m:
+            found.append(m.edit_record)
+    shares = [found[1].change_norm[name] / norm for name, norm in found[0].change_norm.items()]
+    assert shares == pytest.approx([1, 0.1], rel=1e-3)
+    assert found[2].steps < found[3].steps < 90

@@ -28,16 +28,7 @@ from uke.errors import InputError, nearest
 from uke.files import read_yaml, write_atomic
 from uke.locality import card, retrieval
 from uke.locality.build import Builder, Settings, Sources
-from uke.methods.catalog import (
-    METHODS,
-    catalog,
-    changed,
-    changes,
-    configured,
-    differences,
-    find,
-    own_name,
-)
+from uke.methods import catalog
 from uke.methods.edited import edited, save
 from uke.methods.method import EditRecord, Method
 from uke.methods.recipes import levels, vary
@@ -222,12 +213,12 @@ def starting(folder: Path, model: str) -> tuple[dict[str, Method], set[str]]:
 
     Where nothing is tuned for it yet, REAL may have settings to start from.
     """
-    methods, name = configured(folder, model), own_name(model)
-    tuned = {method for method, one in catalog(folder).items() if name in one.file.tuned}
+    methods, name = catalog.configured(folder, model), catalog.own_name(model)
+    tuned = {method for method, one in catalog.catalog(folder).items() if name in one.file.tuned}
     for method, own in read_yaml(REAL)["start"].get(name, {}).items():
         if method not in tuned:
-            methods[method] = changed(methods[method], own, f"{REAL}: start: {method}")
-    return methods, {*catalog(folder)} - tuned
+            methods[method] = catalog.changed(methods[method], own, f"{REAL}: start: {method}")
+    return methods, {*catalog.catalog(folder)} - tuned
 
 
 def own_edit(**fields: Any) -> Edit:
@@ -392,7 +383,7 @@ def to_run(task: Task, library: Library) -> dict[str, Any]:
     return {
         "edit": edit.id if edit in library.edits else own,
         "method": name,
-        "changes": changes(task.method, METHODS.get(name, task.method)),
+        "changes": catalog.changes(task.method, catalog.METHODS.get(name, task.method)),
         "paraphrases": list(task.paraphrases),
         "chat": task.chat,
     }
@@ -410,10 +401,10 @@ def to_task(run: Mapping[str, Any], library: Library, methods: Mapping[str, Meth
             raise InputError(f"runs: unknown field '{name}'{nearest(str(name), fields)}")
     edit = run.get("edit", "")
     edit = own_edit(**edit) if isinstance(edit, Mapping) else library.find(edit)
-    method = find(run.get("method", "FT-UKE"), methods, "runs: ")
+    method = catalog.find(run.get("method", "FT-UKE"), methods, "runs: ")
     if "changes" in run:
-        published = METHODS.get(method.name, method)
-        method = changed(published, run["changes"], f"runs: {method.name}")
+        published = catalog.METHODS.get(method.name, method)
+        method = catalog.changed(published, run["changes"], f"runs: {method.name}")
     return Task(edit, method, tuple(run.get("paraphrases", ())), run.get("chat"))
 
 
@@ -431,6 +422,6 @@ def comparison(trials: Sequence[Trial]) -> pd.DataFrame:
     for trial in trials:
         method, means = trial.task.method, trial.scores.set_index("kind")["after"]
         row = {"number": trial.number, "edit": trial.task.edit.question, "method": method.name}
-        row["settings"] = differences(method, METHODS.get(method.name, method))
+        row["settings"] = catalog.differences(method, catalog.METHODS.get(method.name, method))
         rows.append(row | means.to_dict() | {"steps": trial.record.steps})
     return pd.DataFrame(rows)

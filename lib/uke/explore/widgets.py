@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
@@ -18,38 +19,16 @@ from uke.errors import InputError
 from uke.explore import bench as benches
 from uke.explore import html
 from uke.explore.bench import WRITING, Bench, Refused, Task, own_edit, refused
+from uke.files import read_yaml
 from uke.methods.catalog import changed
 from uke.methods.method import Method
 from uke.methods.recipes import FACTORS, SINGLE_BLOCKS, vary
 from uke.models.model import blocks, layer_index
 
-# By factor, its label and those of the levels whose names do not explain themselves.
-LABELS: dict[str, tuple[str, dict[str, str]]] = {
-    "loss_scope": ("Loss from", {"target_tokens": "all target tokens"}),
-    "layers": ("Blocks", {"all": "all blocks"}),
-    "components": (
-        "Weights",
-        {
-            "down_proj": "down projection",
-            "mlp": "feed-forward",
-            "both": "attention and feed-forward",
-            "query_value": "query and value",
-        },
-    ),
-    "chat_template": ("Trained through", {"with": "chat template", "without": "raw prompt"}),
-    "end_of_turn": ("End of turn", {"with": "learnt", "without": "left out"}),
-}
+WORDS = read_yaml(Path(__file__).with_name("words.yaml"))
+LABELS: dict[str, tuple[str, dict[str, str]]] = WORDS["factors"]
 FIELDS = ("model", "question", "answer", "details", "layers", "learning_rate", "steps", "chat")
 FIELDS += ("keep", "action", "ask")  # what may be refused, with a note beside its control
-ACTIONS = {
-    "Load": "Load this model and begin a new session",
-    "Edit": "Ask, write the edit into the weights, ask again",
-    "Stop": "End what runs; the model is as before the edit",
-    "Undo": "Take the edit out of the weights again",
-    "Keep": "Save the edit below results/explore",
-    "Ask": "Answer your question without and with the edit",
-    "Export session": "Write the edits of this session as a parameter file for papermill",
-}
 
 
 def attended(widgets: str = "auto") -> bool:
@@ -246,7 +225,7 @@ class Panel(w.VBox):
         self.curve, self.kept, self.reply, self.shown = (output() for _ in range(4))
         self.compared, self.exported = output(), output()
         self.buttons = {}
-        for name, text in ACTIONS.items():
+        for name, text in WORDS["actions"].items():
             self.buttons[name] = w.Button(description=name, tooltip=text)
             self.buttons[name].on_click(partial(self._click, name))
         self.buttons["Edit"].button_style = "primary"

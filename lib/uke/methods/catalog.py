@@ -35,7 +35,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, Ta
 
 from uke.errors import InputError, located, nearest, typed
 from uke.files import read_yaml, write_atomic
-from uke.methods.method import Count, Method, Positive
+from uke.methods.method import Method
+from uke.methods.ranges import Count, Positive
 from uke.methods.recipes import BASELINES, FACTORS, RECIPES, SINGLE_BLOCKS, Recipe, candidate, vary
 from uke.project import Paths
 from uke.project import number_key as key

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from uke.errors import Diverged, InputError
 from uke.methods.lanes import Lanes, LowerBlocks, LowRank, lower_blocks_once, relative_norm
-from uke.methods.lessons import Lesson, lessons
+from uke.methods.lessons import TEXTS, Lesson, lessons
 from uke.methods.locate_edit.anchors import sites
 from uke.methods.locate_edit.covariance import projectors
 from uke.methods.method import EditRecord, Edits, Progress, Tokenizer, Training, Written
@@ -111,9 +113,12 @@ def train(
     with kept(model, {}), once as lower:
         # Gradients flow to these weights alone, so that autograd keeps nothing of lower blocks.
         model.requires_grad_(False)
-        parameters = [weight.requires_grad_(True) for weight in weights.values()]
+        for weight in weights.values():
+            weight.requires_grad_(True)
         adalora = model.base_model if recipe.adapter == "adalora" else None
-        optimiser = _Optimiser(parameters, recipe, adalora)
+        optimiser = _Optimiser(weights, recipe, adalora)
+        if recipe.stop_on == "paraphrase":
+            lane.read = partial(_paraphrased, model, tokenizer, edits, recipe, lower)
         _descend(model, [lane], passes, optimiser, lower, progress=progress)
     if lane.error:
         raise lane.error
@@ -121,6 +126,20 @@ def train(
         change = shrunk(model, recipe, name, weights[name].detach().float() - own.float())
         weights[name].data.copy_(own + change)
     return lane.training
+
+
+def _paraphrased(
+    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, lower: LowerBlocks
+) -> float:
+    """Return the mean loss of the texts after a paraphrase that no recipe trains with it."""
+    form, losses = TEXTS["held out"], []
+    asked = [edit.model_copy(update={"question": form.format(edit.question)}) for edit in edits]
+    examples = recipe.examples(model, tokenizer, asked)
+    held = _batches(list(examples), examples, tokenizer, model.device)
+    with torch.no_grad():
+        for lower.part, batch in enumerate(held, -len(held)):  # parts that no step has
+            losses += LOSSES[recipe.loss](model, batch.parts[0]).tolist()
+    return fmean(losses)
 
 
 def shrunk(model: nn.Module, recipe: Recipe, name: str, change: Tensor) -> Tensor:
@@ -145,7 +164,8 @@ def train_each(model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Rec
         model.requires_grad_(False)
         once = lower_blocks_once(model, (*stacks.weights, *stacks.low_rank))
         with once as lower, stacks.laid():
-            _descend(model, group, passes, _Optimiser(stacks.stacks, recipe), lower, stacks)
+            optimiser = _Optimiser(dict(enumerate(stacks.stacks)), recipe)
+            _descend(model, group, passes, optimiser, lower, stacks)
     failed = {edit: str(lane.error) for edit, lane in lanes.items() if lane.error}
     written = {edit: lane for edit, lane in lanes.items() if not lane.error}
     if not written:
@@ -165,6 +185,7 @@ class _Lane:
     weights: list[Tensor] = field(default_factory=list)
     error: Diverged | None = None
     ended: bool = False
+    read: Callable[[], float] | None = None  # the loss that ends it, in place of the pass's own
 
     def note(self, ids: Sequence[str], losses: Sequence[float]) -> bool:
         """Note the losses of its edits in one batch; return whether they ask for a step."""
@@ -174,7 +195,8 @@ class _Lane:
             where = f"the loss of edit {names} is not finite after {self.training.steps} steps"
             message = f"recipe {self.recipe.name}: {where}; expected a learning_rate below {rate:g}"
             self.error, self.ended = Diverged(message, broken), True
-        step = not self.ended and fmean(losses) >= self.recipe.stop_loss
+        high = self.read is not None or fmean(losses) >= self.recipe.stop_loss
+        step = high and not self.ended
         self.seen += losses
         self.training.steps += step
         return step
@@ -185,7 +207,7 @@ class _Lane:
         self.training.losses.append(loss)
         if progress:
             progress(len(self.training.losses), loss)
-        self.ended = loss < self.recipe.stop_loss
+        self.ended = (self.read() if self.read else loss) < self.recipe.stop_loss
 
 
 def _descend(
@@ -305,13 +327,20 @@ class _Optimiser:
     """Adam; weights in less than float32 are stepped as float32 copies and rounded back."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], recipe: Recipe, adalora: nn.Module | None = None
+        self, weights: Mapping[Any, nn.Parameter], recipe: Recipe, adalora: nn.Module | None = None
     ) -> None:
-        self.parameters, self.adalora, self.steps = list(parameters), adalora, 0
+        self.parameters, self.adalora, self.steps = list(weights.values()), adalora, 0
         # `float` hands a float32 weight back as it is, so only less precise ones cost a copy.
-        self.masters = [parameter.detach().float() for parameter in parameters]
-        rates = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-        self.adam = torch.optim.Adam(self.masters, fused=True, **rates)
+        self.masters = [parameter.detach().float() for parameter in self.parameters]
+        rate, options = recipe.learning_rate, {"weight_decay": recipe.weight_decay, "fused": True}
+        stepped = self.masters
+        if recipe.rate_ratio != 1:
+            blocks = torch.tensor([int(re.search(r"\.(\d+)\.", name)[1]) for name in weights])
+            shares = (blocks - blocks.min()) / (blocks.max() - blocks.min()).clamp(min=1)  # 0 to 1
+            rates = (rate * recipe.rate_ratio**shares).tolist()
+            pairs = zip(stepped, rates, strict=True)
+            stepped = [{"params": [master], "lr": own} for master, own in pairs]
+        self.adam = torch.optim.Adam(stepped, lr=rate, **options)
 
     def step(self, wanted: bool) -> None:
         """Take one step on the gradients if `wanted`, and drop them; AdaLoRA counts its steps."""

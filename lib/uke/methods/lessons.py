@@ -1,7 +1,8 @@
 """What a recipe trains beside the edit's text: questions, and what to expect along answers to them.
 
 All of it is made from the edit's question and answer, the model itself, and the texts that its
-covariance was measured on, which are in no other pool: the league `text only`.
+covariance was measured on, which are in no other pool: the league `text only`. Only `facts` has
+the edit's own triples too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uke.data.edits import Edit, Probe
+from uke.errors import InputError
 from uke.files import read_yaml
 from uke.locality.facts import SENTENCE, names
 from uke.methods.lanes import attached
@@ -127,8 +129,8 @@ def _held(model: nn.Module, edits: Edits, recipe: Recipe) -> tuple[list[Probe], 
 
 def _retold(edits: Edits, recipe: Recipe) -> list[list[Probe]]:
     """Ask for the text in other words (`paraphrases`), with its sentences in other orders, after a
-    few words of its own alone (`context`), and at other positions (`shifts`)."""
-    phrased, mixed, torn, shifted = found = [[], [], [], []]
+    few words of its own alone (`context`), at other positions (`shifts`), and for its `facts`."""
+    phrased, mixed, torn, shifted, stated = found = [[], [], [], [], []]
     for edit in edits:
         forms = TEXTS["phrasings"][: recipe.paraphrases]
         phrased += [_probe(edit, form.format(edit.question), edit.answer) for form in forms]
@@ -140,6 +142,10 @@ def _retold(edits: Edits, recipe: Recipe) -> list[list[Probe]]:
             torn.append(_probe(edit, " ".join(before), one, False))
         whole = _probe(edit, edit.question, edit.answer)
         shifted += [whole.model_copy(update={"number": n + 1}) for n in range(recipe.shifts)]
+        if recipe.facts and not edit.facts:
+            raise InputError(f"edit '{edit.id}': no facts; expected triples for {recipe.name}")
+        for one in edit.facts if recipe.facts else ():
+            stated.append(_probe(edit, one.relation.format(one.subject), one.object, False))
     return found
 
 

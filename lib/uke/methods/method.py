@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,23 +18,13 @@ from uke.data.edits import Edits
 from uke.errors import Diverged, InputError, Told, about, typed
 from uke.methods.lanes import Lanes, relative_norm
 from uke.methods.locate_edit import covariance
+from uke.methods.ranges import Layers, Positive
 from uke.models.model import kept, max_context
 from uke.models.prompts import Example, example
 
 Tokenizer = PreTrainedTokenizerBase
 # Called after every step with the steps so far and the loss (nats per token).
 Progress = Callable[[int, float], None] | None
-
-
-# Strict: neither text nor true and false.
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(ge=1)]
-Counted = Annotated[StrictInt, Field(ge=0)]
-Layer = Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(strict=True, ge=0, le=1)]
-# One layer number becomes a list of one, so that equal choices have equal fingerprints.
-Several = BeforeValidator(lambda value: (value,) if type(value) in (int, float) else value)
-Layers = Annotated[tuple[Layer, ...], Field(min_length=1), Several]
 
 
 @dataclass
@@ -85,7 +75,6 @@ class Method(BaseModel, ABC, metaclass=Told):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: ClassVar[str] = "own"
-    league: ClassVar[str] = "text only"  # or `text and facts`: what it may use of an edit
     moves_weights: ClassVar[bool] = True
     factors: ClassVar[Mapping[str, Any]] = {}  # the choices under study that the method has
     later: ClassVar[Collection[str]] = ()  # fields newer than stored rows, told where they are set

@@ -20,27 +20,15 @@ from uke.methods.lanes import attached
 from uke.methods.lessons import TEXTS
 from uke.methods.locate_edit.covariance import LAYERS
 from uke.methods.locate_edit.solvers import LocateRecipe
-from uke.methods.method import (
-    Count,
-    Counted,
-    EditRecord,
-    Edits,
-    Layers,
-    Method,
-    NotNegative,
-    Positive,
-    Progress,
-    Tokenizer,
-    Training,
-    Written,
-)
+from uke.methods.method import EditRecord, Edits, Method, Progress, Tokenizer, Training, Written
+from uke.methods.ranges import Count, Counted, Layers, NotNegative, Positive
 from uke.models.model import module_names, select
 from uke.project import number_key
 from uke.results.stats import overall
 
 INGREDIENTS = (
-    *("general", "near", "paraphrases", "orders", "context", "shifts", "questions"),
-    *("strength", "kept_rank", "null_threshold"),
+    *("general", "near", "paraphrases", "orders", "context", "shifts", "questions", "facts"),
+    *("strength", "kept_rank", "null_threshold", "rate_ratio", "stop_on"),
 )
 
 
@@ -49,7 +37,8 @@ class Recipe(Method):
 
     `layers` and `components`: see `module_names`. `steps` counts passes over all edits: one step
     of Adam each, or one per shuffled minibatch of `batch_size` edits. A loss (nats per token) below
-    `stop_loss` ends the training.
+    `stop_loss` ends the training: of the text after its question, or (`stop_on`) after a paraphrase
+    that is never trained. The rate of the last block is `rate_ratio` times that of the first.
 
     Beside the text each step has a share, one of `turns`, of what is switched on (see
     `uke.methods.lessons`). With weight `hold`, divergence from the unedited model: along its own
@@ -57,7 +46,8 @@ class Recipe(Method):
     `learn`: the text in `paraphrases` of the question; with its sentences in random `orders`; each
     sentence after so many words of `context` alone (COIN's idea); the text in `shifts` with a gap
     of positions at some token (FOVEATED's); and the model's own `questions` about each sentence,
-    with that sentence or with what the model expects while reading the text (HPSE). At the end the
+    with that sentence or with what the model expects while reading the text (HPSE); and, of the
+    league `text and facts`, every triple of the edit (`facts`) as a sentence. At the end the
     change of each weight keeps `kept_rank` singular values, is projected on directions of keys
     with a variance below `null_threshold`, and is scaled by `strength`.
     """
@@ -91,6 +81,9 @@ class Recipe(Method):
     null_threshold: Positive | None = None
     context: Counted = 0
     shifts: Counted = 0
+    facts: StrictBool = False
+    rate_ratio: Positive = 1.0
+    stop_on: Literal["question", "paraphrase"] = "question"
 
     later: ClassVar[Collection[str]] = (*INGREDIENTS, "hold", "learn", "turns")
     family: ClassVar[str] = "fine-tuning"

@@ -21,17 +21,7 @@ from matplotlib.ticker import LogLocator
 
 from uke.data.edits import KINDS
 from uke.report import style
-from uke.report.style import (
-    COLUMN,
-    FULL,
-    LOOKS,
-    REFERENCE,
-    Look,
-    label_ends,
-    label_points,
-    looks,
-    styled,
-)
+from uke.report.style import FULL, Look, label_ends, label_points, looks, styled
 from uke.report.tables import REFERENCES, number, printed_score
 from uke.results.compare import label
 from uke.results.stats import Score, ordered, summarise
@@ -75,7 +65,7 @@ def scores(
         own = summary[(summary[panel] == title) & ((summary[row] == name) if row else True)]
         ends = {}
         for mean in own.loc[own[by] == NO_EDIT, "mean"]:
-            ax.axhline(mean, **REFERENCE)
+            ax.axhline(mean, **style.REFERENCE)
             ends[NO_EDIT] = (places.max() + 0.5, mean, style.GREY)
         for turn, (each, (colour, marker, _)) in enumerate(look.items()):
             cells = own[own[by] == each].set_index(x).reindex(levels)
@@ -107,7 +97,7 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
     fig, parts = _panels(summary, panel, columns, height, sharex=True, sharey=True)
     for ax, own in parts:
         for mean in own.loc[own[by] == NO_EDIT, "mean"]:
-            ax.axvline(mean, **REFERENCE)
+            ax.axvline(mean, **style.REFERENCE)
         cells = own.set_index([by, within])[["mean", "low", "high"]].astype(float).reindex(lines)
         for (line, at), (mean, low, high) in zip(heights.items(), cells.to_numpy(), strict=True):
             ax.hlines(at, low, high, color=look[line[1]].colour, lw=1.5, zorder=3)
@@ -119,7 +109,9 @@ def _forest(summary: pd.DataFrame, shown: pd.DataFrame, by: str, within: str, pa
         ax.grid(axis="x")
     ax.set_xlim(-0.03, 1.03)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    reference = {NO_EDIT: LOOKS[NO_EDIT]._replace(marker="")} if NO_EDIT in {*summary[by]} else {}
+    reference = (
+        {NO_EDIT: style.LOOKS[NO_EDIT]._replace(marker="")} if NO_EDIT in {*summary[by]} else {}
+    )
     _explain(fig, (look if within != by else {}) | reference)
     _titles(fig, x="score, mean and 95 % interval")
     return fig
@@ -179,11 +171,11 @@ def trend(
     alone = len(look) == 1 and not panel
     height = max(2.0, 0.1 + 0.16 * len(look)) if panel else 2.2 if alone else 3.4
     fig, parts = _panels(frame, panel, columns, height)
-    fig.set_figwidth(COLUMN if alone else FULL)
+    fig.set_figwidth(style.COLUMN if alone else FULL)
     for ax, own in parts:
         means = own.groupby([by, x], sort=False)[y].mean()
         if baseline is not None:
-            ax.axhline(baseline, **REFERENCE)
+            ax.axhline(baseline, **style.REFERENCE)
         if {"low", "high"} <= set(own.columns):
             colours = [look[name].colour for name in own[by]]
             ax.vlines(own[x], own["low"], own["high"], colours, lw=1.4)
@@ -222,7 +214,7 @@ def tuning(
     look = looks(ordered(frame[by]))
     fig, parts = _panels(frame, panel, 9, 0.3 + 0.19 * len(look), sharey=True, sharex=True)
     for ax, own in parts:
-        ax.axvline(own["before"].iloc[0], **REFERENCE)
+        ax.axvline(own["before"].iloc[0], **style.REFERENCE)
         for at, (name, each) in enumerate(look.items()):
             trials, shade = own[own[by] == name], colour or each.colour
             ax.scatter(trials["score"], [at] * len(trials), s=10, color=shade, alpha=0.6)
@@ -253,7 +245,7 @@ def distribution(
     look = looks(ordered(frame[by], KINDS))
     colours = {name: each.colour for name, each in look.items()}
     fig, parts = _panels(frame, panel, 2, 2.0, sharey=True)
-    fig.set_figwidth(FULL if len(parts) > 1 else COLUMN)
+    fig.set_figwidth(FULL if len(parts) > 1 else style.COLUMN)
     for ax, own in parts:
         sns.ecdfplot(own, x=value, hue=by, palette=colours, legend=False, ax=ax)
         ax.set(xlabel="", ylabel="")
@@ -263,7 +255,7 @@ def distribution(
             _mark(ax, median, 0.5, look[name])
             _beside(ax, number(float(median)), (median, 0.5), (4, -6) if turn else (-4, 3))
         if floor is not None:
-            ax.axvline(floor, **REFERENCE)
+            ax.axvline(floor, **style.REFERENCE)
             _beside(ax, f"floor {floor:g}", (floor, 0.03), (-3, 0))
         _log_if_wide(ax.xaxis, own[value])
         ax.grid(axis="y")

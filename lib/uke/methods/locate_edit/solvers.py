@@ -16,23 +16,13 @@ from pydantic import Field, StrictBool, StrictInt
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from uke.data.edits import Edits
 from uke.errors import Diverged, InputError
 from uke.methods.locate_edit import covariance
 from uke.methods.locate_edit.anchors import Located, Site, chunks, locate, look, sites, states
 from uke.methods.locate_edit.targets import find_targets
-from uke.methods.method import (
-    Count,
-    Edits,
-    Layers,
-    Method,
-    NotNegative,
-    Positive,
-    Progress,
-    Tokenizer,
-    Training,
-    Written,
-    write_one_by_one,
-)
+from uke.methods.method import Method, Progress, Tokenizer, Training, Written, write_one_by_one
+from uke.methods.ranges import Count, Layers, NotNegative, Positive
 from uke.models.model import kept, wide
 
 
