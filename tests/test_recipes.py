@@ -24,7 +24,8 @@ OTHER = {
 }
 OTHER |= {"general": 2, "near": 2, "hold": 2.0, "paraphrases": 2, "orders": 2, "turns": 2}
 OTHER |= {"questions": "reading", "learn": 2.0, "strength": 0.5, "kept_rank": 2}
-OTHER |= {"null_threshold": 0.1, "context": 2, "shifts": 2}
+OTHER |= {"null_threshold": 0.1, "context": 2, "shifts": 2, "facts": True, "rate_ratio": 2.0}
+OTHER |= {"stop_on": "paraphrase"}
 
 
 def differing(one: Recipe, other: Recipe) -> set[str]:
