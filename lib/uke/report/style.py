@@ -108,7 +108,7 @@ def label_points(ax: Axes, points: dict[str, tuple[float, float, str]], marks: I
     taken = [Bbox.from_bounds(x - 0.04, y - 0.04, 0.08, 0.08) for x, y in inches.transform(marks)]
     for name, (x, y, colour) in sorted(points.items(), key=lambda point: -point[1][0]):
         (left, low), wide = inches.transform((x, y)), 0.062 * len(label(name))
-        turns = itertools.product((-0.05, 0.05, -0.17, 0.15, -0.27), (0.09, -0.09 - wide))
+        turns = itertools.product((-0.05, 0.05, -0.17, 0.15, -0.27), (0.09, -0.09 - wide, 0.2))
         boxes = [Bbox.from_bounds(left + dx, low + dy, wide, 0.1) for dy, dx in turns]
         inside = (box for box in boxes if frame.x0 < box.x0 and box.x1 < frame.x1 + 0.1)
         taken.append(next((box for box in inside if not box.count_overlaps(taken)), boxes[0]))
