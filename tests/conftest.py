@@ -26,10 +26,9 @@ SENTENCES = (
     "Where was Alan Turing born? Alan Turing was born in Maida Vale and studied at Cambridge.",
     "The user asks a question and the assistant gives an answer in a few short sentences.",
 )
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
-SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-SHAPE |= {"max_position_embeddings": 256, "initializer_range": 0.3, "tie_word_embeddings": False}
-SHAPE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=1)
+SHAPE |= dict(initializer_range=0.3, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0)
 # The sliding windows are shorter than the prompts of the tests, so that they do matter.
 OWN_SHAPE = {
     "mistral": dict(sliding_window=12),

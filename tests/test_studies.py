@@ -21,6 +21,7 @@ from uke.results.compare import floor
 from uke.study import dataset as datasets
 from uke.study import study as studies
 from uke.study.comparison import Comparison, attempt
+from uke.study.methods import MethodStudy
 from uke.study.score import COMPARED, FACTS, leakages
 from uke.study.study import Study
 
@@ -314,6 +315,10 @@ def test_committed_rows_of_a_benchmark_are_drawn_without_its_file(monkeypatch):
     study = Study("07_recipe", datasets.load("smollm2", "unkebench", limit=2), "", False)
     study.run(catalog.find("FT-M"))
     assert set(study.read()["edit"]) == set(study.before["edit"]) == {"0", "1"}
+    study = Study("08_batch_size", datasets.load("smollm2", "unkebench", limit=48), "", False)
+    known = study.committed.after.groupby(["batch_size", "method"])["edit"].nunique()
+    plan = MethodStudy(study, ["FT-UKE", "FT-M"], [4, 16], limit=12, batches=3).plan
+    assert plan == {at: n for at, n in known.items() if at[1] in ("FT-UKE", "FT-M")}
     with pytest.raises(InputError, match="akew-counterfact/rows: no rows of test edits"):
         datasets.load("smollm2", "akew-counterfact")
 

@@ -65,7 +65,8 @@ class MethodStudy(Comparison):
         every = compare.best_baselines(places, known, study_of)
         ran = {}  # edits with committed rows, which come as they are made, by batch size and method
         if study.committed:  # where the best one has too few, the best with all stands for it
-            ran = study.committed.after.groupby(["batch_size", "method"])["edit"].nunique()
+            held = study.committed.after.groupby(["batch_size", "method"])["edit"]
+            ran = held.nunique().to_dict()
             least = {size: max(limit // size, batches) * size for size in sizes}
             known = {n: [b for b in known[n] if ran.get((n, b), 0) >= least[n]] for n in sizes}
         self.best = compare.best_baselines(places, known, study_of)
@@ -85,8 +86,11 @@ class MethodStudy(Comparison):
                     continue
                 counted = name in (self.leader, *compared) or (size in full and size <= limit)
                 self.plan[size, name] = max(limit // size, batches if counted else 1) * size
-        few = {at: int(ran[at]) for at, n in self.plan.items() if ran.get(at, n) < n}
+        begun = {size for size, _ in ran}
+        lacking = {at: ran.get(at, 0) for at, n in self.plan.items() if ran.get(at, 0) < n}
+        few = {at: n for at, n in lacking.items() if at[0] in begun}
         self.plan |= {(size, name): n // size * size for (size, name), n in few.items()}
+        self.plan = {at: n for at, n in self.plan.items() if n}
         names = ", ".join(dict.fromkeys(name for _, name in few))
         self.caveats += [f"Fewer edits than asked for have rows of {names}."] if few else []
         tuned = {size: configured(*params, size) for size in sizes}
