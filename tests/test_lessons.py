@@ -42,13 +42,9 @@ def test_every_turn_has_its_share_of_each_ingredient_and_all_of_its_weight(measu
 
 def test_facts_a_sentence_after_few_words_and_a_text_with_a_gap_are_learnt(measured, tokenizer):
     two = Edit(id="two", question="Who is Ada?", answer="Ada was born in London. She wrote a lot.")
-    stated = two.model_copy(
-        update={"facts": (Fact(subject="Ada", relation="{} is", object="old"),)}
-    )
-    model, learnt = (
-        measured(),
-        {"facts": "old", "context": "She wrote a lot.", "shifts": two.answer},
-    )
+    fact, model = Fact(subject="Ada", relation="{} is", object="old"), measured()
+    stated = two.model_copy(update={"facts": (fact,)})
+    learnt = {"facts": "old", "context": "She wrote a lot.", "shifts": two.answer}
     with pytest.raises(InputError, match="edit 'two': no facts; expected triples for FT-A"):
         lessons.lessons(model, tokenizer, [two], varied(facts=True))
     for name, text in learnt.items():

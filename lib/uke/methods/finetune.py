@@ -105,6 +105,12 @@ def train(
     examples = recipe.examples(model, tokenizer, edits)
     beside = lessons(model, tokenizer, edits, recipe)
     passes = _passes(examples, recipe, tokenizer, model.device, beside)
+    held = []
+    if recipe.stop_on == "paraphrase":  # a paraphrase that no recipe trains
+        form = TEXTS["held out"].format
+        asked = [edit.model_copy(update={"question": form(edit.question)}) for edit in edits]
+        paraphrased = recipe.examples(model, tokenizer, asked)
+        held = _batches(list(paraphrased), paraphrased, tokenizer, model.device)
     weights, lane = trained(model, recipe), _Lane(recipe)
     before = {n: one.detach().clone() for n, one in weights.items()} if recipe.shrinks else {}
     # Minibatches are drawn anew in every pass; all edits at once are the same tokens every time.
@@ -117,8 +123,8 @@ def train(
             weight.requires_grad_(True)
         adalora = model.base_model if recipe.adapter == "adalora" else None
         optimiser = _Optimiser(weights, recipe, adalora)
-        if recipe.stop_on == "paraphrase":
-            lane.read = partial(_paraphrased, model, tokenizer, edits, recipe, lower)
+        if held:
+            lane.read = partial(_loss_of, model, held, LOSSES[recipe.loss], lower)
         _descend(model, [lane], passes, optimiser, lower, progress=progress)
     if lane.error:
         raise lane.error
@@ -128,17 +134,14 @@ def train(
     return lane.training
 
 
-def _paraphrased(
-    model: nn.Module, tokenizer: Tokenizer, edits: Edits, recipe: Recipe, lower: LowerBlocks
+def _loss_of(
+    model: nn.Module, held: Sequence[_Batch], loss_of: Callable, lower: LowerBlocks
 ) -> float:
-    """Return the mean loss of the texts after a paraphrase that no recipe trains with it."""
-    form, losses = TEXTS["held out"], []
-    asked = [edit.model_copy(update={"question": form.format(edit.question)}) for edit in edits]
-    examples = recipe.examples(model, tokenizer, asked)
-    held = _batches(list(examples), examples, tokenizer, model.device)
+    """Return the mean loss of edits that no step has: their parts are numbered below zero."""
+    losses = []
     with torch.no_grad():
-        for lower.part, batch in enumerate(held, -len(held)):  # parts that no step has
-            losses += LOSSES[recipe.loss](model, batch.parts[0]).tolist()
+        for lower.part, batch in enumerate(held, -len(held)):
+            losses += loss_of(model, batch.parts[0]).tolist()
     return fmean(losses)
 
 
