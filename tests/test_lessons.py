@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small import EDITS, QUICK
-from uke.data.edits import Edit, Fact
+from uke.data.edits import Detail, Edit, Fact
 from uke.errors import InputError
 from uke.methods import finetune, lessons
 from uke.methods.edited import edited
@@ -43,7 +43,8 @@ def test_every_turn_has_its_share_of_each_ingredient_and_all_of_its_weight(measu
 def test_facts_a_sentence_after_few_words_and_a_text_with_a_gap_are_learnt(measured, tokenizer):
     two = Edit(id="two", question="Who is Ada?", answer="Ada was born in London. She wrote a lot.")
     fact, model = Fact(subject="Ada", relation="{} is", object="old"), measured()
-    stated = two.model_copy(update={"facts": (fact,)})
+    asked = {"question": fact.relation.format(fact.subject), "answer": fact.object}
+    stated = two.model_copy(update={"facts": (fact,), "details": (Detail(**asked),)})
     learnt = {"facts": "old", "context": "She wrote a lot.", "shifts": two.answer}
     with pytest.raises(InputError, match="edit 'two': no facts; expected triples for FT-A"):
         lessons.lessons(model, tokenizer, [two], varied(facts=True))
@@ -51,6 +52,7 @@ def test_facts_a_sentence_after_few_words_and_a_text_with_a_gap_are_learnt(measu
         (_, one), *_ = lessons.lessons(model, tokenizer, [stated], varied(**{name: 2}))["two"]
         ids, weights = one.pop("input_ids"), one["weights"]
         assert tokenizer.decode(ids[weights > 0], skip_special_tokens=True).strip() == text
+        assert asked["question"] not in tokenizer.decode(ids)  # which is a question of the test
         given = {name: row[None] for name, row in one.items() if name == "position_ids"}
         seen = model(ids[None], attention_mask=ids[None] * 0 + 1, **given).logits[0, :-1].float()
         surprisal = torch.nn.functional.cross_entropy(seen, ids[1:], reduction="none")

@@ -74,9 +74,8 @@ def lessons(
     for asked in _retold(edits, recipe):
         add(recipe.learn, asked, None)
     if recipe.questions:
-        passages = {edit.id: edit.answer for edit in edits}
-        own = own_questions(model, tokenizer, edits)
-        add(recipe.learn, own, passages if recipe.questions == "reading" else None)
+        read = {edit.id: edit.answer for edit in edits} if recipe.questions == "reading" else None
+        add(recipe.learn, own_questions(model, tokenizer, edits), read)
     return found
 
 
@@ -145,7 +144,8 @@ def _retold(edits: Edits, recipe: Recipe) -> list[list[Probe]]:
         if recipe.facts and not edit.facts:
             raise InputError(f"edit '{edit.id}': no facts; expected triples for {recipe.name}")
         for one in edit.facts if recipe.facts else ():
-            stated.append(_probe(edit, one.relation.format(one.subject), one.object, False))
+            triple = TEXTS["triple"].format(one.subject, one.relation.format("…"))
+            stated.append(_probe(edit, triple, one.object, False))
     return found
 
 

@@ -47,7 +47,7 @@ class Recipe(Method):
     sentence after so many words of `context` alone (COIN's idea); the text in `shifts` with a gap
     of positions at some token (FOVEATED's); and the model's own `questions` about each sentence,
     with that sentence or with what the model expects while reading the text (HPSE); and, of the
-    league `text and facts`, every triple of the edit (`facts`) as a sentence. At the end the
+    league `text and facts`, every triple of the edit (`facts`) in no test's words. At the end the
     change of each weight keeps `kept_rank` singular values, is projected on directions of keys
     with a variance below `null_threshold`, and is scaled by `strength`.
     """
