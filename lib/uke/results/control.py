@@ -2,7 +2,7 @@
 
 Every method writes answers cut to a few tokens, each alone, with the settings tuned for the model,
 and is asked the question again, for as many tokens. The end of the turn is not written, since that
-a text breaks off is the least likely thing in it. The rule, fixed before any of these rows existed:
+a text breaks off is the least likely thing in it. The rule:
 
 target loss    nats a token of the text with every target vector in place; of fine-tuning, its last
                training loss
@@ -10,9 +10,9 @@ written loss   nats a token of the text after the write
 original       ROUGE-L F1 of the answer to its question after the write
 comes back     original is at least half of the way from that of no edit to 1, so at least .5
 works          at a length: target loss at most MOST_LOSS, and the text comes back; means over edits
-not testable   a baseline whose target loss is above MOST_LOSS at any length (at first that of the
-               edits alone counted, and so passed a method that works at no length), or with which
-               texts of at most SHORT tokens do not come back, on average
+not testable   a baseline whose target loss is above MOST_LOSS at any length tried (of whole edits
+               alone, until rows had shown that this passes a method that works at no length), or
+               with which texts of at most SHORT tokens do not come back, on average
 
 A baseline that fails is tried again with other settings (`uke.study.control.VARIANTS`): under the
 name "MEMIT, as published" they have measures of their own. What works there says how far a method
