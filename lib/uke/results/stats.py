@@ -38,7 +38,7 @@ class Score:
 
 
 def balance(efficacy: Any, locality: Any) -> Any:
-    """Return the harmonic mean of max(0, efficacy) and locality: 0 for doing nothing."""
+    """Return the harmonic mean of max(0, efficacy) and locality, near 0 for no edit."""
     efficacy = np.maximum(efficacy, 0.0)
     total = np.asarray(efficacy + locality)
     return np.divide(2 * efficacy * locality, total, out=np.zeros_like(total), where=total > 0)
