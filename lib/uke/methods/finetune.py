@@ -134,14 +134,12 @@ def train(
     return lane.training
 
 
-def _loss_of(
-    model: nn.Module, held: Sequence[_Batch], loss_of: Callable, lower: LowerBlocks
-) -> float:
+def _loss_of(model: nn.Module, held: Sequence[_Batch], loss: Callable, lower: LowerBlocks) -> float:
     """Return the mean loss of edits that no step has: their parts are numbered below zero."""
     losses = []
     with torch.no_grad():
         for lower.part, batch in enumerate(held, -len(held)):
-            losses += loss_of(model, batch.parts[0]).tolist()
+            losses += loss(model, batch.parts[0]).tolist()
     return fmean(losses)
 
 

@@ -1,6 +1,6 @@
 """Run studies unit by unit and keep their rows; compare levels, methods and sequences."""
 
-from uke.study.comparison import say_leads, say_means
+from uke.study.comparison import say_contrasts, say_leads, say_means
 from uke.study.control import ControlStudy
 from uke.study.dataset import Dataset, load
 from uke.study.factor import FactorStudy

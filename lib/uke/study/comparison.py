@@ -120,6 +120,16 @@ def say_means(
     return said
 
 
+def say_contrasts(section: Any, name: str, contrasts: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Say these (`compare.contrasts`), key and kind put into the name; return all by both."""
+    said = {}
+    for row in contrasts.itertuples():
+        own, ends = name.format(key(row.effect), row.kind), (row.low, row.high)
+        text = section.say(own, row.difference, *ends, n=row.n, unit="points")
+        said[row.effect, row.kind] = text
+    return said
+
+
 def say_leads(
     section: Any, name: str, leads: pd.DataFrame, untestable: Mapping[str, str] = {}
 ) -> dict[int, str]:
