@@ -130,7 +130,7 @@ def artefacts() -> list[Path]:
 
 def test_committed_artefacts_are_few_and_small(artefacts):
     files = artefacts
-    assert len(files) <= 320 and sum(path.stat().st_size for path in files) <= 12e6
+    assert len(files) <= 300 and sum(path.stat().st_size for path in files) <= 12e6
     allowed = {".csv", ".tex", ".svg", ".png", ".md", ".parquet", ".json", ".html", ".pdf"}
     assert {path.suffix for path in files} <= allowed
 
